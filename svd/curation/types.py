@@ -1,0 +1,179 @@
+"""What the decode pass finds in one source: facts, cuts with their evidence, clips with motion and sampled frames.
+
+All times come in two forms: `pts`, integers in the `time_base` of the source's video stream, which are exact, and seconds
+on the source's own clock, pts × time_base, whose zero need not be the first frame. Ends are exclusive everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+
+CutKind = Literal["hard", "fade", "dissolve", "black"]
+ClipMethod = Literal["copy", "reencode"]
+CameraLabel = Literal[
+    "static",
+    "pan-left",
+    "pan-right",
+    "tilt-up",
+    "tilt-down",
+    "zoom-in",
+    "zoom-out",
+    "roll",
+    "handheld",
+    "object-motion",
+    "unknown",
+]
+
+
+class SourceFailure(Exception):
+    """A source that can't be analysed; `reason` is one readable line for the source's row in the catalogue."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """What the container and the packets say; `width` × `height` are coded, `display_*` after rotation and pixel aspect."""
+
+    container: str
+    codec: str
+    pixel_format: str
+    width: int
+    height: int
+    display_width: int
+    display_height: int
+    rotation: int  # degrees, clockwise, to turn the coded picture upright: 0, 90, 180 or 270
+    sample_aspect: tuple[int, int]
+    interlaced: bool
+    fps: float  # frames / duration
+    variable_frame_rate: bool
+    time_base: Fraction
+    start_pts: int
+    end_pts: int
+    duration: float  # seconds
+    frames: int
+    bit_rate: int  # bits per second of the video stream, from the sizes of its packets
+    b_frames: bool
+    keyframes: tuple[int, ...]  # pts, ascending
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A boundary between two shots, with its evidence.
+
+    frame: index (display order) of the first frame of the new shot; [start_frame, end_frame) is the transition itself,
+    empty for a hard cut, and belongs to no clip; score: the detector's value at the cut, against `threshold`.
+    """
+
+    kind: CutKind
+    frame: int
+    start_frame: int
+    end_frame: int
+    pts: int
+    seconds: float
+    start_seconds: float
+    end_seconds: float
+    detector: str  # such as "content@24", detector and frame rate of the pass that found it
+    score: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class ClipSpan:
+    """Which frames of the source a clip holds and how it is written.
+
+    [shot_start_frame, shot_end_frame) is the shot before the boundaries snapped to keyframes; `start_cut` and `end_cut` are
+    indices into `Analysis.cuts`, None at the ends of the source and where a long shot was split.
+    """
+
+    start_frame: int
+    end_frame: int
+    start_pts: int
+    end_pts: int
+    start_seconds: float
+    end_seconds: float
+    frames: int
+    method: ClipMethod
+    shot_start_frame: int
+    shot_end_frame: int
+    start_cut: int | None = None
+    end_cut: int | None = None
+
+
+@dataclass(frozen=True)
+class CameraMotion:
+    """Camera label of a clip with the robust global fit behind it (medians over the sampled pairs).
+
+    pan, tilt: apparent camera speed in frame widths / heights a second (pan > 0: the camera turns right, tilt > 0: up);
+    zoom: natural log of the scale a second (> 0: in); roll: radians a second (> 0: the camera turns clockwise);
+    shake: high-frequency part of the translation, same unit as pan; residual: mean flow that the fit leaves, in frame widths
+    a second; moving: share of the area that does not follow the fit.
+    """
+
+    label: CameraLabel
+    confidence: float
+    pan: float = 0.0
+    tilt: float = 0.0
+    zoom: float = 0.0
+    roll: float = 0.0
+    shake: float = 0.0
+    residual: float = 0.0
+    moving: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClipAnalysis:
+    """One clip. flow: (P, h, w, 2) float16, dx and dy in pixels of the stored map between samples, short side 16 px;
+    frames: first, middle and last sampled frame, (3, H, W, 3) RGB uint8, upright, square pixels, at most 640 px wide;
+    motion_score: mean magnitude of the flow over time and space (§3.1), pixels of the stored map a sample step."""
+
+    span: ClipSpan
+    motion_score: float
+    flow: np.ndarray
+    camera: CameraMotion
+    frames: np.ndarray
+    frame_seconds: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class DroppedSpan:
+    """Frames of the source that no clip holds, and why: every frame is in a clip or has a reason."""
+
+    start_frame: int
+    end_frame: int
+    start_pts: int
+    end_pts: int
+    start_seconds: float
+    end_seconds: float
+    reason: str  # "transition", "shorter than 0.8 s", "before the first keyframe", "no keyframe", …
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything one decode pass finds in a source."""
+
+    facts: SourceFacts
+    cuts: list[Cut]
+    clips: list[ClipAnalysis]
+    dropped: list[DroppedSpan]
+    timing: dict[str, float] = field(default_factory=dict)  # CPU seconds by part; never part of an output
+
+
+@dataclass(frozen=True)
+class ClipFile:
+    """A written clip: its file decodes to exactly `frames` frames; `bytes` is its size."""
+
+    frames: int
+    bytes: int
+    method: ClipMethod
+    width: int
+    height: int
+    duration: float
+    codec: str
