@@ -1,0 +1,152 @@
+"""Text detection: which share of a clip's frames is covered by written text (App. C, Fig. 15).
+
+The paper runs CRAFT on the first, middle and last frame. Here a detector is anything that turns a frame into polygons:
+rapidocr's DB network, whose weights ship inside its wheel, or CRAFT itself (svd/curation/craft.py) when its weights
+are given. The score is the area of the *union* of the polygons, the mean over the three frames; spec: drop the quarter
+with the most text (E.2.2) or everything above 7 % (App. C).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+import shapely
+
+from svd.config import TextConfig
+from svd.stage import UserError
+
+MULTIPLE = 32
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
+BINARY_THRESHOLD = 0.3
+UNCLIP_RATIO = 1.6
+MIN_SIDE = 3.0
+
+
+class TextDetector(Protocol):
+    """Finds written text."""
+
+    def polygons(self, frame: np.ndarray) -> list[np.ndarray]:
+        """Polygons (N, 2) in pixels (x, y) of the text lines in an (H, W, 3) uint8 RGB frame."""
+
+
+class DBTextDetector:
+    """rapidocr's PP-OCRv4 detector (differentiable binarisation) through onnxruntime, on one thread.
+
+    Frames are resized here to a multiple of 32 pixels, at most `width` × `height` in area and aspect: rapidocr's own
+    defaults take 5× the time and find text in faces and books. Frames smaller than that are enlarged at most
+    `max_upscale` times, so that small videos cost little.
+    """
+
+    def __init__(
+        self, width: int = 640, height: int = 352, box_threshold: float = 0.5, max_upscale: float = 2.0
+    ) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(
+            str(_rapidocr_model()), options, providers=["CPUExecutionProvider"]
+        )
+        self._input = self._session.get_inputs()[0].name
+        self.width, self.height = width, height
+        self.box_threshold = box_threshold
+        self.max_upscale = max_upscale
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) at which a frame of this size is looked at; multiples of 32."""
+        budget_h, budget_w = (self.height, self.width) if width >= height else (self.width, self.height)
+        scale = min(budget_h / height, budget_w / width, self.max_upscale)
+        return _multiple(height * scale, budget_h), _multiple(width * scale, budget_w)
+
+    def probability(self, frame: np.ndarray) -> np.ndarray:
+        """Text probability (h, w) float32 in [0, 1] of an (H, W, 3) uint8 RGB frame, at the size of `input_size`."""
+        height, width = self.input_size(*frame.shape[:2])
+        shrinking = height * width < frame.shape[0] * frame.shape[1]
+        resized = cv2.resize(
+            frame, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
+        )
+        # The network was trained on BGR pictures with ImageNet's statistics in this channel order.
+        scaled = (resized[..., ::-1].astype(np.float32) / 255.0 - MEAN) / STD
+        batch = np.ascontiguousarray(scaled.transpose(2, 0, 1)[None])
+        return self._session.run(None, {self._input: batch})[0][0, 0]
+
+    def polygons(self, frame: np.ndarray) -> list[np.ndarray]:
+        """Text polygons in pixels of `frame` (H, W, 3) uint8 RGB."""
+        probability = self.probability(frame)
+        scale = np.array(
+            [frame.shape[1] / probability.shape[1], frame.shape[0] / probability.shape[0]], np.float32
+        )
+        mask = cv2.dilate((probability > BINARY_THRESHOLD).astype(np.uint8), np.ones((2, 2), np.uint8))
+        contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+        found = []
+        for contour in contours:
+            rectangle = cv2.minAreaRect(contour)
+            if min(rectangle[1]) < MIN_SIDE or _score(probability, contour) < self.box_threshold:
+                continue
+            found.append(_unclip(rectangle) * scale)
+        return found
+
+
+def _rapidocr_model() -> Path:
+    """The detector's weights inside rapidocr's wheel; its code isn't imported, which would start three sessions."""
+    spec = importlib.util.find_spec("rapidocr_onnxruntime")
+    if spec is None or spec.origin is None:
+        raise UserError("text detection needs the package rapidocr-onnxruntime (its weights): pip install it")
+    return Path(spec.origin).parent / "models" / "ch_PP-OCRv4_det_infer.onnx"
+
+
+def _multiple(value: float, limit: int) -> int:
+    return int(np.clip(round(value / MULTIPLE), 1, max(1, limit // MULTIPLE))) * MULTIPLE
+
+
+def _score(probability: np.ndarray, contour: np.ndarray) -> float:
+    """Mean probability inside a contour."""
+    x, y, width, height = cv2.boundingRect(contour)
+    inside = np.zeros((height, width), np.uint8)
+    cv2.fillPoly(inside, [contour - np.array([x, y], contour.dtype)], 1)
+    return float(cv2.mean(probability[y : y + height, x : x + width], inside)[0])
+
+
+def _unclip(rectangle: tuple) -> np.ndarray:
+    """DB shrinks text while training: grow the rectangle back by area × ratio / perimeter on each side; (4, 2) xy."""
+    centre, (width, height), angle = rectangle
+    distance = width * height * UNCLIP_RATIO / (2 * (width + height))
+    return cv2.boxPoints((centre, (width + 2 * distance, height + 2 * distance), angle))
+
+
+def area_ratio(polygons: Sequence[np.ndarray], height: int, width: int) -> float:
+    """Area of the union of the polygons (N, 2) inside the frame, as a share of the frame, in [0, 1].
+
+    A sum over boxes counts overlaps twice and can exceed 1; a union can't.
+    """
+    if not polygons:
+        return 0.0
+    shapes = shapely.make_valid(shapely.polygons([np.asarray(p, np.float64) for p in polygons]))
+    inside = shapely.intersection(shapely.union_all(shapes), shapely.box(0, 0, width, height))
+    return float(inside.area) / (height * width)
+
+
+def text_areas(frames: Sequence[np.ndarray], detector: TextDetector) -> list[float]:
+    """Text area ratio of each (H, W, 3) uint8 RGB frame."""
+    return [area_ratio(detector.polygons(frame), *frame.shape[:2]) for frame in frames]
+
+
+def make_detector(config: TextConfig) -> TextDetector:
+    """The configured detector; raises UserError when CRAFT is asked for without its weights."""
+    if config.detector == "craft":
+        from svd.curation.craft import CraftTextDetector
+
+        if config.craft_weights is None:
+            raise UserError(
+                "curation.text.detector is 'craft' but curation.text.craft_weights is not set: give the path of "
+                "craft_mlt_25k.pth (published by clovaai/CRAFT-pytorch), or use detector: rapidocr"
+            )
+        return CraftTextDetector(Path(config.craft_weights), max(config.width, config.height))
+    return DBTextDetector(config.width, config.height, config.box_threshold)
