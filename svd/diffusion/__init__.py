@@ -1,0 +1,1 @@
+"""Diffusion as mathematics, independent of any network: preconditioning, noise distributions, solvers, guidance."""

@@ -1,0 +1,160 @@
+"""EDM preconditioning, noise distributions and the training objective (§2, App. D.1–D.2, Eqs. 1–13; arXiv 2206.00364).
+
+Notation: x = x0 + sigma * noise is the noisy latent, D(x; sigma) the denoiser, F the raw network:
+    D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)).
+Shapes: latents (B, T, C, H, W); sigma (B,), one noise level a clip, shared by its T frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Kind = Literal["eps", "v", "edm-v"]
+Network = Callable[[Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+class Scalings(NamedTuple):
+    """The four functions of sigma of the preconditioning, each (B,)."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+def scalings(sigma: Tensor, kind: Kind = "edm-v") -> Scalings:
+    """Preconditioning for noise levels `sigma` > 0, any shape (D.2, Eqs. 5–13).
+
+    eps: Stable Diffusion 2.1 as inherited. edm-v: every SVD model, c_noise = ln(sigma) / 4. v: the same skip and output
+    scale on SD's 1000 discrete levels (ablations, E.2). For the discrete kinds c_noise is the index of the nearest
+    level.
+    """
+    variance = sigma.square() + 1
+    c_in = variance.rsqrt()
+    if kind == "eps":
+        return Scalings(torch.ones_like(sigma), -sigma, c_in, DiscreteSchedule().index(sigma))
+    c_noise = sigma.log() / 4 if kind == "edm-v" else DiscreteSchedule().index(sigma)
+    return Scalings(variance.reciprocal(), -sigma * c_in, c_in, c_noise)
+
+
+def weighting(sigma: Tensor, kind: Kind = "edm-v") -> Tensor:
+    """The weight lambda(sigma) of the denoising loss |D - x0|^2; `weighting * c_out**2 == 1` for every kind (D.2)."""
+    if kind == "eps":
+        return sigma.pow(-2)
+    return (1 + sigma.square()) / sigma.square()
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) to (B, 1, …, 1) with as many dimensions as `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def v_target(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """What F must predict for the kinds `v` and `edm-v`: (noise - sigma x0) / sqrt(sigma^2 + 1).
+
+    x0 and noise (B, …), sigma (B,).
+    """
+    sigma = expand(sigma, x0)
+    return (noise - sigma * x0) * (sigma.square() + 1).rsqrt()
+
+
+def network_target(x0: Tensor, noise: Tensor, sigma: Tensor, kind: Kind = "edm-v") -> Tensor:
+    """What F must predict: the noise for `eps`, else v."""
+    return noise if kind == "eps" else v_target(x0, noise, sigma)
+
+
+def loss(network: Network, latents: Tensor, sigma: Tensor, noise: Tensor, kind: Kind = "edm-v") -> Tensor:
+    """Denoising loss of each clip, (B,).
+
+    `network(x_BTCHW, c_noise_B)` returns F. The weighted loss lambda |D - x0|^2 equals the plain squared error of F
+    because lambda * c_out^2 = 1 (D.2), so it is computed in the network's output space: shorter, and exact in low
+    precision too. latents, noise: (B, T, C, H, W); sigma: (B,).
+    """
+    factors = scalings(sigma, kind)
+    noisy = latents + expand(sigma, latents) * noise
+    predicted = network(noisy * expand(factors.c_in, latents), factors.c_noise)
+    error = predicted.float() - network_target(latents, noise, sigma, kind).float()
+    return error.square().flatten(1).mean(1)
+
+
+def denoiser(network: Network, kind: Kind = "edm-v") -> Denoiser:
+    """D(x; sigma) from the raw network; x (B, T, C, H, W) float32 or float64, sigma (B,)."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        c_skip, c_out, c_in, c_noise = scalings(sigma, kind)
+        predicted = network(x * expand(c_in, x), c_noise).to(x.dtype)
+        return expand(c_skip, x) * x + expand(c_out, x) * predicted
+
+    return denoise
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """ln(sigma) ~ N(p_mean, p_std^2): the noise levels of training and of the conditioning frame (D.2–D.5)."""
+
+    p_mean: float
+    p_std: float
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """(n,) float32 noise levels, drawn on the generator's device (CPU without one)."""
+        device = generator.device if generator is not None else "cpu"
+        return (self.p_mean + self.p_std * torch.randn(n, generator=generator, device=device)).exp()
+
+
+@dataclass(frozen=True)
+class DiscreteSchedule:
+    """Stable Diffusion's noise levels, beta linear in its square root; used by the ablations (E.2) and by SD 2.1
+    itself.
+    """
+
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+
+    @property
+    def sigmas(self) -> Tensor:
+        """(steps,) float32, ascending: sqrt((1 - a) / a) of the cumulative product a; 0.02917 … 14.6146."""
+        return self._sigmas64().float()
+
+    def _sigmas64(self) -> Tensor:
+        root = torch.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), self.steps, dtype=torch.float64)
+        alphas = torch.cumprod(1 - root.square(), 0)
+        return ((1 - alphas) / alphas).sqrt()
+
+    def index(self, sigma: Tensor) -> Tensor:
+        """The index of the nearest level, of sigma's shape and dtype."""
+        table = self._sigmas64()
+        middles = ((table[1:] + table[:-1]) / 2).to(sigma.device)
+        return torch.bucketize(sigma.double(), middles).to(sigma.dtype)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """(n,) levels drawn uniformly."""
+        device = generator.device if generator is not None else "cpu"
+        chosen = torch.randint(self.steps, (n,), generator=generator, device=device)
+        return self.sigmas.to(device)[chosen]
+
+    def ddim_sigmas(self, steps: int) -> Tensor:
+        """(steps + 1,) descending levels of DDIM with `leading` spacing and an offset of one, as SD 2.1 uses; ends
+        with 0.
+        """
+        if not 1 <= steps < self.steps:
+            raise ValueError(f"DDIM needs between 1 and {self.steps - 1} steps, got {steps}")
+        chosen = torch.arange(steps - 1, -1, -1) * (self.steps // steps) + 1
+        return torch.cat([self.sigmas[chosen], torch.zeros(1)])
+
+
+def offset_noise(noise: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
+    """Add one random number a clip and channel, shared by all frames and pixels (E.2.1); noise (B, T, C, H, W)."""
+    if strength == 0:
+        return noise
+    batch, _, channels = noise.shape[:3]
+    device = generator.device if generator is not None else noise.device
+    shift = torch.randn(batch, 1, channels, 1, 1, generator=generator, device=device)
+    return noise + strength * shift.to(noise)
