@@ -72,9 +72,9 @@ class Autoencoder(nn.Module):
     ) -> Tensor:
         """Latents (B, T, C, h, w), already divided by the scaling factor, to frames (B, T, 3, H, W) in about [-1, 1].
 
-        chunk: frames decoded together (None: all). The temporal layers see up to 29 frames to each side (14 blocks of two
-        (3, 1, 1) convolutions and the last one) and normalise over the whole chunk, so a chunk's result can't equal the
-        whole clip's exactly; `overlap` frames shared by neighbouring chunks are cross-faded, which removes the jump at
+        chunk: frames decoded together (None: all). The temporal layers see up to 29 frames to each side (14 blocks of
+        two (3, 1, 1) convolutions and the last one) and normalise over the whole chunk, so a chunk's result can't equal
+        the whole clip's exactly; `overlap` frames shared by neighbouring chunks are cross-faded, which removes the jump at
         the border. 0 is the released script's behaviour (hard borders). Half of `chunk` is the most that makes sense.
         image_mode: skip the temporal layers; every frame is decoded alone.
         Raises ValueError unless 0 <= overlap < chunk.
@@ -108,7 +108,7 @@ class Autoencoder(nn.Module):
         return total
 
     def forward(self, frames_BTCHW: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Reconstruction (B, T, 3, H, W) of the posterior's mean, or of a draw when `generator` is given; and the moments."""
+        """Reconstruction (B, T, 3, H, W) of the posterior's mean, or of a draw given `generator`; and the moments."""
         moments = self.encode(frames_BTCHW)
         latents = mean(moments) if generator is None else sample(moments, generator)
         return self.decode(latents), moments
@@ -149,7 +149,7 @@ def mean(moments: Tensor) -> Tensor:
 
 
 def sample(moments: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A draw from the posterior, (..., 2C, h, w) to (..., C, h, w), not scaled; noise is drawn on the generator's device."""
+    """A draw from the posterior, (..., 2C, h, w) to (..., C, h, w), not scaled; the noise is drawn on the generator's device."""
     average, logvar = moments.chunk(2, dim=-3)
     device = generator.device if generator is not None else moments.device
     noise = torch.randn(average.shape, generator=generator, device=device, dtype=torch.float32)
@@ -159,9 +159,9 @@ def sample(moments: Tensor, generator: torch.Generator | None) -> Tensor:
 def add_temporal_decoder(image: Autoencoder) -> Autoencoder:
     """A temporal autoencoder that starts with the image autoencoder's weights (VideoLDM §3.1.1).
 
-    The temporal branches start at zero and the last time convolution as the identity. `post_quant_conv` has no place in
-    the temporal layout and is folded into `decoder.conv_in`: exact but for its bias at the outermost latent pixels, where
-    zero padding follows it in the image decoder.
+    The temporal branches start at zero and the last time convolution as the identity. `post_quant_conv` has no place
+    in the temporal layout and is folded into `decoder.conv_in`: exact but for its bias at the outermost latent pixels,
+    where zero padding follows it in the image decoder.
     """
     config = replace(image.config, temporal_decoder=True)
     device = next(image.parameters()).device

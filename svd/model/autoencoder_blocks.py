@@ -1,7 +1,9 @@
-"""Parts of the first stage: residual blocks, mid-block attention, encoder and the image or temporal decoder (§2.7 of the code base).
+"""Parts of the first stage: residual blocks, mid-block attention, encoder and the two decoders.
 
-Shapes: N = B·T frames, C channels, H, W pixels of the level. Activations are (N, C, H, W) in channels-last memory, which
-is the same memory as (B, T, H·W, C); temporal layers are 2-D convolutions with kernel (3, 1) on that view, so no Conv3d
+The encoder and the image decoder are SD 2.1's; the temporal decoder is VideoLDM's (§3.1.1) in its released form.
+
+Shapes: N = B·T frames, C channels, H, W pixels of the level. Activations are (N, C, H, W) in channels-last memory,
+which is the same memory as (B, T, H·W, C); temporal layers are 2-D convolutions with kernel (3, 1) on that view, so no Conv3d
 kernel is ever called. Names of modules are diffusers' (`AutoencoderKL`, `AutoencoderKLTemporalDecoder`).
 """
 
@@ -38,7 +40,7 @@ class ResBlock(nn.Module):
 
 
 class TimeConv(nn.Conv3d):
-    """A (3, 1, 1) convolution over time; the weight keeps its 5-D shape, the work is a conv2d on a (B, C, T, H·W) view."""
+    """A (3, 1, 1) convolution over time; the weight is 5-D, the work is a conv2d on a (B, C, T, H·W) view."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
@@ -231,7 +233,8 @@ class UpBlock(nn.Module):
 class TemporalMidBlock(nn.Module):
     """Mid block of the temporal decoder: as many residual blocks as the decoder's `layers_per_block`.
 
-    As in diffusers, attention stands between the first two blocks; with one block it is kept for its weights' names only.
+    As in diffusers, attention stands between the first two blocks; with one block it is kept only for its
+    weights' names.
     """
 
     def __init__(self, channels: int, layers: int, groups: int) -> None:
@@ -255,9 +258,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(latents, widths[-1], 3, padding=1)
-        self.mid_block = (
-            TemporalMidBlock(widths[-1], layers, groups) if temporal else MidBlock(widths[-1], groups)
-        )
+        self.mid_block = TemporalMidBlock(widths[-1], layers, groups) if temporal else MidBlock(widths[-1], groups)
         after = list(reversed(widths))
         before = [after[0], *after[:-1]]
         self.up_blocks = nn.ModuleList(

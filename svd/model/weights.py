@@ -1,0 +1,139 @@
+"""Models in folders: U-Net and autoencoder saved and loaded in diffusers' layout, strictly and tensor by tensor.
+
+`<folder>/config.json` and `<folder>/diffusion_pytorch_model.safetensors` (or its shards); a pipeline folder holds such
+folders as `unet/`, `vae/`, … with `model_index.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from svd.model.autoencoder import Autoencoder
+from svd.model.checkpoint import Lazy, file_hash, fill, of_module, read_tensors, write_tensors
+from svd.model.layout import (
+    autoencoder_from_json,
+    autoencoder_to_json,
+    read_config,
+    unet_from_json,
+    unet_to_json,
+)
+from svd.stage import UserError, write_json
+
+if TYPE_CHECKING:
+    from svd.model.unet import UNet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
+    """The weights in a folder: the full file, the index of its shards, or the fp16 variant, in this order.
+
+    Raises UserError that says what the folder lacks; a pickled `.bin` is named and refused.
+    """
+    names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / f"{stem}.bin").is_file():
+        raise UserError(f"{folder / stem}.bin: pickled checkpoints can run code and are refused; get {names[0]}")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a model in diffusers' layout")
+    raise UserError(f"{folder}: no {names[0]} in this folder")
+
+
+def save_autoencoder(autoencoder: Autoencoder, folder: Path) -> None:
+    """Write the autoencoder in diffusers' layout; equal weights give equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, of_module(autoencoder))
+    write_json(folder / "config.json", autoencoder_to_json(autoencoder.config))
+
+
+def load_autoencoder(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Autoencoder:
+    """An autoencoder from diffusers' layout (`AutoencoderKL` or `AutoencoderKLTemporalDecoder`).
+
+    A pipeline folder is accepted too (its `vae/` is taken). dtype: None keeps the stored type. Raises UserError for
+    missing, broken and unfitting files.
+    """
+    folder = part_of(Path(folder), "vae")
+    config = autoencoder_from_json(read_config(folder / "config.json"), folder / "config.json")
+    tensors = modern_attention_names(read_tensors(weights_file(folder)))
+    with torch.device("meta"):
+        autoencoder = Autoencoder(config)
+    fill(autoencoder, tensors, f"{folder} doesn't fit its config.json", device, dtype)
+    return autoencoder.eval()
+
+
+def part_of(folder: Path, part: str) -> Path:
+    """`folder/part` when `folder` is a whole pipeline, else `folder`."""
+    return folder / part if (folder / part / "config.json").is_file() else folder
+
+
+def modern_attention_names(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Old autoencoder folders (SD 1 and 2) call the attention's layers query, key, value and proj_attn."""
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    renamed: dict[str, Lazy] = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        if "attentions" in parts and parts[-2] in names:
+            parts[-2] = names[parts[-2]]
+            if len(tensor.shape) == 4:
+                tensor = tensor.map(lambda t: t[:, :, 0, 0])
+        renamed[".".join(parts)] = tensor
+    return renamed
+
+
+def save_unet(unet: UNet, folder: Path, frames: int = 14) -> None:
+    """Write the U-Net in diffusers' layout; `frames` is the default length that diffusers reads from the config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = of_module(unet)
+    if not unet.config.temporal:
+        tensors = {key.replace(".spatial_res_block.", "."): tensor for key, tensor in tensors.items()}
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / "config.json", unet_to_json(unet.config, frames))
+
+
+def load_unet(folder_or_file: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> UNet:
+    """A U-Net from diffusers' layout (`UNetSpatioTemporalConditionModel` or `UNet2DConditionModel`).
+
+    A pipeline folder is accepted too (its `unet/` is taken). Raises UserError for missing, broken and unfitting files.
+    """
+    from svd.model.unet import UNet
+
+    folder = part_of(Path(folder_or_file), "unet")
+    config = unet_from_json(read_config(folder / "config.json"), folder / "config.json")
+    tensors = read_tensors(weights_file(folder))
+    if not config.temporal:
+        tensors = video_names(tensors)
+    with torch.device("meta"):
+        unet = UNet(config)
+    fill(unet, tensors, f"{folder} doesn't fit its config.json", device, dtype)
+    return unet.eval()
+
+
+def video_names(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Names of an image U-Net's tensors in the video U-Net: residual blocks are one level deeper."""
+    renamed: dict[str, Lazy] = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        if "resnets" in parts:
+            parts.insert(parts.index("resnets") + 2, "spatial_res_block")
+        renamed[".".join(parts)] = tensor
+    return renamed
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """SHA-256 over the configs and weights of a folder (names and contents), the identity of a model."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in folder.rglob("*") if p.name == "config.json" or p.suffix == ".safetensors")
+    if not files:
+        raise UserError(f"{folder}: no config.json and no .safetensors; not a model folder")
+    for path in files:
+        digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
