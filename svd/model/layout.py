@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from svd.model.autoencoder import AutoencoderConfig
+from svd.model.unet import UNetConfig
 from svd.stage import UserError
-
-if TYPE_CHECKING:
-    from svd.model.unet import UNetConfig
 
 OURS = "svd"
 VERSION = "0.30.0"  # of the layout: what diffusers writes as `_diffusers_version`
@@ -117,8 +115,6 @@ def _block_types(attention: tuple[bool, ...], suffix: str) -> tuple[list[str], l
 
 def unet_from_json(value: dict[str, Any], path: Path) -> UNetConfig:
     """Raises UserError for another class than the two U-Nets and for missing keys."""
-    from svd.model.unet import UNetConfig
-
     if OURS in value:
         return _from_ours(UNetConfig, value[OURS], path)
     kind = value.get("_class_name")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,10 +21,8 @@ from svd.model.layout import (
     unet_from_json,
     unet_to_json,
 )
+from svd.model.unet import UNet
 from svd.stage import UserError, write_json
-
-if TYPE_CHECKING:
-    from svd.model.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -92,10 +89,7 @@ def modern_attention_names(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
 def save_unet(unet: UNet, folder: Path, frames: int = 14) -> None:
     """Write the U-Net in diffusers' layout; `frames` is the default length that diffusers reads from the config."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = of_module(unet)
-    if not unet.config.temporal:
-        tensors = {key.replace(".spatial_res_block.", "."): tensor for key, tensor in tensors.items()}
-    write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, of_module(unet))
     write_json(folder / "config.json", unet_to_json(unet.config, frames))
 
 
@@ -104,13 +98,9 @@ def load_unet(folder_or_file: Path, *, device: torch.device | str = "cpu", dtype
 
     A pipeline folder is accepted too (its `unet/` is taken). Raises UserError for missing, broken and unfitting files.
     """
-    from svd.model.unet import UNet
-
     folder = part_of(Path(folder_or_file), "unet")
     config = unet_from_json(read_config(folder / "config.json"), folder / "config.json")
     tensors = read_tensors(weights_file(folder))
-    if not config.temporal:
-        tensors = video_names(tensors)
     with torch.device("meta"):
         unet = UNet(config)
     fill(unet, tensors, f"{folder} doesn't fit its config.json", device, dtype)
