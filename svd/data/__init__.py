@@ -1,0 +1,1 @@
+"""Data: synthetic worlds, sources, shards, latents, loader, rendering."""
