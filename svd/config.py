@@ -122,7 +122,7 @@ class Threshold(Section):
 
 
 class FiltersConfig(Section):
-    """Per-axis filters (§3.3, E.2.2). `min_*` drop the low end, `max_*` the high end; a quantile is the share dropped."""
+    """Filters per axis (§3.3, E.2.2): `min_*` drops the low end, `max_*` the high end; quantiles are shares dropped."""
 
     min_motion: Threshold | None = None
     min_aesthetics: Threshold | None = None
@@ -195,6 +195,34 @@ class AutoencoderTraining(Section):
     precision: Precision = "32-true"
 
 
+class Geometry(Section):
+    """Frames, height and width of cached clips, in pixels."""
+
+    frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+
+    def serves(self, phase: Phase) -> bool:
+        """Whether a training phase can be fed from clips of this geometry (same size, at least as many frames)."""
+        return (self.height, self.width) == (phase.height, phase.width) and self.frames >= phase.frames
+
+
+class LatentsConfig(Section):
+    """The latent cache: every kept clip, encoded once for each geometry at a frame rate drawn for the clip (§2, D.2)."""
+
+    geometries: list[Geometry] = Field(min_length=1)
+    min_fps: float = Field(5, gt=0)
+    max_fps: float = Field(30, gt=0)
+    windows: PositiveInt = Field(1, description="windows of frames cached from each clip, spread over its length")
+    samples_per_shard: PositiveInt = 256
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_fps > self.max_fps:
+            raise ValueError("'min_fps' must not exceed 'max_fps'")
+        return self
+
+
 class Phase(Section):
     """One phase of a training stage: a resolution, a number of iterations and a noise distribution (App. D)."""
 
@@ -209,12 +237,19 @@ class Phase(Section):
     trainable: Literal["all", "time-embedding", "temporal"] = "all"
 
 
+class Subset(Section):
+    """Which cached clips a stage trains on: the share dropped at the low end (`min_*`) or high end (`max_*`) of an axis."""
+
+    min_motion: Fraction = 0.0
+    min_similarity: Fraction = 0.0
+    max_text_area: Fraction = 0.0
+
+
 class TrainingConfig(Section):
     """A training stage: its phases in order, and what they share."""
 
-    phases: list[Phase]
-    min_fps: float = Field(5, gt=0)
-    max_fps: float = Field(30, gt=0)
+    phases: list[Phase] = Field(min_length=1)
+    subset: Subset = Subset()
     objective: Literal["edm", "discrete-v"] = "edm"
     offset_noise: float = Field(0.0, ge=0)
     text_dropout: Fraction = 0.15
@@ -226,6 +261,7 @@ class TrainingConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0)
     warmup: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["none", "cosine"] = "none"
     clip_norm: float | None = Field(1.0, gt=0)
     precision: Precision = "bf16-mixed"
     gradient_accumulation: PositiveInt = 1
@@ -236,6 +272,7 @@ class TrainingConfig(Section):
     nodes: PositiveInt = 1
     validate_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 1000
+    validation_samples: PositiveInt = 256
     sample_steps: PositiveInt = 25
     num_workers: Annotated[int, Field(ge=0)] = 0
 
@@ -248,13 +285,27 @@ class LoraConfig(TrainingConfig):
     motions: list[Literal["horizontal", "zoom", "static"]] = ["horizontal", "zoom", "static"]
 
 
+Renderer = Literal["auto", "moderngl", "pyvista"]
+
+
+class OrbitsConfig(Section):
+    """Rendered orbits for the multi-view finetuning (§4.5, D.6): full circles at constant elevation, random light."""
+
+    objects: PositiveInt = 150_000
+    meshes: list[str] = Field([], description="folders or files (GLB, OBJ); empty: procedural textured meshes")
+    views: PositiveInt = 21
+    size: PositiveInt = 576
+    min_elevation: float = Field(-5, ge=-90, le=90)
+    max_elevation: float = Field(30, ge=-90, le=90)
+    environments: list[str] = Field([], description="folders or files of .hdr light; empty: procedural skies")
+    fov: float = Field(33.8, gt=0, lt=180, description="vertical field of view in degrees")
+    radius: float = Field(2.0, gt=0, description="distance of the camera; the object's longest side is 1")
+    renderer: Renderer = "auto"
+
+
 class MultiviewTraining(TrainingConfig):
     """SVD-MV (§4.5, D.6): orbits of rendered objects, elevation as an additional conditioning."""
 
-    train_objects: PositiveInt = 150_000
-    meshes: list[str] = Field([], description="folders or URIs of GLB/OBJ files; empty: procedural textured meshes")
-    min_elevation: float = -5
-    max_elevation: float = 30
     initialisation: Literal["image-to-video", "image-model", "scratch"] = "image-to-video"
 
 
@@ -286,21 +337,23 @@ class Ucf101Config(Section):
     sha256: str | None = None
     sampling: Sampling = Sampling()
     batch_size: PositiveInt = 8
+    seeds: PositiveInt = Field(1, description="how many times the clips are sampled; the scores' spread is reported")
+    controls: list[Literal["noise", "mean-frame", "untrained"]] = ["noise", "mean-frame"]
+    shown: PositiveInt = Field(12, description="clips in the picture and the report")
 
 
 class MultiviewBenchmark(Section):
-    """Multi-view benchmark on GSO and MVImgNet (§4.5, Fig. 10)."""
+    """Multi-view benchmark on rendered objects (§4.5, Fig. 10). `None` takes the value of the protocol."""
 
-    meshes: list[str] = Field([], description="GSO meshes; empty: held-out procedural meshes")
+    protocol: Literal["svd_gso_v1", "syncdreamer_gso_v1"] = "svd_gso_v1"
+    meshes: list[str] = Field([], description="folders or files of GSO meshes; empty: held-out procedural meshes")
     objects: PositiveInt = 50
-    views: PositiveInt = 21
-    size: PositiveInt = 576
-    elevation: float = 10.0
-    fov: float = 33.8
-    radius: float = 2.0
-    renderer: Literal["moderngl", "pyvista", "cycles"] = "moderngl"
-    perceptual: Literal["lpips-alex", "lpips-vgg", "stlpips-alex"] = "lpips-vgg"
-    lpips_weights: str | None = None
+    views: PositiveInt | None = None
+    size: PositiveInt | None = None
+    elevation: float | None = Field(None, ge=-90, le=90)
+    renderer: Renderer = "auto"
+    perceptual: Literal["lpips-alex", "lpips-vgg", "stlpips-alex", "stlpips-vgg"] = "lpips-vgg"
+    lpips_weights: str | None = Field(None, description="safetensors of LPIPS v0.1 (evaluation/perceptual.py)")
     sampling: Sampling = Sampling(steps=25, guidance=2.5)
 
 
@@ -321,11 +374,33 @@ class Preset(Section):
     encoders: EncodersConfig
     model: ModelConfig
     autoencoder: AutoencoderTraining
+    latents: LatentsConfig
     image_pretraining: TrainingConfig
     video_pretraining: TrainingConfig
     high_quality_finetuning: TrainingConfig
     image_to_video: TrainingConfig
     camera_lora: LoraConfig
     frame_interpolation: TrainingConfig
+    orbits: OrbitsConfig
     multiview_finetuning: MultiviewTraining
     evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _phases_are_cached(self) -> Self:
+        stages = ("image_pretraining", "video_pretraining", "high_quality_finetuning", "image_to_video")
+        for stage in (*stages, "camera_lora", "frame_interpolation"):
+            for number, phase in enumerate(getattr(self, stage).phases):
+                if not any(geometry.serves(phase) for geometry in self.latents.geometries):
+                    size = f"{phase.frames} frames of {phase.height}x{phase.width}"
+                    raise ValueError(f"'{stage}.phases.{number}' needs {size}, which no entry of 'latents.geometries' has")
+        return self
+
+    @model_validator(mode="after")
+    def _orbits_are_rendered(self) -> Self:
+        orbits = self.orbits
+        for number, phase in enumerate(self.multiview_finetuning.phases):
+            if (phase.frames, phase.height, phase.width) != (orbits.views, orbits.size, orbits.size):
+                found = f"{phase.frames} frames of {phase.height}x{phase.width}"
+                made = f"{orbits.views} views of {orbits.size}x{orbits.size}"
+                raise ValueError(f"'multiview_finetuning.phases.{number}' has {found}, but 'orbits' renders {made}")
+        return self
