@@ -8,9 +8,9 @@ Shapes: latents (B, T, C, H, W); sigma (B,), one noise level a clip, shared by i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 Kind = Literal["eps", "v", "edm-v"]
 Network = Callable[[Tensor, Tensor], Tensor]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 class Scalings(NamedTuple):
@@ -54,6 +55,18 @@ def weighting(sigma: Tensor, kind: Kind = "edm-v") -> Tensor:
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """(B,) to (B, 1, …, 1) with as many dimensions as `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def randn(shape: Sequence[int], generators: Generators = None) -> Tensor:
+    """Standard normal numbers (B, …), float32, on the generators' device (CPU without one).
+
+    With one generator for each of the B samples, a sample's numbers don't depend on what else is in the batch.
+    """
+    if isinstance(generators, Sequence):
+        if len(generators) != shape[0]:
+            raise ValueError(f"{len(generators)} generators for a batch of {shape[0]}")
+        return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generators])
+    return torch.randn(shape, generator=generators, device=generators.device if generators is not None else "cpu")
 
 
 def v_target(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

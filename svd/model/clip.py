@@ -1,0 +1,168 @@
+"""CLIP models of open_clip: the toy one that this project trains, and released weights by hub name or file.
+
+A folder of a stored CLIP holds `open_clip_config.json` and `model.safetensors`; `reference.json` says what it is:
+`{"kind": "toy-clip"}`, or for released weights their name, so that a stage's output needn't copy gigabytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME
+from open_clip.pretrained import get_pretrained_cfg
+
+from svd.config import EncodersConfig
+from svd.model.checkpoint import check_hash, fill, of_module, read_tensors, write_tensors
+from svd.stage import UserError, write_json
+
+WEIGHTS = "model.safetensors"
+CONFIG = "open_clip_config.json"
+REFERENCE = "reference.json"
+
+_TOY_IMAGE = 64
+_TOY_PATCH = 8
+_TOY_LAYERS = 3
+_TOY_HEAD = 16
+
+
+def toy_config(width: int, embedding: int) -> dict[str, Any]:
+    """open_clip configuration of the toy CLIP: 64 x 64 images in patches of 8, three layers in each tower.
+
+    width: of the image tower. embedding: size of the joint space and width of the text tower, so that text tokens
+    and image embeddings both fit a U-Net with this cross-attention width. Raises UserError unless both are multiples
+    of 16.
+    """
+    if width % _TOY_HEAD or embedding % _TOY_HEAD:
+        raise UserError(
+            f"encoders.toy_width ({width}) and model.unet.cross_attention_dim ({embedding}) must be multiples of "
+            f"{_TOY_HEAD} for the toy-clip encoders"
+        )
+    return {
+        "embed_dim": embedding,
+        "vision_cfg": {
+            "image_size": _TOY_IMAGE,
+            "layers": _TOY_LAYERS,
+            "width": width,
+            "head_width": _TOY_HEAD,
+            "patch_size": _TOY_PATCH,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": embedding,
+            "heads": embedding // _TOY_HEAD,
+            "layers": _TOY_LAYERS,
+        },
+    }
+
+
+def build(config: dict[str, Any], source: str) -> open_clip.CLIP:
+    """A CLIP with fresh weights; `source` is named in the UserError for architectures without CLIP's own text tower."""
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys() or "hf_model_name" in config["text_cfg"]:
+        raise UserError(f"{source}: not a CLIP with its own text transformer; use a model such as ViT-H-14 or ViT-L-14")
+    model = open_clip.CLIP(
+        embed_dim=config["embed_dim"],
+        vision_cfg=open_clip.CLIPVisionCfg(**config["vision_cfg"]),
+        text_cfg=open_clip.CLIPTextCfg(**config["text_cfg"]),
+        quick_gelu=config.get("quick_gelu", False),
+    )
+    if model.text_pool_type != "argmax" or model.attn_mask is None:
+        raise UserError(f"{source}: the text tower isn't CLIP's (causal, read at the end token)")
+    return model
+
+
+def save_toy(clip: open_clip.CLIP, config: dict[str, Any], folder: Path) -> None:
+    """Write a CLIP trained here; open_clip itself loads the folder as `local-dir:<folder>`. Equal weights, equal
+    bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, of_module(clip))
+    preprocess = {"mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD)}
+    write_json(folder / CONFIG, {"model_cfg": config, "preprocess_cfg": preprocess})
+    write_json(folder / REFERENCE, {"kind": "toy-clip"})
+
+
+def save_reference(config: EncodersConfig, folder: Path) -> None:
+    """Write which released weights to use, and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"kind": config.kind, "model": config.model, "weights": config.weights, "sha256": config.sha256}
+    write_json(folder / REFERENCE, values)
+
+
+def load_clip(folder: Path, config: EncodersConfig, device: torch.device | str = "cpu") -> tuple[open_clip.CLIP, str]:
+    """The CLIP that the `encoders` stage left in `folder`, and its label for reports.
+
+    Raises UserError when the folder is no output of that stage, or when released weights can't be had.
+    """
+    reference = _read_json(folder / REFERENCE)
+    kind = reference.get("kind")
+    if kind != config.kind:
+        raise UserError(f"{folder / REFERENCE}: encoders of kind '{kind}', the preset wants '{config.kind}'")
+    if config.kind == "open_clip":
+        return load_released(config, device), f"{config.model}/{config.weights}"
+    model_config = _read_json(folder / CONFIG).get("model_cfg", {})
+    clip = build(model_config, str(folder / CONFIG))
+    fill(clip, read_tensors(folder / WEIGHTS), f"{folder} doesn't fit its {CONFIG}", device)
+    return clip.to(device).eval(), "toy-clip"
+
+
+def load_released(config: EncodersConfig, device: torch.device | str = "cpu") -> open_clip.CLIP:
+    """Released open_clip weights: `config.weights` is a local .safetensors file or one of open_clip's names (hub).
+
+    Raises UserError for unknown models and names, a wrong sha256, pickled files, and when the hub can't be reached.
+    """
+    architecture = open_clip.get_model_config(config.model)
+    if architecture is None:
+        raise UserError(f"encoders.model: open_clip knows no model '{config.model}' (for SVD: ViT-H-14)")
+    path = released_file(config)
+    clip = build(architecture, f"encoders.model {config.model}")
+    fill(clip, read_tensors(path, config.sha256), f"{path} doesn't fit open_clip's {config.model}", device)
+    return clip.to(device).eval()
+
+
+def released_file(config: EncodersConfig) -> Path:
+    """The weights file, downloaded into the hub's cache when `config.weights` is a name; checks the sha256 when
+    given.
+    """
+    path = Path(config.weights)
+    if path.suffix or path.is_file():
+        return path
+    hub = (get_pretrained_cfg(config.model, config.weights) or {}).get("hf_hub", "").strip("/")
+    if not hub:
+        raise UserError(
+            f"encoders.weights: '{config.weights}' is no .safetensors file and no hub weights of {config.model}; "
+            f"open_clip has {', '.join(open_clip.list_pretrained_tags_by_model(config.model)) or 'none'}"
+        )
+    path = _download(hub)
+    if config.sha256 is not None:
+        check_hash(path, config.sha256)
+    return path
+
+
+def _download(hub: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(hub, HF_SAFE_WEIGHTS_NAME))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{HF_SAFE_WEIGHTS_NAME} of {hub} can't be downloaded ({type(error).__name__}); get it from "
+            f"https://huggingface.co/{hub} and give its path in encoders.weights"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage 'encoders' first") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,215 @@
+"""Everything the U-Net is told besides the noisy latents (§2, D.2, D.4–D.6; released code where the paper is silent).
+
+Text and image encoders of CLIP, micro-conditioning ids, the noise-augmented conditioning frame, and the dropout that
+makes classifier-free guidance possible. Frames are (B, 3, H, W) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kornia
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from svd.config import EncodersConfig
+from svd.diffusion.edm import Generators, expand, randn
+from svd.model.clip import load_clip
+from svd.stage import UserError
+
+MAX_IDS = 4
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text tower read at its penultimate layer, as Stable Diffusion 2.1 does: 77 x 1024 for ViT-H/14."""
+
+    def __init__(self, clip: open_clip.CLIP) -> None:
+        super().__init__()
+        self.token_embedding = clip.token_embedding
+        self.positional_embedding = clip.positional_embedding
+        self.transformer = clip.transformer
+        self.ln_final = clip.ln_final
+        self.text_projection = clip.text_projection
+        self.register_buffer("attn_mask", clip.attn_mask, persistent=False)
+        self.context_length = int(clip.context_length)
+        self._tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+
+    @property
+    def width(self) -> int:
+        """Size D of a token's embedding."""
+        return self.positional_embedding.shape[1]
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """(B, 77) token ids between start and end token, zero padded; longer captions are cut."""
+        return self._tokenizer(list(captions)).to(self.positional_embedding.device)
+
+    def _hidden(self, tokens: Tensor, layers: int) -> Tensor:
+        length = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.positional_embedding[:length]
+        mask = self.attn_mask[:length, :length].to(x.dtype)
+        for block in self.transformer.resblocks[:layers]:
+            x = block(x, attn_mask=mask)
+        return self.ln_final(x)
+
+    def forward(self, captions: Sequence[str]) -> Tensor:
+        """Context tokens (B, 77, D): the output of the last layer but one, through the final layer norm."""
+        return self._hidden(self.tokens(captions), len(self.transformer.resblocks) - 1)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """(B, L) token ids to (B, E) in the joint space, not normalised; reads the end token of the last layer."""
+        end = tokens.argmax(1)
+        # Attention is causal: what stands behind the end token can't change the result, so it isn't computed.
+        x = self._hidden(tokens[:, : int(end.max()) + 1], len(self.transformer.resblocks))
+        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
+
+    def features(self, captions: Sequence[str]) -> Tensor:
+        """(B, E) unit vectors in the space shared with `ImageEncoder.features`."""
+        return F.normalize(self.project(self.tokens(captions)), dim=-1)
+
+
+class ImageEncoder(nn.Module):
+    """CLIP's image tower with its projection: one vector a picture, 1024 for ViT-H/14 (D.4; released code)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, clip: open_clip.CLIP) -> None:
+        super().__init__()
+        self.visual = clip.visual
+        self.register_buffer("mean", torch.tensor(open_clip.OPENAI_DATASET_MEAN).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(open_clip.OPENAI_DATASET_STD).reshape(3, 1, 1), persistent=False)
+
+    @property
+    def width(self) -> int:
+        """Size E of the embedding."""
+        return int(self.visual.output_dim)
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to CLIP's normalised input (B, 3, S, S).
+
+        The released code's resize: bicubic with aligned corners after a Gaussian blur when the picture shrinks; the
+        aspect ratio isn't kept. Other resizes shift the embedding.
+        """
+        resized = kornia.geometry.resize(
+            frames.float(), self.visual.image_size, interpolation="bicubic", align_corners=True, antialias=True
+        )
+        return ((resized + 1) / 2 - self.mean) / self.std
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to projected embeddings (B, E), not normalised."""
+        return self.visual(self.preprocess(frames).to(self.visual.conv1.weight.dtype))
+
+    def features(self, frames: Tensor) -> Tensor:
+        """(B, E) unit vectors in the space shared with `TextEncoder.features`."""
+        return F.normalize(self(frames), dim=-1)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Frozen encoders. label: which weights these are, for reports (`toy-clip`, or open_clip model and weights)."""
+
+    text: TextEncoder
+    image: ImageEncoder
+    label: str
+
+    @torch.no_grad()
+    def image_features(self, frames: Tensor) -> Tensor:
+        """Unit vectors (B, E) of frames (B, 3, H, W) in [-1, 1]; with `text_features`, dot products are CLIP scores."""
+        return self.image.features(frames)
+
+    @torch.no_grad()
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """Unit vectors (B, E) of captions."""
+        return self.text.features(captions)
+
+    def to(self, *args: Any) -> Encoders:
+        """Move both encoders, as nn.Module.to."""
+        return Encoders(self.text.to(*args), self.image.to(*args), self.label)
+
+
+def load_encoders(folder: Path, config: EncodersConfig, device: torch.device | str = "cpu") -> Encoders:
+    """The encoders that the stage `encoders` left in `folder`, frozen, float32. Raises UserError when they can't be
+    had.
+    """
+    clip, label = load_clip(folder, config, device)
+    clip.requires_grad_(False)
+    text, image = TextEncoder(clip).to(device), ImageEncoder(clip).to(device)
+    return Encoders(text.eval(), image.eval(), label)
+
+
+def from_uint8(frames: NDArray[np.uint8]) -> Tensor:
+    """(T, H, W, 3) uint8 to (T, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def fps_id(fps: float) -> float:
+    """The frame rate as the U-Net is told it: fps - 1 (released code and diffusers; a clip at 7 fps has id 6)."""
+    return fps - 1
+
+
+def polar_angle(elevation_degrees: float) -> float:
+    """Elevation as the multi-view model is told it: the angle from the vertical axis in radians, pi/2 at the equator.
+
+    The paper (D.6) embeds "the elevation" without a unit; this is the convention of its successor SV3D (`polars_rad`).
+    """
+    if not -90 <= elevation_degrees <= 90:
+        raise UserError(f"an elevation must lie between -90 and 90 degrees, got {elevation_degrees}")
+    return math.radians(90 - elevation_degrees)
+
+
+def micro_conditioning(
+    count: int,
+    batch: int,
+    *,
+    fps: float,
+    motion_bucket: float,
+    cond_aug: float = 0.0,
+    elevation_degrees: float = 0.0,
+) -> Tensor | None:
+    """The first `count` of [fps - 1, motion bucket, cond_aug, polar angle] for each of `batch` clips: (B, count)
+    float32.
+
+    count: the U-Net's `ids`; 0 gives None. cond_aug: the standard deviation of the noise on the conditioning frame,
+    raw, not its logarithm (the order and this convention are the released configuration's).
+    """
+    if count == 0:
+        return None
+    if count > MAX_IDS:
+        raise UserError(f"the U-Net wants {count} conditioning ids; known are fps, motion bucket, cond_aug, elevation")
+    values = [fps_id(fps), motion_bucket, cond_aug, polar_angle(elevation_degrees)]
+    return torch.tensor(values[:count], dtype=torch.float32).repeat(batch, 1)
+
+
+def noise_augment(frames: Tensor, sigma: Tensor, generators: Generators = None) -> Tensor:
+    """The conditioning frame with noise, in pixel space before the autoencoder (D.4): frames + sigma * noise.
+
+    frames (B, …), sigma (B,); in training ln(sigma) ~ N(-3, 0.5^2). For the interpolation model the same is done to
+    latents.
+    """
+    noise = randn(frames.shape, generators).to(frames)
+    return frames + expand(sigma.to(frames), frames) * noise
+
+
+def drop(signal: Tensor, probability: float, generators: Generators = None, null: Tensor | None = None) -> Tensor:
+    """Classifier-free dropout: each sample of `signal` (B, …) becomes `null` (zeros by default) with `probability`.
+
+    Call it once a signal; the draws are independent. null: of a sample's shape, such as the embedding of the empty
+    caption.
+    """
+    if isinstance(generators, Sequence):
+        draws = torch.cat([torch.rand(1, generator=g, device=g.device).cpu() for g in generators])
+    else:
+        device = generators.device if generators is not None else "cpu"
+        draws = torch.rand(len(signal), generator=generators, device=device)
+    dropped = expand((draws < probability).to(signal.device), signal)
+    return torch.where(
+        dropped, torch.zeros((), dtype=signal.dtype, device=signal.device) if null is None else null, signal
+    )

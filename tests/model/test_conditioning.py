@@ -1,0 +1,246 @@
+"""Encoders, micro-conditioning, noise augmentation and dropout."""
+
+import math
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svd.config import EncodersConfig
+from svd.model import clip as clips
+from svd.model.conditioning import (
+    Encoders,
+    ImageEncoder,
+    TextEncoder,
+    drop,
+    from_uint8,
+    load_encoders,
+    micro_conditioning,
+    noise_augment,
+    polar_angle,
+)
+from svd.stage import UserError
+
+TOY = EncodersConfig(kind="toy-clip", toy_width=32)
+CONFIG = clips.toy_config(32, 48)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    return clips.build(CONFIG, "test").eval()
+
+
+@pytest.fixture(scope="module")
+def folder(clip, tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoders")
+    clips.save_toy(clip, CONFIG, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoders(folder) -> Encoders:
+    return load_encoders(folder, TOY)
+
+
+def test_text_context_is_open_clips_penultimate_layer(clip, encoders):
+    captions = ["a red ball bouncing", "", "x " * 200]
+    tokens = open_clip.get_tokenizer("ViT-H-14")(captions)
+    reference = clip.forward_intermediates(text=tokens, normalize_intermediates=True, normalize=False)
+    context = encoders.text(captions)
+    assert context.shape == (3, 77, encoders.text.width) == (3, 77, 48)
+    torch.testing.assert_close(context, reference["text_intermediates"][-2])
+    assert not torch.allclose(context, reference["text_intermediates"][-1], atol=1e-2)
+
+
+def test_text_features_are_open_clips(clip, encoders):
+    captions = ["a red ball", "something much longer than the first caption, and with more words", ""]
+    reference = clip.encode_text(open_clip.get_tokenizer("ViT-H-14")(captions), normalize=True)
+    torch.testing.assert_close(encoders.text_features(captions), reference)
+
+
+def test_image_embedding_is_open_clips_projection(clip, encoders):
+    frames = torch.rand(2, 3, 40, 72) * 2 - 1
+    reference = clip.encode_image(encoders.image.preprocess(frames))
+    torch.testing.assert_close(encoders.image(frames), reference)
+    assert encoders.image.width == reference.shape[1] == 48
+    torch.testing.assert_close(
+        encoders.image_features(frames), clip.encode_image(encoders.image.preprocess(frames), True)
+    )
+
+
+def test_preprocess_normalises_a_constant_picture(encoders):
+    frames = torch.full((1, 3, 100, 90), 0.5)
+    expected = (0.75 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor(
+        [0.26862954, 0.26130258, 0.27577711]
+    )
+    picture = encoders.image.preprocess(frames)
+    assert picture.shape == (1, 3, 64, 64)
+    torch.testing.assert_close(picture, expected.reshape(1, 3, 1, 1).expand(1, 3, 64, 64), rtol=1e-5, atol=1e-5)
+
+
+def test_resize_aligns_corners_and_antialiases(encoders):
+    """Enlarging with aligned corners keeps the corner pixels; shrinking a fine checkerboard gives grey, not moiré."""
+    small = torch.rand(1, 3, 16, 16) * 2 - 1
+    restored = encoders.image.preprocess(small) * encoders.image.std + encoders.image.mean
+    torch.testing.assert_close(restored[..., 0, 0] * 2 - 1, small[..., 0, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(restored[..., -1, -1] * 2 - 1, small[..., -1, -1], atol=1e-4, rtol=1e-4)
+    y, x = torch.meshgrid(torch.arange(512), torch.arange(512), indexing="ij")
+    checks = ((y + x) % 2 * 2 - 1).float().expand(1, 3, -1, -1)
+    grey = encoders.image.preprocess(checks) * encoders.image.std + encoders.image.mean
+    assert (grey - 0.5).abs().max() < 0.01
+
+
+def test_stored_toy_clip_loads_in_open_clip(folder, encoders):
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    frames = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(model.eval().encode_image(frames), encoders.image.visual(frames))
+    assert encoders.label == "toy-clip"
+
+
+def test_loading_is_strict_about_kind_folder_and_weights(folder, tmp_path):
+    with pytest.raises(UserError, match=r"reference\.json.*wants 'open_clip'"):
+        load_encoders(folder, EncodersConfig())
+    with pytest.raises(UserError, match="run the stage 'encoders' first"):
+        load_encoders(tmp_path, TOY)
+    clips.save_toy(clips.build(CONFIG, "test"), clips.toy_config(32, 64), tmp_path)
+    with pytest.raises(UserError, match="doesn't fit"):
+        load_encoders(tmp_path, TOY)
+
+
+def released(tmp_path, clip, monkeypatch, **options):
+    """Settings for a released checkpoint of a small architecture that open_clip is told about."""
+    from svd.model.checkpoint import of_module, write_tensors
+
+    write_tensors(tmp_path / "weights.safetensors", of_module(clip))
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: CONFIG if name == "small" else None)
+    return EncodersConfig(**{"model": "small", "weights": str(tmp_path / "weights.safetensors"), **options})
+
+
+def test_released_weights_by_path_and_hash(tmp_path, clip, encoders, monkeypatch):
+    import hashlib
+
+    digest = hashlib.sha256
+    config = released(tmp_path, clip, monkeypatch)
+    good = digest((tmp_path / "weights.safetensors").read_bytes()).hexdigest()
+    clips.save_reference(config.model_copy(update={"sha256": good}), tmp_path)
+    loaded = load_encoders(tmp_path, config.model_copy(update={"sha256": good}))
+    torch.testing.assert_close(loaded.text(["a cat"]), encoders.text(["a cat"]))
+    assert loaded.label.startswith("small/")
+    assert not any(p.requires_grad for p in loaded.text.parameters())
+    with pytest.raises(UserError, match="wrong sha256"):
+        load_encoders(tmp_path, config.model_copy(update={"sha256": "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "no-such"}, "knows no model 'no-such'"),
+        ({"weights": "no-such-tag"}, "'no-such-tag' is no .safetensors file"),
+        ({"weights": "/nowhere/w.safetensors"}, r"/nowhere/w\.safetensors: no such file"),
+    ],
+)
+def test_released_weights_that_cannot_be_had(tmp_path, clip, monkeypatch, options, message):
+    with pytest.raises(UserError, match=message):
+        clips.load_released(released(tmp_path, clip, monkeypatch, **options))
+
+
+def test_pickled_weights_are_refused(tmp_path, clip, monkeypatch):
+    torch.save(clip.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="pickled"):
+        clips.load_released(released(tmp_path, clip, monkeypatch, weights=str(tmp_path / "weights.pt")))
+
+
+def test_hub_failure_names_file_source_and_option(monkeypatch):
+    import huggingface_hub
+
+    def offline(*arguments, **keywords):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(UserError, match=r"open_clip_model\.safetensors of laion/CLIP-ViT-H-14.*encoders\.weights"):
+        clips.load_released(EncodersConfig())
+
+
+def test_architectures_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="own text transformer"):
+        clips.build({"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"hf_model_name": "x"}}, "here")
+    with pytest.raises(UserError, match="multiples of 16"):
+        clips.toy_config(40, 64)
+
+
+def test_released_towers_have_the_published_sizes():
+    """ViT-H/14: 632,076,800 parameters in the image tower, tokens and embedding 1024 wide."""
+    with torch.device("meta"):
+        model = open_clip.create_model("ViT-H-14", pretrained=None, device="meta")
+        text, image = TextEncoder(model), ImageEncoder(model)
+    assert sum(p.numel() for p in image.parameters()) == 632_076_800
+    assert (text.width, text.context_length, image.width, len(text.transformer.resblocks)) == (1024, 77, 1024, 24)
+    assert image.visual.image_size == (224, 224)
+
+
+def test_micro_conditioning_order_and_conventions():
+    ids = micro_conditioning(4, 2, fps=7, motion_bucket=127, cond_aug=0.02, elevation_degrees=10)
+    assert ids.shape == (2, 4)
+    assert ids[1].tolist() == pytest.approx([6, 127, 0.02, math.radians(80)])
+    assert micro_conditioning(2, 1, fps=25, motion_bucket=40).tolist() == [[24, 40]]
+    assert micro_conditioning(0, 1, fps=25, motion_bucket=40) is None
+    with pytest.raises(UserError, match="5 conditioning ids"):
+        micro_conditioning(5, 1, fps=25, motion_bucket=40)
+
+
+def test_polar_angle():
+    assert polar_angle(0) == pytest.approx(math.pi / 2)
+    assert polar_angle(90) == 0
+    with pytest.raises(UserError, match="between -90 and 90"):
+        polar_angle(91)
+
+
+def test_noise_augmentation_has_the_given_strength_and_is_per_sample():
+    frames = torch.zeros(3, 3, 64, 64)
+    sigma = torch.tensor([0.0, 0.02, 1.0])
+    noisy = noise_augment(frames, sigma, torch.Generator().manual_seed(0))
+    assert noisy[0].abs().max() == 0
+    assert noisy[1].std().item() == pytest.approx(0.02, rel=0.05)
+    assert noisy[2].std().item() == pytest.approx(1, rel=0.05)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    batch = noise_augment(frames, sigma, generators)
+    alone = noise_augment(frames[2:], sigma[2:], [torch.Generator().manual_seed(7)])
+    assert torch.equal(batch[2:], alone)
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+        noise_augment(frames, sigma, generators[:2])
+
+
+@settings(deadline=None, max_examples=30)
+@given(probability=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_dropout_keeps_or_replaces_whole_samples(probability, seed):
+    signal = torch.randn(40, 2, 3) + 10
+    null = torch.full((2, 3), -7.0)
+    result = drop(signal, probability, torch.Generator().manual_seed(seed), null)
+    for before, after in zip(signal, result, strict=True):
+        assert torch.equal(after, before) or torch.equal(after, null)
+    again = drop(signal, probability, torch.Generator().manual_seed(seed), null)
+    assert torch.equal(result, again)
+
+
+def test_dropout_rate_zeros_and_per_sample_generators():
+    signal = torch.ones(4000, 1, 2)
+    share = (drop(signal, 0.15, torch.Generator().manual_seed(0)) == 0).float().mean()
+    assert share.item() == pytest.approx(0.15, abs=0.03)
+    assert torch.equal(drop(signal, 0.0), signal)
+    assert drop(signal, 1.0).abs().max() == 0
+    generators = [torch.Generator().manual_seed(seed) for seed in range(50)]
+    batch = drop(signal[:50], 0.5, generators)
+    alone = [drop(signal[:1], 0.5, [torch.Generator().manual_seed(seed)]) for seed in range(50)]
+    assert torch.equal(batch, torch.cat(alone))
+    assert 0 < batch.mean() < 1
+
+
+def test_from_uint8_covers_the_range():
+    import numpy as np
+
+    frames = from_uint8(np.array([0, 128, 255], np.uint8).reshape(1, 1, 1, 3))
+    assert frames.shape == (1, 3, 1, 1)
+    assert frames.flatten().tolist() == pytest.approx([-1, 1 / 255, 1], abs=1e-6)
