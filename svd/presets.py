@@ -1,4 +1,4 @@
-"""Reading preset files: one YAML file is one `Preset`; mistakes are named by file, path of the key and nearest valid name."""
+"""Reading presets: one YAML file is one `Preset`; a mistake is named by file, key path and nearest valid name."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def publish(finished: Path, output: Path, report: Report) -> Report:
-    """Write `metrics.json` into `finished` and move the folder to `output` by rename; a kill leaves the old or the new one."""
+    """Write `metrics.json` into `finished`, then rename it to `output`; a kill leaves the old or the new folder."""
     write_json(finished / "metrics.json", dict(report.metrics))
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.exists():

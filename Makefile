@@ -1,0 +1,60 @@
+# Everything runs in a virtual environment that `make setup` makes from requirements.lock.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONPYCACHEPREFIX ?= $(CURDIR)/.cache/pycache
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+PRESET ?= tiny
+
+.PHONY: help setup pipeline test test-slow lint lock up down status ui clean
+
+help:           ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+setup: $(STAMP) ## make .venv from requirements.lock
+
+pipeline: setup ## run the whole pipeline with the embedded default (PRESET=tiny)
+	svd pipeline --preset $(PRESET)
+
+test: setup     ## run the tests
+	pytest
+
+test-slow: setup ## run the slow tests
+	pytest -m slow
+
+lint: setup     ## format check, lint, types
+	ruff format --check . && ruff check . && mypy
+
+lock: setup     ## compile requirements.lock from pyproject.toml
+	uv pip compile -q pyproject.toml --extra test --extra kubernetes --extra captions \
+		--generate-hashes --no-emit-index-url --python-version 3.11 -o requirements.lock
+
+up: setup       ## start the local stack: Prefect, workers, MLflow, S3
+	svd stack up
+
+down: setup     ## stop what `make up` started
+	svd stack down
+
+status: setup   ## what runs
+	svd stack status
+
+ui: setup       ## MLflow's page on the runs of the embedded default
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --workers 1 --host 127.0.0.1 --port 5151 \
+		--backend-store-uri sqlite:///$(CURDIR)/.local/mlflow.db
+
+clean:          ## remove outputs, work in progress and caches
+	rm -rf outputs work .local .cache

@@ -1,0 +1,127 @@
+"""The `svd` command. Every subcommand is a thin wrapper around a function of the library."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from svd.presets import load_preset
+from svd.stage import UserError
+
+app = typer.Typer(
+    help="Stable Video Diffusion, reproduced: curation, training, generation and evaluation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+config_app = typer.Typer(help="Show and check presets.", no_args_is_help=True)
+track_app = typer.Typer(help="What waits for MLflow.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(track_app, name="track")
+console = Console(stderr=True)
+
+PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Name of a preset in presets/, or a YAML file.")]
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="Stage to run, for example `curation`; `svd stages` lists them.")],
+    preset: PresetOption = "tiny",
+) -> None:
+    """Run one stage on this machine; inputs and result lie in outputs/PRESET. A run that was killed continues."""
+    from flows.runner import run_stage
+
+    console.print(run_stage(name, preset).summary)
+
+
+@app.command()
+def stages() -> None:
+    """List the stages, what each reads, and the work pool it runs in."""
+    from flows.stages import BRANCHES, STAGES
+
+    table = Table("stage", "reads", "pool", "in full-pipeline")
+    for item in STAGES.values():
+        table.add_row(item.name, ", ".join(item.inputs), item.pool, "" if item.name in BRANCHES else "yes")
+    Console().print(table)
+
+
+@app.command()
+def pipeline(
+    preset: Annotated[str | None, typer.Option("--preset", "-p", help="Default: the one in params.yaml.")] = None,
+    force: Annotated[bool, typer.Option(help="Run unchanged stages as well.")] = False,
+) -> None:
+    """Run all stages that changed as the Prefect flow `full-pipeline` in this process."""
+    from flows.full_pipeline import full_pipeline
+    from flows.tracking import tracking_uri
+
+    result = full_pipeline(preset=preset, force=force)
+    out = Console(soft_wrap=True)
+    out.print(f"\nreport: {result['report']}")
+    out.print(f"MLflow: mlflow ui --backend-store-uri {tracking_uri()}   (or: make ui)")
+
+
+@config_app.command("show")
+def config_show(preset: PresetOption = "tiny") -> None:
+    """Print the resolved values of a preset, defaults included."""
+    values = load_preset(preset).model_dump(mode="json")
+    yaml.safe_dump(values, sys.stdout, sort_keys=False, allow_unicode=True)
+
+
+@config_app.command("check")
+def config_check(preset: PresetOption = "tiny") -> None:
+    """Check a preset: unknown keys, wrong types and ranges are named with their path and the nearest valid name."""
+    console.print(f"preset '{load_preset(preset).name}' is valid")
+
+
+@app.command()
+def doctor(preset: PresetOption = "tiny") -> None:
+    """Check this machine and say for each failure what to do. Exits with 1 when something needed is missing."""
+    from flows.doctor import examine
+
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]fail[/]"}
+    table = Table("", "check", "found", "what to do")
+    failed = False
+    for finding in examine(load_preset(preset)):
+        failed |= finding.state == "fail"
+        table.add_row(marks[finding.state], finding.name, finding.found, finding.advice)
+    Console().print(table)
+    raise typer.Exit(1 if failed else 0)
+
+
+@track_app.command("flush")
+def track_flush() -> None:
+    """Send what earlier runs could not deliver to MLflow."""
+    from flows.tracking import send_pending
+
+    done, waiting = send_pending()
+    console.print(f"{done} delivered, {waiting} still waiting")
+    raise typer.Exit(1 if waiting else 0)
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """`a.b=1` pairs as a mapping of dotted paths to YAML values; raises UserError for a pair without '='."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        path, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"'{pair}': expected KEY=VALUE, for example evaluation.ucf101.samples=256")
+        values[path] = yaml.safe_load(value)
+    return values
+
+
+def main() -> None:
+    """Entry point of the `svd` command: a user's mistake is one line on stderr and exit code 1."""
+    try:
+        app()
+    except UserError as error:
+        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

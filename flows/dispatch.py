@@ -1,0 +1,79 @@
+"""Run a stage's flow: in this process, or as a deployment in its work pool (a local process, a pod on a GPU node)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any, cast
+from uuid import UUID
+
+from prefect import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+from prefect.runtime import deployment, flow_run
+
+from flows.stages import find_stage
+from svd.stage import UserError
+
+StageFlow = Callable[..., dict[str, Any]]
+
+
+def stage_flow(stage: str) -> StageFlow:
+    """The Prefect flow of a stage: flows/<stage>.py, a function of the same name."""
+    name = find_stage(stage).name.replace("-", "_")
+    return cast(StageFlow, getattr(importlib.import_module(f"flows.{name}"), name))
+
+
+def dispatch(stage: str, preset: str, parent: str, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Run `stage` where it belongs and return its flow's result; raises what the child raised.
+
+    A parent that runs as a deployment starts its children as deployments, so that GPU stages reach the pool `gpu`;
+    `SVD_DISPATCH=inline` or `deployment` overrides this.
+    """
+    mode = os.environ.get("SVD_DISPATCH", "deployment" if deployment.get_id() else "inline")
+    if mode not in ("inline", "deployment"):
+        raise UserError(f"SVD_DISPATCH is '{mode}'; use 'inline' or 'deployment'")
+    arguments = {"preset": preset, "parent": parent, "inputs": inputs}
+    if mode == "inline":
+        return stage_flow(stage)(**arguments)
+    return _run_child(stage, arguments)
+
+
+def _run_child(stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Start the deployment `<stage>/<stage>` and wait; a retried parent adopts the child that it started before."""
+    key = _idempotency_key(f"{flow_run.get_id()}:{stage}")
+    child = cast(
+        FlowRun,
+        run_deployment(f"{stage}/{stage}", parameters=arguments, idempotency_key=key, timeout=None, poll_interval=2),
+    )
+    if child.state is None or not child.state.is_completed():
+        state = child.state.name if child.state else "unknown"
+        message = child.state.message if child.state else ""
+        raise RuntimeError(f"stage '{stage}' ended {state} in flow run {child.id}: {message}")
+    return cast(dict[str, Any], child.state.result())
+
+
+def _idempotency_key(stem: str) -> str:
+    """`stem:n`, counted up past children that ended badly: Prefect would hand those out again instead of a new run."""
+    attempt = 0
+    with get_client(sync_client=True) as client:
+        while True:
+            key = f"{stem}:{attempt}"
+            found = client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=[key])),
+                sort=FlowRunSort.START_TIME_DESC,
+                limit=1,
+            )
+            state = found[0].state if found else None
+            if state is None or not state.is_final() or state.is_completed():
+                return key
+            attempt += 1
+
+
+def run_id() -> UUID | None:
+    """The id of the Prefect flow run this code is in, if any."""
+    current = flow_run.get_id()
+    return UUID(current) if current else None

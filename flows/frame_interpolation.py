@@ -1,0 +1,26 @@
+"""Finetune to frame interpolation (§4.4, D.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.stage_flow import run_stage_flow
+
+
+@flow(
+    name="frame-interpolation",
+    flow_run_name="frame-interpolation-{preset}",
+    timeout_seconds=96 * 3600,
+    persist_result=True,
+)
+def frame_interpolation(
+    preset: str = "tiny", parent: str | None = None, inputs: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Finetune to frame interpolation (§4.4, D.5).
+
+    preset: name or file; parent and inputs are set by `full-pipeline` (MLflow key, DVC hashes of the inputs).
+    Returns metrics and the DVC hashes of the outputs.
+    """
+    return run_stage_flow("frame-interpolation", preset, parent, inputs)

@@ -1,0 +1,21 @@
+"""Render the orbits that the multi-view model is trained on (§4.5, D.6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.stage_flow import run_stage_flow
+
+
+@flow(name="orbits", flow_run_name="orbits-{preset}", timeout_seconds=240 * 3600, persist_result=True)
+def orbits(
+    preset: str = "tiny", parent: str | None = None, inputs: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Render the orbits that the multi-view model is trained on (§4.5, D.6).
+
+    preset: name or file; parent and inputs are set by `full-pipeline` (MLflow key, DVC hashes of the inputs).
+    Returns metrics and the DVC hashes of the outputs.
+    """
+    return run_stage_flow("orbits", preset, parent, inputs)

@@ -1,0 +1,136 @@
+"""Run one stage: resolve its folders, run its function under an MLflow run, clean up behind it.
+
+The `svd stage` command, `dvc repro` and the Prefect flows all come through here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.stages import Stage, find_stage
+from flows.tracking import MlflowTracker, RunInfo, tracked_run
+from flows.versioning import hash_folder
+from svd.config import Preset
+from svd.presets import load_preset
+from svd.stage import Report, StageContext, UserError
+
+OUTPUTS = Path("outputs")
+WORK = Path("work")
+OPTIONAL_INPUTS = ("report",)
+
+
+@dataclass(frozen=True)
+class RunLink:
+    """Where a stage run belongs: the MLflow key of its parent, and the Prefect run that started it."""
+
+    parent: str | None = None
+    flow_run: str | None = None
+
+
+def output_folder(preset: Preset, stage: str) -> Path:
+    """Where a stage publishes: outputs/<preset>/<stage>."""
+    return OUTPUTS / preset.name / stage
+
+
+def stage_inputs(stage: Stage, preset: Preset) -> dict[str, Path]:
+    """The folder of each input; raises UserError that names the missing one and the command that makes it."""
+    folders = {name: output_folder(preset, name) for name in stage.inputs}
+    missing = [name for name, path in folders.items() if not path.is_dir()]
+    if stage.name in OPTIONAL_INPUTS:
+        return {name: path for name, path in folders.items() if name not in missing}
+    if missing:
+        raise UserError(
+            f"stage '{stage.name}' needs {folders[missing[0]]}, which is not there; "
+            f"run `svd stage {missing[0]} --preset {preset.name}` or `dvc repro`"
+        )
+    return folders
+
+
+def work_digest(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> str:
+    """Names work in progress by what it is made from: the preset, and names, sizes and metrics of the input files."""
+    digest = hashlib.sha256(json.dumps(preset.model_dump(mode="json"), sort_keys=True).encode())
+    for name, folder in sorted(inputs.items()):
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            digest.update(f"{name}/{path.relative_to(folder)}:{path.stat().st_size}\n".encode())
+        if (folder / "metrics.json").is_file():
+            digest.update((folder / "metrics.json").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def git_commit() -> str:
+    """The commit of the checkout, with `-dirty` when tracked files differ; 'unknown' outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def open_work(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> Path:
+    """The stage's work folder for exactly this preset and these inputs; leftovers of other ones are removed."""
+    parent = WORK / preset.name / stage.name
+    work = parent / work_digest(stage, preset, inputs)
+    for stale in parent.glob("*/"):
+        if stale != work:
+            shutil.rmtree(stale)
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def run_key(work: Path) -> str:
+    """The MLflow key of the run that works in `work`; a run that was killed is continued under its key."""
+    path = work.parent / f"{work.name}.run"
+    if not path.exists():
+        path.write_text(f"{work.parent.name}-{uuid.uuid4().hex[:12]}")
+    return path.read_text()
+
+
+def run_stage(name: str, preset_name: str, link: RunLink | None = None) -> Report:
+    """Run stage `name` of a preset as one MLflow run; work in progress of a killed run is taken up again.
+
+    Raises UserError for an unknown stage or preset and for missing inputs.
+    """
+    stage, preset = find_stage(name), load_preset(preset_name)
+    inputs = stage_inputs(stage, preset)
+    work = open_work(stage, preset, inputs)
+    link = link or RunLink()
+    marks = {"stage": name, "preset": preset.name, "seed": str(preset.seed), "git.commit": git_commit()}
+    if link.flow_run:
+        marks["prefect.flow_run_id"] = link.flow_run
+    values = preset.model_dump(mode="json")
+    info = RunInfo(run_key(work), f"{name} ({preset.name})", link.parent, marks, values)
+    with tracked_run(info) as tracker:
+        context = StageContext(preset, inputs, output_folder(preset, name), work, tracker)
+        tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
+        report = stage.load()(context)
+        tracker.log_lineage("output", [hash_folder(output_folder(preset, name))])
+        _log_outcome(tracker, stage, preset, report)
+    shutil.rmtree(work.parent)
+    return report
+
+
+def _log_outcome(tracker: MlflowTracker, stage: Stage, preset: Preset, report: Report) -> None:
+    numbers = {k: float(v) for k, v in report.metrics.items() if isinstance(v, int | float)}
+    tracker.log_metrics(numbers, step=0)
+    tracker.log_text(json.dumps(preset.model_dump(mode="json"), indent=2), "config/preset.json")
+    folder = output_folder(preset, stage.name)
+    for path in sorted(folder.glob("samples/*.mp4"))[:8]:
+        tracker.log_file(path, "samples")
+    for path in sorted([*folder.glob("*.html"), *folder.glob("*.png"), *folder.glob("plots/*.png")]):
+        tracker.log_file(path, "pictures" if path.suffix == ".png" else "")
+    if stage.model:
+        _register(tracker, stage, preset, folder)
+
+
+def _register(tracker: MlflowTracker, stage: Stage, preset: Preset, folder: Path) -> None:
+    """Register what the stage trained, with the networks it needs at inference."""
+    folders = {"model": folder} | {n: output_folder(preset, n) for n in ("autoencoder", "encoders")}
+    weights = sorted(folder.rglob("*.safetensors"))
+    digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in weights)).hexdigest()[:32]
+    settings = {"checkpoint": digest, "task": stage.name, "preset": preset.model_dump(mode="json")}
+    tracker.register_model(str(stage.model), folders, settings)

@@ -1,0 +1,21 @@
+"""Make the synthetic worlds and gather the footage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.stage_flow import run_stage_flow
+
+
+@flow(name="sources", flow_run_name="sources-{preset}", timeout_seconds=6 * 3600, persist_result=True)
+def sources(
+    preset: str = "tiny", parent: str | None = None, inputs: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Make the synthetic worlds and gather the footage.
+
+    preset: name or file; parent and inputs are set by `full-pipeline` (MLflow key, DVC hashes of the inputs).
+    Returns metrics and the DVC hashes of the outputs.
+    """
+    return run_stage_flow("sources", preset, parent, inputs)

@@ -1,0 +1,109 @@
+"""The stages of the system in one table: what runs them, what they read, where they run.
+
+`dvc.yaml` lists the same stages for `dvc repro`; a test keeps the two in step.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from svd.stage import Report, StageContext, UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: the function that runs it, its inputs (names of stages) and the work pool it belongs to."""
+
+    name: str
+    module: str
+    inputs: tuple[str, ...] = ()
+    function: str = "run"
+    pool: Literal["cpu", "gpu"] = "gpu"
+    model: str | None = None
+
+    def load(self) -> Callable[[StageContext], Report]:
+        """The function `run(context) -> Report`; imported late, because some stages import torch."""
+        return cast(Callable[[StageContext], Report], getattr(importlib.import_module(self.module), self.function))
+
+
+_NETWORKS = ("autoencoder", "encoders")
+_TRAINING = "svd.training.stages"
+_LIST = (
+    Stage("sources", "svd.data.sources", pool="cpu"),
+    Stage("encoders", "svd.training.encoders"),
+    Stage("curation", "svd.curation.stage", ("sources", "encoders"), pool="cpu"),
+    Stage("autoencoder", "svd.training.autoencoder", ("curation",)),
+    Stage("latents", "svd.data.latents", ("curation", "autoencoder", "encoders")),
+    Stage("image-pretraining", _TRAINING, ("latents", *_NETWORKS), "run_image_pretraining"),
+    Stage("video-pretraining", _TRAINING, ("latents", *_NETWORKS, "image-pretraining"), "run_video_pretraining"),
+    Stage(
+        "high-quality-finetuning",
+        _TRAINING,
+        ("latents", *_NETWORKS, "video-pretraining"),
+        "run_high_quality_finetuning",
+        model="svd-text-to-video",
+    ),
+    Stage(
+        "image-to-video",
+        _TRAINING,
+        ("latents", *_NETWORKS, "video-pretraining"),
+        "run_image_to_video",
+        model="svd-image-to-video",
+    ),
+    Stage("orbits", "svd.data.orbits", pool="cpu"),
+    Stage(
+        "multiview-finetuning",
+        _TRAINING,
+        ("orbits", *_NETWORKS, "image-to-video"),
+        "run_multiview_finetuning",
+        model="svd-multi-view",
+    ),
+    Stage("ucf101-evaluation", "evaluation.ucf101", ("sources", *_NETWORKS, "high-quality-finetuning")),
+    Stage("multiview-benchmark", "evaluation.views", ("multiview-finetuning", *_NETWORKS)),
+    Stage(
+        "report",
+        "evaluation.report",
+        (
+            "sources",
+            "curation",
+            "autoencoder",
+            "latents",
+            "image-pretraining",
+            "video-pretraining",
+            "high-quality-finetuning",
+            "image-to-video",
+            "multiview-finetuning",
+            "ucf101-evaluation",
+            "multiview-benchmark",
+        ),
+        pool="cpu",
+    ),
+    Stage(
+        "camera-lora",
+        _TRAINING,
+        ("latents", *_NETWORKS, "image-to-video"),
+        "run_camera_lora",
+        model="svd-camera-lora",
+    ),
+    Stage(
+        "frame-interpolation",
+        _TRAINING,
+        ("latents", *_NETWORKS, "high-quality-finetuning"),
+        "run_frame_interpolation",
+        model="svd-frame-interpolation",
+    ),
+)
+STAGES = {stage.name: stage for stage in _LIST}
+BRANCHES = ("camera-lora", "frame-interpolation")
+PIPELINE = tuple(name for name in STAGES if name not in BRANCHES)
+NIGHTLY = ("ucf101-evaluation", "multiview-benchmark", "report")
+
+
+def find_stage(name: str) -> Stage:
+    """The stage called `name`; raises UserError that lists the stages when there is none."""
+    if name not in STAGES:
+        raise UserError(f"no stage '{name}'; stages: {', '.join(STAGES)}")
+    return STAGES[name]

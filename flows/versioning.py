@@ -1,0 +1,156 @@
+"""DVC from Python: whether a stage changed, its hashes in `dvc.lock`, and pulling inputs by their hashes.
+
+`dvc repro` and the flows keep the same `dvc.lock`: the stage entry that `commit` writes is the one `dvc repro` writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc_data.hashfile.build import build
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.meta import Meta
+from dvc_data.hashfile.transfer import transfer
+
+from flows.stages import BRANCHES
+from flows.tracking import Lineage
+from svd.stage import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def open_repo(root: Path | None = None) -> Repo:
+    """The DVC repository at `root`, with or without git; waits while another process holds its lock."""
+    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    folder = root or Path.cwd()
+    config = None if (folder / ".git").exists() else {"core": {"no_scm": True}}
+    try:
+        return Repo(str(folder), config=config, _wait_for_lock=True)
+    except DvcException as error:
+        raise UserError(f"{folder}: not a DVC repository ({error}); run the command in the project's folder") from None
+
+
+def _stage(repo: Repo, name: str) -> Any:
+    return repo.stage.load_one("branches/dvc.yaml" if name in BRANCHES else "dvc.yaml", name)
+
+
+def _lineage(entry: Any) -> Lineage:
+    path = str(entry.def_path)
+    size, files = (entry.meta.size, entry.meta.nfiles) if entry.meta else (None, None)
+    return Lineage(Path(path).name, path, entry.hash_info.value, size, files)
+
+
+def changed(name: str, root: Path | None = None) -> bool:
+    """Whether the stage's command, dependencies, parameters or outputs differ from `dvc.lock`.
+
+    A folder that is recorded there but not on this machine counts as unchanged: whoever needs it pulls it.
+    """
+    with open_repo(root) as repo, repo.lock:
+        return bool(_stage(repo, name).changed(allow_missing=True))
+
+
+def record(name: str, outputs: list[Lineage], known: Mapping[str, Lineage], root: Path | None = None) -> None:
+    """Write the stage's entry in `dvc.lock`, as `dvc repro` would, from hashes alone: the data may be on another node.
+
+    `known` holds the hashes of data inputs by path; code and parameters are hashed here.
+    """
+    made = {item.path: item for item in outputs}
+    with open_repo(root) as repo, repo.lock:
+        stage = _stage(repo, name)
+        for dep in stage.deps:
+            if str(dep.def_path) in known:
+                _set_hash(dep, known[str(dep.def_path)])
+            else:
+                dep.save()
+        for out in stage.outs:
+            _set_hash(out, made[str(out.def_path)])
+        stage.md5 = stage.compute_md5()
+        stage.dump(update_pipeline=False)
+
+
+def _set_hash(entry: Any, item: Lineage) -> None:
+    entry.hash_info = HashInfo("md5", item.md5)
+    entry.meta = Meta(size=item.size, nfiles=item.files, isdir=item.md5.endswith(".dir"))
+
+
+def lineage(name: str, root: Path | None = None) -> tuple[list[Lineage], list[Lineage]]:
+    """Hashes of the stage's inputs (data only, no code) and outputs as `dvc.lock` has them."""
+    with open_repo(root) as repo:
+        stage = _stage(repo, name)
+        inputs = [d for d in stage.deps if d.hash_info and str(d.def_path).startswith("outputs/")]
+        return [_lineage(d) for d in inputs], [_lineage(out) for out in stage.outs if out.hash_info]
+
+
+def hash_folder(path: Path, root: Path | None = None) -> Lineage:
+    """The DVC hash of a folder as it is now; takes no lock, so a stage that `dvc repro` runs may call it."""
+    with open_repo(root) as repo:
+        folder = str(path.absolute())
+        _, meta, obj = build(repo.cache.local, folder, repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)
+        return Lineage(path.name, str(path), str(obj.hash_info.value), meta.size, meta.nfiles)
+
+
+def save_outputs(name: str, root: Path | None = None) -> list[Lineage]:
+    """Hash the stage's outputs into DVC's cache without touching `dvc.lock`; what a stage on another node returns."""
+    with open_repo(root) as repo, repo.lock:
+        stage = _stage(repo, name)
+        stage.save_outs()
+        stage.commit()
+        return [_lineage(out) for out in stage.outs]
+
+
+def has_remote(root: Path | None = None) -> bool:
+    """Whether a default DVC remote is configured."""
+    with open_repo(root) as repo:
+        return bool(repo.config["core"].get("remote"))
+
+
+def push(items: list[Lineage], root: Path | None = None) -> int:
+    """Send folders to the default remote by hash; returns the number of objects that were sent."""
+    with open_repo(root) as repo:
+        result = transfer(
+            repo.cache.local,
+            repo.cloud.get_remote_odb(None, "push"),
+            [HashInfo("md5", item.md5) for item in items],
+            shallow=False,
+        )
+        if result.failed:
+            raise UserError(f"DVC could not push {len(result.failed)} objects; check the remote and run `dvc push`")
+        return len(result.transferred)
+
+
+def pull(items: list[Lineage], root: Path | None = None) -> int:
+    """Bring the folders `items` to exactly their hashes, from DVC's cache or the remote; returns how many were brought.
+
+    Raises UserError when an object is in neither.
+    """
+    brought = 0
+    with open_repo(root) as repo, repo.lock:
+        outputs = {str(out.def_path): out for stage in repo.index.stages for out in stage.outs}
+        for item in items:
+            out = outputs[item.path]
+            out.hash_info, out.obj, out.meta.nfiles = HashInfo("md5", item.md5), None, item.files
+            if not out.workspace_status():
+                continue
+            if out.changed_cache():
+                _pull_objects(repo, item)
+            out.checkout(force=True)
+            brought += 1
+    return brought
+
+
+def _pull_objects(repo: Repo, item: Lineage) -> None:
+    if not repo.config["core"].get("remote"):
+        raise UserError(
+            f"{item.path} at {item.md5} is not on this machine and no DVC remote is set (`dvc remote add -d`)"
+        )
+    info = HashInfo("md5", item.md5)
+    remote = repo.cloud.get_remote_odb(None, "pull")
+    result = transfer(remote, repo.cache.local, [info], shallow=False, cache_odb=repo.cache.local)
+    if result.failed:
+        raise UserError(f"{item.path} at {item.md5} is not in the DVC remote; push it from the machine that made it")

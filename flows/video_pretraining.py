@@ -1,0 +1,26 @@
+"""Stage II: video pretraining on the curated data (§3.3, D.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.stage_flow import run_stage_flow
+
+
+@flow(
+    name="video-pretraining",
+    flow_run_name="video-pretraining-{preset}",
+    timeout_seconds=2400 * 3600,
+    persist_result=True,
+)
+def video_pretraining(
+    preset: str = "tiny", parent: str | None = None, inputs: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Stage II: video pretraining on the curated data (§3.3, D.2).
+
+    preset: name or file; parent and inputs are set by `full-pipeline` (MLflow key, DVC hashes of the inputs).
+    Returns metrics and the DVC hashes of the outputs.
+    """
+    return run_stage_flow("video-pretraining", preset, parent, inputs)
