@@ -1,0 +1,42 @@
+"""Pictures for people: a grid of film strips, generated beside real, with class labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Pictures = NDArray[np.uint8]
+
+_GAP = 4
+_LABEL = 15
+
+
+def strip(clip: Pictures, frames: int) -> Pictures:
+    """`frames` evenly spaced frames of a clip (T, H, W, 3) side by side, (H, frames·W, 3)."""
+    chosen = np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)
+    return np.concatenate(list(clip[chosen]), axis=1)
+
+
+def comparison_grid(pairs: Sequence[tuple[str, Pictures, Pictures]], frames: int = 4) -> Pictures:
+    """One row a pair (label, generated clip, real clip): two film strips side by side under the label; (H, W, 3)
+    uint8.
+
+    Raises ValueError for an empty list.
+    """
+    if not pairs:
+        raise ValueError("no clips to show")
+    rows = [(label, strip(generated, frames), strip(real, frames)) for label, generated, real in pairs]
+    height, width = rows[0][1].shape[:2]
+    total = (2 * width + 3 * _GAP, len(rows) * (height + _LABEL + _GAP) + _GAP)
+    sheet = Image.new("RGB", total, (250, 250, 250))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for number, (label, generated, real) in enumerate(rows):
+        top = _GAP + number * (height + _LABEL + _GAP)
+        for column, (title, picture) in enumerate((("generated", generated), ("real", real))):
+            left = _GAP + column * (width + _GAP)
+            draw.text((left, top), f"{label} · {title}", fill=(60, 60, 60), font=font)
+            sheet.paste(Image.fromarray(picture), (left, top + _LABEL))
+    return np.asarray(sheet)

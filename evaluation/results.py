@@ -1,0 +1,167 @@
+"""Scores as rows that can't be misread: each names its metric, weights, protocol, number of clips, error bar and
+source."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evaluation.fvd import Distance
+from evaluation.moments import write_bytes
+from svd.stage import UserError
+
+MEASURED = "measured"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. `value` is the Fréchet distance; None where a number can't be had (written as empty).
+
+    subject: what was compared with the real clips; `source`: "measured", or where a published number stands.
+    """
+
+    dataset: str
+    subject: str
+    metric: str
+    value: float | None
+    standard_error: float | None = None
+    bias_corrected: float | None = None
+    infinity: float | None = None
+    mean_term: float | None = None
+    covariance_term: float | None = None
+    kernel_unbiased: float | None = None
+    kernel_standard_error: float | None = None
+    real: int | None = None
+    generated: int | None = None
+    seed: int | None = None
+    weights: str = ""
+    protocol: str = ""
+    source: str = MEASURED
+
+
+@dataclass(frozen=True)
+class Score:
+    """A distance and what it is a distance of."""
+
+    subject: str
+    seed: int | None
+    distance: Distance
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole evaluation: everything needed to show it and to compare it with another one."""
+
+    dataset: str
+    metric: str
+    weights: str
+    protocol: dict[str, Any]
+    model: dict[str, str]
+    scores: tuple[Score, ...]
+    warnings: tuple[str, ...] = ()
+
+    def rows(self) -> list[Row]:
+        """The measured rows."""
+        return [self._row(score) for score in self.scores]
+
+    def _row(self, score: Score) -> Row:
+        d = score.distance
+        return Row(
+            dataset=self.dataset,
+            subject=score.subject,
+            metric=self.metric,
+            value=d.frechet.value,
+            standard_error=d.standard_error,
+            bias_corrected=d.bias_corrected,
+            infinity=d.infinity if math.isfinite(d.infinity) else None,
+            mean_term=d.frechet.mean_term,
+            covariance_term=d.frechet.covariance_term,
+            kernel_unbiased=d.kernel.unbiased,
+            kernel_standard_error=d.kernel_standard_error,
+            real=d.real,
+            generated=d.generated,
+            seed=score.seed,
+            weights=self.weights,
+            protocol=str(self.protocol["digest"]),
+        )
+
+    def of(self, subject: str) -> list[Score]:
+        """The scores of a subject, one a seed."""
+        return [score for score in self.scores if score.subject == subject]
+
+
+def paper_rows(dataset: str = "ucf101") -> list[Row]:
+    """Tab. 2 of the paper, each row marked with its source."""
+    table = load_baselines()["ucf101"]
+    return [
+        Row(
+            dataset=dataset,
+            subject=row["name"],
+            metric=table["metric"],
+            value=row["value"],
+            generated=row.get("clips"),
+            weights="I3D, Kinetics-400 (as published)",
+            protocol=row.get("protocol", "not stated"),
+            source=f"paper: {table['source']}",
+        )
+        for row in table["rows"]
+    ]
+
+
+def load_baselines() -> dict[str, Any]:
+    """The published numbers of `baselines.yaml`."""
+    return dict(yaml.safe_load((Path(__file__).parent / "baselines.yaml").read_text()))
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write a CSV of rows, atomically; floats with 7 significant digits."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    names = [field.name for field in fields(Row)]
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow([_cell(getattr(row, name)) for name in names])
+    write_bytes(path, stream.getvalue().encode())
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return f"{value:.7g}"
+    return "" if value is None else value
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """A result as JSON values; numbers that aren't finite become null."""
+    scores = []
+    for score in result.scores:
+        values = asdict(score.distance)
+        values["frechet"]["value"] = score.distance.frechet.value
+        values["infinity"] = values["infinity"] if math.isfinite(values["infinity"]) else None
+        scores.append({"subject": score.subject, "seed": score.seed, "distance": values})
+    return {
+        "dataset": result.dataset,
+        "metric": result.metric,
+        "weights": result.weights,
+        "protocol": result.protocol,
+        "model": result.model,
+        "scores": scores,
+        "warnings": list(result.warnings),
+    }
+
+
+def load_result(folder: Path) -> dict[str, Any]:
+    """The `result.json` of an evaluation's folder. Raises UserError when there is none or it is damaged."""
+    path = folder / "result.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no evaluation there; run the stage ucf101-evaluation first") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: damaged ({error}); run the stage ucf101-evaluation again") from None

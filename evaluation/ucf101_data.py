@@ -1,0 +1,142 @@
+"""UCF-101 as the evaluation sees it: the official lists, the prompt list with the class histogram, and the real
+clips.
+
+Layout of the folder, as unpacked from the data set's archives: `<Class>/v_<Class>_gNN_cNN.avi` (also below
+`UCF-101/`) and
+`ucfTrainTestlist/` with `classInd.txt`, `trainlist01.txt` and `testlist01.txt`. A fixture of the same layout works
+too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evaluation.protocol import EvalProtocol
+from svd.stage import UserError
+from svd.video import read_frames
+
+OFFICIAL_CLIPS = 13_320
+OFFICIAL_COUNTS = {"TableTennisShot": 140, "PlayingPiano": 105}
+_SUFFIXES = {".avi", ".mp4", ".mkv", ".webm"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip to generate: its number in the list, its class, and the prompt."""
+
+    number: int
+    label: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Real clips in a fixed order: `clips` holds (class, file), sorted by class and name."""
+
+    folder: Path
+    clips: tuple[tuple[str, Path], ...]
+
+    @property
+    def histogram(self) -> dict[str, int]:
+        """Number of real clips by class."""
+        return dict(sorted(Counter(label for label, _ in self.clips).items()))
+
+
+def read_dataset(folder: Path, split: str = "all", *, official: bool = True) -> Dataset:
+    """Find the clips of `folder`, by its official lists when there are any.
+
+    split: "all", "train" or "test" (of the first official split). official: the folder claims to be UCF-101 itself,
+    so its
+    number of clips and two known class counts are checked. Raises UserError for missing folders, files and wrong
+    counts.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; set evaluation.ucf101.dataset to the unpacked UCF-101")
+    listed = _listed(folder, split)
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    by_name = {f"{path.parent.name}/{path.name}": path for path in found}
+    names = sorted(by_name) if listed is None else listed
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} clips of the official lists are missing, the first is {missing[0]}; "
+            "unpack the data set again"
+        )
+    if not names:
+        raise UserError(f"{folder}: no clips found; expected <Class>/v_<Class>_gNN_cNN.avi")
+    dataset = Dataset(folder, tuple((name.split("/")[0], by_name[name]) for name in names))
+    if official and split == "all":
+        _check_official(dataset)
+    return dataset
+
+
+def _listed(folder: Path, split: str) -> list[str] | None:
+    """`Class/file` of the first official split's lists, sorted; None when the folder has none and all is asked
+    for."""
+    files = {path.name: path for path in sorted(folder.rglob("t*list01.txt"))}
+    wanted = {"all": ("trainlist01.txt", "testlist01.txt"), "train": ("trainlist01.txt",)}.get(
+        split, ("testlist01.txt",)
+    )
+    if split == "all" and not files:
+        return None
+    lacking = [name for name in wanted if name not in files]
+    if lacking:
+        raise UserError(f"{folder}: {lacking[0]} is missing; add the folder ucfTrainTestlist of the data set")
+    lines = [line.split()[0] for name in wanted for line in files[name].read_text().splitlines() if line.strip()]
+    return sorted(set(lines))
+
+
+def _check_official(dataset: Dataset) -> None:
+    histogram = dataset.histogram
+    if len(dataset.clips) != OFFICIAL_CLIPS:
+        raise UserError(f"{dataset.folder}: {len(dataset.clips)} clips, UCF-101 has {OFFICIAL_CLIPS}")
+    for label, count in OFFICIAL_COUNTS.items():
+        if histogram.get(label) != count:
+            raise UserError(f"{dataset.folder}: {histogram.get(label, 0)} clips of {label}, UCF-101 has {count}")
+
+
+def prompt_of(label: str, style: str) -> str:
+    """The prompt of a class: its raw identifier (App. E.4), or its words in lower case ("TableTennisShot" → …)."""
+    if style == "class":
+        return label
+    return " ".join(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", label)) or label
+
+
+def prompt_list(histogram: dict[str, int], samples: int, style: str = "class") -> list[Item]:
+    """`samples` prompts with the class histogram of the data set (App. E.4), class by class.
+
+    With fewer or more samples than clips the counts keep their proportions (largest remainders, then alphabetical).
+    """
+    total = sum(histogram.values())
+    exact = {label: samples * count / total for label, count in histogram.items()}
+    counts = {label: int(value) for label, value in exact.items()}
+    order = sorted(histogram, key=lambda label: (counts[label] - exact[label], label))
+    for label in order[: samples - sum(counts.values())]:
+        counts[label] += 1
+    labels = [label for label in sorted(counts) for _ in range(counts[label])]
+    return [Item(number, label, prompt_of(label, style)) for number, label in enumerate(labels)]
+
+
+def read_real(dataset: Dataset, number: int, protocol: EvalProtocol) -> Tensor:
+    """The real clip `number` (T, 3, H, W) uint8 with the protocol's frames. Raises UserError for an unusable file."""
+    label, path = dataset.clips[number]
+    frames, rate = read_frames(path)
+    try:
+        chosen = protocol.frame_numbers(f"{label}/{path.name}", len(frames), rate)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; the file is damaged, get it again") from None
+    return torch.from_numpy(frames[chosen]).permute(0, 3, 1, 2).contiguous()
+
+
+def spread(numbers: Sequence[int], count: int) -> list[int]:
+    """At most `count` of `numbers`, evenly spaced."""
+    if len(numbers) <= count:
+        return list(numbers)
+    return [numbers[i * len(numbers) // count] for i in range(count)]
