@@ -1,9 +1,9 @@
 """Synthetic videos whose every cut, motion, caption and defect is known: scenes of a world, edited together.
 
 `write_worlds` writes `train/` and `test/`: H.264 videos, beside each `<name>.json` with the captions that a publisher
-of the video would give (some planted wrong), and for the folder one `truth.json`. All frame intervals are half open.
-A transition of kind "hard" has start_frame == end_frame == the first frame of the new scene; a scene's interval leaves
-transitions out.
+of the video would give (some planted wrong), and one `truth.json` with the truth of each video by its path.
+All frame intervals are half open. A cut of kind "hard" has start_frame == end_frame == the first frame of the new
+scene; a scene's interval leaves transitions out.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _truth(plan: VideoPlan) -> dict[str, Any]:
         "frames": plan.frames,
         "height": plan.height,
         "width": plan.width,
-        "transitions": [asdict(t) for t in plan.transitions],
+        "cuts": [asdict(t) for t in plan.transitions],
         "scenes": [scene_truth(shot) for shot in plan.shots],
     }
 
@@ -237,8 +237,8 @@ def scene_truth(shot: Shot) -> dict[str, Any]:
         "background_colour": scene.background_colour,
         "action": scene.action,
         "camera": scene.camera_label,
-        "defects": [shot.defect] if shot.defect else [],
-        "text": list(shot.text) if shot.defect == "text" else [],
+        **{name.replace(" ", "_"): shot.defect == name for name in sorted(set(_DEFECTS) - {""})},
+        "words": list(shot.text) if shot.defect == "text" else [],
     }
 
 
@@ -249,10 +249,8 @@ def _sidecar(plan: VideoPlan) -> dict[str, Any]:
         "origin": "svd.data.synthetic",
         "scenes": [
             {
-                "start_frame": shot.first,
-                "end_frame": shot.last,
-                "start_seconds": shot.first / plan.fps,
-                "end_seconds": shot.last / plan.fps,
+                "start": shot.first / plan.fps,
+                "end": shot.last / plan.fps,
                 "caption": shot.caption,
             }
             for shot in plan.shots
@@ -266,18 +264,19 @@ def write_worlds(folder: Path, config: SyntheticWorlds, seed: int) -> dict[str, 
     Returns the number of frames of each split.
     """
     counts: dict[str, int] = {}
+    truth: dict[str, Any] = {}
     splits: tuple[tuple[Split, int], ...] = (("train", config.train_videos), ("test", config.test_videos))
     for split, videos in splits:
         world, target = World(seed, split), folder / split
         target.mkdir(parents=True, exist_ok=True)
-        truth: dict[str, Any] = {}
+        counts[split] = 0
         for index in track(range(videos), f"synthetic {split} videos", console=Console(stderr=True)):
             plan = plan_video(world, index, config.scenes_per_video, config.height, config.width, config.fps)
             path = target / f"{split}_{index:04d}.mp4"
-            truth[path.name] = _truth(plan)
+            truth[f"{split}/{path.name}"] = _truth(plan)
+            counts[split] += plan.frames
             write_json(path.with_suffix(".json"), _sidecar(plan))
             if not path.exists():
                 encode_video(path, render_video(plan), plan.fps, Encoding(b_frames=plan.b_frames))
-        write_json(target / "truth.json", {"seed": seed, "split": split, "videos": truth})
-        counts[split] = sum(video["frames"] for video in truth.values())
+    write_json(folder / "truth.json", truth)
     return counts
