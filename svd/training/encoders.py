@@ -1,0 +1,196 @@
+"""The stage `encoders`: the text and image encoders that every later stage shares.
+
+For released weights it fetches and checks them and writes their name. For `toy-clip` it trains a small open_clip
+model with CLIP's own objective on frames and captions of synthetic worlds, drawn with a seed that no other stage
+uses; it is judged on a test world, whose objects and backgrounds are combinations that the training world doesn't have.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from svd.config import Preset
+from svd.data.scenes import Split, World, render_clip
+from svd.model.checkpoint import read_tensors
+from svd.model.clip import build, released_file, save_reference, save_toy, toy_config
+from svd.model.conditioning import ImageEncoder, TextEncoder, from_uint8
+from svd.stage import Report, StageContext, publish
+
+_SEED_OFFSET = 104_729  # worlds of this stage must not be those that the sources show
+_TRAIN_CLIPS = 2048
+_TEST_CLIPS = 200
+_HEIGHT, _WIDTH = 64, 96
+_BATCH = 64
+_LEARNING_RATE = 1e-3
+_WARMUP = 20
+_CHECKPOINT_EVERY = 50
+_MAX_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rendered clips: frames (N, K, H, W, 3) uint8, K frames of each, and one caption of each."""
+
+    frames: NDArray[np.uint8]
+    captions: list[str]
+
+
+def run(context: StageContext) -> Report:
+    """Train the toy-clip, or check released weights; the output folder is read by
+    svd.model.conditioning.load_encoders.
+    """
+    finished = context.work / "finished"
+    config = context.preset.encoders
+    if config.kind == "open_clip":
+        tensors = read_tensors(released_file(config), config.sha256)
+        save_reference(config, finished)
+        parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
+        report = Report({"parameters": parameters}, f"{config.model} {config.weights}")
+        return publish(finished, context.output, report)
+    metrics = _train_toy(context, finished)
+    accuracy, chance = metrics["retrieval_top1"], metrics["retrieval_top1_chance"]
+    summary = f"toy-clip finds the caption of {accuracy:.0%} of unseen clips (chance {chance:.1%})"
+    return publish(finished, context.output, Report(metrics, summary))
+
+
+def _train_toy(context: StageContext, finished: Path) -> dict[str, float]:
+    preset = context.preset
+    architecture = toy_config(preset.encoders.toy_width, preset.model.unet.cross_attention_dim)
+    clip = _fresh(architecture, preset.seed)
+    test = render_pairs(preset.seed + _SEED_OFFSET, "test", _TEST_CLIPS, frames=1)
+    before = retrieval(clip, test)
+    fit(clip, context)
+    after = retrieval(clip, test)
+    save_toy(clip, architecture, finished)
+    return after | {f"{name}_before": before[name] for name in ("retrieval_top1", "retrieval_top5", "caption_auc")}
+
+
+def _fresh(architecture: dict[str, Any], seed: int) -> open_clip.CLIP:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(architecture, "the toy-clip preset")
+
+
+def render_pairs(seed: int, split: Split, clips: int, frames: int) -> Pairs:
+    """The first `clips` scenes of a world with captions that all differ: `frames` frames of each, one second apart."""
+    world = World(seed, split)
+    pictures: list[NDArray[np.uint8]] = []
+    captions: dict[str, None] = {}
+    index = 0
+    with tqdm(total=clips, desc=f"render {split} clips", unit="clip", leave=False) as bar:
+        while len(pictures) < clips:
+            clip = render_clip(world, index, frames, _HEIGHT, _WIDTH, fps=1)
+            index += 1
+            if clip.caption in captions:
+                continue
+            captions[clip.caption] = None
+            pictures.append(clip.frames)
+            bar.update()
+    return Pairs(np.stack(pictures), list(captions))
+
+
+def fit(clip: open_clip.CLIP, context: StageContext) -> None:
+    """Train `clip` in place for `encoders.toy_iterations` steps; continues from the checkpoint in `context.work`."""
+    preset, path = context.preset, context.work / "toy-clip.pt"
+    steps = preset.encoders.toy_iterations
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    start = _resume(path, clip, optimizer)
+    if start == steps:
+        return
+    text, image = TextEncoder(clip), ImageEncoder(clip)
+    pairs = render_pairs(preset.seed + _SEED_OFFSET, "train", _TRAIN_CLIPS, frames=2)
+    tokens = text.tokens(pairs.captions)
+    clip.train()
+    for step in tqdm(range(start, steps), desc="train toy-clip", initial=start, total=steps, unit="step"):
+        chosen, moment = _draw(preset, step, len(pairs.captions))
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(step, steps)
+        frames = from_uint8(pairs.frames[chosen, moment])
+        loss, accuracy = contrastive(image(frames), text.project(tokens[chosen]), clip.logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        context.tracker.log_metrics({"loss": float(loss.detach()), "batch_accuracy": accuracy}, step)
+        if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            _checkpoint(path, clip, optimizer, step + 1)
+    clip.eval()
+
+
+def _draw(preset: Preset, step: int, clips: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which clips and which of their frames make up a batch; a function of (seed, step) alone, so that resuming is
+    exact.
+    """
+    generator = np.random.default_rng((preset.seed, _SEED_OFFSET, step))
+    return generator.choice(clips, _BATCH, replace=False), generator.integers(0, 2, _BATCH)
+
+
+def _learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    progress = step / steps
+    return _LEARNING_RATE * min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + float(np.cos(np.pi * progress)))
+
+
+def contrastive(images: Tensor, texts: Tensor, logit_scale: Tensor) -> tuple[Tensor, float]:
+    """CLIP's symmetric loss (arXiv 2103.00020, Fig. 3) of embeddings (B, E), row i of one belonging to row i of the
+    other.
+
+    Returns the loss and the share of pictures whose own text scores highest. logit_scale: logarithm of the inverse
+    temperature, capped at ln 100.
+    """
+    scale = logit_scale.exp().clamp(max=_MAX_LOGIT_SCALE)
+    logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    own = torch.arange(len(logits), device=logits.device)
+    loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    return loss, float((logits.argmax(1) == own).float().mean())
+
+
+@torch.no_grad()
+def retrieval(clip: open_clip.CLIP, pairs: Pairs) -> dict[str, float]:
+    """How well pictures find their captions among all captions of `pairs` (their first frames, N x N scores).
+
+    retrieval_top1, retrieval_top5: share of pictures whose caption is the first, or among the first five.
+    caption_auc: how often a picture's own caption scores above another clip's.
+    """
+    clip.eval()
+    images = ImageEncoder(clip).features(from_uint8(pairs.frames[:, 0]))
+    scores = images @ TextEncoder(clip).features(pairs.captions).T
+    own = scores.diagonal()[:, None]
+    above = (scores > own).sum(1)
+    others = len(scores) - 1
+    return {
+        "retrieval_top1": float((above < 1).float().mean()),
+        "retrieval_top5": float((above < 5).float().mean()),
+        "retrieval_top1_chance": 1 / len(scores),
+        "caption_auc": float(1 - above.double().mean() / others),
+        "test_clips": len(scores),
+    }
+
+
+def _checkpoint(path: Path, clip: open_clip.CLIP, optimizer: torch.optim.Optimizer, step: int) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as stream:
+        torch.save({"model": clip.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def _resume(path: Path, clip: open_clip.CLIP, optimizer: torch.optim.Optimizer) -> int:
+    """Load the checkpoint if there is one; returns the number of steps it has behind it."""
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    clip.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
