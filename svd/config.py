@@ -39,6 +39,9 @@ class SourcesConfig(Section):
     paths: list[str] = []
     synthetic: SyntheticWorlds | None = None
     sources_per_shard: PositiveInt = 64
+    copied_bytes: Annotated[int, Field(ge=0)] = Field(
+        2_000_000_000, description="local files up to this many bytes together are copied and so versioned; else listed"
+    )
 
 
 class CutPass(Section):
@@ -183,15 +186,22 @@ class AutoencoderTraining(Section):
     train_encoder: bool = False
     iterations: Annotated[int, Field(ge=0)] = 0
     temporal_iterations: Annotated[int, Field(ge=0)] = 0
-    batch_size: PositiveInt = 8
+    batch_size: PositiveInt = Field(
+        8, description="pictures a step; the temporal phase takes batch_size / frames clips"
+    )
     frames: PositiveInt = 8
     height: PositiveInt = 256
     width: PositiveInt = 256
     learning_rate: float = Field(1e-4, gt=0)
     kl_weight: float = Field(1e-6, ge=0)
+    perceptual: Literal["stlpips-alex", "stlpips-vgg", "lpips-alex", "lpips-vgg"] = "stlpips-alex"
+    perceptual_weights: list[str] = Field([], description="lpips-*: files of the backbone and of the linear layers")
     perceptual_weight: float = Field(0.25, ge=0)
+    perceptual_frames: Annotated[int, Field(ge=0)] = Field(0, description="pictures a step it sees; 0: all of them")
     discriminator_weight: float = Field(0.5, ge=0)
-    discriminator_start: int = 20001
+    discriminator_start: int = Field(20001, description="step of the temporal phase from which it is heard")
+    discriminator_width: PositiveInt = 64
+    checkpoint_every: PositiveInt = 100
     precision: Precision = "32-true"
 
 
@@ -392,7 +402,9 @@ class Preset(Section):
             for number, phase in enumerate(getattr(self, stage).phases):
                 if not any(geometry.serves(phase) for geometry in self.latents.geometries):
                     size = f"{phase.frames} frames of {phase.height}x{phase.width}"
-                    raise ValueError(f"'{stage}.phases.{number}' needs {size}, which no entry of 'latents.geometries' has")
+                    raise ValueError(
+                        f"'{stage}.phases.{number}' needs {size}, which no entry of 'latents.geometries' has"
+                    )
         return self
 
     @model_validator(mode="after")
