@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
         chunk: frames decoded together (None: all). The temporal layers see up to 29 frames to each side (14 blocks of
         two (3, 1, 1) convolutions and the last one) and normalise over the whole chunk, so a chunk's result can't equal
         the whole clip's exactly; `overlap` frames shared by neighbouring chunks are cross-faded, which removes the jump
-        at the border. 0 is the released script's behaviour (hard borders). Half of `chunk` is the most that makes sense.
+        at the border. 0 is the released script's behaviour (hard borders).
         image_mode: skip the temporal layers; every frame is decoded alone.
         Raises ValueError unless 0 <= overlap < chunk.
         """
@@ -149,7 +149,7 @@ def mean(moments: Tensor) -> Tensor:
 
 
 def sample(moments: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A draw from the posterior, (..., 2C, h, w) to (..., C, h, w), not scaled; noise comes from the generator's device."""
+    """An unscaled draw from the posterior, (..., 2C, h, w) to (..., C, h, w); noise is made where the generator is."""
     average, logvar = moments.chunk(2, dim=-3)
     device = generator.device if generator is not None else moments.device
     noise = torch.randn(average.shape, generator=generator, device=device, dtype=torch.float32)

@@ -4,7 +4,7 @@ The encoder and the image decoder are SD 2.1's; the temporal decoder is VideoLDM
 
 Shapes: N = B·T frames, C channels, H, W pixels of the level. Activations are (N, C, H, W) in channels-last memory,
 which is the same memory as (B, T, H·W, C); temporal layers are 2-D convolutions with kernel (3, 1) on that
-view, so no Conv3d kernel is ever called. Names of modules are diffusers' (`AutoencoderKL`, `AutoencoderKLTemporalDecoder`).
+view, so no Conv3d kernel is ever called. Modules are named as in diffusers.
 """
 
 from __future__ import annotations

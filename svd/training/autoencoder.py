@@ -1,0 +1,179 @@
+"""The stage `autoencoder`: an autoencoder for the data at hand, or a released one with its decoder made temporal.
+
+1. Image phase (`iterations`): encoder and spatial decoder learn single frames with L1 + perceptual distance + KL.
+   Released weights skip it. 2. Temporal phase (`temporal_iterations`, VideoLDM §3.1.1): the encoder is frozen, the whole decoder
+   learns short clips with the same reconstruction loss and a temporal patch discriminator.
+The stage's output is a model folder (`config.json`, weights) with `losses.csv` and `reconstructions.png`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from svd.config import Preset
+from svd.model.autoencoder import Autoencoder, AutoencoderConfig, add_temporal_decoder, mean
+from svd.model.perceptual import Perceptual
+from svd.model.weights import load_autoencoder, save_autoencoder
+from svd.stage import Report, StageContext, publish
+from svd.training.autoencoder_phase import COLUMNS, Learner, Phase, Run
+from svd.training.frames import ClipPixels, split_rows
+from svd.training.losses import ReconstructionLoss, flicker, psnr
+
+PHASES: tuple[Phase, Phase] = ("image", "temporal")
+HELD_OUT_CLIPS = 32
+MEASURED_CLIPS = 64
+PICTURE_CLIPS = 6
+PICTURE_FRAMES = 6
+LOG_EVERY = 10
+
+
+def run(context: StageContext) -> Report:
+    """Train (or load) the autoencoder, measure it on held-out clips and publish it.
+
+    Metrics: psnr (dB), l1 and flicker on held-out clips before training, with the image decoder, and at the end.
+    Raises UserError for an empty curation and for released weights that are missing or don't fit.
+    """
+    context.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(context.preset.seed)
+    state = _prepare(context)
+    metrics = state.metrics
+    metrics |= evaluate(state, "_before", image_mode=True)
+    _train(state, "image")
+    if "psnr_image_decoder" not in metrics:
+        metrics |= evaluate(state, "_image_decoder", image_mode=True)
+    _train(state, "temporal")
+    metrics |= evaluate(state, "", image_mode=False)
+    scaling = scaling_factor(state)
+    state.autoencoder.config = replace(state.autoencoder.config, scaling_factor=scaling)
+    metrics |= {
+        "scaling_factor": scaling,
+        "training_clips": len(state.training),
+        "held_out_clips": len(state.held_out),
+    }
+    _write(state)
+    return publish(context.work / "finished", context.output, Report(metrics, _summary(metrics)))
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    return (
+        f"PSNR {metrics['psnr_before']:.1f} -> {metrics['psnr']:.1f} dB on {metrics['held_out_clips']} held-out clips, "
+        f"flicker {metrics['flicker_image_decoder']:.4f} (image decoder) -> {metrics['flicker']:.4f} (temporal decoder)"
+    )
+
+
+def _prepare(context: StageContext) -> Run:
+    options, folder = context.preset.autoencoder, context.inputs["curation"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    training, held_out = split_rows(folder)
+    size = (options.frames, options.height, options.width)
+    perceptual = Perceptual(options.perceptual, options.perceptual_weights) if options.perceptual_weight else None
+    loss = ReconstructionLoss(perceptual, options.perceptual_weight, options.kl_weight, options.perceptual_frames).to(
+        device
+    )
+    return Run(
+        context,
+        device,
+        initial_autoencoder(context.preset).to(device),
+        loss,
+        ClipPixels(folder, training, *size),
+        ClipPixels(folder, held_out, *size),
+    )
+
+
+def initial_autoencoder(preset: Preset) -> Autoencoder:
+    """The autoencoder before training: released weights if the preset names them, or fresh ones; always temporal."""
+    section = preset.model.autoencoder
+    if section.pretrained is None:
+        return Autoencoder(
+            AutoencoderConfig(
+                latent_channels=section.latent_channels,
+                block_out_channels=tuple(section.block_out_channels),
+                layers_per_block=section.layers_per_block,
+                scaling_factor=section.scaling_factor or 1.0,
+            )
+        )
+    released = load_autoencoder(Path(section.pretrained), dtype=torch.float32)
+    return released if released.config.temporal_decoder else add_temporal_decoder(released)
+
+
+@torch.no_grad()
+def evaluate(state: Run, suffix: str, image_mode: bool) -> dict[str, float]:
+    """psnr (dB), l1 and flicker of held-out clips, their names with `suffix`; the posterior's mean is decoded."""
+    state.autoencoder.eval()
+    real, fake = [], []
+    for clip in state.held_out.examples(HELD_OUT_CLIPS).split(4):
+        clip = clip.to(state.device)
+        real.append(clip)
+        fake.append(state.autoencoder.decode(mean(state.autoencoder.encode(clip)), image_mode=image_mode).float())
+    a, b = torch.cat(real), torch.cat(fake)
+    return {
+        f"psnr{suffix}": psnr(a.flatten(0, 1), b.flatten(0, 1)),
+        f"l1{suffix}": float((a - b).abs().mean()),
+        f"flicker{suffix}": flicker(a, b) if a.shape[1] > 1 else 0.0,
+    }
+
+
+@torch.no_grad()
+def scaling_factor(state: Run) -> float:
+    """The preset's factor, or 1 / std of posterior draws over training clips (variance of means + mean variance)."""
+    given = state.context.preset.model.autoencoder.scaling_factor
+    if given is not None:
+        return given
+    clips = state.training.examples(MEASURED_CLIPS)[:, :1]
+    moments = torch.cat([state.autoencoder.encode(part.to(state.device)) for part in clips.split(8)])
+    average, logvar = moments.double().chunk(2, dim=2)
+    return float(1 / (average.var() + logvar.exp().mean()).sqrt())
+
+
+def _train(state: Run, phase: Phase) -> None:
+    """One phase, from its last checkpoint on; leaves the autoencoder as it is when a later phase has begun."""
+    options = state.options
+    steps = options.iterations if phase == "image" else options.temporal_iterations
+    if steps == 0:
+        return
+    learner = Learner(state, phase, steps)
+    state.autoencoder.train()
+    begun = learner.resume()
+    with tqdm(range(begun, steps), initial=begun, total=steps, desc=f"autoencoder, {phase} phase") as bar:
+        for step in bar:
+            values = learner.step(step)
+            state.rows.append([float(phase == "temporal"), step, *values.values()])
+            if (step + 1) % LOG_EVERY == 0:
+                bar.set_postfix(l1=f"{values['l1']:.4f}", refresh=False)
+                named = {f"{phase}/{name}": value for name, value in values.items()}
+                state.context.tracker.log_metrics(named, step)
+            if (step + 1) % options.checkpoint_every == 0 or step + 1 == steps:
+                learner.save(step + 1)
+
+
+def _write(state: Run) -> None:
+    """The finished folder: model, losses, picture."""
+    folder = state.context.work / "finished"
+    shutil.rmtree(folder, ignore_errors=True)
+    save_autoencoder(state.autoencoder.cpu(), folder)
+    lines = [",".join(COLUMNS)]
+    for phase, step, *values in state.rows:
+        lines.append(",".join([PHASES[int(phase)], str(int(step)), *(f"{value:.6g}" for value in values)]))
+    (folder / "losses.csv").write_text("\n".join(lines) + "\n")
+    picture = reconstructions(state)
+    Image.fromarray(picture).save(folder / "reconstructions.png")
+    state.context.tracker.log_image("reconstructions", picture, state.options.temporal_iterations)
+
+
+@torch.no_grad()
+def reconstructions(state: Run) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of held-out clips: for each, its frames, and below them their reconstructions."""
+    device = next(state.autoencoder.parameters()).device
+    real = state.held_out.examples(PICTURE_CLIPS).to(device)
+    fake = state.autoencoder.decode(mean(state.autoencoder.encode(real)))
+    rows = torch.stack([real, fake.clamp(-1, 1)], dim=1)[:, :, :PICTURE_FRAMES]
+    clips, two, frames, channels, height, width = rows.shape
+    grid = rows.permute(0, 1, 4, 2, 5, 3).reshape(clips * two * height, frames * width, channels)
+    return ((grid + 1) * 127.5).round().byte().cpu().numpy()
