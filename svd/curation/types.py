@@ -1,7 +1,7 @@
 """What the decode pass finds in one source: facts, cuts with their evidence, clips with motion and sampled frames.
 
-All times come in two forms: `pts`, integers in the `time_base` of the source's video stream, which are exact, and seconds
-on the source's own clock, pts × time_base, whose zero need not be the first frame. Ends are exclusive everywhere.
+All times come in two forms: `pts`, integers in the `time_base` of the source's video stream, which are exact, and
+seconds on the source's own clock, pts × time_base, whose zero need not be the first frame. Ends are exclusive.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SourceFailure(Exception):
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What the container and the packets say; `width` × `height` are coded, `display_*` after rotation and pixel aspect."""
+    """What container and packets say; `width` × `height` are coded, `display_*` after rotation and pixel aspect."""
 
     container: str
     codec: str
@@ -89,8 +89,8 @@ class Cut:
 class ClipSpan:
     """Which frames of the source a clip holds and how it is written.
 
-    [shot_start_frame, shot_end_frame) is the shot before the boundaries snapped to keyframes; `start_cut` and `end_cut` are
-    indices into `Analysis.cuts`, None at the ends of the source and where a long shot was split.
+    [shot_start_frame, shot_end_frame) is the shot before the boundaries snapped to keyframes; `start_cut` and `end_cut`
+    are indices into `Analysis.cuts`, None at the ends of the source and where a long shot was split.
     """
 
     start_frame: int
@@ -113,8 +113,8 @@ class CameraMotion:
 
     pan, tilt: apparent camera speed in frame widths / heights a second (pan > 0: the camera turns right, tilt > 0: up);
     zoom: natural log of the scale a second (> 0: in); roll: radians a second (> 0: the camera turns clockwise);
-    shake: high-frequency part of the translation, same unit as pan; residual: mean flow that the fit leaves, in frame widths
-    a second; moving: share of the area that does not follow the fit.
+    shake: high-frequency part of the translation, same unit as pan; residual: mean flow that the fit leaves, in frame
+    widths a second; moving: share of the area that does not follow the fit.
     """
 
     label: CameraLabel

@@ -1,0 +1,284 @@
+"""The cut cascade (§3.1, App. C): passes at several frame rates and thresholds over one decode, then a look at each
+candidate.
+
+Passes propose: at the source's rate a jump of the content score, at slower rates a pair of frames too different for
+one shot. The tiny pictures around a proposal decide: a flash, a strobe or motion is no cut; a dissolve or a fade
+gets its interval, which belongs to no clip; a low-contrast hard cut that only a slow pass noticed gets its exact
+frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from svd.config import CutPass, CutsConfig
+from svd.curation.scores import Features, Jump, Planes, Scorer
+from svd.curation.transitions import Ramp, fade_start, fit_ramp, is_blank, same_scene
+from svd.curation.transnet import transnet_jumps
+from svd.curation.types import CutKind
+
+SETTLE_SECONDS = 4.0  # a transition is decided when this much footage after it is known
+FLASH_SECONDS = 0.4
+MAX_FADE_SECONDS = 3.0
+PADS = (0.15, 0.4, 0.8, 1.5)  # seconds around a slow pair where the ends of its transition are looked for
+MIN_CONTENT = 15.0  # PySceneDetect's min_content_val of its adaptive detector
+ADAPTIVE_WINDOW = 2
+MIN_PROMINENCE = 2.0  # a jump must exceed the mean of its neighbours by this factor
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cut by frame numbers: [start, end) is the transition (empty for a hard cut), `end` the new shot's first
+    frame.
+    """
+
+    kind: CutKind
+    start: int
+    end: int
+    detector: str
+    score: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A pass's suspicion that a shot ends after frame `before` and at the latest at `after`."""
+
+    before: int
+    after: int
+    detector: str
+    score: float
+    threshold: float
+
+
+def adaptive_ratios(scores: np.ndarray, window: int = ADAPTIVE_WINDOW) -> np.ndarray:
+    """PySceneDetect's adaptive ratio of each score to the mean of `window` neighbours on both sides; 0 near the
+    ends.
+    """
+    ratios = np.zeros(len(scores))
+    for i in range(window, len(scores) - window):
+        around = np.delete(scores[i - window : i + window + 1], window)
+        mean = float(around.sum()) / (2.0 * window)
+        if abs(mean) >= 0.00001:
+            ratios[i] = min(float(scores[i]) / mean, 255.0)
+        elif scores[i] >= MIN_CONTENT:
+            ratios[i] = 255.0
+    return ratios
+
+
+def detector_name(cut_pass: CutPass) -> str:
+    """Name of a pass in the evidence, such as content@8."""
+    return f"{cut_pass.detector}@{cut_pass.fps:g}" if cut_pass.fps else cut_pass.detector
+
+
+class CutFinder:
+    """Finds the cuts of a source while it is decoded.
+
+    `add` takes every frame in display order; `settle` returns the cuts that nothing later can change, each once and
+    in order, and forgets what is no longer needed, so that memory is bounded by the time between two calls.
+    """
+
+    def __init__(self, config: CutsConfig, fps: float) -> None:
+        self.config = config
+        self.scorer = Scorer(config.passes, config.min_scene_seconds, fps)
+        self._next = 0
+        self._settled = 0
+        self._fps = max(fps, 1.0)
+
+    def add(self, seconds: float, small: Planes) -> None:
+        """Take the next frame; small: Y (h, w), U and V (h/2, w/2) uint8."""
+        self.scorer.add(self._next, seconds, small)
+        self._next += 1
+
+    @property
+    def settled(self) -> int:
+        """All cuts before this frame are known."""
+        return self._settled
+
+    def settle(self, final: bool = False) -> list[Found]:
+        """New cuts that are certain by now; with `final`, all that remain."""
+        context = round(SETTLE_SECONDS * self._fps)
+        limit = self._next if final else self._next - context
+        if limit <= self._settled:
+            return []
+        found = [c for c in self._examine() if self._settled <= c.end < limit or (final and c.end >= self._settled)]
+        self._settled = limit
+        self.scorer.forget(limit - context)
+        return found
+
+    def _examine(self) -> list[Found]:
+        features = self.scorer.features
+        if len(features.seconds) < 2:
+            return []
+        judge = _Judge(features)
+        proposals = [p for cut_pass in self.config.passes for p in self._proposals(cut_pass)]
+        judge.blanks()
+        judge.jumps([p for p in proposals if p.after - p.before == 1], self._native_scores())
+        judge.pairs([p for p in proposals if p.after - p.before > 1])
+        return sorted(judge.found, key=lambda c: c.end)
+
+    def _native_scores(self) -> dict[int, float]:
+        return {j.after: j.score for p in self.scorer.content.values() for j in p.jumps if j.after - j.before == 1}
+
+    def _proposals(self, cut_pass: CutPass) -> list[Proposal]:
+        name, threshold = detector_name(cut_pass), cut_pass.threshold
+        if cut_pass.detector == "transnetv2":
+            jumps = transnet_jumps(self.scorer.features.tiny, self.scorer.features.base, threshold)
+        elif cut_pass.detector == "content":
+            jumps = [j for j in self.scorer.jumps(cut_pass.fps) if j.score >= threshold]
+        elif cut_pass.detector == "adaptive":
+            jumps = _adaptive(list(self.scorer.jumps(cut_pass.fps)), threshold)
+        else:
+            hits = self.scorer.library[self.config.passes.index(cut_pass)].hits
+            jumps = [Jump(h.frame - 1, h.frame, h.score) for h in hits]
+        base = self.scorer.features.base
+        return [Proposal(j.before, j.after, name, j.score, threshold) for j in jumps if j.before >= base]
+
+
+def _adaptive(jumps: list[Jump], threshold: float) -> list[Jump]:
+    ratios = adaptive_ratios(np.array([j.score for j in jumps]))
+    chosen = [i for i, j in enumerate(jumps) if ratios[i] >= threshold and j.score >= MIN_CONTENT]
+    return [Jump(jumps[i].before, jumps[i].after, float(ratios[i])) for i in chosen]
+
+
+class _Judge:
+    """Decides proposals over one stretch of features; `found` holds the cuts."""
+
+    def __init__(self, features: Features) -> None:
+        self.base = features.base
+        self.seconds = np.array(features.seconds)
+        self.pictures = np.stack(features.thumbs)
+        self.pixels = features.thumb_size[0] * features.thumb_size[1]
+        self.found: list[Found] = []
+        self.rejected: list[tuple[int, int]] = []
+        span = self.seconds[-1] - self.seconds[0]
+        self.rate = (len(self.seconds) - 1) / span if span > 0 else 25.0
+
+    def _index(self, frame: int) -> int:
+        return frame - self.base
+
+    def _keep(self, kind: CutKind, start: int, end: int, cause: Proposal) -> None:
+        self.found.append(
+            Found(kind, start + self.base, end + self.base, cause.detector, float(cause.score), cause.threshold)
+        )
+
+    def blanks(self) -> None:
+        """Black (or white) stretches, with the fades that lead in and out of them."""
+        blank = np.array([is_blank(p, self.pixels) for p in self.pictures])
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], blank.view(np.int8), [0]])))
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            self._blank(int(first), int(last))
+
+    def _blank(self, first: int, last: int) -> None:
+        reach, count = round(MAX_FADE_SECONDS * self.rate), len(self.pictures)
+        before, after = max(0, first - reach), min(count, last + reach)
+        start = before + fade_start(self.pictures[before : first + 1], self.pixels) if first else 0
+        end = after - fade_start(self.pictures[last - 1 : after][::-1], self.pixels) if last < count else count
+        start, end = min(start, first), max(end, last)
+        short = self.seconds[min(last, count - 1)] - self.seconds[first] <= FLASH_SECONDS
+        faded = start < first or end > last
+        if first and last < count and short and not faded and self._same(first - 1, last):
+            self.rejected.append((first - 1, last + 1))
+            return
+        level = float(self.pictures[first:last, : self.pixels].mean())
+        self._keep("fade" if faded else "black", start, end, Proposal(first, last, "blank", level, 40.0))
+
+    def _same(self, one: int, other: int) -> bool:
+        return same_scene(self.pictures[one], self.pictures[other], self.pixels)
+
+    def _explained(self, before: int, after: int) -> bool:
+        inside = any(c.start - self.base - 1 <= after and before <= c.end - self.base for c in self.found)
+        return inside or any(low <= before and after <= high for low, high in self.rejected)
+
+    def jumps(self, proposals: list[Proposal], scores: dict[int, float]) -> None:
+        """Proposals between neighbouring frames: hard cuts, unless they are flashes, strobes or plain motion."""
+        best: dict[int, Proposal] = {}
+        for p in proposals:
+            if p.after not in best:
+                best[p.after] = p
+        groups: list[list[Proposal]] = []
+        gap = max(2, round(0.1 * self.rate))
+        for after in sorted(best):
+            if groups and after - groups[-1][-1].after <= gap:
+                groups[-1].append(best[after])
+            else:
+                groups.append([best[after]])
+        groups = [g for g in groups if not self._explained(self._index(g[0].before), self._index(g[-1].after))]
+        for group in self._without_flashes(groups):
+            self._group(group, scores)
+
+    def _without_flashes(self, groups: list[list[Proposal]]) -> list[list[Proposal]]:
+        kept: list[list[Proposal]] = []
+        skip = False
+        for i, group in enumerate(groups):
+            if skip:
+                skip = False
+                continue
+            first, last = self._index(group[0].before), self._index(group[-1].after)
+            if len(group) > 1 and self._same(first, last):
+                self.rejected.append((first, last))
+                continue
+            following = groups[i + 1] if i + 1 < len(groups) else None
+            if following is not None and self._is_flash(first, self._index(following[-1].after)):
+                self.rejected.append((first, self._index(following[-1].after)))
+                skip = True
+                continue
+            kept.append(group)
+        return kept
+
+    def _is_flash(self, before: int, after: int) -> bool:
+        return self.seconds[after] - self.seconds[before] <= FLASH_SECONDS and self._same(before, after)
+
+    def _group(self, group: list[Proposal], scores: dict[int, float]) -> None:
+        peak = max(group, key=lambda p: scores.get(p.after, p.score))
+        first, last = self._index(group[0].before), self._index(group[-1].after)
+        others = [scores.get(p.after, p.score) for p in group if p is not peak]
+        if not others or scores.get(peak.after, peak.score) >= 1.5 * max(others):
+            if self._prominent(peak, scores) and not self._same(self._index(peak.before), self._index(peak.after)):
+                self._keep("hard", self._index(peak.after), self._index(peak.after), peak)
+            return
+        ramp = self._ramp(first, last, max(0, first - 2), min(len(self.pictures) - 1, last + 2))
+        if ramp is not None and ramp.is_transition:
+            self._keep("dissolve" if ramp.end > ramp.start else "hard", ramp.start, ramp.end, peak)
+        elif len(group) == 2 and all(self._prominent(p, scores) for p in group):
+            for p in group:
+                self._keep("hard", self._index(p.after), self._index(p.after), p)
+
+    def _prominent(self, p: Proposal, scores: dict[int, float]) -> bool:
+        near = [scores[f] for f in range(p.after - 3, p.after + 4) if f != p.after and f in scores]
+        # The neighbours' median is not raised by a second cut or a flash nearby.
+        return not near or scores.get(p.after, p.score) >= MIN_PROMINENCE * float(np.median(near))
+
+    def _ramp(self, before: int, after: int, low: int, high: int) -> Ramp | None:
+        ramp = fit_ramp(self.pictures[low : high + 1], self.pixels)
+        if ramp is None:
+            return None
+        return Ramp(ramp.start + low, ramp.end + low, ramp.error, ramp.off_line, ramp.distance, ramp.similarity)
+
+    def pairs(self, proposals: list[Proposal]) -> None:
+        """Proposals of slower passes: dissolves, fades and low-contrast hard cuts, each with its ends; the rest is
+        motion.
+        """
+        for p in sorted(proposals, key=lambda p: -p.score):
+            before, after = self._index(p.before), self._index(p.after)
+            if self._explained(before, after):
+                continue
+            ramp = self._best_ramp(before, after)
+            if ramp is not None and not self._explained(ramp.start - 1, ramp.end):
+                self._keep("dissolve" if ramp.end > ramp.start else "hard", ramp.start, ramp.end, p)
+
+    def _best_ramp(self, before: int, after: int) -> Ramp | None:
+        """The transition around a pair that is most like one, looked for no farther than the neighbouring cuts."""
+        low = max([c.end - self.base for c in self.found if c.end - self.base <= before], default=0)
+        high = min(
+            [c.start - self.base - 1 for c in self.found if c.start - self.base > after], default=len(self.pictures) - 1
+        )
+        fits = []
+        for pad in PADS:
+            reach = round(pad * self.rate)
+            ramp = self._ramp(before, after, max(low, before - reach), min(high, after + reach))
+            if ramp is not None and ramp.is_transition:
+                fits.append(ramp)
+        return min(fits, key=lambda r: r.error + 0.5 * r.off_line, default=None)

@@ -1,0 +1,174 @@
+"""Decoding: frames in display order, their planes halved by area without a conversion at full size.
+
+Deblocking of frames that no other frame refers to is skipped: nothing can drift, and it saves a tenth of the decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import av.error
+import cv2
+import numpy as np
+
+from svd.curation.probe import open_video
+from svd.curation.types import SourceFailure
+
+SCORE_WIDTH = 480  # pictures are halved until they are narrower than this
+FRAME_WIDTH = 640  # sampled frames are at most this wide
+MAX_ERROR_SHARE = 0.5
+_PLANAR_420 = ("yuv420p", "yuvj420p")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded frame as uint8 planes Y, U, V. full: as coded, U and V of half size; small: halved to at most
+    SCORE_WIDTH, Y (h, w) with even sides, U and V (h/2, w/2)."""
+
+    pts: int | None
+    full: tuple[np.ndarray, np.ndarray, np.ndarray]
+    small: tuple[np.ndarray, np.ndarray, np.ndarray]
+    key: bool
+
+
+@dataclass
+class DecodeFacts:
+    """What only decoding tells; filled while frames are read."""
+
+    rotation: int = 0
+    interlaced: bool = False
+    pixel_format: str = ""
+    full_range: bool = False
+    bt709: bool = False
+    errors: int = 0
+
+
+def halve(plane: np.ndarray) -> np.ndarray:
+    """Mean of each 2 × 2 block of an (H, W) uint8 plane; an odd last row or column is left out."""
+    height, width = plane.shape
+    size = (width // 2, height // 2)
+    return cv2.resize(plane[: size[1] * 2, : size[0] * 2], size, interpolation=cv2.INTER_AREA)
+
+
+def _plane(frame: av.VideoFrame, index: int) -> np.ndarray:
+    plane = frame.planes[index]
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
+
+
+def _planes(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if frame.format.name not in _PLANAR_420:
+        # Rare formats (10 bit, 4:2:2, RGB, palettes) pay for one conversion by swscale.
+        frame = frame.reformat(format="yuv420p")
+    return _plane(frame, 0), _plane(frame, 1), _plane(frame, 2)
+
+
+def halvings(width: int, height: int) -> int:
+    """How often a picture is halved for scoring, so that it stays at least 32 px high."""
+    count = 0
+    while width >> count >= SCORE_WIDTH and height >> (count + 1) >= 32:
+        count += 1
+    return count
+
+
+def _shrink(planes: tuple[np.ndarray, np.ndarray, np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    luma, blue, red = planes
+    for _ in range(count):
+        luma, blue, red = halve(luma), halve(blue), halve(red)
+    height, width = min(luma.shape[0] // 2, blue.shape[0]), min(luma.shape[1] // 2, blue.shape[1])
+    cropped = luma[: height * 2, : width * 2], blue[:height, :width], red[:height, :width]
+    return cropped[0], cropped[1], cropped[2]
+
+
+class Decoder:
+    """Iterates over the Pictures of a source in display order; `facts` fills up on the way.
+
+    Broken packets are counted and skipped. Raises SourceFailure when less than half of the packets decode.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.facts = DecodeFacts()
+        self._size: tuple[int, int] | None = None
+        self._count = 0
+
+    def __iter__(self) -> Iterator[Picture]:
+        packets = frames = 0
+        with open_video(self.path) as (container, stream):
+            context = stream.codec_context
+            context.options = {"skip_loop_filter": "noref"}
+            demuxer = container.demux(stream)
+            while True:
+                try:
+                    packet = next(demuxer, None)
+                except (av.error.FFmpegError, OSError, ValueError):
+                    self.facts.errors += 1
+                    packet = None
+                if packet is None:
+                    break
+                packets += packet.size > 0
+                for frame in self._decode(packet):
+                    frames += 1
+                    yield self._picture(frame, first=frames == 1)
+        if frames < 2:
+            raise SourceFailure("no frame can be decoded" if frames == 0 else "a single frame is no video")
+        if self.facts.errors > MAX_ERROR_SHARE * packets:
+            raise SourceFailure(f"{self.facts.errors} of {packets} packets can't be decoded")
+
+    def _decode(self, packet: av.Packet) -> list[av.VideoFrame]:
+        try:
+            return list(packet.decode())
+        except (av.error.FFmpegError, ValueError):
+            self.facts.errors += 1
+            return []
+
+    def _picture(self, frame: av.VideoFrame, first: bool) -> Picture:
+        if first:
+            self._learn(frame)
+        planes = _planes(frame)
+        small = _shrink(planes, self._count)
+        if self._size is None:
+            self._size = small[0].shape
+        if small[0].shape != self._size:
+            small = self._fit(small)
+        return Picture(frame.pts, planes, small, frame.key_frame)
+
+    def _fit(self, small: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A stream may change its size midway; every picture is brought to the first one's."""
+        assert self._size is not None
+        height, width = self._size
+        chroma = (width // 2, height // 2)
+        return cv2.resize(small[0], (width, height)), cv2.resize(small[1], chroma), cv2.resize(small[2], chroma)
+
+    def _learn(self, frame: av.VideoFrame) -> None:
+        facts = self.facts
+        facts.rotation = -round(frame.rotation / 90) * 90 % 360
+        facts.interlaced = bool(frame.interlaced_frame)
+        facts.pixel_format = frame.format.name
+        facts.full_range = frame.format.name.startswith("yuvj") or int(frame.color_range) == 2
+        facts.bt709 = int(frame.colorspace) == 1 or (int(frame.colorspace) == 2 and frame.height >= 720)
+        self._count = halvings(frame.width, frame.height)
+        if frame.width < 16 or frame.height < 16:
+            raise SourceFailure(f"{frame.width}x{frame.height} pixels are too small")
+
+
+def to_rgb(planes: tuple[np.ndarray, np.ndarray, np.ndarray], facts: DecodeFacts) -> np.ndarray:
+    """Y (h, w), U and V (h/2, w/2) uint8 to RGB (h, w, 3) uint8, by the source's own matrix and range."""
+    height, width = planes[0].shape
+    chroma = [cv2.resize(p, (width, height), interpolation=cv2.INTER_LINEAR) for p in planes[1:]]
+    yuv = np.stack([planes[0], *chroma], axis=-1).astype(np.float32)
+    red, blue = (0.2126, 0.0722) if facts.bt709 else (0.299, 0.114)
+    luma, colour, black = (1.0, 1.0, 0.0) if facts.full_range else (255 / 219, 255 / 224, 16.0)
+    green = 1 - red - blue
+    u, v = 2 * (1 - blue) * colour, 2 * (1 - red) * colour
+    matrix = np.array(
+        [
+            [luma, 0, v, -luma * black - 128 * v],
+            [luma, -u * blue / green, -v * red / green, -luma * black + 128 * (u * blue + v * red) / green],
+            [luma, u, 0, -luma * black - 128 * u],
+        ],
+        np.float32,
+    )
+    return np.clip(np.rint(cv2.transform(yuv, matrix)), 0, 255).astype(np.uint8)

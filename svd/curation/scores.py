@@ -1,0 +1,208 @@
+"""What cut detection sees of each frame: content scores at several frame rates, brightness, and a tiny picture.
+
+The content score is PySceneDetect's (mean absolute difference of hue, saturation and value between two frames,
+weights 1, 1, 1): all passes of the cascade share one HSV picture a frame, so that each further frame rate costs one
+L1 norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+from scenedetect import FrameTimecode, StatsManager
+from scenedetect.detector import SceneDetector
+from scenedetect.detectors import HashDetector, HistogramDetector, ThresholdDetector
+
+from svd.config import CutPass
+from svd.curation.decode import halve
+
+THUMB_WIDTH = 48
+TRANSNET_SIZE = (48, 27)
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Jump:
+    """One comparison of a pass: the frames before and after, and its score."""
+
+    before: int
+    after: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A cut that a PySceneDetect detector reports."""
+
+    frame: int
+    score: float
+
+
+def to_hsv(small: Planes) -> np.ndarray:
+    """Y (h, w), U and V (h/2, w/2) to OpenCV's 8-bit HSV (h, w, 3)."""
+    return cv2.cvtColor(to_bgr(small), cv2.COLOR_BGR2HSV)
+
+
+def to_bgr(small: Planes) -> np.ndarray:
+    """Y (h, w), U and V (h/2, w/2) to BGR (h, w, 3), limited range BT.601: scores don't need the exact matrix."""
+    width = small[0].shape[1]
+    packed = np.concatenate([plane.reshape(-1) for plane in small]).reshape(-1, width)
+    return cv2.cvtColor(packed, cv2.COLOR_YUV2BGR_I420)
+
+
+def content_score(one: np.ndarray, other: np.ndarray) -> float:
+    """PySceneDetect's ContentDetector score of two HSV pictures (h, w, 3), 0…255."""
+    return cv2.norm(one, other, cv2.NORM_L1) / one.size
+
+
+def thumbnail(small: Planes) -> np.ndarray:
+    """Y, U and V halved until Y is at most THUMB_WIDTH wide, concatenated into one uint8 vector; Y comes first."""
+    luma, blue, red = small
+    while luma.shape[1] > THUMB_WIDTH and luma.shape[0] >= 16:
+        luma, blue, red = halve(luma), halve(blue), halve(red)
+    return np.concatenate([luma.reshape(-1), blue.reshape(-1), red.reshape(-1)])
+
+
+def thumbnail_size(small: Planes) -> tuple[int, int]:
+    """Height and width of the Y part of `thumbnail`."""
+    height, width = small[0].shape
+    while width > THUMB_WIDTH and height >= 16:
+        height, width = height // 2, width // 2
+    return height, width
+
+
+class Clock:
+    """Picks the frames of a slower frame rate by their times: the first frame in each interval of 1 / fps."""
+
+    def __init__(self, fps: float | None) -> None:
+        self.fps = fps
+        self._next = -math.inf
+
+    def tick(self, seconds: float) -> bool:
+        """Whether the frame at `seconds` belongs to the slower rate; call once for each frame."""
+        if self.fps is None:
+            return True
+        # A thousandth of a step absorbs the rounding of timestamps to milliseconds.
+        if seconds < self._next - 1e-3 / self.fps:
+            return False
+        self._next = (math.floor(seconds * self.fps + 1e-3) + 1) / self.fps
+        return True
+
+
+class _ContentPass:
+    def __init__(self, fps: float | None) -> None:
+        self.clock = Clock(fps)
+        self.jumps: list[Jump] = []
+        self._last: tuple[int, np.ndarray] | None = None
+
+    def wants(self, seconds: float) -> bool:
+        return self.clock.tick(seconds)
+
+    def add(self, frame: int, hsv: np.ndarray) -> None:
+        if self._last is not None:
+            self.jumps.append(Jump(self._last[0], frame, content_score(hsv, self._last[1])))
+        self._last = frame, hsv
+
+
+def _library_detector(cut_pass: CutPass, min_seconds: float) -> SceneDetector:
+    if cut_pass.detector == "hash":
+        return HashDetector(threshold=cut_pass.threshold, min_scene_len=min_seconds)
+    if cut_pass.detector == "histogram":
+        return HistogramDetector(threshold=cut_pass.threshold, min_scene_len=min_seconds)
+    return ThresholdDetector(threshold=cut_pass.threshold, min_scene_len=min_seconds)
+
+
+class _LibraryPass:
+    """One of PySceneDetect's other detectors, fed with the small pictures of its frame rate."""
+
+    def __init__(self, cut_pass: CutPass, min_seconds: float, fps: float) -> None:
+        self.clock = Clock(cut_pass.fps)
+        self.hits: list[Hit] = []
+        self._detector = _library_detector(cut_pass, min_seconds)
+        self._detector.stats_manager = StatsManager()
+        self._rate = min(fps, cut_pass.fps or fps)
+        self._frames: list[int] = []
+
+    def wants(self, seconds: float) -> bool:
+        return self.clock.tick(seconds)
+
+    def add(self, frame: int, bgr: np.ndarray) -> None:
+        timecode = FrameTimecode(len(self._frames), fps=self._rate)
+        self._frames.append(frame)
+        for cut in self._detector.process_frame(timecode, bgr):
+            self.hits.append(Hit(self._frames[cut.frame_num], self._score(cut)))
+
+    def _score(self, cut: FrameTimecode) -> float:
+        key = self._detector.get_metrics()[0]
+        manager = self._detector.stats_manager
+        found = manager.get_metrics(cut, [key])[0] if manager and manager.metrics_exist(cut, [key]) else None
+        return float(found) if found is not None else math.nan
+
+
+@dataclass
+class Features:
+    """Per-frame features of a stretch of the source; lists grow by one a frame and `base` is the number of their
+    first frame.
+    """
+
+    base: int = 0
+    seconds: list[float] = field(default_factory=list)
+    thumbs: list[np.ndarray] = field(default_factory=list)
+    tiny: list[np.ndarray] = field(default_factory=list)  # TRANSNET_SIZE RGB, only with that detector
+    thumb_size: tuple[int, int] = (0, 0)
+
+    def forget(self, frame: int) -> None:
+        """Drop everything before `frame`."""
+        count = max(0, frame - self.base)
+        for values in (self.seconds, self.thumbs, self.tiny):
+            del values[:count]
+        self.base += count
+
+
+class Scorer:
+    """Scores every frame for all passes of the cascade; `add` once a frame, in display order."""
+
+    def __init__(self, passes: list[CutPass], min_seconds: float, fps: float) -> None:
+        self.features = Features()
+        self.content = {c.fps: _ContentPass(c.fps) for c in passes if c.detector in ("content", "adaptive")}
+        self.library = {
+            i: _LibraryPass(c, min_seconds, fps)
+            for i, c in enumerate(passes)
+            if c.detector in ("hash", "histogram", "threshold")
+        }
+        self._tiny = any(c.detector == "transnetv2" for c in passes)
+
+    def add(self, frame: int, seconds: float, small: Planes) -> None:
+        """Score the frame with this number and time; small: Y (h, w), U and V (h/2, w/2) uint8."""
+        features = self.features
+        features.seconds.append(seconds)
+        features.thumbs.append(thumbnail(small))
+        if not features.thumb_size[0]:
+            features.thumb_size = thumbnail_size(small)
+        content = [p for p in self.content.values() if p.wants(seconds)]
+        library = [p for p in self.library.values() if p.wants(seconds)]
+        if not (content or library or self._tiny):
+            return
+        bgr = to_bgr(small)
+        if self._tiny:
+            features.tiny.append(cv2.resize(bgr, TRANSNET_SIZE, interpolation=cv2.INTER_AREA)[:, :, ::-1])
+        for other in library:
+            other.add(frame, bgr)
+        if content:
+            hsv = cv2.cvtColor(bgr, cv2.COLOR_BGR2HSV)
+            for own in content:
+                own.add(frame, hsv)
+
+    def forget(self, frame: int) -> None:
+        """Drop the features and jumps before `frame`."""
+        self.features.forget(frame)
+        for own in self.content.values():
+            own.jumps = [j for j in own.jumps if j.after >= frame]
+
+    def jumps(self, fps: float | None) -> Iterator[Jump]:
+        """The remembered comparisons at a frame rate."""
+        yield from self.content[fps].jumps

@@ -1,0 +1,132 @@
+"""Where a transition begins and ends, and whether it is one: tests on the tiny pictures around a candidate.
+
+In a dissolve every frame is a mix (1 − α) A + α B of the shots on both sides; projected on the line from A to B, α
+climbs from 0 to 1 along a ramp and little is left beside the line. Motion within a shot leaves the line by about
+0.87 of its length, a wipe by 0.5, a hard cut steps, and a fade is the same ramp to or from black.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_RAMP_ERROR = 0.12
+MAX_OFF_LINE = 0.62
+MIN_DISTANCE = 5.0  # grey levels, root mean square
+SAME_SCENE = 0.8  # correlation of two pictures of one shot
+UNIFORM_SPREAD = 6.0
+BLACK_LEVEL, WHITE_LEVEL = 40.0, 215.0
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A fitted transition: frames [start, end) are mixes (empty for a step at `end`), counted from the first picture.
+
+    error: root mean square of α against the ramp; off_line: distance from the line within the ramp, in lengths of
+    the line; distance: grey levels between both ends; similarity: correlation of both ends.
+    """
+
+    start: int
+    end: int
+    error: float
+    off_line: float
+    distance: float
+    similarity: float
+
+    @property
+    def is_transition(self) -> bool:
+        """Whether two different shots are on both sides and the frames between are mixes of them."""
+        return (
+            self.distance >= MIN_DISTANCE
+            and self.similarity < SAME_SCENE
+            and self.error <= MAX_RAMP_ERROR
+            and self.off_line <= MAX_OFF_LINE
+        )
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Pearson correlation of two pictures given as vectors; 0 when one of them is uniform."""
+    a, b = one - one.mean(), other - other.mean()
+    norm = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / norm if norm > 1e-3 * len(a) else 0.0
+
+
+def same_scene(one: np.ndarray, other: np.ndarray, pixels: int) -> bool:
+    """Whether two tiny pictures (first `pixels` values: luma) show the same shot, exposure apart."""
+    a, b = one.astype(np.float32), other.astype(np.float32)
+    if float(np.abs(a - b).mean()) < 3:
+        return True
+    return correlation(a[:pixels], b[:pixels]) > SAME_SCENE and float(np.abs(a[pixels:] - b[pixels:]).mean()) < 8
+
+
+def fit_ramp(pictures: np.ndarray, pixels: int) -> Ramp | None:
+    """Fit the transition between the first and the last of (n, d) pictures; None when α never gets across or n < 4."""
+    count = len(pictures)
+    if count < 4:
+        return None
+    x = pictures.astype(np.float32)
+    line = x[-1] - x[0]
+    length = float(line @ line)
+    if length < 1e-6:
+        return None
+    moved = x - x[0]
+    alpha = moved @ line / length
+    beside = np.maximum((moved * moved).sum(1) / length - alpha**2, 0)
+    start, end = _ends(alpha)
+    steps = np.arange(count)
+    ideal = np.clip((steps - start) / max(end - start, 1e-6), 0, 1)
+    first, last = round(start) + 1, round(end)
+    inside = beside[first:last] if last > first else np.zeros(1)
+    return Ramp(
+        start=min(first, last),
+        end=last,
+        error=float(np.sqrt(((alpha - ideal) ** 2).mean())),
+        off_line=float(np.sqrt(inside.mean())),
+        distance=float(np.sqrt(length / x.shape[1])),
+        similarity=max(correlation(x[0, :pixels], x[-1, :pixels]), 0.0) if _same_colour(x, pixels) else 0.0,
+    )
+
+
+def _same_colour(x: np.ndarray, pixels: int) -> bool:
+    return float(np.abs(x[0, pixels:] - x[-1, pixels:]).mean()) < 8
+
+
+def _ends(alpha: np.ndarray) -> tuple[float, float]:
+    """Where α leaves 0 and where it reaches 1, from its crossings of 1/8 and 7/8."""
+    high = int(np.argmax(alpha >= 0.875))
+    low = int(np.flatnonzero(alpha[: high + 1] <= 0.125)[-1])
+    rise = _crossing(alpha, low, 0.125), _crossing(alpha, high - 1, 0.875)
+    stretch = (rise[1] - rise[0]) / 6
+    if high - low <= 1:
+        return float(low), float(high)
+    return max(rise[0] - stretch, 0.0), min(rise[1] + stretch, len(alpha) - 1.0)
+
+
+def _crossing(alpha: np.ndarray, index: int, level: float) -> float:
+    step = float(alpha[index + 1] - alpha[index])
+    return index + (level - float(alpha[index])) / step if step > 0 else float(index)
+
+
+def is_blank(picture: np.ndarray, pixels: int) -> bool:
+    """Whether a tiny picture is (almost) uniformly black or white."""
+    luma = picture[:pixels].astype(np.float32)
+    mean = float(luma.mean())
+    return (mean < BLACK_LEVEL or mean > WHITE_LEVEL) and float(luma.std()) < UNIFORM_SPREAD
+
+
+def fade_start(pictures: np.ndarray, pixels: int) -> int:
+    """First frame of a fade to the blank last picture, in (n, d) pictures that begin within the shot; n - 1: no fade.
+
+    Along a fade contrast falls steadily; going back from the blank frame it climbs until the fade began.
+    """
+    contrast = pictures[:, :pixels].astype(np.float32).std(1)
+    index = len(contrast) - 1
+    while index > 0 and contrast[index - 1] > contrast[index] + max(0.006 * float(contrast[index]), 0.05):
+        index -= 1
+    drop = float(contrast[index] - contrast[-1])
+    steps = np.diff(contrast[index:])
+    # One jump that makes up most of the drop is a cut into black.
+    if len(steps) < 2 or drop < 1 or float(-steps.min()) > 0.6 * drop:
+        return len(contrast) - 1
+    return index + 1

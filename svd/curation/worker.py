@@ -1,0 +1,144 @@
+"""Analysing untrusted sources in a process of their own, with limits on time and memory.
+
+A decoder that hangs, crashes or eats memory takes its process with it; the source gets a reason and the run goes on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from svd.config import CurationConfig
+from svd.curation.types import Analysis, SourceFailure
+
+DEFAULT_TIMEOUT = 3600.0  # seconds for one source
+DEFAULT_MEMORY = 2 << 30  # bytes that analysing may add to a fresh process
+
+
+def _limit_memory(extra: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _serve(connection: Connection, memory: int) -> None:
+    """Child: analyse one path after the other until the parent hangs up."""
+    import av.logging
+
+    from svd.curation.analysis import analyse
+    from svd.curation.motion import prepare
+
+    av.logging.set_level(None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    limited = False
+    while True:
+        try:
+            path, config = connection.recv()
+        except EOFError:
+            return
+        answer: Analysis | str
+        try:
+            if not limited:
+                prepare(config.motion)
+                _limit_memory(memory)
+                limited = True
+            answer = analyse(path, config)
+        except SourceFailure as failure:
+            answer = failure.reason
+        except MemoryError:
+            answer = "more memory needed than allowed"
+        except Exception as error:  # the child speaks for one hostile file; anything it meets is that file's reason
+            answer = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        connection.send(answer)
+
+
+class Analyst:
+    """A child process that analyses sources one at a time; it is replaced when it hangs, crashes or runs out of memory.
+
+    timeout: seconds a source may take; memory: bytes that it may need beyond the empty process.
+    """
+
+    def __init__(self, timeout: float = DEFAULT_TIMEOUT, memory: int = DEFAULT_MEMORY) -> None:
+        self.timeout, self.memory = timeout, memory
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def analyse(self, path: Path, config: CurationConfig) -> Analysis:
+        """As analysis.analyse; a hang, a crash and a lack of memory are SourceFailures too."""
+        connection = self._start()
+        connection.send((path, config))
+        try:
+            if not connection.poll(self.timeout):
+                raise SourceFailure(f"not finished after {self.timeout:g} s")
+            answer = connection.recv()
+        except (EOFError, ConnectionResetError):
+            code = self._reap()
+            raise SourceFailure(f"the decoder crashed ({_exit_name(code)})") from None
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(answer, Analysis):
+            return answer
+        if "memory" in answer:
+            self.close()  # the next source starts with a fresh heap
+        raise SourceFailure(answer)
+
+    def _start(self) -> Connection:
+        if self._process is not None and self._process.is_alive() and self._connection is not None:
+            return self._connection
+        self.close()
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self.memory), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._connection = ours
+        return ours
+
+    def _reap(self) -> int | None:
+        assert self._process is not None
+        self._process.join(5)
+        code = self._process.exitcode
+        self.close()
+        return code
+
+    def close(self) -> None:
+        """End the child process."""
+        if self._process is not None:
+            if self._process.is_alive():
+                self._process.kill()
+            self._process.join()
+            self._process.close()
+        if self._connection is not None:
+            self._connection.close()
+        self._process = self._connection = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _exit_name(code: int | None) -> str:
+    if code is None:
+        return "no exit status"
+    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def analyse_guarded(
+    path: Path, config: CurationConfig, *, timeout: float = DEFAULT_TIMEOUT, memory: int = DEFAULT_MEMORY
+) -> Analysis:
+    """Analyse one source in a process of its own; for several, keep one Analyst per worker. Raises SourceFailure."""
+    with Analyst(timeout, memory) as analyst:
+        return analyst.analyse(path, config)
