@@ -3,6 +3,7 @@ stopped."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 from evaluation.features import Extractor, clip_digest
-from evaluation.moments import MomentState, write_bytes
+from evaluation.moments import MomentState, packed, write_bytes
 from evaluation.protocol import EvalProtocol
 
 Pictures = NDArray[np.uint8]
@@ -104,7 +104,7 @@ class _Batch:
     def write(self, path: Path) -> None:
         tensors: dict[str, NDArray] = {"features": self.features, "pixel_sum": self.pixel_sum}
         tensors.update({f"clip.{number}": clip for number, clip in self.clips.items()})
-        write_bytes(path, save(tensors, metadata={"digests": " ".join(self.digests), "frames": str(self.frames)}))
+        write_bytes(path, packed(tensors, {"digests": self.digests, "frames": self.frames}))
 
 
 def _read(path: Path) -> _Batch | None:
@@ -114,14 +114,13 @@ def _read(path: Path) -> _Batch | None:
         return None
     try:
         with safe_open(path, framework="np") as file:
-            metadata = file.metadata()
+            about = json.loads(file.metadata()["about"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError):
         path.unlink()
         return None
     clips = {int(key.split(".")[1]): value for key, value in tensors.items() if key.startswith("clip.")}
-    digests = tuple(metadata["digests"].split())
-    return _Batch(tensors["features"], digests, clips, tensors["pixel_sum"], int(metadata["frames"]))
+    return _Batch(tensors["features"], tuple(about["digests"]), clips, tensors["pixel_sum"], about["frames"])
 
 
 def _joined(parts: Sequence[_Batch]) -> FeatureSet:

@@ -8,8 +8,9 @@ samples than dimensions the state is as small as the features. Sixteen blocks ar
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -164,7 +165,13 @@ def save_state(path: Path, state: MomentState, metadata: dict[str, str]) -> None
         "root": roots,
         "quartic": np.array([block.quartic for block in blocks]),
     }
-    write_bytes(path, save(tensors, metadata={**metadata, "format": "moments-1"}))
+    write_bytes(path, packed(tensors, {**metadata, "format": "moments-1"}))
+
+
+def packed(tensors: Mapping[str, NDArray], about: Mapping[str, object]) -> bytes:
+    """safetensors bytes; `about` goes into one metadata key as JSON, since several keys come in a random order."""
+    ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    return save(ordered, metadata={"about": json.dumps(about, sort_keys=True)})
 
 
 def load_state(path: Path) -> MomentState:

@@ -13,18 +13,18 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save
 from torch import Tensor
 
 from evaluation.batches import Collector, FeatureSet, noise_pictures, repeated
 from evaluation.features import Extractor, check_overlap, load_extractor, metric_name
 from evaluation.fvd import distance
-from evaluation.moments import MomentState, save_state, write_bytes
+from evaluation.moments import MomentState, packed, save_state, write_bytes
 from evaluation.pictures import comparison_grid
 from evaluation.protocol import I3D, TRANSNETV2, VIDEOMAE, EvalProtocol, covering_steps, paper_steps
 from evaluation.results import Result, Row, Score, paper_rows, result_json, write_rows
@@ -226,7 +226,7 @@ def write_outputs(
     write_bytes(folder / "prompts.csv", "\n".join(["number,class,prompt", *prompts, ""]).encode())
     label = {"weights": evaluation.extractor.weights, "protocol": evaluation.protocol.digest()}
     for name, found in (("real", real), ("generated", generated)):
-        write_bytes(folder / "features" / f"{name}.safetensors", save({"features": found.features}, metadata=label))
+        write_bytes(folder / "features" / f"{name}.safetensors", packed({"features": found.features}, label))
         if len(found.features) > found.features.shape[1]:  # else the features themselves are smaller
             save_state(folder / "moments" / f"{name}.safetensors", found.state(), label)
     write_samples(evaluation, real, generated, folder / "samples")
@@ -278,6 +278,7 @@ def run(context: StageContext) -> Report:
         tuple(dict.fromkeys(warnings)),
     )
     finished = context.work / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
     write_outputs(evaluation, result, real, generated, finished)
     metrics = metrics_of(result)
     context.tracker.log_file(finished / "samples" / "grid.png", "samples")

@@ -1,0 +1,105 @@
+"""Stage `report`: one HTML file that shows a whole run: clips, curves, scores and what made them. Needs no network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from evaluation.charts import dot_plot, funnel_chart, line_chart
+from evaluation.gather import STAGES, Gathered, gather
+from evaluation.moments import write_bytes
+from evaluation.results import MEASURED, load_baselines
+from svd.config import Preset
+from svd.stage import Report, StageContext, publish
+
+MEDIA_BUDGET = 350_000  # bytes of samples a stage; keeps the page of a small run below 5 MB
+
+
+def render(preset: Preset, inputs: Mapping[str, Path]) -> tuple[str, Gathered]:
+    """The page, and what it was made from. Equal inputs give an equal page. Raises UserError for damaged inputs."""
+    found = gather(inputs, MEDIA_BUDGET)
+    environment = Environment(
+        loader=PackageLoader("evaluation"),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = figure
+    page = environment.get_template("report.html.j2").render(
+        preset=preset,
+        found=found,
+        stages=STAGES,
+        charts=charts(found),
+        measured=[row for row in found.rows if row["source"] == MEASURED],
+        published=[row for row in found.rows if row["source"] != MEASURED],
+        baselines=load_baselines(),
+        headline=headline(found),
+        learned=[curve for curve in found.curves if curve.change],
+    )
+    return page, found
+
+
+def figure(value: Any) -> str:
+    """A number for people: four significant digits, thousands separated; text as it is, a dash for nothing."""
+    if value in (None, ""):
+        return "–"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    if number == int(number) and abs(number) < 1e12:
+        return f"{int(number):,}"
+    return f"{number:.4g}"
+
+
+def charts(found: Gathered) -> dict[str, Any]:
+    """All charts as safe markup."""
+    drawn: dict[str, Any] = {"losses": [], "funnel": "", "scores": ""}
+    for curve in found.curves:
+        svg = line_chart(curve.series, f"{curve.stage}: losses over training steps")
+        drawn["losses"].append((curve, Markup(svg)))
+    if found.funnel:
+        drawn["funnel"] = Markup(funnel_chart(found.funnel, "Clips left after each filter"))
+    if found.dots:
+        name = f"{found.evaluation['metric']} to the real clips (log scale, ± 2 standard errors); left is better"
+        drawn["scores"] = Markup(dot_plot(found.dots, "Distance to the real clips", name))
+    return drawn
+
+
+def headline(found: Gathered) -> list[tuple[str, str, str]]:
+    """The figures at the top: (value, name, remark)."""
+    figures = []
+    curation = found.metrics.get("curation", {})
+    if "clips_kept" in curation:
+        remark = f"of {figure(curation['clips'])} cut from {figure(curation['sources'])} videos"
+        figures.append((figure(curation["clips_kept"]), "clips kept", remark))
+    falls = [curve for curve in found.curves if curve.before and curve.after is not None]
+    better = sum(curve.after < curve.before for curve in falls if curve.after is not None and curve.before)
+    if falls:
+        figures.append((f"{better} / {len(falls)}", "stages learned", "validation loss on held-out worlds fell"))
+    own = next((dot for dot in found.dots if dot.emphasis), None)
+    if own is not None:
+        worst = min((dot.value for dot in found.dots if not dot.emphasis and "real" not in dot.name), default=None)
+        remark = "" if worst is None else f"nearest control: {figure(worst)}"
+        figures.append((figure(round(own.value, 3)), found.evaluation["metric"], remark))
+    psnr = found.metrics.get("multiview-benchmark", {}).get("psnr")
+    if psnr is not None:
+        figures.append((f"{psnr:.1f} dB", "multi-view PSNR", "novel views of unseen objects"))
+    return figures
+
+
+def run(context: StageContext) -> Report:
+    """Write `report.html` from the outputs of all other stages."""
+    page, found = render(context.preset, context.inputs)
+    finished = context.work / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    write_bytes(finished / "report.html", page.encode())
+    metrics = {"bytes": len(page.encode()), "missing_parts": len(found.missing), "clip_pairs": len(found.pairs)}
+    context.tracker.log_file(finished / "report.html")
+    return publish(finished, context.output, Report(metrics, f"report: {context.output / 'report.html'}"))
