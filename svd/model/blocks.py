@@ -22,6 +22,7 @@ from svd.model.layers import (
     GroupNorm,
     Mixer,
     Mixing,
+    PointConv,
     TemporalConv,
     sinusoids,
 )
@@ -82,7 +83,7 @@ class SpatialResBlock(nn.Module):
         self.conv2 = Conv(channels_out, channels_out, 3, padding=1)
         _zero(self.conv2)
         if channels_in != channels_out:
-            self.conv_shortcut = Conv(channels_in, channels_out, 1)
+            self.conv_shortcut = PointConv(channels_in, channels_out)
         self.has_shortcut = channels_in != channels_out
 
     def forward(self, x_NHWC: Tensor, skip_NHWC: Tensor | None, signals: Signals) -> Tensor:

@@ -51,6 +51,16 @@ class Conv(nn.Conv2d):
         return y.permute(0, 2, 3, 1).contiguous()
 
 
+class PointConv(nn.Conv2d):
+    """1x1 convolution, which on (N, H, W, C) is a linear layer."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 1)
+
+    def forward(self, x_NHWC: Tensor) -> Tensor:
+        return F.linear(x_NHWC, self.weight.flatten(1), self.bias)
+
+
 class TemporalConv(nn.Conv3d):
     """Convolution over three frames, (B, T, S, C) -> (B, T, S, C'), as a 2-D convolution with kernel (3, 1) on a view.
 
@@ -86,7 +96,9 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        gate = F.gelu(gate)
+        # The backward pass needs the gate; without one its memory is free.
+        return value * gate if torch.is_grad_enabled() else gate.mul_(value)
 
 
 class FeedForward(nn.Module):
