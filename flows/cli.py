@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from flows.stack import load_env
 from svd.presets import load_preset
 from svd.stage import UserError
 
@@ -21,8 +22,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show and check presets.", no_args_is_help=True)
 track_app = typer.Typer(help="What waits for MLflow.", no_args_is_help=True)
+stack_app = typer.Typer(help="The local stack: Prefect, workers, MLflow, S3.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(track_app, name="track")
+app.add_typer(stack_app, name="stack")
 console = Console(stderr=True)
 
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Name of a preset in presets/, or a YAML file.")]
@@ -103,6 +106,48 @@ def track_flush() -> None:
     raise typer.Exit(1 if waiting else 0)
 
 
+@stack_app.command("up")
+def stack_up(
+    prefect: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
+    mlflow: Annotated[int, typer.Option(help="Port of the MLflow server.")] = 5151,
+    s3: Annotated[int, typer.Option(help="Port of the S3 server.")] = 8333,
+    master: Annotated[int, typer.Option(help="Port of SeaweedFS's master.")] = 9333,
+    volume: Annotated[int, typer.Option(help="Port of SeaweedFS's volume server.")] = 9340,
+    filer: Annotated[int, typer.Option(help="Port of SeaweedFS's filer.")] = 9388,
+) -> None:
+    """Start the servers and workers, deploy the flows, write .env. A taken port is named with its process."""
+    from flows.stack import Ports, up
+
+    env = up(Ports(prefect, mlflow, s3, master, volume, filer))
+    table = Table("service", "address", show_header=False)
+    table.add_row("Prefect", env["PREFECT_API_URL"].removesuffix("/api"))
+    table.add_row("MLflow", env["MLFLOW_TRACKING_URI"])
+    table.add_row("S3", env["AWS_ENDPOINT_URL"])
+    Console().print(table)
+    console.print("run the pipeline with: prefect deployment run full-pipeline")
+
+
+@stack_app.command("down")
+def stack_down() -> None:
+    """Stop exactly what `svd stack up` started, and remove .env."""
+    from flows.stack import down
+
+    stopped = down()
+    console.print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
+
+
+@stack_app.command("status")
+def stack_status() -> None:
+    """Show which processes of the stack run."""
+    from flows.stack import running
+
+    processes = list(running())
+    table = Table("process", "pid", "port")
+    for process in processes:
+        table.add_row(process.name, str(process.pid), str(process.port or ""))
+    Console().print(table if processes else "nothing is running")
+
+
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     """`a.b=1` pairs as a mapping of dotted paths to YAML values; raises UserError for a pair without '='."""
     values: dict[str, Any] = {}
@@ -116,6 +161,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the `svd` command: a user's mistake is one line on stderr and exit code 1."""
+    load_env()
     try:
         app()
     except UserError as error:
