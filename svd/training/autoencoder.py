@@ -1,7 +1,8 @@
 """The stage `autoencoder`: an autoencoder for the data at hand, or a released one with its decoder made temporal.
 
 1. Image phase (`iterations`): encoder and spatial decoder learn single frames with L1 + perceptual distance + KL.
-   Released weights skip it. 2. Temporal phase (`temporal_iterations`, VideoLDM §3.1.1): the encoder is frozen, the whole decoder
+   Released weights skip it.
+2. Temporal phase (`temporal_iterations`, VideoLDM §3.1.1): the encoder is frozen, the whole decoder
    learns short clips with the same reconstruction loss and a temporal patch discriminator.
 The stage's output is a model folder (`config.json`, weights) with `losses.csv` and `reconstructions.png`.
 """
