@@ -367,6 +367,26 @@ class MultiviewBenchmark(Section):
     sampling: Sampling = Sampling(steps=25, guidance=2.5)
 
 
+class CalibrationConfig(TrainingConfig):
+    """Threshold calibration (§3.3, E.2.2): one small model per axis and share removed, ranked by votes."""
+
+    clips: PositiveInt = 9_800_000
+    axes: list[Literal["motion", "aesthetics", "similarity", "text_area", "captions"]] = [
+        "similarity",
+        "aesthetics",
+        "text_area",
+        "motion",
+        "captions",
+    ]
+    removed: list[Fraction] = [0.0, 0.125, 0.25, 0.5]
+    prompts: PositiveInt = 64
+    votes: PositiveInt = Field(3, description="votes a pair, prompt and question")
+    judge: Literal["people", "encoders"] = Field(
+        "people", description="people vote on the page of `svd vote`; encoders: similarity and motion decide, for tests"
+    )
+    sampling: Sampling = Sampling(steps=50, guidance=12, solver="ddim")
+
+
 class EvaluationConfig(Section):
     """The paper's evaluation (App. E)."""
 
@@ -391,6 +411,7 @@ class Preset(Section):
     image_to_video: TrainingConfig
     camera_lora: LoraConfig
     frame_interpolation: TrainingConfig
+    threshold_calibration: CalibrationConfig
     orbits: OrbitsConfig
     multiview_finetuning: MultiviewTraining
     evaluation: EvaluationConfig
