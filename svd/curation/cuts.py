@@ -15,7 +15,7 @@ import numpy as np
 
 from svd.config import CutPass, CutsConfig
 from svd.curation.scores import Features, Jump, Planes, Scorer
-from svd.curation.transitions import Ramp, fade_start, fit_ramp, is_blank, same_scene
+from svd.curation.transitions import MIN_UNEXPLAINED, Ramp, fade_start, fit_ramp, is_blank, same_scene, unexplained
 from svd.curation.transnet import transnet_jumps
 from svd.curation.types import CutKind
 
@@ -150,7 +150,9 @@ class _Judge:
         self.base = features.base
         self.seconds = np.array(features.seconds)
         self.pictures = np.stack(features.thumbs)
-        self.pixels = features.thumb_size[0] * features.thumb_size[1]
+        self.size = features.thumb_size
+        self.pixels = self.size[0] * self.size[1]
+        self._exchanges: dict[tuple[int, int], float] = {}
         self.found: list[Found] = []
         self.rejected: list[tuple[int, int]] = []
         span = self.seconds[-1] - self.seconds[0]
@@ -281,4 +283,15 @@ class _Judge:
             ramp = self._ramp(before, after, max(low, before - reach), min(high, after + reach))
             if ramp is not None and ramp.is_transition:
                 fits.append(ramp)
-        return min(fits, key=lambda r: r.error + 0.5 * r.off_line, default=None)
+        best = min(fits, key=lambda r: r.error + 0.5 * r.off_line, default=None)
+        return best if best is None or self._is_exchange(best) else None
+
+    def _is_exchange(self, ramp: Ramp) -> bool:
+        """Whether the picture is exchanged along a ramp, rather than moved."""
+        if ramp.end - ramp.start < 2:
+            return True
+        key = ramp.start, ramp.end
+        if key not in self._exchanges:
+            luma = self.pictures[max(ramp.start - 1, 0) : ramp.end + 1, : self.pixels]
+            self._exchanges[key] = unexplained(luma.reshape(-1, *self.size))
+        return self._exchanges[key] - 0.5 * ramp.off_line > MIN_UNEXPLAINED

@@ -7,14 +7,21 @@ climbs from 0 to 1 along a ramp and little is left beside the line. Motion withi
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
+import cv2
 import numpy as np
 
 MAX_RAMP_ERROR = 0.12
 MAX_OFF_LINE = 0.62
 MIN_DISTANCE = 5.0  # grey levels, root mean square
 SAME_SCENE = 0.8  # correlation of two pictures of one shot
+SAME_SCENE_SLOWLY = 0.6  # the same, when the shot had time to move
+MIN_UNEXPLAINED = 0.1
+MAX_FLOW_STEPS = 16
+_NO_FLOW: Any = None
 UNIFORM_SPREAD = 6.0
 BLACK_LEVEL, WHITE_LEVEL = 40.0, 215.0
 
@@ -39,7 +46,7 @@ class Ramp:
         """Whether two different shots are on both sides and the frames between are mixes of them."""
         return (
             self.distance >= MIN_DISTANCE
-            and self.similarity < SAME_SCENE
+            and self.similarity < (SAME_SCENE_SLOWLY if self.end - self.start > 2 else SAME_SCENE)
             and self.error <= MAX_RAMP_ERROR
             and self.off_line <= MAX_OFF_LINE
         )
@@ -53,7 +60,7 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def same_scene(one: np.ndarray, other: np.ndarray, pixels: int) -> bool:
-    """Whether two tiny pictures (first `pixels` values: luma) show the same shot, exposure apart."""
+    """Whether two tiny pictures (first `pixels` values: luma) show the same shot."""
     a, b = one.astype(np.float32), other.astype(np.float32)
     if float(np.abs(a - b).mean()) < 3:
         return True
@@ -84,12 +91,26 @@ def fit_ramp(pictures: np.ndarray, pixels: int) -> Ramp | None:
         error=float(np.sqrt(((alpha - ideal) ** 2).mean())),
         off_line=float(np.sqrt(inside.mean())),
         distance=float(np.sqrt(length / x.shape[1])),
-        similarity=max(correlation(x[0, :pixels], x[-1, :pixels]), 0.0) if _same_colour(x, pixels) else 0.0,
+        similarity=correlation(x[0, :pixels], x[-1, :pixels]),
     )
 
 
-def _same_colour(x: np.ndarray, pixels: int) -> bool:
-    return float(np.abs(x[0, pixels:] - x[-1, pixels:]).mean()) < 8
+def unexplained(luma: np.ndarray) -> float:
+    """How much of the change from the first to the last of (n, h, w) pictures no motion explains.
+
+    Each picture is moved onto the next by optical flow; what is left is projected on the whole change. Near 1: the
+    picture was exchanged, as in a dissolve; near 0: it moved.
+    """
+    count, height, width = luma.shape
+    steps = luma[np.unique(np.linspace(0, count - 1, min(count, MAX_FLOW_STEPS + 1)).round().astype(int))]
+    line = (steps[-1].astype(np.float32) - steps[0]).ravel()
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    total = 0.0
+    for one, other in itertools.pairwise(steps):
+        flow = cv2.calcOpticalFlowFarneback(other, one, _NO_FLOW, 0.5, 2, 9, 2, 5, 1.1, 0)
+        moved = cv2.remap(one, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        total += float((other.astype(np.float32) - moved).ravel() @ line)
+    return total / max(float(line @ line), 1e-6)
 
 
 def _ends(alpha: np.ndarray) -> tuple[float, float]:
