@@ -294,6 +294,12 @@ class LoraConfig(TrainingConfig):
     alpha: float = Field(16.0, gt=0)
     motions: list[Literal["horizontal", "zoom", "static"]] = ["horizontal", "zoom", "static"]
 
+    @model_validator(mode="after")
+    def _one_phase(self) -> Self:
+        if len(self.phases) != 1:
+            raise ValueError(f"a LoRA trains in one phase, got {len(self.phases)}")
+        return self
+
 
 Renderer = Literal["auto", "moderngl", "pyvista"]
 
@@ -303,6 +309,7 @@ class OrbitsConfig(Section):
 
     objects: PositiveInt = 150_000
     meshes: list[str] = Field([], description="folders or files (GLB, OBJ); empty: procedural textured meshes")
+    up: Literal["y", "z"] = Field("y", description="the upright axis of the mesh files (glTF: y)")
     views: PositiveInt = 21
     size: PositiveInt = 576
     min_elevation: float = Field(-5, ge=-90, le=90)
@@ -357,6 +364,7 @@ class MultiviewBenchmark(Section):
 
     protocol: Literal["svd_gso_v1", "syncdreamer_gso_v1"] = "svd_gso_v1"
     meshes: list[str] = Field([], description="folders or files of GSO meshes; empty: held-out procedural meshes")
+    up: Literal["y", "z"] = Field("z", description="the upright axis of the mesh files (GSO: z; glTF: y)")
     objects: PositiveInt = 50
     views: PositiveInt | None = None
     size: PositiveInt | None = None

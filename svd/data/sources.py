@@ -2,7 +2,7 @@
 
 `train/` and `test/` hold the synthetic worlds with `truth.json`, `ucf101_fixture/` the stand-in for UCF-101, `footage/`
 what `sources.paths` names. Local folders and files are copied there, so that a run is reproducible from its cache
-alone; when they are larger than `sources.copied_bytes` together, and for addresses (s3://, https://, ytdl:) and lists (CSV,
+alone; when they are larger than `sources.copied_bytes` together, and for addresses (s3:, https:, ytdl:) and lists (CSV,
 Parquet, JSONL, text), `footage/sources.jsonl` lists them instead, one JSON object with the key `uri` a line.
 """
 
