@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from svd.config import EncodersConfig
-from svd.diffusion.edm import Generators, expand, randn
+from svd.diffusion.edm import Generators, Network, expand, randn
+from svd.diffusion.guidance import Condition
 from svd.model.clip import load_clip
 from svd.stage import UserError
 
@@ -172,7 +173,7 @@ def micro_conditioning(
     fps: float,
     motion_bucket: float,
     cond_aug: float = 0.0,
-    elevation_degrees: float = 0.0,
+    elevation_degrees: float | Sequence[float] = 0.0,
 ) -> Tensor | None:
     """The first `count` of [fps - 1, motion bucket, cond_aug, polar angle] for each of `batch` clips: (B, count)
     float32.
@@ -184,8 +185,11 @@ def micro_conditioning(
         return None
     if count > MAX_IDS:
         raise UserError(f"the U-Net wants {count} conditioning ids; known are fps, motion bucket, cond_aug, elevation")
-    values = [fps_id(fps), motion_bucket, cond_aug, polar_angle(elevation_degrees)]
-    return torch.tensor(values[:count], dtype=torch.float32).repeat(batch, 1)
+    elevations = [elevation_degrees] * batch if isinstance(elevation_degrees, float | int) else elevation_degrees
+    if len(elevations) != batch:
+        raise UserError(f"{len(elevations)} elevations for {batch} clips; give one for all or one each")
+    rows = [[fps_id(fps), motion_bucket, cond_aug, polar_angle(elevation)] for elevation in elevations]
+    return torch.tensor(rows, dtype=torch.float32)[:, :count]
 
 
 def noise_augment(frames: Tensor, sigma: Tensor, generators: Generators = None) -> Tensor:
@@ -196,6 +200,20 @@ def noise_augment(frames: Tensor, sigma: Tensor, generators: Generators = None) 
     """
     noise = randn(frames.shape, generators).to(frames)
     return frames + expand(sigma.to(frames), frames) * noise
+
+
+def conditioned(unet: nn.Module, condition: Condition) -> Network:
+    """The network F(x_BTCHW, c_noise_B) of a U-Net with its conditioning in place; x is cast to the U-Net's type."""
+    dtype = next(unet.parameters()).dtype
+    context = condition.context.to(dtype)
+    time_context = None if condition.time_context is None else condition.time_context.to(dtype)
+
+    def network(x: Tensor, c_noise: Tensor) -> Tensor:
+        if condition.concat is not None:
+            x = torch.cat([x, condition.concat.to(x.dtype)], dim=2)
+        return unet(x.to(dtype), c_noise, context, condition.ids, time_context_BLD=time_context)
+
+    return network
 
 
 def drop(signal: Tensor, probability: float, generators: Generators = None, null: Tensor | None = None) -> Tensor:
