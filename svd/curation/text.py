@@ -2,7 +2,8 @@
 
 The paper runs CRAFT on the first, middle and last frame. Here a detector is anything that turns a frame into polygons:
 rapidocr's DB network, whose weights ship inside its wheel, or CRAFT itself (svd/curation/craft.py) when its weights
-are given. The score is the area of the *union* of the polygons, the mean over the three frames; spec: drop the quarter
+are given. The score is the area of the *union* of the polygons, the median of the three frames (what at
+least two of them show); the paper: drop the quarter
 with the most text (E.2.2) or everything above 7 % (App. C).
 """
 
@@ -44,7 +45,7 @@ class DBTextDetector:
     """
 
     def __init__(
-        self, width: int = 640, height: int = 352, box_threshold: float = 0.5, max_upscale: float = 2.0
+        self, width: int = 640, height: int = 352, box_threshold: float = 0.5, max_upscale: float = 1.0
     ) -> None:
         import onnxruntime
 
@@ -69,9 +70,7 @@ class DBTextDetector:
         """Text probability (h, w) float32 in [0, 1] of an (H, W, 3) uint8 RGB frame, at the size of `input_size`."""
         height, width = self.input_size(*frame.shape[:2])
         shrinking = height * width < frame.shape[0] * frame.shape[1]
-        resized = cv2.resize(
-            frame, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
-        )
+        resized = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
         # The network was trained on BGR pictures with ImageNet's statistics in this channel order.
         scaled = (resized[..., ::-1].astype(np.float32) / 255.0 - MEAN) / STD
         batch = np.ascontiguousarray(scaled.transpose(2, 0, 1)[None])
@@ -80,9 +79,7 @@ class DBTextDetector:
     def polygons(self, frame: np.ndarray) -> list[np.ndarray]:
         """Text polygons in pixels of `frame` (H, W, 3) uint8 RGB."""
         probability = self.probability(frame)
-        scale = np.array(
-            [frame.shape[1] / probability.shape[1], frame.shape[0] / probability.shape[0]], np.float32
-        )
+        scale = np.array([frame.shape[1] / probability.shape[1], frame.shape[0] / probability.shape[0]], np.float32)
         mask = cv2.dilate((probability > BINARY_THRESHOLD).astype(np.uint8), np.ones((2, 2), np.uint8))
         contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
         found = []

@@ -1,0 +1,231 @@
+"""The clip catalogue: its schema in one place, how it is read and written, and how identities are made.
+
+One row a clip (`clips.parquet`), one row a source (`sources.parquet`), one row a span of a source that is in no clip
+(`dropped.parquet`): nothing is dropped silently. Embeddings, flow maps and videos lie in files of their own, addressed
+by the row: `unit` names the shard of sources it came from, `shard`, `offset` and `size` the bytes of its mp4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from svd.stage import UserError
+
+VERSION = 1
+HASH_BYTES = 1 << 20
+
+BOUNDARY = pa.struct(
+    [
+        ("kind", pa.string()),
+        ("detector", pa.string()),
+        ("score", pa.float32()),
+        ("threshold", pa.float32()),
+        ("seconds", pa.float64()),
+    ]
+)
+CAMERA = pa.struct(
+    [(n, pa.float32()) for n in ("confidence", "pan", "tilt", "zoom", "roll", "shake", "residual", "moving")]
+)
+CAPTION = pa.struct([("captioner", pa.string()), ("text", pa.string())])
+SIMILARITY = pa.struct([("captioner", pa.string()), ("value", pa.float32())])
+
+# Measured once, with the video at hand.
+MEASURED = [
+    ("clip_id", pa.string()),
+    ("source_id", pa.string()),
+    ("source_uri", pa.string()),
+    ("split", pa.string()),
+    ("unit", pa.int32()),
+    ("start_frame", pa.int64()),
+    ("end_frame", pa.int64()),
+    ("start_pts", pa.int64()),
+    ("end_pts", pa.int64()),
+    ("time_base", pa.string()),
+    ("start_seconds", pa.float64()),
+    ("end_seconds", pa.float64()),
+    ("duration", pa.float64()),
+    ("frames", pa.int32()),
+    ("fps", pa.float32()),
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+    ("codec", pa.string()),
+    ("method", pa.string()),
+    ("shot_start_frame", pa.int64()),
+    ("shot_end_frame", pa.int64()),
+    ("start_cut", BOUNDARY),
+    ("end_cut", BOUNDARY),
+    ("motion_score", pa.float32()),
+    ("camera", pa.string()),
+    ("camera_motion", CAMERA),
+    ("text_area", pa.float32()),
+    ("text_areas", pa.list_(pa.float32())),
+    ("licence", pa.string()),
+    ("metadata", pa.string()),
+]
+# Scored by networks, and where the bytes lie.
+SCORED = [
+    ("captions", pa.list_(CAPTION)),
+    ("similarities", pa.list_(SIMILARITY)),
+    ("similarity", pa.float32()),
+    ("aesthetics", pa.float32()),
+    ("nsfw", pa.float32()),
+    ("shard", pa.string()),
+    ("offset", pa.int64()),
+    ("size", pa.int64()),
+    ("thumbnail_offset", pa.int64()),
+    ("thumbnail_size", pa.int64()),
+]
+# Functions of the whole catalogue.
+MERGED = [
+    ("motion_bucket", pa.int16()),
+    ("duplicate_of", pa.string()),
+    ("duplicate_similarity", pa.float32()),
+]
+AXES = ("motion", "aesthetics", "similarity", "text_area", "nsfw", "duplicate")
+FILTERED = [
+    *((f"pass_{axis}", pa.bool_()) for axis in AXES),
+    ("verdict", pa.string()),
+    ("keep", pa.bool_()),
+    ("reason", pa.string()),
+]
+_METADATA = {b"svd.catalogue.version": str(VERSION).encode()}
+MEASURED_SCHEMA = pa.schema(MEASURED, metadata=_METADATA)
+SCORED_SCHEMA = pa.schema([("clip_id", pa.string()), *SCORED], metadata=_METADATA)
+CLIPS_SCHEMA = pa.schema([*MEASURED, *SCORED, *MERGED, *FILTERED], metadata=_METADATA)
+SOURCES_SCHEMA = pa.schema(
+    [
+        ("source_id", pa.string()),
+        ("source_uri", pa.string()),
+        ("split", pa.string()),
+        ("verdict", pa.string()),  # ok, failed, duplicate, no-clips
+        ("reason", pa.string()),
+        ("duplicate_of", pa.string()),
+        ("bytes", pa.int64()),
+        ("container", pa.string()),
+        ("codec", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("fps", pa.float32()),
+        ("duration", pa.float64()),
+        ("frames", pa.int64()),
+        ("cuts", pa.int32()),
+        ("clips", pa.int32()),
+        ("warnings", pa.list_(pa.string())),
+        ("licence", pa.string()),
+        ("metadata", pa.string()),
+    ],
+    metadata=_METADATA,
+)
+CUTS_SCHEMA = pa.schema(
+    [
+        ("source_uri", pa.string()),
+        ("kind", pa.string()),
+        ("frame", pa.int64()),
+        ("start_frame", pa.int64()),
+        ("end_frame", pa.int64()),
+        ("seconds", pa.float64()),
+        ("detector", pa.string()),
+        ("score", pa.float32()),
+        ("threshold", pa.float32()),
+    ],
+    metadata=_METADATA,
+)
+DROPPED_SCHEMA = pa.schema(
+    [
+        ("source_uri", pa.string()),
+        ("start_frame", pa.int64()),
+        ("end_frame", pa.int64()),
+        ("start_seconds", pa.float64()),
+        ("end_seconds", pa.float64()),
+        ("reason", pa.string()),
+    ],
+    metadata=_METADATA,
+)
+
+
+def clip_id(source_id: str, start_pts: int, end_pts: int) -> str:
+    """Identity of a clip: 32 hex digits of the source's content hash and the clip's exact times."""
+    return hashlib.blake2b(f"{source_id}:{start_pts}:{end_pts}".encode(), digest_size=16).hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """Identity of a source: the first 32 hex digits of the SHA-256 of its bytes; raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def content_hash_of(path: Path, offset: int, size: int) -> str:
+    """As `content_hash`, of `size` bytes at `offset`: a member of a tar."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        while size and (block := stream.read(min(size, HASH_BYTES))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()[:32]
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write Parquet atomically; equal tables are equal bytes."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        pq.write_table(table, stream, compression="zstd", row_group_size=1 << 17)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows (dicts) under `schema`; a key that the schema lacks is a programming error and raises KeyError."""
+    for row in rows[:1]:
+        if unknown := set(row) - set(schema.names):
+            raise KeyError(f"not in the catalogue's schema: {sorted(unknown)}")
+    write_table(path, pa.Table.from_pylist([dict(row) for row in rows], schema=schema))
+
+
+def with_schema(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
+    """`frame` as an Arrow table with exactly the columns and types of `schema`; a missing column becomes null."""
+    table = frame.to_arrow()
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def clips_path(folder: Path) -> Path:
+    """`clips.parquet` of a curation output (or the file itself); raises UserError when there is none or it is newer."""
+    path = folder if folder.suffix == ".parquet" else folder / "catalogue" / "clips.parquet"
+    if not path.is_file():
+        raise UserError(f"{path}: no clip catalogue here; give the output folder of `svd curate`")
+    version = (pq.read_schema(path).metadata or {}).get(b"svd.catalogue.version", b"0").decode()
+    if version != str(VERSION):
+        raise UserError(f"{path}: catalogue version {version}, this program reads {VERSION}; run `svd curate` again")
+    return path
+
+
+def read_clips(folder: Path) -> pl.DataFrame:
+    """All clips of a curation output, sorted by source and start; raises UserError when there is no catalogue."""
+    return pl.read_parquet(clips_path(folder))
+
+
+def scan_clips(folder: Path) -> pl.LazyFrame:
+    """As `read_clips`, lazily, for catalogues larger than memory."""
+    return pl.scan_parquet(clips_path(folder))
+
+
+def read_sources(folder: Path) -> pl.DataFrame:
+    """All sources of a curation output, usable or not."""
+    clips_path(folder)
+    return pl.read_parquet(folder / "catalogue" / "sources.parquet")

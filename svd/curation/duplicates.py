@@ -1,0 +1,87 @@
+"""Near-duplicate clips by embedding similarity: reported for every clip, dropped only when a filter asks for it.
+
+A clip is described by the mean of its three frame embeddings. For each clip the most similar *earlier* clip (in the
+order of the catalogue) is found, so that of a group of duplicates the first one stays. Up to `EXACT` clips every pair
+is compared; above that only pairs within a cell of a seeded k-means, as SemDeDup does, which bounds time and memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from safetensors import safe_open
+
+EXACT = 50_000
+CELL = 5_000  # clips in a cell, about
+BLOCK = 2_048
+ITERATIONS = 8
+
+
+def read_embeddings(clips: pl.DataFrame, folder: Path) -> np.ndarray:
+    """Unit-length mean embeddings (N, E) float32 of the clips, from `folder`/<unit>.safetensors."""
+    found: dict[str, np.ndarray] = {}
+    for (unit,), group in clips.group_by("unit", maintain_order=True):
+        with safe_open(folder / f"clips-{unit:06d}.safetensors", framework="numpy") as file:
+            for name in group["clip_id"]:
+                found[name] = file.get_tensor(name).astype(np.float32).mean(0)
+    vectors = np.stack([found[name] for name in clips["clip_id"]])
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def near_duplicates(clips: pl.DataFrame, folder: Path) -> pl.DataFrame:
+    """`clips` with `duplicate_of` (clip id) and `duplicate_similarity` (cosine) of the most similar earlier clip.
+
+    Null for a clip that has no earlier one to be compared with.
+    """
+    if not len(clips):
+        return clips
+    similarity, partner = most_similar_earlier(read_embeddings(clips, folder))
+    names = clips["clip_id"].to_list()
+    return clips.with_columns(
+        pl.Series("duplicate_of", [names[p] if p >= 0 else None for p in partner], pl.String),
+        pl.Series("duplicate_similarity", np.where(partner >= 0, similarity, np.nan).round(4), pl.Float32).fill_nan(
+            None
+        ),
+    )
+
+
+def most_similar_earlier(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of N unit-length vectors (N, E): highest cosine with an earlier one, and its index (-1: none)."""
+    similarity = np.full(len(vectors), -1.0, np.float32)
+    partner = np.full(len(vectors), -1, np.int64)
+    for members in _cells(vectors):
+        for start in range(0, len(members), BLOCK):
+            rows = members[start : start + BLOCK]
+            cosines = vectors[rows] @ vectors[members[: start + len(rows)]].T
+            # Row r of the block is member start + r: everything from itself on is not earlier.
+            cosines[np.arange(cosines.shape[1])[None] >= (start + np.arange(len(rows)))[:, None]] = -2
+            best = cosines.argmax(1)
+            value = cosines[np.arange(len(rows)), best]
+            found = value > -2
+            similarity[rows[found]], partner[rows[found]] = value[found], members[best[found]]
+    return similarity, partner
+
+
+def _cells(vectors: np.ndarray) -> list[np.ndarray]:
+    """Ascending indices of the vectors of each cell; one cell when there are few."""
+    if len(vectors) <= EXACT:
+        return [np.arange(len(vectors))]
+    count = -(-len(vectors) // CELL)
+    generator = np.random.default_rng(0)
+    sample = vectors[generator.choice(len(vectors), min(len(vectors), 64 * count), replace=False)]
+    centres = sample[:count].copy()
+    for _ in range(ITERATIONS):
+        owner = _nearest(sample, centres)
+        for cell in np.unique(owner):
+            mean = sample[owner == cell].mean(0)
+            centres[cell] = mean / max(float(np.linalg.norm(mean)), 1e-12)
+    owner = _nearest(vectors, centres)
+    order = np.argsort(owner, kind="stable")
+    return [cell for cell in np.split(order, np.searchsorted(owner[order], np.arange(1, count))) if len(cell)]
+
+
+def _nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    parts = [(vectors[i : i + BLOCK] @ centres.T).argmax(1) for i in range(0, len(vectors), BLOCK)]
+    return np.concatenate(parts)

@@ -1,0 +1,145 @@
+"""Filters: which clips of a catalogue are kept, as a pure function of its scores (§3.3, E.2.2).
+
+A filter never touches a video: `refilter` reads the catalogue, writes verdicts, and is done. Every axis is judged on
+its own, over all clips (the paper's thresholds are quantiles of the *unfiltered* set), and every verdict is kept, so a
+clip that fails two axes says so. An axis whose scores are missing altogether is unused; a single clip without a score
+on a used axis is dropped, with that reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from svd.config import FiltersConfig, Threshold
+from svd.curation import catalog
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A score that clips are filtered by; `side` is the end that is kept ("min": high scores, "max": low ones)."""
+
+    name: str
+    column: str
+    side: Literal["min", "max"]
+    title: str
+
+    @property
+    def option(self) -> str:
+        """Name of the option in the preset's section `curation.filters`."""
+        return f"{self.side}_{'duplicate_similarity' if self.name == 'duplicate' else self.name}"
+
+
+AXES = (
+    Axis("motion", "motion_score", "min", "optical flow"),
+    Axis("aesthetics", "aesthetics", "min", "aesthetic score"),
+    Axis("similarity", "similarity", "min", "CLIP similarity"),
+    Axis("text_area", "text_area", "max", "text area"),
+    Axis("nsfw", "nsfw", "max", "NSFW score"),
+    Axis("duplicate", "duplicate_similarity", "max", "similarity to an earlier clip"),
+)
+
+
+def _quantile(axis: Axis, share: float) -> pl.Expr:
+    """The threshold that drops `share` of the clips; ties at the threshold are kept."""
+    column = pl.col(axis.column)
+    if axis.side == "min":
+        return column.quantile(share, interpolation="higher")
+    return column.quantile(1 - share, interpolation="lower")
+
+
+def resolve(clips: pl.LazyFrame, filters: FiltersConfig) -> dict[str, float]:
+    """Threshold of each used axis by its name: absolute values as they are, quantiles of the catalogue's scores.
+
+    An axis without any score is left out.
+    """
+    wanted = {a.name: (a, t) for a in AXES if (t := getattr(filters, a.option)) is not None}
+    if not wanted:
+        return {}
+    values = clips.select(
+        *(_value(axis, threshold).cast(pl.Float64).alias(name) for name, (axis, threshold) in wanted.items())
+    ).collect(engine="streaming")
+    return {name: float(values[name][0]) for name in wanted if values[name][0] is not None}
+
+
+def _value(axis: Axis, threshold: Threshold) -> pl.Expr:
+    if threshold.quantile is not None:
+        return _quantile(axis, threshold.quantile)
+    return pl.when(pl.col(axis.column).count() > 0).then(pl.lit(threshold.absolute))
+
+
+def _passes(axis: Axis, threshold: float) -> pl.Expr:
+    column = pl.col(axis.column).cast(pl.Float64)
+    inside = column >= threshold if axis.side == "min" else column <= threshold
+    # A clip that resembles nothing has no duplicate: that is a pass, not a missing score.
+    return inside.fill_null(axis.name == "duplicate")
+
+
+def _explanation(axis: Axis, threshold: float) -> pl.Expr:
+    sign = "<" if axis.side == "min" else ">"
+    score = pl.col(axis.column).round(4).cast(pl.String).fill_null("not measured")
+    return pl.when(~pl.col(f"pass_{axis.name}")).then(pl.format(f"{axis.name} {{}} {sign} {threshold:.4g}", score))
+
+
+def apply(clips: pl.LazyFrame, filters: FiltersConfig) -> tuple[pl.LazyFrame, dict[str, float]]:
+    """`clips` with `pass_<axis>`, `verdict` ("kept" or first failing axis), `keep` and `reason`; and the thresholds."""
+    thresholds = resolve(clips, filters)
+    used = [axis for axis in AXES if axis.name in thresholds]
+    clips = clips.with_columns(
+        *(
+            _passes(axis, thresholds[axis.name]).alias(f"pass_{axis.name}")
+            if axis in used
+            else pl.lit(None, pl.Boolean).alias(f"pass_{axis.name}")
+            for axis in AXES
+        )
+    )
+    first = pl.coalesce(
+        *(pl.when(~pl.col(f"pass_{axis.name}")).then(pl.lit(axis.name)) for axis in used), pl.lit("kept")
+    )
+    reasons = [_explanation(axis, thresholds[axis.name]) for axis in used]
+    reason = pl.concat_str(*reasons, separator="; ", ignore_nulls=True) if reasons else pl.lit("")
+    clips = clips.with_columns(first.alias("verdict"), reason.alias("reason"))
+    return clips.with_columns((pl.col("verdict") == "kept").alias("keep")), thresholds
+
+
+def funnel(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> list[dict[str, str | int | float]]:
+    """What each axis drops: alone, and after the axes before it; one row an axis, in the order they are judged."""
+    used = [axis for axis in AXES if axis.name in thresholds]
+    passed = [pl.col(f"pass_{axis.name}") for axis in used]
+    counts = clips.select(
+        pl.len().alias("total"),
+        *((~p).sum().alias(f"alone_{a.name}") for a, p in zip(used, passed, strict=True)),
+        *(pl.all_horizontal(passed[: i + 1]).sum().alias(f"left_{a.name}") for i, a in enumerate(used)),
+    ).collect(engine="streaming")
+    row = counts.row(0, named=True)
+    steps: list[dict[str, str | int | float]] = [{"step": "clips", "left": row["total"], "dropped": 0}]
+    left = row["total"]
+    for axis in used:
+        after = row[f"left_{axis.name}"]
+        steps.append(
+            {
+                "step": axis.name,
+                "threshold": thresholds[axis.name],
+                "dropped_alone": row[f"alone_{axis.name}"],
+                "dropped": left - after,
+                "left": after,
+            }
+        )
+        left = after
+    return steps
+
+
+def refilter(folder: Path, filters: FiltersConfig) -> dict[str, float]:
+    """Judge an existing curation output again, in place; touches no video. Returns the thresholds.
+
+    `catalogue/clips.parquet` and `funnel.json` are replaced atomically. Raises UserError without a catalogue.
+    """
+    from svd.curation.merge import write_verdicts
+
+    clips, thresholds = apply(catalog.read_clips(folder).lazy(), filters)
+    write_verdicts(folder, clips.collect(), thresholds)
+    return thresholds

@@ -1,0 +1,131 @@
+"""Merging scored units into one catalogue: by content and in sorted order, so the order of the work is forgotten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from svd.config import FiltersConfig
+from svd.curation import catalog, filters
+from svd.stage import write_json
+
+# Buckets of the motion id that the model is conditioned on (spec: 0…255).
+BUCKETS = 256
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The finished tables."""
+
+    clips: pl.DataFrame
+    sources: pl.DataFrame
+    cuts: pl.DataFrame
+    thresholds: Mapping[str, float]
+
+
+def merge(
+    measured: Sequence[Path], scored: Sequence[Path], finished: Path, config: FiltersConfig, near_duplicates: bool
+) -> Merged:
+    """Write catalogue, shards, flow and embeddings of all units into `finished`; units are given in their order."""
+    for name in ("catalogue", "shards", "flow", "embeddings"):
+        (finished / name).mkdir(parents=True, exist_ok=True)
+    for one, other in zip(measured, scored, strict=True):
+        _link(one / "flow.safetensors", finished / "flow" / f"{one.name}.safetensors")
+        _link(other / "embeddings.safetensors", finished / "embeddings" / f"{one.name}.safetensors")
+        for shard in sorted(other.glob("*.tar")):
+            _link(shard, finished / "shards" / shard.name)
+    sources = _resolve_duplicates(_concat(measured, "sources"))
+    clips = _concat(measured, "clips").join(_concat(scored, "scores"), on="clip_id", how="left", maintain_order="left")
+    primary = sources.filter(pl.col("verdict") == "ok").select("source_uri")
+    clips = clips.join(primary, on="source_uri", how="semi").sort("source_uri", "start_frame")
+    clips = clips.with_columns(pl.Series("motion_bucket", motion_buckets(clips, finished), pl.Int16))
+    if near_duplicates:
+        from svd.curation.duplicates import near_duplicates as find
+
+        clips = find(clips, finished / "embeddings")
+    judged, thresholds = filters.apply(_complete(clips).lazy(), config)
+    cuts = _concat(measured, "cuts")
+    catalog.write_table(
+        finished / "catalogue" / "sources.parquet", catalog.with_schema(sources, catalog.SOURCES_SCHEMA)
+    )
+    catalog.write_table(finished / "catalogue" / "cuts.parquet", catalog.with_schema(cuts, catalog.CUTS_SCHEMA))
+    dropped = _concat(measured, "dropped")
+    catalog.write_table(
+        finished / "catalogue" / "dropped.parquet", catalog.with_schema(dropped, catalog.DROPPED_SCHEMA)
+    )
+    result = judged.collect()
+    write_verdicts(finished, result, thresholds)
+    return Merged(result, sources, cuts, thresholds)
+
+
+def _concat(units: Sequence[Path], table: str) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(unit / f"{table}.parquet") for unit in units])
+
+
+def _complete(clips: pl.DataFrame) -> pl.DataFrame:
+    """`clips` with every column of the catalogue, missing ones null."""
+    table = catalog.with_schema(clips, catalog.CLIPS_SCHEMA)
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _resolve_duplicates(sources: pl.DataFrame) -> pl.DataFrame:
+    """Mark every source whose bytes came before under another uri; needed for sources hashed only once fetched."""
+    sources = sources.sort("source_uri")
+    first = pl.col("source_uri").first().over("source_id")
+    again = pl.col("source_id").is_not_null() & (pl.col("verdict") == "ok") & (first != pl.col("source_uri"))
+    return sources.with_columns(
+        pl.when(again).then(pl.lit("duplicate")).otherwise("verdict").alias("verdict"),
+        pl.when(again).then(pl.format("same bytes as {}", first)).otherwise("reason").alias("reason"),
+        pl.when(again).then(first).otherwise("duplicate_of").alias("duplicate_of"),
+        pl.when(again).then(0).otherwise("clips").alias("clips"),
+    )
+
+
+def motion_edges(scores: np.ndarray) -> np.ndarray:
+    """The 255 inner edges of the 256 motion buckets: quantiles k / 256 of the catalogue's motion scores."""
+    if not len(scores):
+        return np.zeros(BUCKETS - 1)
+    return np.quantile(scores.astype(np.float64), np.arange(1, BUCKETS) / BUCKETS)
+
+
+def bucket(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Motion bucket 0…255 of each score: the number of edges that are not above it.
+
+    With the edges of its own catalogue a clip's bucket is its rank, so bucket 127 is the median clip, whatever the
+    footage; another catalogue's clips are mapped with `catalogue/motion.json` of the one the model was trained on.
+    """
+    return np.searchsorted(edges, scores.astype(np.float64), side="right").astype(np.int16)
+
+
+def motion_buckets(clips: pl.DataFrame, finished: Path) -> np.ndarray:
+    """Bucket of every clip, from the edges over the clips that are not held out; writes `catalogue/motion.json`."""
+    training = clips.filter(pl.col("split") != "test")
+    reference = training if len(training) else clips
+    edges = motion_edges(reference["motion_score"].drop_nulls().to_numpy()).round(6)
+    write_json(finished / "catalogue" / "motion.json", {"edges": edges.tolist()})
+    return bucket(clips["motion_score"].fill_null(0).to_numpy(), edges)
+
+
+def write_verdicts(folder: Path, clips: pl.DataFrame, thresholds: Mapping[str, float]) -> None:
+    """Write `catalogue/clips.parquet` and `funnel.json` of a judged catalogue, each atomically."""
+    steps: list[dict[str, Any]] = list(filters.funnel(clips.lazy(), thresholds))
+    catalog.write_table(folder / "catalogue" / "clips.parquet", catalog.with_schema(clips, catalog.CLIPS_SCHEMA))
+    write_json(folder / "funnel.json", {"steps": steps, "thresholds": dict(thresholds)})
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard-link a finished file, or copy it where the file system can't link."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,141 @@
+"""The stage `curation`: from a folder of raw videos to a catalogue, clip shards and statistics (§3, App. C).
+
+Work is split into units of sources. Threads measure units, each with a decoding process of its own (decode, cuts,
+motion, clips) that may crash without harm; this thread scores finished ones with the networks as they come. Both
+kinds of result appear by rename in the work folder, so a killed run goes on where it was; the merge sorts by content,
+so the result does not depend on order, kills or workers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from svd.config import CurationConfig, EncodersConfig
+from svd.curation import embeddings
+from svd.curation.captioners import make_captioners
+from svd.curation.measure import Identified, Unit, identify, measure_unit, units_of
+from svd.curation.merge import Merged, merge
+from svd.curation.scoring import Scorer, pick_device
+from svd.curation.sources import Source, list_sources
+from svd.curation.summary import metrics, summary
+from svd.stage import Report, StageContext, UserError, publish
+
+SPLITS = ("train", "test", "footage")
+
+
+def run(context: StageContext) -> Report:
+    """Curate the sources in `context.inputs["sources"]`; publishes catalogue, shards, flow, embeddings, funnel, plots.
+
+    Raises UserError when there is no source, or not one usable clip.
+    """
+    config = context.preset.curation
+    folder = context.inputs["sources"]
+    sources = list_sources([str(folder / split) for split in SPLITS if (folder / split).is_dir()], folder)
+    if not sources:
+        raise UserError(f"{folder}: no videos in {', '.join(SPLITS)}; set sources.paths or sources.synthetic")
+    context.work.mkdir(parents=True, exist_ok=True)
+    units = list(units_of(find_duplicates(sources, config.workers), context.preset.sources.sources_per_shard))
+    scorer = make_scorer(config, context.preset.encoders, context.inputs["encoders"])
+    measured, scored = process(units, config, scorer, context)
+    finished = context.work / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    merged = merge(measured, scored, finished, config.filters, config.filters.max_duplicate_similarity is not None)
+    _check_usable(merged, folder)
+    values = metrics(merged, folder)
+    from svd.curation.statistics import write_statistics
+
+    write_statistics(finished, config.filters)
+    line = summary(merged)
+    context.tracker.log_metrics({k: v for k, v in values.items() if isinstance(v, int | float)}, 0)
+    for plot in sorted((finished / "plots").glob("*")):
+        context.tracker.log_file(plot, "curation")
+    return publish(finished, context.output, Report(values, line))
+
+
+def find_duplicates(sources: Sequence[Source], workers: int) -> list[Identified]:
+    """Hash all local sources and mark each whose bytes came before, in order; unreadable ones carry their reason."""
+    with progress() as bar, ThreadPoolExecutor(workers) as pool:
+        task = bar.add_task("hashing sources", total=len(sources))
+        found = []
+        for identified in pool.map(identify, sources):
+            found.append(identified)
+            bar.advance(task)
+    first: dict[str, str] = {}
+    for index, one in enumerate(found):
+        if one.source_id:
+            primary = first.setdefault(one.source_id, one.source.uri)
+            if primary != one.source.uri:
+                found[index] = Identified(one.source, one.source_id, one.bytes, duplicate_of=primary)
+    return found
+
+
+def make_scorer(config: CurationConfig, encoders: EncodersConfig, folder: Path) -> Scorer:
+    """Load the networks that the preset names; raises UserError for missing weights."""
+    from svd.model.conditioning import load_encoders
+
+    device = pick_device()
+    head = embeddings.load_aesthetics(Path(encoders.aesthetics_weights)) if encoders.aesthetics_weights else None
+    return Scorer(
+        encoders=load_encoders(folder, encoders, device),
+        captioners=make_captioners(config.captions, device),
+        used=config.captions.captioners,
+        head=head,
+        device=device,
+    )
+
+
+def process(
+    units: Sequence[Unit], config: CurationConfig, scorer: Scorer, context: StageContext
+) -> tuple[list[Path], list[Path]]:
+    """Measure and score all units; returns their folders in order. A unit that is there already is not done again."""
+    measured = [context.work / "measured" / unit.name for unit in units]
+    scored = [context.work / "scored" / unit.name for unit in units]
+    with progress() as bar:
+        task = bar.add_task("curating (units of sources)", total=len(units))
+        for done, unit in enumerate(_measured(units, config, context.work / "measured"), start=1):
+            path = context.work / "measured" / unit.name
+            scorer.score_unit(path, context.work / "scored", config.shard_bytes)
+            bar.advance(task)
+            context.tracker.log_metrics({"curation/units": float(done)}, done)
+    return measured, scored
+
+
+def _measured(units: Sequence[Unit], config: CurationConfig, folder: Path) -> Iterator[Unit]:
+    """Units as they become measured, by `config.workers` processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [unit for unit in units if not (folder / unit.name).exists()]
+    yield from (unit for unit in units if unit not in waiting)
+    if not waiting:
+        return
+    with ThreadPoolExecutor(config.workers) as pool:
+        futures: dict[Future[Path], Unit] = {pool.submit(measure_unit, unit, config, folder): unit for unit in waiting}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+
+
+def progress() -> Progress:
+    """The progress bar of this stage, on stderr."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=os.environ.get("SVD_NO_PROGRESS") == "1",
+    )
+
+
+def _check_usable(merged: Merged, folder: Path) -> None:
+    if len(merged.clips):
+        return
+    reasons = merged.sources.filter(merged.sources["reason"] != "").select("source_uri", "reason").head(3).rows()
+    shown = "; ".join(f"{uri}: {reason}" for uri, reason in reasons)
+    raise UserError(f"{folder}: not one of {len(merged.sources)} sources gave a clip ({shown})")
