@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 
 from svd.config import OrbitsConfig
 from svd.data.meshes import Mesh, load_mesh, mesh_files, procedural_mesh
-from svd.data.render import Light, Renderer, hdr_light, on_white, open_renderer, orbit_azimuths, render_orbit, sky_light
+from svd.data.render import Light, Renderer, hdr_light, on_white, orbit_azimuths, render_orbit, sky_light
+from svd.data.renderer import open_renderer
 from svd.stage import Report, StageContext, UserError, publish, write_json
 
 Split = Literal["train", "test"]

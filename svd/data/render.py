@@ -1,4 +1,4 @@
-"""Rendering of orbits around a mesh (§4.5, D.6): moderngl on EGL without a display, VTK through pyvista without EGL.
+"""Rendering of orbits around a mesh (§4.5, D.6): cameras, light and pictures; svd/data/renderer.py opens a renderer.
 
 The light is white or comes from an environment: its irradiance in nine spherical harmonics (Ramamoorthi and Hanrahan
 2001), exact to about 3 % for matt surfaces, plus a share of light from the camera. Both renderers give straight-alpha
@@ -7,11 +7,10 @@ RGBA, averaged over 2 x 2 samples a pixel, and the same bytes for the same input
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -22,10 +21,6 @@ from svd.stage import UserError
 
 SUPERSAMPLING = 2
 GAMMA = 2.2
-_MISSING = (
-    "no renderer works on this machine. moderngl needs EGL (Debian and Ubuntu: apt-get install libegl1 "
-    "libgl1-mesa-dri); pyvista needs `pip install pyvista` and the same libraries, or vtk-osmesa"
-)
 
 
 @dataclass(frozen=True)
@@ -169,26 +164,3 @@ def render_orbit(
     fov: vertical field of view in degrees; radius: distance of the camera, the mesh's longest side being 1.
     """
     return renderer.views(mesh, eye_positions(azimuths_deg, elevation_deg, radius), size, fov, light)
-
-
-@contextlib.contextmanager
-def open_renderer(kind: Literal["auto", "moderngl", "pyvista"] = "auto") -> Iterator[Renderer]:
-    """A renderer for use on this thread; "auto" takes moderngl and, without EGL, pyvista.
-
-    Raises UserError that says what to install when there is none.
-    """
-    from svd.data.render_gl import open_moderngl
-    from svd.data.render_vtk import open_pyvista
-
-    reasons = []
-    for name, open_one in (("moderngl", open_moderngl), ("pyvista", open_pyvista)):
-        if kind not in ("auto", name):
-            continue
-        opened = open_one()
-        if isinstance(opened, str):
-            reasons.append(f"{name}: {opened}")
-            continue
-        with contextlib.closing(opened):
-            yield opened
-        return
-    raise UserError(f"{_MISSING} ({'; '.join(reasons)})")
