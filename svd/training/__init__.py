@@ -1,0 +1,1 @@
+"""Training: stages, the Lightning module, callbacks and parallelism (§4, App. D)."""

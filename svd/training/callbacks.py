@@ -1,0 +1,228 @@
+"""What happens around a training step: averaging, examination, record, samples, progress and checkpoints.
+
+Order matters and is that of `callbacks()`: the average takes in the step, the examination looks at the average, the
+record keeps both, and only then the checkpoint is written, so that a run resumed from it repeats nothing and omits
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from svd.data.loader import Examples, Steps
+from svd.stage import Tracker
+from svd.training.module import Diffusion
+
+SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+Row = dict[str, float | None]
+
+
+class Updates(Callback):
+    """Base of what acts once an optimiser step: with gradient accumulation most batches are not one."""
+
+    last_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start counting at the step that training resumes from."""
+        self.last_step = trainer.global_step
+
+    def stepped(self, trainer: pl.Trainer) -> bool:
+        """Whether the batch that just ended took a step; True once for each step."""
+        new = trainer.global_step != self.last_step
+        self.last_step = trainer.global_step
+        return new
+
+
+class Averaging(Updates):
+    """Updates the exponential moving average of the weights."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take in the new weights."""
+        if self.stepped(trainer) and module.ema is not None:
+            module.ema.update(trainer.global_step)
+
+
+def sigma_bins(losses: Tensor, sigma: Tensor, prefix: str) -> dict[str, float]:
+    """Mean loss by noise level, keyed `<prefix>/sigma_<low>-<high>`; empty bins are left out."""
+    which = torch.bucketize(sigma, torch.tensor(SIGMA_EDGES, device=sigma.device))
+    names = ["0", *(f"{edge:g}" for edge in SIGMA_EDGES), "inf"]
+    return {
+        f"{prefix}/sigma_{names[k]}-{names[k + 1]}": losses[which == k].mean().item()
+        for k in range(len(names) - 1)
+        if bool((which == k).any())
+    }
+
+
+def examine(
+    module: Diffusion, trainer: pl.Trainer, examples: Examples, count: int, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Losses and noise levels (count,) of the averaged weights on a fixed examination, shared by the ranks.
+
+    The last incomplete batch is filled up with further draws so that every rank does equal work.
+    """
+    batch = max(batch // trainer.world_size, 1) * trainer.world_size
+    steps = Steps(-(-count // batch), batch, trainer.global_rank, trainer.world_size)
+    losses, sigmas = [], []
+    with module.evaluating(), trainer.precision_plugin.forward_context():
+        for examined in DataLoader(examples, batch_sampler=steps):
+            moved = {key: value.to(module.device) for key, value in examined.items()}
+            losses.append(module.losses(moved).float())
+            sigmas.append(moved["sigma"])
+    gathered = trainer.strategy.all_gather(torch.stack([torch.cat(losses), torch.cat(sigmas)]))
+    loss, sigma = gathered.movedim(-2, 0).flatten(1)
+    return loss, sigma
+
+
+@dataclass
+class History:
+    """Rows of the loss curve, one every few steps: step, train_loss, val_loss (None where there was no examination)."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def csv(self) -> str:
+        """The curve as CSV; equal runs give equal text."""
+        lines = ["step,train_loss,val_loss"]
+        for row in self.rows:
+            values = ("" if row[k] is None else f"{row[k]:.6f}" for k in ("train_loss", "val_loss"))
+            lines.append(",".join([str(row["step"]), *values]))
+        return "\n".join(lines) + "\n"
+
+
+class Record(Updates):
+    """Keeps the loss curve inside the checkpoint, reports to the tracker and shows progress.
+
+    offset: steps of the phases before. The validation loss is recorded every `validate_every` steps and at the end,
+    and, in the first phase, before the first step; the training loss is the mean over the steps since the last row.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        tracker: Tracker,
+        examination: Callable[[Diffusion, pl.Trainer], tuple[Tensor, Tensor]],
+        *,
+        validate_every: int,
+        offset: int,
+        total: int,
+        label: str,
+    ) -> None:
+        self.history, self.tracker, self.examination = history, tracker, examination
+        self.validate_every, self.offset, self.total, self.label = validate_every, offset, total, label
+        self.log_every = max(1, min(50, total // 50))
+        self.pending: list[float] = []
+        self.bar: tqdm[Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curve so far."""
+        return {"rows": self.history.rows, "pending": self.pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The curve of the checkpoint."""
+        self.history.rows, self.pending = state["rows"], state["pending"]
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Examine the initial weights of the stage, once."""
+        super().on_train_start(trainer, module)
+        if not self.history.rows:
+            self._add(0, None, self._examine(trainer, module, 0))
+        if trainer.is_global_zero:
+            self.bar = tqdm(total=self.total, initial=self.offset + trainer.global_step, desc=self.label, unit="step")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Record the step."""
+        losses, sigma = outputs["losses"], outputs["sigma"]
+        self.pending.append(trainer.strategy.reduce(losses.mean(), reduce_op="mean").item())
+        if not self.stepped(trainer):
+            return
+        step, last = self.offset + trainer.global_step, trainer.global_step == trainer.max_steps
+        validated = last or trainer.global_step % self.validate_every == 0
+        if validated or step % self.log_every == 0:
+            loss = sum(self.pending) / len(self.pending)
+            self.pending.clear()
+            self._log(trainer, module, {"train_loss": loss, **sigma_bins(losses, sigma, "train_loss")}, step)
+            self._add(step, loss, self._examine(trainer, module, step) if validated else None)
+        if self.bar is not None:
+            self.bar.update()
+
+    def _add(self, step: int, train: float | None, validation: float | None) -> None:
+        self.history.rows.append({"step": step, "train_loss": train, "val_loss": validation})
+        if self.bar is not None and train is not None:
+            self.bar.set_postfix(loss=f"{train:.3f}", refresh=False)
+
+    def _log(self, trainer: pl.Trainer, module: Diffusion, values: Mapping[str, float], step: int) -> None:
+        if trainer.is_global_zero:
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            facts = {"learning_rate": rate, "gradient_norm": float(module.gradient_norm)}
+            self.tracker.log_metrics({**values, **facts}, step)
+
+    def _examine(self, trainer: pl.Trainer, module: Diffusion, step: int) -> float:
+        losses, sigma = self.examination(module, trainer)
+        value = losses.mean().item()
+        if trainer.is_global_zero:
+            self.tracker.log_metrics({"val_loss": value, **sigma_bins(losses, sigma, "val_loss")}, step)
+        return value
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Samples(Updates):
+    """Every few steps shows what the averaged weights generate; `show` gets the module and the step over all phases."""
+
+    def __init__(self, show: Callable[[Diffusion, int, bool], None], every: int, offset: int) -> None:
+        self.show, self.every, self.offset = show, every, offset
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Sample where the loss is validated, but not at the end, which the stage itself samples."""
+        due = (
+            self.stepped(trainer) and trainer.global_step % self.every == 0 and trainer.global_step != trainer.max_steps
+        )
+        if due:
+            with module.evaluating():
+                self.show(module, self.offset + trainer.global_step, trainer.is_global_zero)
+
+
+class Checkpoint(ModelCheckpoint):
+    """The newest state of a phase, `step=<n>.ckpt`, replaced atomically; also written on SIGTERM, which waits for a
+    step's end.
+
+    Other exceptions may fall into the middle of a step, whose half is not a state to continue from.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        super().__init__(
+            folder,
+            "{step}",
+            save_top_k=1,
+            every_n_train_steps=every,
+            save_on_exception=True,
+            enable_version_counter=False,
+        )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save when the machine is being taken away."""
+        if isinstance(exception, SIGTERMException):
+            super().on_exception(trainer, pl_module, exception)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to resume from, or None; a sharded one counts when its metadata, written last, is there."""
+
+    def complete(path: Path) -> bool:
+        return path.is_file() or (path / ".metadata").is_file()
+
+    found = [path for path in folder.glob("step=*.ckpt") if complete(path)]
+    return max(found, key=lambda path: int(path.stem.removeprefix("step=")), default=None)

@@ -1,0 +1,108 @@
+"""First weights of a stage: fresh, or carried over from the model before it, whose shapes may be narrower (§2,
+D.2–D.6).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from svd.config import Preset
+from svd.data.cache import digest
+from svd.model.unet import UNet, UNetConfig
+from svd.stage import UserError
+from svd.training.tasks import Task
+
+
+def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNetConfig:
+    """The configuration of a task's U-Net; `latent_size` (height, width) sizes the learned mask embedding."""
+    section = preset.model.unet.model_dump()
+    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+    channels = preset.model.autoencoder.latent_channels
+    extra = {4: 0, 8: channels, 9: channels + 1}[task.in_channels]
+    return UNetConfig(
+        **sizes,
+        in_channels=channels + extra,
+        out_channels=channels,
+        ids=task.ids,
+        temporal=task.temporal,
+        learned_mask=task.learned_mask,
+        mask_size=latent_size,
+    )
+
+
+def fresh_unet(config: UNetConfig, seed: int, stage: str) -> UNet:
+    """A randomly initialised U-Net, a function of (config, seed, stage).
+
+    The embedding of the conditioning ids starts at zero, so that a model that gains them computes what it computed
+    before.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(digest("initial weights", seed, stage)[:15], 16))
+        unet = UNet(config)
+        if config.ids:
+            nn.init.zeros_(unet.add_embedding.linear_2.weight)
+            nn.init.zeros_(unet.add_embedding.linear_2.bias)
+    return unet
+
+
+def carry_over(source: UNet, target: UNet, origin: str) -> UNet:
+    """Copy into `target` what `source` has, and return it.
+
+    New input channels of the first convolution and new conditioning ids start at zero, so the model first ignores
+    them; layers that only the target has (temporal layers, learned mask) keep their initial values. Raises UserError
+    when other shapes differ.
+    """
+    given, state = _names_of(target, source.state_dict()), target.state_dict()
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name not in given:
+                continue
+            widened = name in ("conv_in.weight", "add_embedding.linear_1.weight")
+            if not _place(given[name], tensor, widened):
+                raise UserError(
+                    f"{origin}: '{name}' is {tuple(given[name].shape)}, in the preset's model {tuple(tensor.shape)}; "
+                    "make the sizes in 'model.unet' those of these weights"
+                )
+    lost = sorted(given.keys() - state.keys() - {"mask_latent"})
+    if lost and target.config.temporal:
+        raise UserError(f"{origin}: the preset's model has no place for '{lost[0]}' and {len(lost) - 1} more tensors")
+    return target
+
+
+def _names_of(target: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state under the target's names: a video model keeps an image model's residual block one level deeper."""
+    image = not any(".spatial_res_block." in name for name in state)
+    if not (image and target.config.temporal):
+        return dict(state)
+    return {re.sub(r"(resnets\.\d+)\.", r"\1.spatial_res_block.", name): tensor for name, tensor in state.items()}
+
+
+def _place(given: Tensor, tensor: Tensor, widened: bool) -> bool:
+    """Copy `given` into `tensor`; along dimension 1 it may be narrower when `widened`. False when the shapes don't
+    allow it.
+    """
+    if given.shape == tensor.shape:
+        tensor.copy_(given)
+        return True
+    fits = widened and given.shape[0] == tensor.shape[0] and given.shape[2:] == tensor.shape[2:]
+    if not fits or given.shape[1] >= tensor.shape[1]:
+        return False
+    tensor.zero_()
+    tensor[:, : given.shape[1]].copy_(given)
+    return True
+
+
+def with_checkpointing(unet: UNet, checkpointing: str) -> UNet:
+    """The same weights in a model that recomputes activations as told ("none", "fine", "all")."""
+    config = replace(unet.config, checkpointing=checkpointing)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        other = UNet(config)
+    other.load_state_dict(unet.state_dict(), assign=True)
+    for parameter in other.parameters():
+        parameter.requires_grad_(True)
+    return other

@@ -1,0 +1,55 @@
+"""Devices, precision and sharding: checkpoint, then compile each block, then shard each block (torchtitan's order)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from svd.config import TrainingConfig
+from svd.model.unet import UNet
+
+
+def strategy(config: TrainingConfig) -> str | Strategy:
+    """Lightning's strategy: one process as it is, DDP, or FSDP2 with checkpoints sharded by rank."""
+    if config.strategy == "fsdp2":
+        return ModelParallelStrategy(
+            data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=True
+        )
+    return config.strategy
+
+
+def parallelise(unet: UNet, config: TrainingConfig, mesh: DeviceMesh | None) -> None:
+    """Compile and shard `unet` in place; the recomputation of activations is part of the model
+    (`UNetConfig.checkpointing`).
+
+    In mixed precision the shards travel in bf16 and gradients are reduced in float32. Inputs are left to autocast:
+    cast to bf16, the noise level would lose the digits that tell neighbouring levels apart.
+    """
+    if config.compile:
+        for block in unet.blocks():
+            block.compile()
+    if mesh is None:
+        return
+    policy = MixedPrecisionPolicy()
+    if config.precision == "bf16-mixed":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    options: dict[str, Any] = {"mesh": mesh["data_parallel"], "mp_policy": policy}
+    for block in unet.blocks():
+        fully_shard(block, **options)
+    fully_shard(unet, **options)
+    # It reads the learned mask, which the root gathers only in its forward methods.
+    register_fsdp_forward_method(unet, "interpolation_channels")
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """The whole state of a sharded or plain module, on the CPU; every rank must call it."""
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+        for name, tensor in module.state_dict().items()
+    }

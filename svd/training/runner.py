@@ -1,0 +1,281 @@
+"""Runs a training stage: its phases in sequence, each a Lightning fit that resumes exactly, and publishes the result
+(§3).
+
+Every phase starts from the averaged weights of the one before, with a fresh optimiser, as stages do among each other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from svd.config import Phase, TrainingConfig
+from svd.data.cache import LatentCache, digest
+from svd.data.loader import Draws, Examples, IndexedLoader
+from svd.model.autoencoder import Autoencoder
+from svd.model.lora import add_lora, save_lora
+from svd.model.unet import UNet
+from svd.model.weights import load_unet, save_unet
+from svd.stage import Report, StageContext, UserError, publish, write_json
+from svd.training import callbacks
+from svd.training.callbacks import History
+from svd.training.initialise import with_checkpointing
+from svd.training.module import Diffusion, select_parameters
+from svd.training.parallel import full_state, strategy
+from svd.training.samples import Preview, contact_sheet, write_films
+from svd.training.tasks import Task
+
+STRATA = 8
+EXAMINATION_SEED = 20231125
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A stage's training: what is trained, on which samples, from which weights.
+
+    rows: the training and the test samples of a phase. initial: the U-Net of step 0. lora: train an adapter of this
+    name, rank and alpha instead of the U-Net. work: where the phases keep their state.
+    """
+
+    name: str
+    context: StageContext
+    task: Task
+    config: TrainingConfig
+    cache: LatentCache
+    autoencoder: Autoencoder
+    rows: Callable[[Phase, str], Rows]
+    initial: Callable[[], UNet]
+    work: Path
+    lora: tuple[str, int, float] | None = None
+
+    @property
+    def seed(self) -> int:
+        """The stage's own seed: stages draw different noise from one preset seed."""
+        return int(digest(self.context.preset.seed, self.name)[:12], 16)
+
+    def draws(self, phase: Phase, seed: int, strata: int = 0) -> Draws:
+        """What is drawn in a phase; with `strata`, its fixed examination."""
+        config = self.config
+        return Draws(
+            seed,
+            phase.p_mean,
+            phase.p_std,
+            objective=config.objective,
+            offset_noise=0.0 if strata else config.offset_noise,
+            text_dropout=config.text_dropout,
+            image_dropout=config.image_dropout,
+            conditioning_p_mean=config.conditioning_p_mean,
+            conditioning_p_std=config.conditioning_p_std,
+            caption_probabilities=tuple(sorted(self.context.preset.curation.captions.probabilities.items())),
+            pixels=self.task.pixels,
+            strata=strata,
+        )
+
+    def examination(self) -> Examples:
+        """Test clips with fixed noise at stratified noise levels, of the last phase: one measure for a whole stage."""
+        phase = self.config.phases[-1]
+        return Examples(self.cache, self.rows(phase, "test"), phase.frames, self.draws(phase, EXAMINATION_SEED, STRATA))
+
+    def choose(self, phase: Phase) -> Callable[[UNet], None]:
+        """What marks the parameters that train: a part of the U-Net, or an adapter put into it."""
+        if self.lora is None:
+            return lambda unet: select_parameters(unet, self.task, phase.trainable)
+        name, rank, alpha = self.lora
+
+        def adapt(unet: UNet) -> None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                add_lora(unet, rank, alpha, name, context_tokens=1 if self.task.one_token else 77)
+
+        return adapt
+
+    def preview(self) -> Preview:
+        """Samples for people."""
+        sampling = self.context.preset.evaluation.ucf101.sampling.model_copy(update={"steps": self.config.sample_steps})
+        kind = "edm-v" if self.config.objective == "edm" else "v"
+        return Preview(self.task, self.examination(), self.autoencoder, sampling, kind)  # type: ignore[arg-type]
+
+
+def quiet() -> None:
+    """Keep Lightning's hints about loggers, workers and cards out of the user's terminal."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*is_weights_only.*",
+        ".*resuming.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+def make_trainer(config: TrainingConfig, phase: Phase, folder: Path, hooks: list[pl.Callback]) -> pl.Trainer:
+    """The Lightning trainer of a phase; loops, precision and distribution are its, order and draws are the loader's."""
+    return pl.Trainer(
+        accelerator="auto",
+        devices=config.devices,
+        num_nodes=config.nodes,
+        strategy=strategy(config),
+        precision=config.precision,
+        max_steps=phase.iterations,
+        max_epochs=-1,
+        accumulate_grad_batches=config.gradient_accumulation,
+        callbacks=hooks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+
+
+def run_phase(training: Training, number: int) -> Path:
+    """Train phase `number`, or take it up where it was killed; returns its folder with `unet/` and `history.json`."""
+    config, phase = training.config, training.config.phases[number]
+    folder = training.work / f"phase-{number}"
+    if (folder / "history.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    previous = training.work / f"phase-{number - 1}"
+    unet = load_unet(previous / "unet") if number else training.initial()
+    rows = json.loads((previous / "history.json").read_text()) if number else []
+    history = History(rows)
+    offset = sum(p.iterations for p in config.phases[:number])
+    unet = with_checkpointing(unet, config.checkpointing)
+    module = Diffusion(unet, training.task, config, phase, training.autoencoder, training.choose(phase))
+    trainer = make_trainer(config, phase, folder, _hooks(training, number, folder, history, offset))
+    if phase.batch_size % (config.gradient_accumulation * trainer.world_size):
+        raise UserError(
+            f"{training.name}: a batch of {phase.batch_size} clips can't be shared by {trainer.world_size} ranks "
+            f"x {config.gradient_accumulation} accumulation steps; change 'batch_size'"
+        )
+    draws = training.draws(phase, int(digest(training.seed, number)[:12], 16))
+    examples = Examples(training.cache, training.rows(phase, "train"), phase.frames, draws)
+    loader = IndexedLoader(
+        examples,
+        phase.iterations * config.gradient_accumulation,
+        phase.batch_size // config.gradient_accumulation,
+        trainer.global_rank,
+        trainer.world_size,
+        config.num_workers,
+    )
+    trainer.fit(module, loader, ckpt_path=callbacks.newest_checkpoint(folder), weights_only=True)
+    _finish_phase(trainer, module, training, folder, history)
+    return folder
+
+
+def _hooks(training: Training, number: int, folder: Path, history: History, offset: int) -> list[pl.Callback]:
+    config, tracker = training.config, training.context.tracker
+    examination, preview = training.examination(), training.preview()
+    batch = config.phases[-1].batch_size
+
+    def examine(module: Diffusion, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
+        return callbacks.examine(module, trainer, examination, config.validation_samples, batch)
+
+    def show(module: Diffusion, step: int, first_rank: bool) -> None:
+        sheet = contact_sheet(preview.films(module.unet))
+        if first_rank:
+            tracker.log_image(f"samples/{training.name}", sheet, step)
+
+    phases = len(config.phases)
+    record = callbacks.Record(
+        history,
+        tracker,
+        examine,
+        validate_every=config.validate_every,
+        offset=offset,
+        total=sum(p.iterations for p in config.phases[: number + 1]),
+        label=training.name if phases == 1 else f"{training.name} {number + 1}/{phases}",
+    )
+    return [
+        callbacks.Averaging(),
+        record,
+        callbacks.Samples(show, config.validate_every, offset),
+        callbacks.Checkpoint(folder, config.checkpoint_every),
+    ]
+
+
+def _finish_phase(trainer: pl.Trainer, module: Diffusion, training: Training, folder: Path, history: History) -> None:
+    """Write the averaged weights and samples; `history.json` comes last and marks the phase as done."""
+    with module.evaluating(), trainer.precision_plugin.forward_context():
+        state = full_state(module.unet)
+        films = training.preview().films(module.unet)
+    if trainer.is_global_zero:
+        with torch.device("meta"):
+            plain = UNet(replace(module.unet.config, checkpointing="none"))
+            training.choose(module.phase)(plain)
+        plain.load_state_dict(state, assign=True)
+        if training.lora is None:
+            save_unet(plain, folder / "unet", module.phase.frames)
+        else:
+            save_lora(plain, folder / "lora", training.lora[0])
+        write_films(films, folder / "samples")
+        step = int(history.rows[-1]["step"] or 0)
+        training.context.tracker.log_image(f"samples/{training.name}", contact_sheet(films), step)
+        write_json(folder / "history.json", history.rows)
+        for checkpoint in folder.glob("step=*.ckpt"):
+            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+    trainer.strategy.barrier()
+
+
+def run_phases(training: Training) -> tuple[Path, History]:
+    """All phases; returns the last one's folder, with `unet/` or `lora/` and `samples/`, and the loss curve."""
+    quiet()
+    for number in range(len(training.config.phases)):
+        last = run_phase(training, number)
+    return last, History(json.loads((last / "history.json").read_text()))
+
+
+def collect(last: Path, history: History, finished: Path) -> None:
+    """Put what the last phase made, and the loss curve, into a folder to publish."""
+    finished.mkdir(parents=True, exist_ok=True)
+    for part in ("unet", "lora", "samples"):
+        if (last / part).exists():
+            shutil.copytree(last / part, finished / part if part != "lora" else finished, dirs_exist_ok=True)
+    (finished / "losses.csv").write_text(history.csv())
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that publishes."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def run_training(training: Training) -> Report:
+    """All phases, then the published folder: `unet/` (averaged weights), `losses.csv`, `samples/`.
+
+    Metrics: validation_loss_before (initial weights) and validation_loss_after (averaged weights), both on test clips
+    with the noise distribution of the last phase; steps; samples_train, samples_test.
+    """
+    last, history = run_phases(training)
+    metrics = measured(training, history)
+    summary = "{steps} steps; loss on test clips {validation_loss_before} -> {validation_loss_after}"
+    report = Report(metrics, summary.format(**metrics))
+    if not first_rank():
+        return report
+    finished = training.work / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    collect(last, history, finished)
+    return publish(finished, training.context.output, report)
+
+
+def measured(training: Training, history: History) -> dict[str, float | int | str]:
+    """The metrics of a training."""
+    phase = training.config.phases[-1]
+    before, after = (history.rows[k]["val_loss"] for k in (0, -1))
+    return {
+        "validation_loss_before": round(before or 0.0, 6),
+        "validation_loss_after": round(after or 0.0, 6),
+        "steps": sum(phase.iterations for phase in training.config.phases),
+        "samples_train": len(training.rows(phase, "train")),
+        "samples_test": len(training.rows(phase, "test")),
+    }

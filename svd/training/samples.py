@@ -1,0 +1,99 @@
+"""What a model under training generates for a few test clips, beside the clips themselves: films for people to look
+at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from svd.config import Sampling
+from svd.data.loader import Batch, Examples
+from svd.diffusion import edm
+from svd.diffusion.guidance import Condition, constant, guided, linear
+from svd.diffusion.sampler import karras_sigmas, sample
+from svd.model.autoencoder import Autoencoder
+from svd.model.unet import UNet
+from svd.training.tasks import Task, dropped
+from svd.training.tasks import conditioned as network
+from svd.video import Frames, filmstrip, to_uint8, write_mp4, write_png
+
+SHOWN = 4
+DECODED_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Generates the first few clips of an examination with their own conditioning; deterministic.
+
+    Models with a conditioning image are guided from 1 at that frame to `sampling.guidance` (D.4.1), the others
+    constantly.
+    """
+
+    task: Task
+    examples: Examples
+    autoencoder: Autoencoder
+    sampling: Sampling
+    kind: edm.Kind
+
+    def batch(self, device: torch.device) -> Batch:
+        """The shown clips, evenly spaced over the test samples so that they come from different sources."""
+        count = min(SHOWN, len(self.examples))
+        chosen = [i * len(self.examples) // count for i in range(count)]
+        collated: Batch = default_collate([self.examples[i] for i in chosen])
+        return {key: value.to(device) for key, value in collated.items()}
+
+    @torch.no_grad()
+    def generate(self, unet: UNet, autoencoder: Autoencoder, batch: Batch) -> Tensor:
+        """Scaled latents (B, T, C, h, w)."""
+        conditional = self.task.condition(batch, unet, autoencoder)
+        unconditional = self.task.condition(dropped(batch, self.examples.cache.null_text), unet, autoencoder)
+        frames = batch["latents"].shape[1]
+        scale = constant(self.sampling.guidance, frames)
+        if self.task.name in ("image-to-video", "multiview"):
+            scale = linear(1.0, max(1.0, self.sampling.guidance), frames)
+
+        def denoise(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+            return edm.denoiser(network(unet, condition), self.kind)(x, sigma)
+
+        sigmas = karras_sigmas(self.sampling.steps, self.sampling.sigma_min, self.sampling.sigma_max, self.sampling.rho)
+        return sample(guided(denoise, conditional, unconditional, scale), batch["noise"], sigmas, self.sampling.solver)
+
+    @torch.no_grad()
+    def films(self, unet: UNet) -> list[tuple[Frames, Frames, float]]:
+        """For each shown clip: generated and real frames (T, H, W, 3) uint8 and frames per second."""
+        device = next(unet.parameters()).device
+        autoencoder = self.autoencoder.to(device)
+        batch = self.batch(device)
+        made, real = self.generate(unet, autoencoder, batch), batch["latents"]
+        pictures = [self._decode(autoencoder, latents, batch) for latents in (made, real)]
+        rates = batch["fps"].tolist()
+        return [(pictures[0][i], pictures[1][i], rates[i]) for i in range(len(rates))]
+
+    def _decode(self, autoencoder: Autoencoder, latents: Tensor, batch: Batch) -> list[Frames]:
+        unscaled = latents / edm.expand(batch["scaling_factor"], latents)
+        videos = autoencoder.decode(unscaled.to(next(autoencoder.parameters()).dtype), DECODED_AT_ONCE)
+        return [to_uint8((video.float() / 2 + 0.5).cpu().numpy()) for video in videos]
+
+
+def contact_sheet(films: list[tuple[Frames, Frames, float]]) -> Frames:
+    """Film strips under each other, generated above real, as one (H, W, 3) picture."""
+    strips = [filmstrip(frames, 8) for made, real, _ in films for frames in (made, real)]
+    return np.concatenate(strips)
+
+
+def write_films(films: list[tuple[Frames, Frames, float]], folder: Path) -> None:
+    """`generated-<n>.mp4` (`.png` for one frame), `real-<n>.*` and `sheet.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (made, real, fps) in enumerate(films):
+        for name, frames in (("generated", made), ("real", real)):
+            if len(frames) > 1:
+                write_mp4(folder / f"{name}-{number}.mp4", frames, fps)
+            else:
+                write_png(folder / f"{name}-{number}.png", frames[0])
+    write_png(folder / "sheet.png", contact_sheet(films))
