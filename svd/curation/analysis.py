@@ -11,6 +11,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from svd.config import CurationConfig
@@ -32,6 +33,15 @@ def analyse(path: Path, config: CurationConfig) -> Analysis:
     with the file: for untrusted files use worker.analyse_guarded.
     """
     started = time.process_time()
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # one source, one thread: sources run side by side
+    try:
+        return _analyse(path, config, started)
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def _analyse(path: Path, config: CurationConfig, started: float) -> Analysis:
     info, index = read_source(path), read_packets(path)
     demuxed = time.process_time()
     run = _Pass(path, config, info, index)
@@ -66,7 +76,7 @@ class _Pass:
             pts = len(self.pts) if not self.index.trusted else picture.pts
             if pts is None or (self.pts and pts <= self.pts[-1]):
                 continue
-            number, seconds = len(self.pts), float(pts * self.base)
+            number, seconds = len(self.pts), pts * self.base.numerator / self.base.denominator
             self.pts.append(pts)
             if self.sampler is None:
                 geometry = Geometry(self.decoder.facts.rotation, self.info.display(self.decoder.facts.rotation))

@@ -58,7 +58,7 @@ def fit_similarity(flow: np.ndarray, weight: np.ndarray, seconds: float) -> Glob
     u, v = flow[..., 0].astype(np.float64).ravel() / width, flow[..., 1].astype(np.float64).ravel() / width
     trust = weight.astype(np.float64).ravel() + 1e-6
     solution, left = np.zeros(4), np.hypot(u, v)
-    for round_ in range(8):
+    for round_ in range(5):
         scale = max(1.5 * _median(left, trust), 0.25 / width) * (2.0 if round_ < 2 else 1.0)
         w = trust / (1 + (left / scale) ** 2) if round_ else trust
         solution = _solve(x, y, u, v, w)

@@ -15,13 +15,14 @@ import numpy as np
 
 from svd.config import CutPass, CutsConfig
 from svd.curation.scores import Features, Jump, Planes, Scorer
-from svd.curation.transitions import MIN_UNEXPLAINED, Ramp, fade_start, fit_ramp, is_blank, same_scene, unexplained
+from svd.curation.transitions import MIN_UNEXPLAINED, Ramp, are_blank, fade_start, fit_ramp, same_scene, unexplained
 from svd.curation.transnet import transnet_jumps
 from svd.curation.types import CutKind
 
 SETTLE_SECONDS = 4.0  # a transition is decided when this much footage after it is known
 FLASH_SECONDS = 0.4
 MAX_FADE_SECONDS = 3.0
+MAX_DISSOLVE_SECONDS = 2.5
 PADS = (0.15, 0.4, 0.8, 1.5)  # seconds around a slow pair where the ends of its transition are looked for
 MIN_CONTENT = 15.0  # PySceneDetect's min_content_val of its adaptive detector
 ADAPTIVE_WINDOW = 2
@@ -168,7 +169,7 @@ class _Judge:
 
     def blanks(self) -> None:
         """Black (or white) stretches, with the fades that lead in and out of them."""
-        blank = np.array([is_blank(p, self.pixels) for p in self.pictures])
+        blank = are_blank(self.pictures[:, : self.pixels])
         edges = np.flatnonzero(np.diff(np.concatenate([[0], blank.view(np.int8), [0]])))
         for first, last in zip(edges[::2], edges[1::2], strict=True):
             self._blank(int(first), int(last))
@@ -294,4 +295,9 @@ class _Judge:
         if key not in self._exchanges:
             luma = self.pictures[max(ramp.start - 1, 0) : ramp.end + 1, : self.pixels]
             self._exchanges[key] = unexplained(luma.reshape(-1, *self.size))
-        return self._exchanges[key] - 0.5 * ramp.off_line > MIN_UNEXPLAINED
+        seconds = (ramp.end - ramp.start) / self.rate
+        # Slow motion is finer than the tiny pictures can follow, so a long ramp has to be clearer.
+        clearer = 0.4 * min(max((seconds - 0.7) / 0.8, 0.0), 1.0)
+        return (
+            seconds <= MAX_DISSOLVE_SECONDS and self._exchanges[key] - 0.5 * ramp.off_line > MIN_UNEXPLAINED + clearer
+        )

@@ -5,6 +5,7 @@ Deblocking of frames that no other frame refers to is skipped: nothing can drift
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from svd.curation.probe import open_video
 from svd.curation.types import SourceFailure
 
-SCORE_WIDTH = 480  # pictures are halved until they are narrower than this
+SCORE_WIDTH = 320  # pictures are halved until they are narrower than this
 FRAME_WIDTH = 640  # sampled frames are at most this wide
 MAX_ERROR_SHARE = 0.5
 _PLANAR_420 = ("yuv420p", "yuvj420p")
@@ -154,21 +155,26 @@ class Decoder:
             raise SourceFailure(f"{frame.width}x{frame.height} pixels are too small")
 
 
+@functools.cache
+def _tables(bt709: bool, full_range: bool) -> tuple[np.ndarray, ...]:
+    """Contributions of Y to all, V to red, U and V to green, and U to blue, as int16 tables of 256 entries."""
+    red, blue = (0.2126, 0.0722) if bt709 else (0.299, 0.114)
+    green = 1 - red - blue
+    luma, colour, black = (1.0, 1.0, 0.0) if full_range else (255 / 219, 255 / 224, 16.0)
+    u, v = 2 * (1 - blue) * colour, 2 * (1 - red) * colour
+    code = np.arange(256)
+    parts = luma * (code - black), v * (code - 128), -u * blue / green * (code - 128), -v * red / green * (code - 128)
+    return tuple(np.rint(part).astype(np.int16) for part in (*parts, u * (code - 128)))
+
+
 def to_rgb(planes: tuple[np.ndarray, np.ndarray, np.ndarray], facts: DecodeFacts) -> np.ndarray:
     """Y (h, w), U and V (h/2, w/2) uint8 to RGB (h, w, 3) uint8, by the source's own matrix and range."""
-    height, width = planes[0].shape
-    chroma = [cv2.resize(p, (width, height), interpolation=cv2.INTER_LINEAR) for p in planes[1:]]
-    yuv = np.stack([planes[0], *chroma], axis=-1).astype(np.float32)
-    red, blue = (0.2126, 0.0722) if facts.bt709 else (0.299, 0.114)
-    luma, colour, black = (1.0, 1.0, 0.0) if facts.full_range else (255 / 219, 255 / 224, 16.0)
-    green = 1 - red - blue
-    u, v = 2 * (1 - blue) * colour, 2 * (1 - red) * colour
-    matrix = np.array(
-        [
-            [luma, 0, v, -luma * black - 128 * v],
-            [luma, -u * blue / green, -v * red / green, -luma * black + 128 * (u * blue + v * red) / green],
-            [luma, u, 0, -luma * black - 128 * u],
-        ],
-        np.float32,
-    )
-    return np.clip(np.rint(cv2.transform(yuv, matrix)), 0, 255).astype(np.uint8)
+    luma, blue, red = planes
+    size = luma.shape[1], luma.shape[0]
+    y, v_red, u_green, v_green, u_blue = _tables(facts.bt709, facts.full_range)
+    brightness = cv2.LUT(luma, y)
+    chroma = cv2.LUT(red, v_red), cv2.LUT(blue, u_green) + cv2.LUT(red, v_green), cv2.LUT(blue, u_blue)
+    channels = [
+        cv2.add(brightness, cv2.resize(c, size, interpolation=cv2.INTER_LINEAR), dtype=cv2.CV_8U) for c in chroma
+    ]
+    return cv2.merge(channels)

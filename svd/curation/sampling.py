@@ -154,23 +154,20 @@ class Sampler:
         rgb = self.geometry.upright(to_rgb(planes, self.facts))
         width, height = self.geometry.display
         scale = min(1.0, FRAME_WIDTH / width)
-        return cv2.resize(
-            rgb, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA
-        )
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        return rgb if rgb.shape[1::-1] == size else cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
 
 
 def _for_fit(flow: np.ndarray, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flow thinned to at most 32 × 18 points or so, with trust from the picture's gradients: flat areas carry no
+    """Flow thinned to about 24 × 14 points, with trust from the picture's gradients: flat areas carry no
     motion.
     """
     grey = picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
     dx, dy = cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)
     energy = cv2.boxFilter(dx * dx + dy * dy, -1, (5, 5))
     height, width = grey.shape
-    size = (
-        max(8, min(width, 32 * width // max(width, height))),
-        max(8, min(height, 32 * height // max(width, height))),
-    )
+    longest = max(width, height)
+    size = max(8, min(width, 24 * width // longest)), max(8, min(height, 24 * height // longest))
     scale = np.array([size[0] / width, size[1] / height], np.float32)
     points = cv2.resize(flow, size, interpolation=cv2.INTER_AREA) * scale
     trust = cv2.resize(energy, size, interpolation=cv2.INTER_AREA)

@@ -129,11 +129,12 @@ def _crossing(alpha: np.ndarray, index: int, level: float) -> float:
     return index + (level - float(alpha[index])) / step if step > 0 else float(index)
 
 
-def is_blank(picture: np.ndarray, pixels: int) -> bool:
-    """Whether a tiny picture is (almost) uniformly black or white."""
-    luma = picture[:pixels].astype(np.float32)
-    mean = float(luma.mean())
-    return (mean < BLACK_LEVEL or mean > WHITE_LEVEL) and float(luma.std()) < UNIFORM_SPREAD
+def are_blank(luma: np.ndarray) -> np.ndarray:
+    """Which of (n, pixels) uint8 luma pictures are (almost) uniformly black or white, (n,) bool."""
+    mean = luma.mean(1)
+    blank = (mean < BLACK_LEVEL) | (mean > WHITE_LEVEL)
+    blank[blank] = luma[blank].std(1) < UNIFORM_SPREAD
+    return blank
 
 
 def fade_start(pictures: np.ndarray, pixels: int) -> int:
