@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from svd.config import Sampling
 from svd.diffusion.edm import randn
 from svd.diffusion.guidance import Condition, constant, linear, triangle
+from svd.files import read_prompts
 from svd.model.conditioning import micro_conditioning, noise_augment
 from svd.pipeline import (
     Models,
@@ -282,20 +282,3 @@ def _windows(
 def _window_seed(seed: int, number: int, window: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{number}/{window}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a line; blank lines and lines that begin with # are skipped.
-
-    Raises UserError for a file that is missing, no UTF-8 text, or empty.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a text file with one prompt a line") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable text file ({error})") from None
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not prompts:
-        raise UserError(f"{path}: holds no prompt; write one a line")
-    return prompts
