@@ -82,8 +82,8 @@ class EvalProtocol:
     ("hashed": a start drawn from the SHA-256 of the clip's name, so no global generator and no order matters; "first").
     `frames` are taken every round(native / fps) frames (fps None: consecutive). `steps` bring a generated clip,
     `real_steps` a
-    real one to the size of the comparison; the network's own `net.input` follows. `prompt`: the raw class identifier
-    as in the paper, or its words.
+    real one to the size of the comparison; the network's own `net.input` follows. `prompt`: the raw class
+    identifier as in the paper, or the caption that the fixture's `prompts.json` gives the class.
     """
 
     name: str
@@ -94,7 +94,7 @@ class EvalProtocol:
     frames: int = 16
     fps: float | None = None
     split: Literal["all", "train", "test"] = "all"
-    prompt: Literal["class", "words"] = "class"
+    prompt: Literal["class", "caption"] = "class"
     clip_start: Literal["hashed", "first"] = "hashed"
     rounding: Literal["half-even", "truncate"] = "half-even"
     real: int | None = None

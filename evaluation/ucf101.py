@@ -29,7 +29,7 @@ from evaluation.pictures import comparison_grid
 from evaluation.protocol import I3D, TRANSNETV2, VIDEOMAE, EvalProtocol, covering_steps, paper_steps
 from evaluation.results import Result, Row, Score, paper_rows, result_json, write_rows
 from evaluation.tables import markdown_table
-from evaluation.ucf101_data import Dataset, Item, prompt_list, read_dataset, read_real, spread
+from evaluation.ucf101_data import Dataset, Item, captions, prompt_list, read_dataset, read_real, spread
 from svd.config import Ucf101Config
 from svd.generate import Models, load_models, text_to_video
 from svd.model.unet import UNet
@@ -74,7 +74,7 @@ def make_protocol(config: Ucf101Config, dataset: str, samples: int, extractor: E
         real_steps=covering_steps(*config.cropped),
         frames=config.frames,
         fps=float(config.fps),
-        prompt="class" if dataset == "ucf101" else "words",
+        prompt="class" if dataset == "ucf101" else "caption",
         generated=samples,
     ).with_weights(extractor.sha256)
 
@@ -88,7 +88,8 @@ def prepare(context: StageContext, device: str = "cpu") -> Evaluation:
     net = {"i3d": I3D, "transnetv2": TRANSNETV2, "videomae": VIDEOMAE}[config.features]
     extractor = load_extractor(net, config.weights, config.sha256, device)
     protocol = make_protocol(config, name, config.samples, extractor)
-    items = prompt_list(dataset.histogram, config.samples, protocol.prompt)
+    prompts = captions(dataset) if protocol.prompt == "caption" else None
+    items = prompt_list(dataset.histogram, config.samples, prompts)
     collector = Collector(context.work / protocol.digest(), protocol, extractor, config.batch_size)
     return Evaluation(config, context.preset.seed, dataset, name, items, protocol, extractor, collector)
 
@@ -219,6 +220,7 @@ def write_outputs(
 ) -> list[Row]:
     """Everything but metrics.json: result.json, results.csv, table.md, prompts, features, samples, the picture."""
     rows = [*result.rows(), *paper_rows()]
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "result.json", result_json(result))
     write_rows(folder / "results.csv", rows)
     write_bytes(folder / "table.md", markdown_table(rows).encode())

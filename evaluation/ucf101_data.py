@@ -9,9 +9,9 @@ too.
 
 from __future__ import annotations
 
-import re
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,15 +102,24 @@ def _check_official(dataset: Dataset) -> None:
             raise UserError(f"{dataset.folder}: {histogram.get(label, 0)} clips of {label}, UCF-101 has {count}")
 
 
-def prompt_of(label: str, style: str) -> str:
-    """The prompt of a class: its raw identifier (App. E.4), or its words in lower case ("TableTennisShot" → …)."""
-    if style == "class":
-        return label
-    return " ".join(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", label)) or label
+def captions(dataset: Dataset) -> dict[str, str]:
+    """Caption by class of a fixture, from its `prompts.json`. Raises UserError when it is missing or damaged."""
+    path = dataset.folder / "prompts.json"
+    try:
+        prompts = dict(json.loads(path.read_text())["prompts"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: no captions of the fixture's classes ({error}); run the stage sources again"
+        ) from None
+    missing = [label for label in dataset.histogram if label not in prompts]
+    if missing:
+        raise UserError(f"{path}: no caption for class {missing[0]}; run the stage sources again")
+    return prompts
 
 
-def prompt_list(histogram: dict[str, int], samples: int, style: str = "class") -> list[Item]:
-    """`samples` prompts with the class histogram of the data set (App. E.4), class by class.
+def prompt_list(histogram: dict[str, int], samples: int, prompts: Mapping[str, str] | None = None) -> list[Item]:
+    """`samples` prompts with the class histogram of the data set (App. E.4), class by class. The prompt is the raw
+    class identifier ("TableTennisShot"), or what `prompts` says.
 
     With fewer or more samples than clips the counts keep their proportions (largest remainders, then alphabetical).
     """
@@ -121,7 +130,7 @@ def prompt_list(histogram: dict[str, int], samples: int, style: str = "class") -
     for label in order[: samples - sum(counts.values())]:
         counts[label] += 1
     labels = [label for label in sorted(counts) for _ in range(counts[label])]
-    return [Item(number, label, prompt_of(label, style)) for number, label in enumerate(labels)]
+    return [Item(number, label, label if prompts is None else prompts[label]) for number, label in enumerate(labels)]
 
 
 def read_real(dataset: Dataset, number: int, protocol: EvalProtocol) -> Tensor:

@@ -1,0 +1,167 @@
+"""The UCF-101 stage: official lists, class histogram, controls, cached batches, exact repetition, honest names."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import CLASSES, make_context, write_dataset
+
+from evaluation import ucf101
+from evaluation.gate import gate
+from evaluation.ucf101_data import prompt_list, read_dataset
+from svd.stage import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ucf101")
+    ucf101.run(make_context(path, seeds=2))
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_output_holds_scores_controls_and_the_floor(folder: Path) -> None:
+    result = json.loads((folder / "output" / "result.json").read_text())
+    assert result["metric"] == "frechet_transnetv2" and result["dataset"] == "ucf101_fixture"
+    subjects = [(score["subject"], score["seed"]) for score in result["scores"]]
+    per_seed = [(name, seed) for seed in (0, 1) for name in ("generated", "untrained", "noise")]
+    assert sorted(subjects, key=str) == sorted([*per_seed, ("mean-frame", None), ("real-split", None)], key=str)
+    for score in result["scores"]:
+        distance = score["distance"]
+        assert distance["frechet"]["value"] > 0 and distance["standard_error"] > 0
+        assert distance["generated"] == (10 if score["subject"] == "real-split" else 18)
+    assert any("full rank" in text for text in result["warnings"])
+    mean = next(s["distance"] for s in result["scores"] if s["subject"] == "mean-frame")
+    assert mean["frechet"]["covariance_term"] > 0
+
+
+def test_metrics_are_flat_and_named_after_fixture_and_network(folder: Path) -> None:
+    metrics = json.loads((folder / "output" / "metrics.json").read_text())
+    assert {"ucf101_fixture_frechet_transnetv2", "ucf101_fixture_frechet_transnetv2_se"} <= set(metrics)
+    assert not [name for name in metrics if "fvd" in name]
+    assert metrics["generated_clips"] == 18 and metrics["real_clips"] == 20 and metrics["seeds"] == 2
+    assert all(isinstance(value, int | float) for value in metrics.values())
+
+
+def test_rows_name_weights_protocol_and_source(folder: Path) -> None:
+    with (folder / "output" / "results.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    measured = [row for row in rows if row["source"] == "measured"]
+    paper = [row for row in rows if row["source"].startswith("paper: arXiv 2311.15127")]
+    assert len(measured) == 8 and len(paper) == 7 and len(rows) == 15
+    digest = json.loads((folder / "output" / "result.json").read_text())["protocol"]["digest"]
+    assert all(row["protocol"] == digest and "TransNetV2" in row["weights"] for row in measured)
+    assert {row["value"] for row in paper if row["subject"] == "Stable Video Diffusion"} == {"242.02"}
+    table = (folder / "output" / "table.md").read_text()
+    assert table.index("Measured here") < table.index("Published numbers") < table.index("242")
+
+
+def test_samples_are_shown_beside_real_clips_of_their_class(folder: Path) -> None:
+    listed = json.loads((folder / "output" / "samples" / "samples.json").read_text())
+    assert len(listed) == 2
+    for entry in listed:
+        assert entry["class"] in CLASSES and entry["prompt"] == f"a {entry['class'].lower()}"
+        assert entry["class"] in entry["generated"] and entry["class"] in entry["real"]
+        assert (folder / "output" / "samples" / entry["generated"]).is_file()
+    assert (folder / "output" / "samples" / "grid.png").is_file()
+
+
+def test_repetition_gives_equal_bytes_and_batches_are_not_made_twice(folder: Path, monkeypatch) -> None:
+    """A second run in the same work folder, with one batch lost, samples that batch alone; the bytes are the same."""
+    first = tree(folder / "output")
+    context = make_context(folder, seeds=2)
+    lost = next(context.work.rglob("generated-1/batch-000008.safetensors"))
+    lost.unlink()
+    calls = []
+    original = ucf101.text_to_video
+    monkeypatch.setattr(ucf101, "text_to_video", lambda *a, **k: calls.append(len(a[1])) or original(*a, **k))
+    ucf101.run(context)
+    assert calls == [8]
+    assert tree(folder / "output") == first
+
+
+def test_a_torn_batch_file_is_made_again(folder: Path) -> None:
+    first = tree(folder / "output")
+    context = make_context(folder, seeds=2)
+    torn = next(context.work.rglob("generated-0/batch-000000.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:100])
+    ucf101.run(context)
+    assert tree(folder / "output") == first
+
+
+def test_batch_size_does_not_change_the_score(folder: Path) -> None:
+    ucf101.run(make_context(folder, "other", batch_size=5))
+    one, other = (json.loads((folder / name / "metrics.json").read_text()) for name in ("output", "other"))
+    name = "ucf101_fixture_kernel_transnetv2_noise"
+    generated = json.loads((folder / "output" / "result.json").read_text())["scores"]
+    again = json.loads((folder / "other" / "result.json").read_text())["scores"]
+    np.testing.assert_allclose(
+        generated[0]["distance"]["frechet"]["value"], again[0]["distance"]["frechet"]["value"], rtol=2e-2
+    )
+    assert one["real_clips"] == other["real_clips"] and name in one
+
+
+def test_gate_compares_equal_things_only(folder: Path) -> None:
+    output = folder / "output"
+    assert gate(output, output).kernel is None or gate(output, output).kernel.value == 0
+    ucf101.run(make_context(folder, "single", seeds=1))
+    from evaluation.gate import compare
+
+    kernel, frechet = compare(output, output)
+    assert kernel.value == frechet.value == kernel.standard_error == 0
+    with pytest.raises(UserError, match="other seeds or another number"):
+        compare(output, folder / "single")
+
+
+def test_prompt_list_has_the_class_histogram() -> None:
+    histogram = {"TableTennisShot": 140, "PlayingPiano": 105, "Other": 13075}
+    full = prompt_list(histogram, 13320)
+    assert [item.number for item in full] == list(range(13320))
+    counts = {label: sum(item.label == label for item in full) for label in histogram}
+    assert counts == histogram
+    assert {item.prompt for item in full} == set(histogram)
+    assert len(prompt_list(histogram, 100)) == 100
+    assert sorted(item.label for item in prompt_list({"A": 1, "B": 1, "C": 1}, 2)) == ["A", "B"]
+    assert len(prompt_list({"A": 1, "B": 2}, 10)) == 10
+
+
+def test_official_lists_and_counts_are_checked(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "data", per_class=2)
+    assert read_dataset(path, official=False).histogram == dict.fromkeys(CLASSES, 2)
+    assert len(read_dataset(path, "test").clips) == 4
+    with pytest.raises(UserError, match="8 clips, UCF-101 has 13320"):
+        read_dataset(path)
+    next(path.rglob("*.avi")).unlink()
+    with pytest.raises(UserError, match="1 clips of the official lists are missing"):
+        read_dataset(path, official=False)
+    with pytest.raises(UserError, match="no such folder"):
+        read_dataset(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no clips found"):
+        read_dataset(tmp_path / "empty")
+    with pytest.raises(UserError, match="trainlist01"):
+        read_dataset(tmp_path / "empty", "train")
+
+
+def test_class_counts_of_the_real_data_set() -> None:
+    from evaluation.ucf101_data import Dataset, _check_official
+
+    labels = ["TableTennisShot"] * 140 + ["PlayingPiano"] * 105 + ["X"] * (13320 - 245)
+    _check_official(Dataset(Path("u"), tuple((label, Path(label)) for label in labels)))
+    with pytest.raises(UserError, match="104 clips of PlayingPiano"):
+        wrong = ["X" if i == 140 else label for i, label in enumerate(labels)]
+        _check_official(Dataset(Path("u"), tuple((label, Path(label)) for label in wrong)))
+
+
+def test_missing_inputs_are_one_clear_line(tmp_path: Path) -> None:
+    context = make_context(tmp_path)
+    (tmp_path / "hq" / "unet").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="run the stage that makes the unet first"):
+        ucf101.run(context)
