@@ -3,7 +3,7 @@
 A filter never touches a video: `refilter` reads the catalogue, writes verdicts, and is done. Every axis is judged on
 its own, over all clips (the paper's thresholds are quantiles of the *unfiltered* set), and every verdict is kept, so a
 clip that fails two axes says so. An axis whose scores are missing altogether is unused; a single clip without a score
-on a used axis is dropped, with that reason.
+on a used axis is dropped, with that reason, unless the axis is optional.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from svd.curation import catalog
 
 @dataclass(frozen=True)
 class Axis:
-    """A score that clips are filtered by; `side` is the end that is kept ("min": high scores, "max": low ones)."""
+    """A score that clips are filtered by; `side` is the end that is kept ("min": high scores, "max": low ones).
+
+    optional: a clip without this score passes: there is no claim about its content that could be wrong (a clip whose
+    only caption is the measured camera motion), no earlier clip that it could repeat.
+    """
 
     name: str
     column: str
     side: Literal["min", "max"]
     title: str
+    optional: bool = False
 
     @property
     def option(self) -> str:
@@ -37,10 +42,10 @@ class Axis:
 AXES = (
     Axis("motion", "motion_score", "min", "optical flow"),
     Axis("aesthetics", "aesthetics", "min", "aesthetic score"),
-    Axis("similarity", "similarity", "min", "CLIP similarity"),
+    Axis("similarity", "similarity", "min", "CLIP similarity", optional=True),
     Axis("text_area", "text_area", "max", "text area"),
     Axis("nsfw", "nsfw", "max", "NSFW score"),
-    Axis("duplicate", "duplicate_similarity", "max", "similarity to an earlier clip"),
+    Axis("duplicate", "duplicate_similarity", "max", "similarity to an earlier clip", optional=True),
 )
 
 
@@ -75,14 +80,14 @@ def _value(axis: Axis, threshold: Threshold) -> pl.Expr:
 def _passes(axis: Axis, threshold: float) -> pl.Expr:
     column = pl.col(axis.column).cast(pl.Float64)
     inside = column >= threshold if axis.side == "min" else column <= threshold
-    # A clip that resembles nothing has no duplicate: that is a pass, not a missing score.
-    return inside.fill_null(axis.name == "duplicate")
+    return inside if axis.optional else inside.fill_null(False)
 
 
 def _explanation(axis: Axis, threshold: float) -> pl.Expr:
     sign = "<" if axis.side == "min" else ">"
-    score = pl.col(axis.column).round(4).cast(pl.String).fill_null("not measured")
-    return pl.when(~pl.col(f"pass_{axis.name}")).then(pl.format(f"{axis.name} {{}} {sign} {threshold:.4g}", score))
+    score = pl.col(axis.column).round(4).cast(pl.String)
+    told = pl.format(f"{axis.name} {{}} {sign} {threshold:.4g}", score).fill_null(f"{axis.name} not measured")
+    return pl.when(~pl.col(f"pass_{axis.name}")).then(told)
 
 
 def apply(clips: pl.LazyFrame, filters: FiltersConfig) -> tuple[pl.LazyFrame, dict[str, float]]:
@@ -113,7 +118,10 @@ def funnel(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> list[dict[st
     counts = clips.select(
         pl.len().alias("total"),
         *((~p).sum().alias(f"alone_{a.name}") for a, p in zip(used, passed, strict=True)),
-        *(pl.all_horizontal(passed[: i + 1]).sum().alias(f"left_{a.name}") for i, a in enumerate(used)),
+        *(
+            pl.all_horizontal(*(p.fill_null(True) for p in passed[: i + 1])).sum().alias(f"left_{a.name}")
+            for i, a in enumerate(used)
+        ),
     ).collect(engine="streaming")
     row = counts.row(0, named=True)
     steps: list[dict[str, str | int | float]] = [{"step": "clips", "left": row["total"], "dropped": 0}]

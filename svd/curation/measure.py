@@ -75,7 +75,7 @@ def identify(source: Source) -> Identified:
         return Identified(source, "", 0, failure=f"can't be read: {error.strerror or error}")
 
 
-def measure_unit(unit: Unit, config: CurationConfig, folder: Path) -> Path:
+def measure_unit(unit: Unit, config: CurationConfig, folder: Path, analyst: Analyst) -> Path:
     """Analyse every source of `unit` and write its clips; returns `folder`/<unit name>, complete.
 
     Inside: sources.parquet, clips.parquet (columns MEASURED), cuts.parquet, dropped.parquet, `clips/<id>.mp4`,
@@ -88,10 +88,9 @@ def measure_unit(unit: Unit, config: CurationConfig, folder: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     for name in ("clips", "frames"):
         (temporary / name).mkdir(parents=True)
-    work = _UnitWork(unit, config, temporary)
-    with work.analyst:
-        for identified in unit.sources:
-            work.add(identified)
+    work = _UnitWork(unit, config, temporary, analyst)
+    for identified in unit.sources:
+        work.add(identified)
     work.write()
     temporary.rename(target)
     return target
@@ -100,7 +99,7 @@ def measure_unit(unit: Unit, config: CurationConfig, folder: Path) -> Path:
 class _UnitWork:
     """Rows of a unit while it is measured."""
 
-    def __init__(self, unit: Unit, config: CurationConfig, folder: Path) -> None:
+    def __init__(self, unit: Unit, config: CurationConfig, folder: Path, analyst: Analyst) -> None:
         self.unit, self.config, self.folder = unit, config, folder
         self.sources: list[dict[str, Any]] = []
         self.clips: list[dict[str, Any]] = []
@@ -109,7 +108,7 @@ class _UnitWork:
         self.flow: dict[str, np.ndarray] = {}
         self.captions: dict[str, dict[str, str]] = {}
         self.detector: TextDetector = make_detector(config.text)
-        self.analyst = Analyst()
+        self.analyst = analyst
 
     def add(self, identified: Identified) -> None:
         """Analyse one source; whatever happens, exactly one row of it is added."""

@@ -8,11 +8,13 @@ so the result does not depend on order, kills or workers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,6 +27,7 @@ from svd.curation.merge import Merged, merge
 from svd.curation.scoring import Scorer, pick_device
 from svd.curation.sources import Source, list_sources
 from svd.curation.summary import metrics, summary
+from svd.curation.worker import Analyst
 from svd.stage import Report, StageContext, UserError, publish
 
 SPLITS = ("train", "test", "footage")
@@ -114,8 +117,20 @@ def _measured(units: Sequence[Unit], config: CurationConfig, folder: Path) -> It
     yield from (unit for unit in units if unit not in waiting)
     if not waiting:
         return
-    with ThreadPoolExecutor(config.workers) as pool:
-        futures: dict[Future[Path], Unit] = {pool.submit(measure_unit, unit, config, folder): unit for unit in waiting}
+    with contextlib.ExitStack() as stack:
+        idle: SimpleQueue[Analyst] = SimpleQueue()
+        for _ in range(min(config.workers, len(waiting))):
+            idle.put(stack.enter_context(Analyst()))
+
+        def measure(unit: Unit) -> Path:
+            analyst = idle.get()
+            try:
+                return measure_unit(unit, config, folder, analyst)
+            finally:
+                idle.put(analyst)
+
+        pool = stack.enter_context(ThreadPoolExecutor(idle.qsize()))
+        futures: dict[Future[Path], Unit] = {pool.submit(measure, unit): unit for unit in waiting}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
