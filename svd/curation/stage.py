@@ -24,8 +24,10 @@ from svd.curation import embeddings
 from svd.curation.captioners import make_captioners
 from svd.curation.measure import Identified, Unit, identify, measure_unit, units_of
 from svd.curation.merge import Merged, merge
+from svd.curation.report import write_report
 from svd.curation.scoring import Scorer, pick_device
 from svd.curation.sources import Source, list_sources
+from svd.curation.statistics import write_statistics
 from svd.curation.summary import metrics, summary
 from svd.curation.worker import Analyst
 from svd.stage import Report, StageContext, UserError, publish
@@ -52,9 +54,8 @@ def run(context: StageContext) -> Report:
     merged = merge(measured, scored, finished, config.filters, config.filters.max_duplicate_similarity is not None)
     _check_usable(merged, folder)
     values = metrics(merged, folder)
-    from svd.curation.statistics import write_statistics
-
-    write_statistics(finished, config.filters)
+    write_statistics(finished, merged.thresholds)
+    write_report([finished], finished / "report.html", [context.preset.name])
     line = summary(merged)
     context.tracker.log_metrics({k: v for k, v in values.items() if isinstance(v, int | float)}, 0)
     for plot in sorted((finished / "plots").glob("*")):

@@ -1,0 +1,95 @@
+"""A self-contained HTML report of one catalogue or several side by side: Tab. 1, funnel, histograms, contact sheets."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from svd.curation import catalog, filters
+from svd.stage import UserError
+
+# Tab. 1 of the paper, for comparison only: another data set, never measured here.
+PAPER_TABLE = {
+    "LVD": ("577M", "11.58", "212.09", "325", "11.09"),
+    "LVD-F": ("152M", "10.53", "50.64", "301", "4.76"),
+    "LVD-10M": ("9.8M", "12.11", "3.76", "335", "1.2"),
+    "LVD-10M-F": ("2.3M", "10.99", "0.78", "320", "1.1"),
+}
+ROWS = (
+    ("clips", "clips", "{:,}"),
+    ("clip_duration_seconds", "clip duration (s)", "{:.2f}"),
+    ("total_duration_years", "total duration (years)", "{:.6g}"),
+    ("mean_frames", "mean frames", "{:.1f}"),
+    ("mean_clips_per_video", "mean clips / video", "{:.2f}"),
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """What the report shows of one catalogue."""
+
+    name: str
+    all: list[str]
+    kept: list[str]
+    sources: Mapping[str, int]
+    steps: Sequence[Mapping[str, Any]]
+    plots: Mapping[str, str]
+    sheets: Mapping[str, str]
+
+
+def write_report(folders: Sequence[Path], target: Path, names: Sequence[str] | None = None) -> Path:
+    """Write one HTML file about curation outputs, side by side; raises UserError when one has no statistics."""
+    labels = list(names or [folder.name for folder in folders])
+    columns = [_column(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    environment = Environment(loader=PackageLoader("svd.curation"), autoescape=select_autoescape())
+    page = environment.get_template("report.html").render(
+        columns=columns,
+        rows=[title for _, title, _ in ROWS],
+        paper=PAPER_TABLE,
+        plots=sorted({name for column in columns for name in column.plots}),
+        axes=[axis.name for axis in filters.AXES],
+    )
+    temporary = target.with_name(f".{target.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(page)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(target)
+    return target
+
+
+def _column(folder: Path, name: str) -> Column:
+    catalog.clips_path(folder)
+    try:
+        statistics = json.loads((folder / "statistics.json").read_text())
+        funnel = json.loads((folder / "funnel.json").read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: missing; run `svd curate statistics {folder}` first") from None
+    return Column(
+        name=name,
+        all=_cells(statistics["all"]),
+        kept=_cells(statistics["kept"]),
+        sources=statistics["sources"],
+        steps=funnel["steps"],
+        plots=_pictures(folder / "plots", "png"),
+        sheets=_pictures(folder / "contact", "jpg"),
+    )
+
+
+def _cells(values: Mapping[str, Any]) -> list[str]:
+    return ["–" if values[key] is None else form.format(values[key]) for key, _, form in ROWS]
+
+
+def _pictures(folder: Path, suffix: str) -> dict[str, str]:
+    kind = {"png": "image/png", "jpg": "image/jpeg"}[suffix]
+    return {
+        path.stem: f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        for path in sorted(folder.glob(f"*.{suffix}"))
+    }
