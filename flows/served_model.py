@@ -22,7 +22,7 @@ class VideoModel(mlflow.pyfunc.PythonModel):
         self._preset = Preset.model_validate(context.model_config["preset"])
         folders = {name: Path(path) for name, path in context.artifacts.items()}
         self._models = load_models(
-            folders["model"] / "unet", folders["autoencoder"], folders["encoders"], self._preset, "cpu"
+            folders["model"] / "unet", folders["autoencoder"], folders["encoders"], self._preset.encoders, "cpu"
         )
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:

@@ -16,7 +16,6 @@ from dvc.repo import Repo
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
-from dvc_data.hashfile.transfer import transfer
 
 from flows.stages import BRANCHES
 from flows.tracking import Lineage
@@ -25,10 +24,10 @@ from svd.stage import UserError
 logger = logging.getLogger(__name__)
 
 
-def open_repo(root: Path | None = None) -> Repo:
-    """The DVC repository at `root`, with or without git; waits while another process holds its lock."""
+def open_repo() -> Repo:
+    """The DVC repository in this folder, with or without git; waits while another process holds its lock."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-    folder = root or Path.cwd()
+    folder = Path.cwd()
     config = None if (folder / ".git").exists() else {"core": {"no_scm": True}}
     try:
         return Repo(str(folder), config=config, _wait_for_lock=True)
@@ -46,22 +45,22 @@ def _lineage(entry: Any) -> Lineage:
     return Lineage(Path(path).name, path, entry.hash_info.value, size, files)
 
 
-def changed(name: str, root: Path | None = None) -> bool:
+def changed(name: str) -> bool:
     """Whether the stage's command, dependencies, parameters or outputs differ from `dvc.lock`.
 
     A folder that is recorded there but not on this machine counts as unchanged: whoever needs it pulls it.
     """
-    with open_repo(root) as repo, repo.lock:
+    with open_repo() as repo, repo.lock:
         return bool(_stage(repo, name).changed(allow_missing=True))
 
 
-def record(name: str, outputs: list[Lineage], known: Mapping[str, Lineage], root: Path | None = None) -> None:
+def record(name: str, outputs: list[Lineage], known: Mapping[str, Lineage]) -> None:
     """Write the stage's entry in `dvc.lock`, as `dvc repro` would, from hashes alone: the data may be on another node.
 
     `known` holds the hashes of data inputs by path; code and parameters are hashed here.
     """
     made = {item.path: item for item in outputs}
-    with open_repo(root) as repo, repo.lock:
+    with open_repo() as repo, repo.lock:
         stage = _stage(repo, name)
         for dep in stage.deps:
             if str(dep.def_path) in known:
@@ -79,78 +78,80 @@ def _set_hash(entry: Any, item: Lineage) -> None:
     entry.meta = Meta(size=item.size, nfiles=item.files, isdir=item.md5.endswith(".dir"))
 
 
-def lineage(name: str, root: Path | None = None) -> tuple[list[Lineage], list[Lineage]]:
+def lineage(name: str) -> tuple[list[Lineage], list[Lineage]]:
     """Hashes of the stage's inputs (data only, no code) and outputs as `dvc.lock` has them."""
-    with open_repo(root) as repo:
+    with open_repo() as repo:
         stage = _stage(repo, name)
         inputs = [d for d in stage.deps if d.hash_info and str(d.def_path).startswith("outputs/")]
         return [_lineage(d) for d in inputs], [_lineage(out) for out in stage.outs if out.hash_info]
 
 
-def hash_folder(path: Path, root: Path | None = None) -> Lineage:
+def hash_folder(path: Path) -> Lineage:
     """The DVC hash of a folder as it is now; takes no lock, so a stage that `dvc repro` runs may call it."""
-    with open_repo(root) as repo:
+    with open_repo() as repo:
         folder = str(path.absolute())
         _, meta, obj = build(repo.cache.local, folder, repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)
         return Lineage(path.name, str(path), str(obj.hash_info.value), meta.size, meta.nfiles)
 
 
-def save_outputs(name: str, root: Path | None = None) -> list[Lineage]:
+def save_outputs(name: str) -> list[Lineage]:
     """Hash the stage's outputs into DVC's cache without touching `dvc.lock`; what a stage on another node returns."""
-    with open_repo(root) as repo, repo.lock:
+    with open_repo() as repo, repo.lock:
         stage = _stage(repo, name)
         stage.save_outs()
         stage.commit()
         return [_lineage(out) for out in stage.outs]
 
 
-def has_remote(root: Path | None = None) -> bool:
+def has_remote() -> bool:
     """Whether a default DVC remote is configured."""
-    with open_repo(root) as repo:
+    with open_repo() as repo:
         return bool(repo.config["core"].get("remote"))
 
 
-def push(items: list[Lineage], root: Path | None = None) -> int:
+def push(items: list[Lineage]) -> int:
     """Send folders to the default remote by hash; returns the number of objects that were sent."""
-    with open_repo(root) as repo:
-        result = transfer(
-            repo.cache.local,
-            repo.cloud.get_remote_odb(None, "push"),
-            [HashInfo("md5", item.md5) for item in items],
-            shallow=False,
-        )
+    with open_repo() as repo:
+        result = repo.cloud.push(_objects(repo, items))
         if result.failed:
             raise UserError(f"DVC could not push {len(result.failed)} objects; check the remote and run `dvc push`")
         return len(result.transferred)
 
 
-def pull(items: list[Lineage], root: Path | None = None) -> int:
+def _at_hash(repo: Repo, item: Lineage) -> Any:
+    """DVC's output for the path of `item`, set to the hash of `item`."""
+    out = next(o for stage in repo.index.stages for o in stage.outs if str(o.def_path) == item.path)
+    _set_hash(out, item)
+    out.obj = None
+    return out
+
+
+def _objects(repo: Repo, items: list[Lineage]) -> set[HashInfo]:
+    """All objects that the folders consist of; raises UserError when one's list is neither here nor in the remote."""
+    objects: set[HashInfo] = set()
+    for item in items:
+        used = _at_hash(repo, item).get_used_objs()
+        if not used:
+            raise UserError(
+                f"{item.path} at {item.md5} is neither on this machine nor in the DVC remote; push it there"
+            )
+        objects |= used[None]
+    return objects
+
+
+def pull(items: list[Lineage]) -> int:
     """Bring the folders `items` to exactly their hashes, from DVC's cache or the remote; returns how many were brought.
 
     Raises UserError when an object is in neither.
     """
     brought = 0
-    with open_repo(root) as repo, repo.lock:
-        outputs = {str(out.def_path): out for stage in repo.index.stages for out in stage.outs}
+    with open_repo() as repo, repo.lock:
         for item in items:
-            out = outputs[item.path]
-            out.hash_info, out.obj, out.meta.nfiles = HashInfo("md5", item.md5), None, item.files
+            out = _at_hash(repo, item)
             if not out.workspace_status():
                 continue
-            if out.changed_cache():
-                _pull_objects(repo, item)
+            if out.changed_cache() and repo.cloud.pull(_objects(repo, [item])).failed:
+                raise UserError(f"{item.path} at {item.md5} is not whole in the DVC remote; push it again")
             out.checkout(force=True)
             brought += 1
     return brought
-
-
-def _pull_objects(repo: Repo, item: Lineage) -> None:
-    if not repo.config["core"].get("remote"):
-        raise UserError(
-            f"{item.path} at {item.md5} is not on this machine and no DVC remote is set (`dvc remote add -d`)"
-        )
-    info = HashInfo("md5", item.md5)
-    remote = repo.cloud.get_remote_odb(None, "pull")
-    result = transfer(remote, repo.cache.local, [info], shallow=False, cache_odb=repo.cache.local)
-    if result.failed:
-        raise UserError(f"{item.path} at {item.md5} is not in the DVC remote; push it from the machine that made it")
