@@ -35,6 +35,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PICKLES = frozenset({".ckpt", ".bin", ".pt", ".pth", ".pkl"})
 HASH_BLOCK = 1 << 22
 PROGRESS_BYTES = 1 << 30
 SHOWN_KEYS = 5
@@ -112,7 +113,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     with path.open("rb") as stream:
         start = stream.read(8)
-        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04") or path.suffix in {".ckpt", ".bin", ".pt", ".pth"}:
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04") or path.suffix in PICKLES:
             raise UserError(f"{path}: pickled checkpoints can run code and are refused; get the .safetensors file")
         size = path.stat().st_size
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1

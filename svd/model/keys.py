@@ -148,35 +148,3 @@ def _decoder_block(inner: str) -> str:
 def is_attention_projection(name: str) -> bool:
     """Whether a diffusers name of the autoencoder is a linear weight that sgm stores as a 1×1 convolution."""
     return bool(re.search(r"mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight$", name))
-
-
-CLIP_ENDS = {
-    "vision_model.embeddings.class_embedding": "class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "positional_embedding",
-    "vision_model.pre_layrnorm.weight": "ln_pre.weight",
-    "vision_model.pre_layrnorm.bias": "ln_pre.bias",
-    "vision_model.post_layernorm.weight": "ln_post.weight",
-    "vision_model.post_layernorm.bias": "ln_post.bias",
-}
-CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "self_attn.out_proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-
-
-def clip_visual_to_open_clip(name: str) -> str:
-    """open_clip's name (without `visual.`) of a tensor of transformers' CLIPVisionModelWithProjection.
-
-    For tensors that map one to one; `visual_projection.weight` (transposed there) and the q, k, v projections (stacked
-    there) are handled by svd.model.clip_keys. Raises ValueError for other names.
-    """
-    if name in CLIP_ENDS:
-        return CLIP_ENDS[name]
-    match = re.match(r"vision_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)
-    if match is None or match[2] not in CLIP_LAYER:
-        raise ValueError(f"'{name}' isn't a one-to-one tensor of the image encoder")
-    return f"transformer.resblocks.{match[1]}.{CLIP_LAYER[match[2]]}.{match[3]}"

@@ -187,8 +187,8 @@ def scheduler_json() -> dict[str, Any]:
     }
 
 
-def model_index_json() -> dict[str, Any]:
-    """The parts of a StableVideoDiffusionPipeline."""
+def model_index_json(vae: str = "AutoencoderKLTemporalDecoder") -> dict[str, Any]:
+    """The parts of a StableVideoDiffusionPipeline; `vae` is the autoencoder's class."""
     return {
         "_class_name": "StableVideoDiffusionPipeline",
         "_diffusers_version": VERSION,
@@ -196,7 +196,7 @@ def model_index_json() -> dict[str, Any]:
         "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
         "scheduler": ["diffusers", "EulerDiscreteScheduler"],
         "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
-        "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
+        "vae": ["diffusers", vae],
     }
 
 

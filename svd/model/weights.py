@@ -11,13 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from svd.model.autoencoder import Autoencoder
 from svd.model.checkpoint import Lazy, file_hash, fill, of_module, read_tensors, write_tensors
+from svd.model.clip_keys import to_transformers, transformers_config
 from svd.model.layout import (
     autoencoder_from_json,
     autoencoder_to_json,
+    image_processor_json,
+    model_index_json,
     read_config,
+    scheduler_json,
     unet_from_json,
     unet_to_json,
 )
@@ -107,17 +112,6 @@ def load_unet(folder_or_file: Path, *, device: torch.device | str = "cpu", dtype
     return unet.eval()
 
 
-def video_names(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Names of an image U-Net's tensors in the video U-Net: residual blocks are one level deeper."""
-    renamed: dict[str, Lazy] = {}
-    for key, tensor in tensors.items():
-        parts = key.split(".")
-        if "resnets" in parts:
-            parts.insert(parts.index("resnets") + 2, "spatial_res_block")
-        renamed[".".join(parts)] = tensor
-    return renamed
-
-
 def checkpoint_hash(folder: Path) -> str:
     """SHA-256 over the configs and weights of a folder (names and contents), the identity of a model."""
     digest = hashlib.sha256()
@@ -127,3 +121,36 @@ def checkpoint_hash(folder: Path) -> str:
     for path in files:
         digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
     return digest.hexdigest()
+
+
+def save_pipeline(folder: Path, unet: UNet, autoencoder: Autoencoder, visual: nn.Module, heads: int) -> None:
+    """Write a folder that diffusers loads as StableVideoDiffusionPipeline: an image-to-video model with its parts.
+
+    visual: open_clip's visual tower; heads: its number of heads. Raises UserError unless the U-Net takes twice
+    the latent's channels and three conditioning ids, and the autoencoder has the temporal decoder: others have no
+    pipeline there.
+    """
+    config = unet.config
+    fits = config.in_channels == 2 * config.out_channels and config.ids == 3 and config.temporal
+    if not fits or not autoencoder.config.temporal_decoder:
+        raise UserError(
+            f"{folder}: diffusers has a pipeline for image-to-video models alone (8 input channels, 3 ids, temporal "
+            f"decoder); this model has {config.in_channels} channels and {config.ids} ids; save its parts instead"
+        )
+    save_unet(unet, folder / "unet")
+    save_autoencoder(autoencoder, folder / "vae")
+    tensors = of_module(visual)
+    value = transformers_config(tensors, heads)
+    (folder / "image_encoder").mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "image_encoder" / "model.safetensors", to_transformers(tensors))
+    write_json(folder / "image_encoder" / "config.json", value)
+    write_pipeline_files(folder, image_size=value["image_size"])
+
+
+def write_pipeline_files(folder: Path, vae: str = "AutoencoderKLTemporalDecoder", image_size: int = 224) -> None:
+    """What a pipeline folder has beside its models: `model_index.json`, `scheduler/`, `feature_extractor/`."""
+    for name in ("scheduler", "feature_extractor"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json())
+    write_json(folder / "feature_extractor" / "preprocessor_config.json", image_processor_json(image_size))
+    write_json(folder / "model_index.json", model_index_json(vae))
