@@ -121,6 +121,7 @@ class Record(Updates):
         self.validate_every, self.offset, self.total, self.label = validate_every, offset, total, label
         self.log_every = max(1, min(50, total // 50))
         self.pending: list[float] = []
+        self.levels: list[Tensor] = []
         self.bar: tqdm[Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,7 +142,8 @@ class Record(Updates):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Record the step."""
-        losses, sigma = outputs["losses"], outputs["sigma"]
+        losses = outputs["losses"]
+        self.levels.append(torch.stack([losses, outputs["sigma"]]).float())
         self.pending.append(trainer.strategy.reduce(losses.mean(), reduce_op="mean").item())
         if not self.stepped(trainer):
             return
@@ -150,7 +152,9 @@ class Record(Updates):
         if validated or step % self.log_every == 0:
             loss = sum(self.pending) / len(self.pending)
             self.pending.clear()
-            self._log(trainer, module, {"train_loss": loss, **sigma_bins(losses, sigma, "train_loss")}, step)
+            bins = sigma_bins(*torch.cat(self.levels, dim=1), "train_loss")
+            self.levels.clear()
+            self._log(trainer, module, {"train_loss": loss, **bins}, step)
             self._add(step, loss, self._examine(trainer, module, step) if validated else None)
         if self.bar is not None:
             self.bar.update()
@@ -191,7 +195,7 @@ class Samples(Updates):
             self.stepped(trainer) and trainer.global_step % self.every == 0 and trainer.global_step != trainer.max_steps
         )
         if due:
-            with module.evaluating():
+            with module.evaluating(), trainer.precision_plugin.forward_context():
                 self.show(module, self.offset + trainer.global_step, trainer.is_global_zero)
 
 

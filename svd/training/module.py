@@ -16,10 +16,11 @@ from svd.config import Phase, TrainingConfig
 from svd.data.loader import Batch
 from svd.diffusion import edm
 from svd.model.autoencoder import Autoencoder
+from svd.model.conditioning import conditioned
 from svd.model.unet import UNet
 from svd.training.ema import Ema
 from svd.training.parallel import parallelise
-from svd.training.tasks import Task, conditioned
+from svd.training.tasks import Task
 
 TEMPORAL_PARTS = ("temporal_", "time_pos_embed", "time_mixer")
 DEAD_WITH_ONE_TOKEN = ("attn2.to_q", "attn2.to_k", "norm2")

@@ -18,9 +18,9 @@ from svd.diffusion import edm
 from svd.diffusion.guidance import Condition, constant, guided, linear
 from svd.diffusion.sampler import karras_sigmas, sample
 from svd.model.autoencoder import Autoencoder
+from svd.model.conditioning import conditioned
 from svd.model.unet import UNet
 from svd.training.tasks import Task, dropped
-from svd.training.tasks import conditioned as network
 from svd.video import Frames, filmstrip, to_uint8, write_mp4, write_png
 
 SHOWN = 4
@@ -59,7 +59,7 @@ class Preview:
             scale = linear(1.0, max(1.0, self.sampling.guidance), frames)
 
         def denoise(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-            return edm.denoiser(network(unet, condition), self.kind)(x, sigma)
+            return edm.denoiser(conditioned(unet, condition), self.kind)(x, sigma)
 
         sigmas = karras_sigmas(self.sampling.steps, self.sampling.sigma_min, self.sampling.sigma_max, self.sampling.rho)
         return sample(guided(denoise, conditional, unconditional, scale), batch["noise"], sigmas, self.sampling.solver)

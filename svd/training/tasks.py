@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svd.data.loader import Batch
-from svd.diffusion.edm import Network, expand
+from svd.diffusion.edm import expand
 from svd.diffusion.guidance import Condition
 from svd.model.autoencoder import Autoencoder, mean
 from svd.model.unet import UNet
@@ -111,17 +111,6 @@ def dropped(batch: Batch, null_text: Tensor) -> Batch:
     if "text" in batch:
         unconditional["text"] = null_text.to(batch["text"]).expand_as(batch["text"])
     return unconditional
-
-
-def conditioned(unet: UNet, condition: Condition) -> Network:
-    """The network F(x, c_noise) of a batch with its conditioning put in place."""
-
-    def network(x: Tensor, c_noise: Tensor) -> Tensor:
-        if condition.concat is not None:
-            x = torch.cat([x, condition.concat.to(x.dtype)], dim=2)
-        return unet(x, c_noise, condition.context, condition.ids)
-
-    return network
 
 
 IMAGE = Task("image", 4, 0, _image, temporal=False)

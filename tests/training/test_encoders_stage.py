@@ -82,7 +82,7 @@ def test_retrieval_counts_what_it_says():
     model = build(toy_config(16, 16), "test")
     pairs = encoders.render_pairs(3, "test", 12, frames=1)
     measured = encoders.retrieval(model, pairs)
-    images = model.encode_image(encoders.ImageEncoder(model).preprocess(from_uint8(pairs.frames[:, 0])), True)
+    images = model.encode_image(encoders.ImageEncoder(model.visual).preprocess(from_uint8(pairs.frames[:, 0])), True)
     texts = model.encode_text(open_clip.get_tokenizer("ViT-H-14")(pairs.captions), True)
     order = (images @ texts.T).argsort(1, descending=True)
     rank = (order == torch.arange(12)[:, None]).nonzero()[:, 1]

@@ -53,6 +53,8 @@ def toy_preset(**training: Any) -> Preset:
     for stage in STAGES:
         frames = {"image_pretraining": 1, "frame_interpolation": FRAMES}.get(stage, FRAMES)
         values = {"phases": [{**PHASE, "frames": frames}], "subset": {}, **shared, **training}
+        if stage == "camera_lora":
+            values["phases"] = values["phases"][:1]
         overrides |= {f"{stage}.{key}": value for key, value in values.items()}
     return load_preset("tiny", overrides)
 
