@@ -74,13 +74,21 @@ def halvings(width: int, height: int) -> int:
     return count
 
 
+def _reduce(plane: np.ndarray, count: int) -> np.ndarray:
+    """Halve a plane `count` times. Of large ones every second row is read: memory is what this costs, the mean of half
+    the pixels is as good, and of interlaced pictures it is one field."""
+    if count < 2:
+        return halve(plane) if count else plane
+    small = plane[::2]
+    for _ in range(count - 1):
+        small = halve(small)
+    return cv2.resize(small, (small.shape[1] // 2, small.shape[0]), interpolation=cv2.INTER_AREA)
+
+
 def _shrink(planes: tuple[np.ndarray, np.ndarray, np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    luma, blue, red = planes
-    for _ in range(count):
-        luma, blue, red = halve(luma), halve(blue), halve(red)
+    luma, blue, red = (_reduce(plane, count) for plane in planes)
     height, width = min(luma.shape[0] // 2, blue.shape[0]), min(luma.shape[1] // 2, blue.shape[1])
-    cropped = luma[: height * 2, : width * 2], blue[:height, :width], red[:height, :width]
-    return cropped[0], cropped[1], cropped[2]
+    return luma[: height * 2, : width * 2], blue[:height, :width], red[:height, :width]
 
 
 class Decoder:

@@ -31,37 +31,34 @@ def write_clip(source: Path, span: ClipSpan, facts: SourceFacts, target: Path) -
 
 
 def write_clips(source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:
-    """Write clips of one source, opening it once; each file appears under its name when it is complete.
+    """Write clips of one source; each file appears under its name when it is complete.
 
-    Copied clips keep the source's coding, rotation and pixel aspect; re-encoded ones are H.264, upright,
-    progressive, with square pixels. Raises SourceFailure when the source no longer decodes to the frames of a span.
+    Copied clips keep the source's coding, rotation and pixel aspect; re-encoded ones are H.264, upright, progressive,
+    with square pixels. Raises SourceFailure when the source no longer decodes to the frames of a span.
     """
     written = []
-    with open_video(source) as (container, stream):
-        for span, target in jobs:
-            temporary = target.with_name(f".{target.name}.tmp")
-            try:
-                written.append(_write(container, stream, span, facts, temporary))
-                with temporary.open("rb") as finished:
-                    os.fsync(finished.fileno())
-                temporary.replace(target)
-            except av.error.FFmpegError as error:
-                raise SourceFailure(f"clip at {span.start_seconds:.3f} s can't be written: {error}") from None
-            finally:
-                temporary.unlink(missing_ok=True)
+    for span, target in jobs:
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            written.append(_write(source, span, facts, temporary))
+            with temporary.open("rb") as finished:
+                os.fsync(finished.fileno())
+            temporary.replace(target)
+        except (av.error.FFmpegError, ValueError) as error:
+            raise SourceFailure(f"clip at {span.start_seconds:.3f} s can't be written: {error}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
     return written
 
 
-def _write(
-    container: av.container.InputContainer, stream: av.VideoStream, span: ClipSpan, facts: SourceFacts, target: Path
-) -> ClipFile:
+def _write(source: Path, span: ClipSpan, facts: SourceFacts, target: Path) -> ClipFile:
     copy = span.method == "copy"
     options = {"fflags": "+bitexact", "movflags": "+faststart"}
     with av.open(str(target), "w", format="mp4", options=options) as output:
         if copy:
-            count, width, height = _copy(container, stream, span, output), facts.width, facts.height
+            count, width, height = _copy(source, span, output), facts.width, facts.height
         else:
-            count = _encode(container, stream, span, facts, output)
+            count = _encode(source, span, facts, output)
             width, height = upright_size(facts)
     if count != span.frames:
         raise SourceFailure(
@@ -77,22 +74,41 @@ def upright_size(facts: SourceFacts) -> tuple[int, int]:
     return max(2, facts.display_width // 2 * 2), max(2, facts.display_height // 2 * 2)
 
 
-def _copy(
-    container: av.container.InputContainer, stream: av.VideoStream, span: ClipSpan, output: av.container.OutputContainer
-) -> int:
-    container.seek(span.start_pts, stream=stream, backward=True, any_frame=False)
-    track = output.add_stream_from_template(stream)
-    track.time_base = stream.time_base
+def _packets(source: Path, keyframe: int | None) -> Iterator[tuple[av.Packet, av.VideoStream]]:
+    """The packets in decoding order from the keyframe with this timestamp on; None: from the beginning.
+
+    Program and transport streams have no index, and a seek may land behind the wanted packet; they are read from the
+    beginning then.
+    """
+    for seeking in (True, False) if keyframe is not None else (False,):
+        found = keyframe is None
+        with open_video(source) as (container, stream):
+            if seeking and keyframe is not None:
+                container.seek(keyframe, stream=stream, backward=True, any_frame=False)
+            for packet in container.demux(stream):
+                if not found and packet.is_keyframe and packet.pts is not None and keyframe is not None:
+                    found = packet.pts == keyframe
+                    if seeking and packet.pts > keyframe:
+                        break
+                if found:
+                    yield packet, stream
+        if found:
+            return
+
+
+def _copy(source: Path, span: ClipSpan, output: av.container.OutputContainer) -> int:
+    track: av.VideoStream | None = None
     count = 0
-    for packet in container.demux(stream):
+    for packet, stream in _packets(source, span.start_pts):
         if packet.pts is None or packet.dts is None or packet.size == 0:
-            continue
-        if count == 0 and not (packet.is_keyframe and packet.pts == span.start_pts):
             continue
         if packet.pts >= span.end_pts:
             break
         if packet.pts < span.start_pts:
             continue  # leading pictures of an open group belong to the shot before
+        if track is None:
+            track = output.add_stream_from_template(stream)
+            track.time_base = stream.time_base
         packet.pts -= span.start_pts
         packet.dts -= span.start_pts
         packet.stream = track
@@ -101,11 +117,10 @@ def _copy(
     return count
 
 
-def _frames(container: av.container.InputContainer, stream: av.VideoStream, span: ClipSpan) -> Iterator[av.VideoFrame]:
-    """The decoded frames of a span."""
-    container.seek(span.start_pts, stream=stream, backward=True, any_frame=False)
-    stream.codec_context.flush_buffers()
-    for packet in container.demux(stream):
+def _frames(source: Path, span: ClipSpan, facts: SourceFacts) -> Iterator[av.VideoFrame]:
+    """The decoded frames of a span, decoded from the last keyframe before it."""
+    earlier = [k for k in facts.keyframes if k <= span.start_pts]
+    for packet, _ in _packets(source, earlier[-1] if earlier else None):
         for frame in _decoded(packet):
             if frame.pts is None or frame.pts < span.start_pts:
                 continue
@@ -114,12 +129,10 @@ def _frames(container: av.container.InputContainer, stream: av.VideoStream, span
             yield frame
 
 
-def _counted(container: av.container.InputContainer, stream: av.VideoStream, span: ClipSpan) -> Iterator[av.VideoFrame]:
+def _counted(source: Path, span: ClipSpan) -> Iterator[av.VideoFrame]:
     """The decoded frames of a span of a source without usable timestamps: counted from its beginning."""
-    container.seek(0, backward=True, any_frame=True)
-    stream.codec_context.flush_buffers()
     number = 0
-    for packet in container.demux(stream):
+    for packet, _ in _packets(source, None):
         for frame in _decoded(packet):
             if number >= span.end_frame:
                 return
@@ -153,15 +166,9 @@ def _chain(frame: av.VideoFrame, facts: SourceFacts) -> av.filter.Graph:
     return graph
 
 
-def _encode(
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
-    span: ClipSpan,
-    facts: SourceFacts,
-    output: av.container.OutputContainer,
-) -> int:
+def _encode(source: Path, span: ClipSpan, facts: SourceFacts, output: av.container.OutputContainer) -> int:
     ordinal = any(_UNTRUSTED in warning for warning in facts.warnings)
-    frames = _counted(container, stream, span) if ordinal else _frames(container, stream, span)
+    frames = _counted(source, span) if ordinal else _frames(source, span, facts)
     track = output.add_stream("libx264", rate=Fraction(facts.fps).limit_denominator(1001))
     assert isinstance(track, av.VideoStream)
     track.width, track.height = upright_size(facts)
