@@ -6,12 +6,11 @@ import csv
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tiny_models import CLASSES, make_context, write_dataset
 
 from evaluation import ucf101
-from evaluation.gate import gate
+from evaluation.gate import compare
 from evaluation.ucf101_data import prompt_list, read_dataset
 from svd.stage import UserError
 
@@ -36,17 +35,15 @@ def test_output_holds_scores_controls_and_the_floor(folder: Path) -> None:
     for score in result["scores"]:
         distance = score["distance"]
         assert distance["frechet"]["value"] > 0 and distance["standard_error"] > 0
-        assert distance["generated"] == (10 if score["subject"] == "real-split" else 18)
+        assert distance["generated"] == (6 if score["subject"] == "real-split" else 10)
     assert any("full rank" in text for text in result["warnings"])
-    mean = next(s["distance"] for s in result["scores"] if s["subject"] == "mean-frame")
-    assert mean["frechet"]["covariance_term"] > 0
 
 
 def test_metrics_are_flat_and_named_after_fixture_and_network(folder: Path) -> None:
     metrics = json.loads((folder / "output" / "metrics.json").read_text())
     assert {"ucf101_fixture_frechet_transnetv2", "ucf101_fixture_frechet_transnetv2_se"} <= set(metrics)
     assert not [name for name in metrics if "fvd" in name]
-    assert metrics["generated_clips"] == 18 and metrics["real_clips"] == 20 and metrics["seeds"] == 2
+    assert metrics["generated_clips"] == 10 and metrics["real_clips"] == 12 and metrics["seeds"] == 2
     assert all(isinstance(value, int | float) for value in metrics.values())
 
 
@@ -77,13 +74,13 @@ def test_repetition_gives_equal_bytes_and_batches_are_not_made_twice(folder: Pat
     """A second run in the same work folder, with one batch lost, samples that batch alone; the bytes are the same."""
     first = tree(folder / "output")
     context = make_context(folder, seeds=2)
-    lost = next(context.work.rglob("generated-1/batch-000008.safetensors"))
+    lost = next(context.work.rglob("generated-1/batch-000006.safetensors"))
     lost.unlink()
     calls = []
     original = ucf101.text_to_video
     monkeypatch.setattr(ucf101, "text_to_video", lambda *a, **k: calls.append(len(a[1])) or original(*a, **k))
     ucf101.run(context)
-    assert calls == [8]
+    assert calls == [4]
     assert tree(folder / "output") == first
 
 
@@ -96,28 +93,15 @@ def test_a_torn_batch_file_is_made_again(folder: Path) -> None:
     assert tree(folder / "output") == first
 
 
-def test_batch_size_does_not_change_the_score(folder: Path) -> None:
-    ucf101.run(make_context(folder, "other", batch_size=5))
-    one, other = (json.loads((folder / name / "metrics.json").read_text()) for name in ("output", "other"))
-    name = "ucf101_fixture_kernel_transnetv2_noise"
-    generated = json.loads((folder / "output" / "result.json").read_text())["scores"]
-    again = json.loads((folder / "other" / "result.json").read_text())["scores"]
-    np.testing.assert_allclose(
-        generated[0]["distance"]["frechet"]["value"], again[0]["distance"]["frechet"]["value"], rtol=2e-2
-    )
-    assert one["real_clips"] == other["real_clips"] and name in one
-
-
-def test_gate_compares_equal_things_only(folder: Path) -> None:
-    output = folder / "output"
-    assert gate(output, output).kernel is None or gate(output, output).kernel.value == 0
-    ucf101.run(make_context(folder, "single", seeds=1))
-    from evaluation.gate import compare
-
-    kernel, frechet = compare(output, output)
-    assert kernel.value == frechet.value == kernel.standard_error == 0
+def test_one_seed_in_other_batches_gives_the_same_score_and_cannot_be_compared_with_two(folder: Path) -> None:
+    ucf101.run(make_context(folder, "single", batch_size=5, controls=[]))
+    both = [json.loads((folder / name / "result.json").read_text()) for name in ("output", "single")]
+    first, other = (result["scores"][0]["distance"]["frechet"]["value"] for result in both)
+    assert other == pytest.approx(first, rel=1e-3)
     with pytest.raises(UserError, match="other seeds or another number"):
-        compare(output, folder / "single")
+        compare(folder / "output", folder / "single")
+    kernel, frechet = compare(folder / "output", folder / "output")
+    assert kernel.value == frechet.value == kernel.standard_error == 0
 
 
 def test_prompt_list_has_the_class_histogram() -> None:

@@ -20,19 +20,19 @@ WIDTH = 32
 CLASSES = ("BlueRingGrowing", "GreenDiscBouncing", "RedStarSpinning", "TealCubeSwinging")
 OVERRIDES: dict[str, Any] = {
     "encoders.toy_width": WIDTH,
-    "evaluation.ucf101.samples": 18,
+    "evaluation.ucf101.samples": 10,
     "evaluation.ucf101.frames": 4,
     "evaluation.ucf101.height": 16,
     "evaluation.ucf101.width": 24,
     "evaluation.ucf101.resized": [16, 24],
     "evaluation.ucf101.cropped": [16, 22],
-    "evaluation.ucf101.batch_size": 8,
+    "evaluation.ucf101.batch_size": 6,
     "evaluation.ucf101.shown": 2,
-    "evaluation.ucf101.sampling.steps": 2,
+    "evaluation.ucf101.sampling.steps": 1,
 }
 
 
-def write_dataset(folder: Path, per_class: int = 5) -> Path:
+def write_dataset(folder: Path, per_class: int = 3) -> Path:
     """A data set of 4 classes in UCF-101's layout."""
     world = World(0, "test")
     for number, name in enumerate(CLASSES):

@@ -1,0 +1,1 @@
+"""Human preference study (App. E.1, E.3): pairs, votes, ratings."""
