@@ -86,7 +86,8 @@ class UNet(nn.Module):
         self.up_blocks = self._decoder()
         self.conv_norm_out = GroupNorm(widths[0], ORIGINAL_EPS)
         self.conv_out = Conv(widths[0], config.out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
         if config.learned_mask:
             self.mask_latent = nn.Parameter(torch.zeros(config.out_channels, *config.mask_size))
 
