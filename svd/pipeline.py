@@ -83,11 +83,9 @@ def load_models(
     autoencoder = load_autoencoder(Path(autoencoder_folder), device=home, dtype=stage_dtype)
     encoders = load_encoders(Path(encoders_folder), config, home)
     width = unet.config.cross_attention_dim
-    if width not in (encoders.text.width, encoders.image.width):
-        raise UserError(
-            f"{unet_folder}: cross-attention width {width}, but the encoders in {encoders_folder} give "
-            f"{encoders.text.width} (text) and {encoders.image.width} (image)"
-        )
+    if width not in encoders.widths:
+        found = " and ".join(map(str, sorted(encoders.widths)))
+        raise UserError(f"{unet_folder}: cross-attention width {width}, the encoders in {encoders_folder} give {found}")
     for module in (unet, autoencoder):
         module.eval().requires_grad_(False)
     return Models(unet, autoencoder, encoders, device, dtype, kind, offload)

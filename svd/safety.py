@@ -68,7 +68,7 @@ def load_safety_filter(
         raise UserError(f"{heads}: no such file; give the .npz with the heads of the safety filter") from None
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{heads}: not an .npz with arrays 'weights' and 'biases' ({error})") from None
-    image = ImageEncoder(load_released(encoder, device)).to(device).eval()
+    image = ImageEncoder(load_released(encoder, device).visual).to(device).eval()
     weights = np.atleast_2d(weights)
     if weights.shape != (biases.size, image.width):
         raise UserError(

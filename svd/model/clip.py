@@ -14,14 +14,18 @@ import open_clip
 import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from open_clip.pretrained import get_pretrained_cfg
+from open_clip.transformer import VisionTransformer
 
 from svd.config import EncodersConfig
 from svd.model.checkpoint import fill, of_module, read_tensors, write_tensors
+from svd.model.clip_keys import to_open_clip
+from svd.model.weights import weights_file
 from svd.stage import UserError, write_json
 
 WEIGHTS = "model.safetensors"
 CONFIG = "open_clip_config.json"
 REFERENCE = "reference.json"
+PIPELINE_PART = "image_encoder"
 
 _TOY_IMAGE = 64
 _TOY_PATCH = 8
@@ -110,6 +114,26 @@ def load_clip(folder: Path, config: EncodersConfig, device: torch.device | str =
     return clip.to(device).eval(), "toy-clip"
 
 
+def load_image_tower(folder: Path, device: torch.device | str = "cpu") -> VisionTransformer:
+    """open_clip's image tower from a folder in transformers' layout (CLIPVisionModelWithProjection), float32.
+
+    Raises UserError for missing, broken and unfitting files.
+    """
+    config = _read_json(folder / "config.json", "give a folder with a CLIPVisionModelWithProjection")
+    names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    missing = [name for name in (*names, "projection_dim") if not isinstance(config.get(name), int)]
+    if missing:
+        raise UserError(f"{folder / 'config.json'}: {', '.join(missing)} missing or no number")
+    if config.get("hidden_act") != "gelu":
+        raise UserError(f"{folder / 'config.json'}: hidden_act '{config.get('hidden_act')}', SVD's encoder has 'gelu'")
+    image, patch, width, layers, heads, mlp = (config[name] for name in names)
+    with torch.device("meta"):
+        tower = VisionTransformer(image, patch, width, layers, heads, mlp / width, output_dim=config["projection_dim"])
+    tensors = to_open_clip(read_tensors(weights_file(folder, "model")))
+    fill(tower, tensors, f"{folder} doesn't fit its config.json", device, torch.float32)
+    return tower.eval()
+
+
 def load_released(config: EncodersConfig, device: torch.device | str = "cpu") -> open_clip.CLIP:
     """Released open_clip weights: `config.weights` is a local .safetensors file or one of open_clip's names (hub).
 
@@ -120,7 +144,9 @@ def load_released(config: EncodersConfig, device: torch.device | str = "cpu") ->
         raise UserError(f"encoders.model: open_clip knows no model '{config.model}' (for SVD: ViT-H-14)")
     path = released_file(config)
     clip = build(architecture, f"encoders.model {config.model}")
-    fill(clip, read_tensors(path, config.sha256), f"{path} doesn't fit open_clip's {config.model}", device)
+    fill(
+        clip, read_tensors(path, config.sha256), f"{path} doesn't fit open_clip's {config.model}", device, torch.float32
+    )
     return clip.to(device).eval()
 
 
@@ -153,11 +179,11 @@ def _download(hub: str) -> Path:
         ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, advice: str = "run the stage 'encoders' first") -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the stage 'encoders' first") from None
+        raise UserError(f"{path}: no such file; {advice}") from None
     except ValueError:
         raise UserError(f"{path}: not valid JSON") from None
     if not isinstance(value, dict):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from svd.config import EncodersConfig
 from svd.diffusion.edm import Generators, Network, expand, randn
 from svd.diffusion.guidance import Condition
-from svd.model.clip import load_clip
+from svd.model.clip import PIPELINE_PART, load_clip, load_image_tower
 from svd.stage import UserError
 
 MAX_IDS = 4
@@ -82,9 +81,9 @@ class ImageEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: open_clip.CLIP) -> None:
+    def __init__(self, visual: nn.Module) -> None:
         super().__init__()
-        self.visual = clip.visual
+        self.visual = visual
         self.register_buffer("mean", torch.tensor(open_clip.OPENAI_DATASET_MEAN).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(open_clip.OPENAI_DATASET_STD).reshape(3, 1, 1), persistent=False)
 
@@ -113,13 +112,23 @@ class ImageEncoder(nn.Module):
         return F.normalize(self(frames), dim=-1)
 
 
-@dataclass(frozen=True)
 class Encoders:
     """Frozen encoders. label: which weights these are, for reports (`toy-clip`, or open_clip model and weights)."""
 
-    text: TextEncoder
-    image: ImageEncoder
-    label: str
+    def __init__(self, text: TextEncoder | None, image: ImageEncoder, label: str) -> None:
+        self._text, self.image, self.label = text, image, label
+
+    @property
+    def text(self) -> TextEncoder:
+        """The text encoder; raises UserError when there is none, as in a released image-to-video model."""
+        if self._text is None:
+            raise UserError(f"{self.label} has no text encoder; give the output of the stage 'encoders'")
+        return self._text
+
+    @property
+    def widths(self) -> set[int]:
+        """The cross-attention widths that the encoders can serve."""
+        return {self.image.width} if self._text is None else {self.image.width, self._text.width}
 
     @torch.no_grad()
     def image_features(self, frames: Tensor) -> Tensor:
@@ -133,17 +142,22 @@ class Encoders:
 
     def to(self, *args: Any) -> Encoders:
         """Move both encoders, as nn.Module.to."""
-        return Encoders(self.text.to(*args), self.image.to(*args), self.label)
+        text = None if self._text is None else self._text.to(*args)
+        return Encoders(text, self.image.to(*args), self.label)
 
 
 def load_encoders(folder: Path, config: EncodersConfig, device: torch.device | str = "cpu") -> Encoders:
-    """The encoders that the stage `encoders` left in `folder`, frozen, float32. Raises UserError when they can't be
-    had.
+    """The encoders that the stage `encoders` left in `folder`, frozen, float32.
+
+    A released pipeline in diffusers' layout is accepted too: its `image_encoder/` is taken, there is no text encoder
+    then. Raises UserError when the encoders can't be had.
     """
+    if (folder / PIPELINE_PART / "config.json").is_file():
+        tower = load_image_tower(folder / PIPELINE_PART, device).requires_grad_(False)
+        return Encoders(None, ImageEncoder(tower).to(device).eval(), f"image encoder of {folder.name}")
     clip, label = load_clip(folder, config, device)
     clip.requires_grad_(False)
-    text, image = TextEncoder(clip).to(device), ImageEncoder(clip).to(device)
-    return Encoders(text.eval(), image.eval(), label)
+    return Encoders(TextEncoder(clip).to(device).eval(), ImageEncoder(clip.visual).to(device).eval(), label)
 
 
 def from_uint8(frames: NDArray[np.uint8]) -> Tensor:

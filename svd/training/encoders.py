@@ -108,7 +108,7 @@ def fit(clip: open_clip.CLIP, context: StageContext) -> None:
     start = _resume(path, clip, optimizer)
     if start == steps:
         return
-    text, image = TextEncoder(clip), ImageEncoder(clip)
+    text, image = TextEncoder(clip), ImageEncoder(clip.visual)
     pairs = render_pairs(preset.seed + _SEED_OFFSET, "train", _TRAIN_CLIPS, frames=2)
     tokens = text.tokens(pairs.captions)
     clip.train()
@@ -163,7 +163,7 @@ def retrieval(clip: open_clip.CLIP, pairs: Pairs) -> dict[str, float]:
     caption_auc: how often a picture's own caption scores above another clip's.
     """
     clip.eval()
-    images = ImageEncoder(clip).features(from_uint8(pairs.frames[:, 0]))
+    images = ImageEncoder(clip.visual).features(from_uint8(pairs.frames[:, 0]))
     scores = images @ TextEncoder(clip).features(pairs.captions).T
     own = scores.diagonal()[:, None]
     above = (scores > own).sum(1)

@@ -175,7 +175,7 @@ def test_released_towers_have_the_published_sizes():
     """ViT-H/14: 632,076,800 parameters in the image tower, tokens and embedding 1024 wide."""
     with torch.device("meta"):
         model = open_clip.create_model("ViT-H-14", pretrained=None, device="meta")
-        text, image = TextEncoder(model), ImageEncoder(model)
+        text, image = TextEncoder(model), ImageEncoder(model.visual)
     assert sum(p.numel() for p in image.parameters()) == 632_076_800
     assert (text.width, text.context_length, image.width, len(text.transformer.resblocks)) == (1024, 77, 1024, 24)
     assert image.visual.image_size == (224, 224)

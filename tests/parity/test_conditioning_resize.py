@@ -13,7 +13,7 @@ from svd.model.conditioning import ImageEncoder
 def encoder():
     config = toy_config(16, 16)
     config["vision_cfg"] |= {"image_size": 224, "patch_size": 14}
-    return ImageEncoder(build(config, "test"))
+    return ImageEncoder(build(config, "test").visual)
 
 
 @pytest.mark.parametrize("size", [(576, 1024), (320, 576), (224, 224), (300, 260)])
