@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dvc.exceptions import DvcException
+from dvc.exceptions import CollectCacheError, DvcException
 from dvc.repo import Repo
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash_info import HashInfo
@@ -130,12 +130,11 @@ def _objects(repo: Repo, items: list[Lineage]) -> set[HashInfo]:
     """All objects that the folders consist of; raises UserError when one's list is neither here nor in the remote."""
     objects: set[HashInfo] = set()
     for item in items:
-        used = _at_hash(repo, item).get_used_objs()
-        if not used:
-            raise UserError(
-                f"{item.path} at {item.md5} is neither on this machine nor in the DVC remote; push it there"
-            )
-        objects |= used[None]
+        try:
+            objects |= _at_hash(repo, item).get_used_objs()[None]
+        except CollectCacheError:
+            message = f"{item.path} at {item.md5} is neither on this machine nor in the DVC remote; push it there"
+            raise UserError(message) from None
     return objects
 
 
