@@ -65,6 +65,10 @@ class ClipsConfig(Section):
     min_seconds: float = Field(1.0, gt=0)
     max_seconds: float = Field(60.0, gt=0)
     no_keyframe: Literal["reencode", "drop"] = "reencode"
+    end: Literal["packet", "keyframe"] = Field(
+        "packet",
+        description="keyframe: a clip ends before a keyframe, as in the paper; packet: at its last whole frame",
+    )
 
 
 class MotionConfig(Section):

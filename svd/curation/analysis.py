@@ -45,10 +45,18 @@ def _analyse(path: Path, config: CurationConfig, started: float) -> Analysis:
     info, index = read_source(path), read_packets(path)
     demuxed = time.process_time()
     run = _Pass(path, config, info, index)
-    run.decode()
+    try:
+        run.decode()
+    except _DisorderError:
+        run = _Pass(path, config, info, index.without_timestamps())
+        run.decode()
     analysis = run.finish()
     timing = {"demux": demuxed - started, "decode_and_analyse": time.process_time() - demuxed}
     return Analysis(analysis.facts, analysis.cuts, analysis.clips, analysis.dropped, timing)
+
+
+class _DisorderError(Exception):
+    """Frames leave the decoder in another order than their timestamps say, as with B-frames in AVI."""
 
 
 class _Pass:
@@ -75,7 +83,7 @@ class _Pass:
         for picture in self.decoder:
             pts = len(self.pts) if not self.index.trusted else picture.pts
             if pts is None or (self.pts and pts <= self.pts[-1]):
-                continue
+                raise _DisorderError
             number, seconds = len(self.pts), pts * self.base.numerator / self.base.denominator
             self.pts.append(pts)
             if self.sampler is None:

@@ -139,11 +139,17 @@ class SpanPlanner:
             if not len(later):
                 break
             start = int(later[0])
-            end = self.timeline.copy_end(start, self._target(start, shot.end, later))
+            target = self._target(start, shot.end, later)
+            if self.config.end == "keyframe" and target < len(self.timeline.pts):
+                target = int(self._keys_until(target)[-1])
+            end = self.timeline.copy_end(start, target)
             if self._duration(start, end) >= self.config.min_seconds - 1e-6 and end - start >= 2:
                 spans.append(self._span(start, end, shot, copy=True))
             position = max(end, start + 1)
         yield from _without_inner_cuts(spans)
+
+    def _keys_until(self, frame: int) -> np.ndarray:
+        return self.timeline.keyframes[self.timeline.keyframes <= frame]
 
     def _target(self, start: int, end: int, keys: np.ndarray | None) -> int:
         """Where a clip from `start` should end: at `end`, or, in a long shot, after at most max_seconds at a

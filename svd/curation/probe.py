@@ -10,7 +10,7 @@ import array
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,6 +25,7 @@ MAX_PIXELS = 1 << 26  # 67 megapixels; a frame of the largest H.264 level has 36
 MAX_PACKETS = 20_000_000  # 92 hours at 60 fps
 # Playlists can name other files and hosts, and pictures or text are no videos.
 REFUSED_FORMATS = ("hls", "dash", "concat", "tty", "image2", "_pipe", "lavfi", "ffmetadata", "webvtt", "srt", "ass")
+UNTRUSTED = "timestamps are missing, repeated or run backwards; times follow from the frame rate"
 NO_TIMESTAMP = np.iinfo(np.int64).min
 
 
@@ -49,6 +50,10 @@ class PacketIndex:
     def shown(self) -> np.ndarray:
         """Timestamps of the frames that a player shows, ascending."""
         return np.sort(self.pts[~self.discarded])
+
+    def without_timestamps(self) -> PacketIndex:
+        """The same packets, their timestamps not to be used."""
+        return replace(self, trusted=False, warnings=(*self.warnings, UNTRUSTED))
 
 
 def _reason(error: Exception) -> str:
@@ -177,7 +182,7 @@ def read_packets(path: Path) -> PacketIndex:
     hidden = np.frombuffer(bytes(discarded), np.bool_)
     trusted = _trusted(shown_at, decoded_at, hidden, base)
     if not trusted:
-        warnings.append("timestamps are missing, repeated or run backwards; times follow from the frame rate")
+        warnings.append(UNTRUSTED)
     keys = np.frombuffer(bytes(keyframe), np.bool_)
     sizes = np.frombuffer(size, np.int64)
     return PacketIndex(shown_at, decoded_at, sizes, keys, hidden, duration, base, trusted, tuple(warnings))

@@ -16,13 +16,14 @@ import av.container
 import av.error
 import av.filter
 
-from svd.curation.probe import open_video
+from svd.curation.probe import UNTRUSTED, open_video
 from svd.curation.types import ClipFile, ClipSpan, SourceFacts, SourceFailure
 
 # x264's choice of instructions by machine leaves random bytes behind some slices; a fixed set gives equal bytes
 # anywhere.
 ENCODER = {"preset": "veryfast", "crf": "17", "x264-params": "asm=SSE4.2", "flags": "+bitexact"}
-_UNTRUSTED = "timestamps are missing"
+
+_LIMITED_RANGE = 1
 
 
 def write_clip(source: Path, span: ClipSpan, facts: SourceFacts, target: Path) -> ClipFile:
@@ -98,9 +99,10 @@ def _packets(source: Path, keyframe: int | None) -> Iterator[tuple[av.Packet, av
 
 def _copy(source: Path, span: ClipSpan, output: av.container.OutputContainer) -> int:
     track: av.VideoStream | None = None
+    waiting: list[av.Packet] = []
     count = 0
     for packet, stream in _packets(source, span.start_pts):
-        if packet.pts is None or packet.dts is None or packet.size == 0:
+        if packet.pts is None or packet.size == 0:
             continue
         if packet.pts >= span.end_pts:
             break
@@ -109,12 +111,27 @@ def _copy(source: Path, span: ClipSpan, output: av.container.OutputContainer) ->
         if track is None:
             track = output.add_stream_from_template(stream)
             track.time_base = stream.time_base
-        packet.pts -= span.start_pts
-        packet.dts -= span.start_pts
+        waiting.append(packet)
+        count += 1
+        if packet.dts is not None:
+            _mux(waiting, packet.dts, span.start_pts, track, output)
+    if waiting and track is not None:
+        _mux(waiting, max(p.pts or 0 for p in waiting), span.start_pts, track, output)
+    return count
+
+
+def _mux(
+    waiting: list[av.Packet], last: int, start: int, track: av.VideoStream, output: av.container.OutputContainer
+) -> None:
+    """Write the waiting packets; those that came without a decoding time (Matroska's first) get times before `last`."""
+    for behind, packet in enumerate(reversed(waiting)):
+        step = max(int(packet.duration or 1), 1)
+        packet.dts = last - behind * step - start
+    for packet in waiting:
+        packet.pts = (packet.pts or 0) - start
         packet.stream = track
         output.mux(packet)
-        count += 1
-    return count
+    waiting.clear()
 
 
 def _frames(source: Path, span: ClipSpan, facts: SourceFacts) -> Iterator[av.VideoFrame]:
@@ -158,7 +175,7 @@ def _chain(frame: av.VideoFrame, facts: SourceFacts) -> av.filter.Graph:
     for _ in range(facts.rotation // 90):
         nodes.append(graph.add("transpose", "clock"))
     width, height = upright_size(facts)
-    nodes.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd"))
+    nodes.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd:out_range=tv"))
     nodes += [graph.add("setsar", "1"), graph.add("format", "yuv420p"), graph.add("buffersink")]
     for one, other in itertools.pairwise(nodes):
         one.link_to(other)
@@ -167,7 +184,7 @@ def _chain(frame: av.VideoFrame, facts: SourceFacts) -> av.filter.Graph:
 
 
 def _encode(source: Path, span: ClipSpan, facts: SourceFacts, output: av.container.OutputContainer) -> int:
-    ordinal = any(_UNTRUSTED in warning for warning in facts.warnings)
+    ordinal = UNTRUSTED in facts.warnings
     frames = _counted(source, span) if ordinal else _frames(source, span, facts)
     track = output.add_stream("libx264", rate=Fraction(facts.fps).limit_denominator(1001))
     assert isinstance(track, av.VideoStream)
@@ -177,12 +194,16 @@ def _encode(source: Path, span: ClipSpan, facts: SourceFacts, output: av.contain
     context.thread_count = 1
     context.time_base = facts.time_base
     context.options = dict(ENCODER)
+    context.color_range = _LIMITED_RANGE
     times: list[int] = []
     graph: av.filter.Graph | None = None
     count = 0
     for frame in frames:
         times.append(span.start_pts + len(times) if ordinal else int(frame.pts or 0))
-        graph = graph or _chain(frame, facts)
+        if graph is None:
+            graph = _chain(frame, facts)
+            context.colorspace, context.color_primaries = frame.colorspace, frame.color_primaries
+            context.color_trc = frame.color_trc
         graph.push(frame)
         count += _drain(graph, times, count, span, facts, track, output)
     if graph is not None:
