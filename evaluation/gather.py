@@ -36,7 +36,8 @@ STAGES = {
 }
 OPTIONAL = ("camera-lora", "frame-interpolation")
 
-_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".gif": "image/gif", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
+_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".gif": "image/gif", ".jpg": "image/jpeg"}
+_LARGE = 120_000  # bytes above which a picture is stored as WebP
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,23 @@ class Pair:
     prompt: str
     generated: Medium
     real: Medium
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What a stage shows of its results: generated clips beside real ones, and pictures."""
+
+    pairs: tuple[Pair, ...]
+    media: tuple[Medium, ...]
+
+
+@dataclass(frozen=True)
+class ViewTable:
+    """Multi-view scores: names of the metrics, rows of (subject, values), and what made them."""
+
+    names: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    about: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -84,35 +102,37 @@ class Gathered:
     pairs: list[Pair] = field(default_factory=list)
     funnel: list[Bar] = field(default_factory=list)
     plots: list[Medium] = field(default_factory=list)
+    contacts: list[Medium] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
-    galleries: dict[str, list[Medium]] = field(default_factory=dict)
+    galleries: dict[str, Gallery] = field(default_factory=dict)
     rows: list[dict[str, str]] = field(default_factory=list)
     dots: list[Dot] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
-    views: list[dict[str, str]] = field(default_factory=list)
+    views: ViewTable | None = None
     missing: list[str] = field(default_factory=list)
 
 
-def medium(path: Path, caption: str = "", max_width: int = 1600) -> Medium:
-    """A file as a data URI; pictures wider than `max_width` are scaled down. Raises UserError for unreadable files."""
+def medium(path: Path, caption: str = "", max_width: int = 1800) -> Medium:
+    """A file as a data URI, large pictures scaled to `max_width`, as WebP. Raises UserError for broken files."""
     try:
         content, kind = path.read_bytes(), _TYPES[path.suffix.lower()]
         width = 0
-        if kind == "image/png":
+        if kind in ("image/png", "image/jpeg"):
             with Image.open(io.BytesIO(content)) as picture:
                 width = picture.width
-                if width > max_width:
-                    content = _scaled(picture, max_width)
+                if width > max_width or len(content) > _LARGE:
+                    content, kind = _compressed(picture, min(width, max_width)), "image/webp"
     except (OSError, KeyError) as error:
         raise UserError(f"{path}: can't be shown in the report ({error}); run its stage again") from None
     encoded = base64.b64encode(content).decode()
     return Medium(f"data:{kind};base64,{encoded}", kind == "video/mp4", caption, width)
 
 
-def _scaled(picture: Image.Image, width: int) -> bytes:
+def _compressed(picture: Image.Image, width: int) -> bytes:
     stream = io.BytesIO()
     height = round(picture.height * width / picture.width)
-    picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(stream, format="PNG")
+    scaled = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    scaled.save(stream, format="WEBP", quality=82, method=4)
     return stream.getvalue()
 
 
@@ -144,9 +164,9 @@ def gather(inputs: Mapping[str, Path], media_budget: int) -> Gathered:
         curve = losses(folder, title, found.metrics.get(stage, {}))
         if curve is not None:
             found.curves.append(curve)
-        gallery = samples(folder, media_budget)
-        if gallery and stage != "ucf101-evaluation":
-            found.galleries[stage] = gallery
+        shown = None if stage == "ucf101-evaluation" else gallery(folder, media_budget)
+        if shown is not None:
+            found.galleries[stage] = shown
     _curation(inputs.get("curation"), found)
     _ucf101(inputs.get("ucf101-evaluation"), found)
     _views(inputs.get("multiview-benchmark"), found)
@@ -176,17 +196,29 @@ def _finite(text: str | None) -> bool:
         return False
 
 
-def samples(folder: Path, budget: int, most: int = 12) -> list[Medium]:
-    """Pictures and clips of `samples/`, pictures first, as many as fit in `budget` bytes."""
-    files = [p for p in (folder / "samples").rglob("*") if p.suffix.lower() in _TYPES]
-    files.sort(key=lambda p: (p.suffix.lower() == ".mp4", p.relative_to(folder).as_posix()))
-    chosen: list[Medium] = []
+def gallery(folder: Path, budget: int) -> Gallery | None:
+    """The pictures of a stage's folder and of `samples/`, and its pairs `generated-<n>` and `real-<n>`: as many as fit
+    in `budget` bytes; None when there are none. A sheet of the pairs is left out beside them, a GIF beside its mp4.
+    """
+    files = sorted([*folder.glob("*"), *(folder / "samples").glob("*")])
+    by_name = {path.stem: path for path in files if path.suffix.lower() in _TYPES}
+    mp4s = {path.stem for path in files if path.suffix.lower() == ".mp4"}
+    pairs, left = [], budget
+    for name in sorted(name for name in by_name if name.startswith("generated-")):
+        made, real = by_name[name], by_name.get(name.replace("generated", "real", 1))
+        if real is not None and (size := made.stat().st_size + real.stat().st_size) <= left:
+            left -= size
+            pairs.append(Pair("", "", medium(made), medium(real)))
+    media = []
     for path in files:
-        size = path.stat().st_size
-        if len(chosen) < most and size <= budget:
-            budget -= size
-            chosen.append(medium(path, path.stem.replace("_", " ").replace("-", " ")))
-    return chosen
+        shown = path.suffix.lower() in _TYPES and not path.stem.startswith(("generated-", "real-"))
+        if not shown or (pairs and path.stem == "sheet") or (path.suffix.lower() == ".gif" and path.stem in mp4s):
+            continue
+        one = medium(path, path.stem.replace("_", " ").replace("-", " "))
+        if len(one.uri) * 3 // 4 <= left:
+            left -= len(one.uri) * 3 // 4
+            media.append(one)
+    return Gallery(tuple(pairs), tuple(media)) if pairs or media else None
 
 
 _STEPS = {
@@ -208,7 +240,11 @@ def _curation(folder: Path | None, found: Gathered) -> None:
         note = f"−{step['dropped']}, alone −{step['dropped_alone']}" if "dropped_alone" in step else ""
         name = _STEPS.get(step["step"], step["step"])
         found.funnel.append(Bar(name if step["step"] == "clips" else f"after {name}", float(step["left"]), note))
-    found.plots = [medium(path, path.stem.replace("_", " ")) for path in sorted((folder / "plots").glob("*.png"))][:6]
+    plots = [path for path in sorted((folder / "plots").glob("*.png")) if path.stem != "funnel"]
+    found.plots = [medium(path, path.stem.replace("_", " "), 900) for path in plots]
+    found.contacts = [
+        medium(path, path.stem.replace("_", " "), 1400) for path in sorted((folder / "contact").glob("*.jpg"))
+    ]
 
 
 _SUBJECTS = {
@@ -242,4 +278,11 @@ def _views(folder: Path | None, found: Gathered) -> None:
     if folder is None or not (folder / "results.csv").is_file():
         found.missing.append("Multi-view scores: multiview-benchmark/results.csv is missing")
         return
-    found.views = read_csv(folder / "results.csv")
+    rows = read_csv(folder / "results.csv")
+    names = tuple(name for name in rows[0] if all(_finite(row[name]) for row in rows) and name not in _COUNTS)
+    about = {name: rows[0][name] for name in rows[0] if name not in (*names, "subject")}
+    table = tuple((row["subject"], tuple(row[name] for name in names)) for row in rows)
+    found.views = ViewTable(names, table, about)
+
+
+_COUNTS = ("objects", "views")

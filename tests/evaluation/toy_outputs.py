@@ -1,0 +1,115 @@
+"""Output folders of all stages as the report finds them, with toy contents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.fvd import distance
+from evaluation.moments import MomentState
+from evaluation.protocol import named_protocols
+from evaluation.results import Result, Score, paper_rows, result_json, write_rows
+from svd.data.scenes import World, render_clip
+from svd.stage import write_json
+from svd.video import write_mp4, write_png
+
+TRAINED = (
+    "image-pretraining",
+    "video-pretraining",
+    "high-quality-finetuning",
+    "image-to-video",
+    "multiview-finetuning",
+)
+
+
+def clip(index: int) -> np.ndarray:
+    return render_clip(World(0, "test"), index, 8, 64, 96, 8).frames
+
+
+def noisy(frames: np.ndarray) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.clip(frames + rng.normal(0, 20, frames.shape), 0, 255).astype(np.uint8)
+
+
+def write_curation(folder: Path) -> None:
+    left, steps = 312, [{"step": "clips", "left": 312, "dropped": 0}]
+    for name, dropped in (("motion", 78), ("similarity", 21), ("text_area", 17)):
+        left -= dropped
+        steps.append({"step": name, "left": left, "dropped": dropped, "dropped_alone": dropped + 9, "threshold": 0.2})
+    write_json(folder / "funnel.json", {"steps": steps, "thresholds": {"motion": 0.2}})
+    write_json(folder / "metrics.json", {"sources": 33, "clips": 312, "clips_kept": left, "truth_cut_recall": 0.98})
+
+
+def write_training(folder: Path, number: int) -> None:
+    rng = np.random.default_rng(number)
+    lines = ["step,train_loss,val_loss"]
+    for step in range(0, 301, 5):
+        value = 0.25 + 0.7 * np.exp(-step / 60)
+        validated = f"{value + 0.03:.6f}" if step % 100 == 0 else ""
+        lines.append(f"{step},{value + rng.normal(0, 0.03):.6f},{validated}")
+    (folder / "losses.csv").write_text("\n".join(lines) + "\n")
+    write_json(folder / "metrics.json", {"validation_loss_before": 0.98, "validation_loss_after": 0.285, "steps": 300})
+    for sample in range(2):
+        real = clip(10 * number + sample)
+        if "image-pre" in folder.name:
+            write_png(folder / "samples" / f"generated-{sample}.png", noisy(real)[0])
+            write_png(folder / "samples" / f"real-{sample}.png", real[0])
+        else:
+            write_mp4(folder / "samples" / f"generated-{sample}.mp4", noisy(real), 8)
+            write_mp4(folder / "samples" / f"real-{sample}.mp4", real, 8)
+    write_png(folder / "samples" / "sheet.png", real[0])
+
+
+def write_evaluation(folder: Path) -> None:
+    rng = np.random.default_rng(1)
+    real = MomentState.of(rng.normal(size=(101, 48)))
+    spreads = {"generated": 1.4, "noise": 4.0, "mean-frame": 2.5, "untrained": 3.0, "real-split": 1.0}
+    scores = [
+        Score(name, None if name in ("mean-frame", "real-split") else 0, distance(real, state))
+        for name, spread in spreads.items()
+        for state in [MomentState.of(rng.normal(0.1 * spread, spread, size=(101, 48)))]
+    ]
+    about = json.loads(json.dumps(named_protocols()["svd_ucf101_paper"].describe()))
+    result = Result(
+        "ucf101_fixture", "frechet_transnetv2", "TransNetV2 (sha256 abc)", about, {"unet": "0"}, tuple(scores),
+        ("101 real clips for 1024 dimensions",),
+    )  # fmt: skip
+    write_json(folder / "result.json", result_json(result))
+    write_rows(folder / "results.csv", [*result.rows(), *paper_rows()])
+    write_json(folder / "metrics.json", {"ucf101_fixture_frechet_transnetv2": 1.0})
+    listed = []
+    for number in range(4):
+        names = {kind: f"{kind}-{number}.mp4" for kind in ("generated", "real")}
+        write_mp4(folder / "samples" / names["generated"], noisy(clip(number)), 8)
+        write_mp4(folder / "samples" / names["real"], clip(number), 8)
+        prompt = f"a <b>red</b> ring & disc {number}"
+        listed.append({"class": f"Class{number}", "prompt": prompt, **names})
+    (folder / "samples" / "samples.json").write_text(json.dumps(listed))
+
+
+def write_views(folder: Path) -> None:
+    lines = ["subject,psnr,ssim,clip_weights,objects,views,protocol,source"]
+    lines += [f"{name},{psnr},0.5,toy-clip,8,8,p,measured" for name, psnr in (("generated", 16.2), ("mean view", 14.4))]
+    (folder / "results.csv").write_text("\n".join(lines) + "\n")
+    write_json(folder / "metrics.json", {"psnr": 16.2})
+    write_png(folder / "samples" / "contact_sheet.png", np.concatenate([clip(3)[i] for i in range(8)], axis=1))
+    write_mp4(folder / "samples" / "turntable.mp4", clip(3), 8)
+
+
+def write_outputs(root: Path) -> dict[str, Path]:
+    """All stages' folders below `root`."""
+    names = ("curation", "autoencoder", *TRAINED, "ucf101-evaluation", "multiview-benchmark", "sources", "encoders")
+    folders = {name: root / name for name in (*names, "latents", "orbits")}
+    for folder in folders.values():
+        (folder / "samples").mkdir(parents=True)
+    write_curation(folders["curation"])
+    for number, name in enumerate(("autoencoder", *TRAINED)):
+        write_training(folders[name], number)
+    write_png(folders["autoencoder"] / "reconstructions.png", np.concatenate([clip(2)[0], noisy(clip(2))[0]], axis=1))
+    write_evaluation(folders["ucf101-evaluation"])
+    write_views(folders["multiview-benchmark"])
+    for name in ("sources", "encoders", "latents", "orbits"):
+        write_json(folders[name] / "metrics.json", {"items": 3})
+    return folders
