@@ -48,7 +48,7 @@ def choose_windows(
     """
     low, high = fps_range
     smallest = max(1, math.ceil(clip_fps / high - 1e-6))
-    largest = (clip_frames - 1) // (frames - 1) if frames > 1 else clip_frames
+    largest = (clip_frames - 1) // (frames - 1) if frames > 1 else max(smallest, math.ceil(clip_fps))
     if clip_fps < low * (1 - 1e-6) or largest < smallest or clip_frames < frames:
         return []
     found = []

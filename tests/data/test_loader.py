@@ -1,0 +1,156 @@
+"""Order, captions, dropout, noise levels and noise are functions of (seed, global sample index) alone."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from toy_training import FRAMES, write_cache
+
+from svd.data.cache import LatentCache
+from svd.data.loader import Batch, Draws, Examples, IndexedLoader, shuffled
+from svd.stage import UserError
+
+DRAWS = Draws(
+    7, -1.2, 1.0, text_dropout=0.15, image_dropout=0.1, caption_probabilities=(("motion", 0.25), ("sidecar", 0.75))
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+    return LatentCache(write_cache(tmp_path_factory.mktemp("cache")))
+
+
+def examples(cache: LatentCache, draws: Draws = DRAWS, frames: int = FRAMES) -> Examples:
+    return Examples(cache, cache.index.sort("sample_id").to_dicts(), frames, draws)
+
+
+def by_index(batches: list[Batch]) -> dict[int, Batch]:
+    """Single samples by their global index."""
+    return {int(b["index"][k]): {n: v[k] for n, v in b.items()} for b in batches for k in range(len(b["index"]))}
+
+
+def assert_equal(first: dict[int, Batch], second: dict[int, Batch]) -> None:
+    assert first.keys() == second.keys()
+    for index, sample in first.items():
+        assert all(value.equal(second[index][name]) for name, value in sample.items()), index
+
+
+@given(size=st.integers(1, 3000), key=st.text(max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_the_order_of_an_epoch_is_a_permutation(size: int, key: str) -> None:
+    assert sorted(shuffled(position, size, key) for position in range(size)) == list(range(size))
+
+
+def test_the_order_is_shuffled_and_changes_with_the_epoch() -> None:
+    first, second = ([shuffled(p, 1000, key) for p in range(1000)] for key in ("0/0", "0/1"))
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 10
+    neighbours = torch.corrcoef(torch.tensor([first[:-1], first[1:]]).float())[0, 1]
+    assert abs(neighbours) < 0.15
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (4, 0)])
+def test_ranks_and_workers_see_the_same_samples(cache: LatentCache, ranks: int, workers: int) -> None:
+    data = examples(cache)
+    alone = by_index(list(IndexedLoader(data, 5, 8)))
+    shared = [batch for rank in range(ranks) for batch in IndexedLoader(data, 5, 8, rank, ranks, workers)]
+    assert sorted(alone) == list(range(40))
+    assert_equal(alone, by_index(shared))
+
+
+def test_the_state_is_the_next_step(cache: LatentCache) -> None:
+    data = examples(cache)
+    whole = list(IndexedLoader(data, 6, 4))
+    first = IndexedLoader(data, 6, 4)
+    iterator = iter(first)
+    taken = [next(iterator) for _ in range(2)]
+    second = IndexedLoader(data, 6, 4)
+    second.load_state_dict(first.state_dict())
+    assert first.state_dict() == {"next": 2}
+    assert len(second) == len(first) == 6
+    assert_equal(by_index(whole), by_index([*taken, *second]))
+
+
+def test_a_resumed_run_may_have_another_number_of_ranks(cache: LatentCache) -> None:
+    data = examples(cache)
+    whole = by_index(list(IndexedLoader(data, 6, 4)))
+    alone = IndexedLoader(data, 6, 4)
+    iterator = iter(alone)
+    parts = [next(iterator) for _ in range(3)]
+    for rank in range(2):
+        shared = IndexedLoader(data, 6, 4, rank, 2)
+        shared.load_state_dict(alone.state_dict())
+        parts += list(shared)
+    assert_equal(whole, by_index(parts))
+
+
+def test_every_clip_comes_once_an_epoch_with_new_draws(cache: LatentCache) -> None:
+    data = examples(cache)
+    epochs = [[data[e * len(data) + k] for k in range(len(data))] for e in range(2)]
+    rows = [[data.row(e * len(data) + k)["sample_id"] for k in range(len(data))] for e in range(2)]
+    assert sorted(rows[0]) == sorted(rows[1]) == sorted({row["sample_id"] for row in data.rows})
+    assert rows[0] != rows[1]
+    same = rows[1].index(rows[0][0])
+    assert not epochs[0][0]["noise"].equal(epochs[1][same]["noise"])
+    assert not epochs[0][0]["latents"].equal(epochs[1][same]["latents"])
+
+
+def test_draws_follow_their_distributions(cache: LatentCache) -> None:
+    data, count = examples(cache), 3000
+    log_sigma = torch.stack([DRAWS.sigma(i) for i in range(count)]).log()
+    assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.06)
+    assert log_sigma.std().item() == pytest.approx(1.0, abs=0.05)
+    assert 1 - sum(DRAWS.kept(i, "text", 0.15) for i in range(count)) / count == pytest.approx(0.15, abs=0.02)
+    sample = cache.read(data.rows[0])
+    chosen = Counter[str]()
+    for index in range(count // 2):
+        text = data._text(sample, index)
+        names = [name for name, candidate in sample.texts if candidate.equal(text)]
+        chosen[names[0] if names else "null"] += 1
+    assert chosen["null"] / (count // 2) == pytest.approx(0.15, abs=0.03)
+    assert chosen["motion"] / (chosen["motion"] + chosen["sidecar"]) == pytest.approx(0.25, abs=0.04)
+
+
+def test_offset_noise_is_shared_by_the_frames(cache: LatentCache) -> None:
+    plain, shifted = (examples(cache, Draws(7, 0, 1, offset_noise=s))[3]["noise"] for s in (0.0, 0.5))
+    shift = shifted - plain
+    assert shift.std(dim=(0, 2, 3)).max() < 1e-6
+    assert shift.abs().max() > 0
+
+
+def test_an_examination_is_stratified_and_fixed(cache: LatentCache) -> None:
+    draws = Draws(1, 0.3, 1.4, text_dropout=1.0, image_dropout=1.0, strata=8)
+    levels = torch.stack([draws.sigma(i) for i in range(8)])
+    assert levels.log().mean().item() == pytest.approx(0.3, abs=1e-5)
+    assert (levels.diff() > 0).all()
+    data = examples(cache, draws)
+    sample, moments = data[2], cache.read(data.rows[2]).moments
+    assert sample["latents"].equal(moments[:, :4] * 0.5)
+    assert sample["text"].equal(cache.read(data.rows[2]).texts[0][1])
+    assert sample["keep_image"] == sample["keep_concat"] == 1
+
+
+def test_fewer_frames_are_a_window_of_the_cached_ones(cache: LatentCache) -> None:
+    data = examples(cache, DRAWS, frames=2)
+    starts = set()
+    for index in range(40):
+        image, whole = data[index]["image"], cache.read(data.row(index)).image
+        starts.add(next(k for k in range(3) if whole[k : k + 2].equal(image)))
+    assert starts == {0, 1, 2}
+
+
+def test_a_batch_that_ranks_cant_share_is_refused(cache: LatentCache) -> None:
+    with pytest.raises(UserError, match="'batch_size'"):
+        IndexedLoader(examples(cache), 1, 4, 0, 3)
+
+
+def test_a_folder_without_a_cache_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run the stage 'latents' first"):
+        LatentCache(tmp_path)

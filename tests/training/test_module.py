@@ -1,0 +1,224 @@
+"""The module: objective, what trains, learning rate, clipping, conditioning of every task, averaging of the weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from toy_training import toy_context, toy_preset
+from torch.utils.data import default_collate
+
+from svd.config import Phase
+from svd.data.cache import LatentCache
+from svd.data.loader import Batch, Draws, Examples
+from svd.diffusion import edm
+from svd.model.autoencoder import Autoencoder
+from svd.model.conditioning import micro_conditioning
+from svd.model.unet import UNet
+from svd.model.weights import load_autoencoder
+from svd.stage import UserError
+from svd.training.ema import Ema
+from svd.training.initialise import carry_over, fresh_unet, unet_config, with_checkpointing
+from svd.training.module import Diffusion, learning_rate_factor, select_parameters
+from svd.training.tasks import FRAME_INTERPOLATION, IMAGE, IMAGE_TO_VIDEO, MULTIVIEW, TEXT_TO_VIDEO, Task, dropped
+
+TASKS = (IMAGE, TEXT_TO_VIDEO, IMAGE_TO_VIDEO, FRAME_INTERPOLATION, MULTIVIEW)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatentCache, Autoencoder]:
+    context = toy_context(tmp_path_factory.mktemp("toy"), "module")
+    return LatentCache(context.inputs["latents"]), load_autoencoder(context.inputs["autoencoder"])
+
+
+def unet_of(task: Task, seed: int = 0) -> UNet:
+    unet = fresh_unet(unet_config(toy_preset(), task, (8, 8)), seed, "test")
+    torch.manual_seed(1)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.05)
+    return unet
+
+
+def batch_of(cache: LatentCache, task: Task, **draws: object) -> Batch:
+    frames = 1 if task is IMAGE else 4
+    chosen = Draws(3, 0.0, 1.0, pixels=task.pixels, **draws)  # type: ignore[arg-type]
+    examples = Examples(cache, cache.index.sort("sample_id").to_dicts(), frames, chosen)
+    return default_collate([examples[k] for k in range(3)])
+
+
+def module_of(task: Task, autoencoder: Autoencoder, **training: object) -> Diffusion:
+    config = toy_preset(**training).video_pretraining
+    unet = unet_of(task)
+    return Diffusion(unet, task, config, config.phases[0], autoencoder, lambda u: select_parameters(u, task, "all"))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_loss_is_the_weighted_denoising_error(task: Task, parts: tuple[LatentCache, Autoencoder]) -> None:
+    cache, autoencoder = parts
+    batch, module = batch_of(cache, task), module_of(task, autoencoder)
+    with torch.no_grad():
+        losses = module.losses(batch)
+        condition = task.condition(batch, module.unet, autoencoder)
+        x = batch["latents"] + edm.expand(batch["sigma"], batch["latents"]) * batch["noise"]
+        c_skip, c_out, c_in, c_noise = (edm.expand(s, x) for s in edm.scalings(batch["sigma"]))
+        given = x * c_in if condition.concat is None else torch.cat([x * c_in, condition.concat], 2)
+        raw = module.unet(given, c_noise.flatten(), condition.context, condition.ids)
+        error = (c_skip * x + c_out * raw - batch["latents"]).square().flatten(1).mean(1)
+    assert losses.shape == (3,)
+    torch.testing.assert_close(losses, error * edm.weighting(batch["sigma"]), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS[1:], ids=lambda task: task.name)
+def test_every_trainable_parameter_gets_a_gradient(task: Task, parts: tuple[LatentCache, Autoencoder]) -> None:
+    cache, autoencoder = parts
+    module = module_of(task, autoencoder)
+    module.configure_model()
+    for parameter in module.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    module.losses(batch_of(cache, task)).mean().backward()
+    without = [n for n, p in module.unet.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    # One number a channel that the following normalisation takes away again.
+    assert [name for name in without if "bias" not in name] == []
+    frozen = [name for name, p in module.unet.named_parameters() if not p.requires_grad]
+    assert all(any(word in name for word in ("to_q", "to_k", "norm2")) for name in frozen)
+    assert bool(frozen) == task.one_token
+
+
+def test_ids_are_those_of_generation(parts: tuple[LatentCache, Autoencoder]) -> None:
+    cache, autoencoder = parts
+    batch = batch_of(cache, MULTIVIEW)
+    ids = MULTIVIEW.condition(batch, unet_of(MULTIVIEW), autoencoder).ids
+    for k in range(3):
+        fps, bucket, sigma, elevation = (
+            batch[key][k].item() for key in ("fps", "motion_bucket", "conditioning_sigma", "elevation")
+        )
+        expected = micro_conditioning(4, 1, fps=fps, motion_bucket=bucket, cond_aug=sigma, elevation_degrees=elevation)
+        torch.testing.assert_close(ids[k : k + 1], expected)
+
+
+def test_dropping_zeroes_image_and_latent_and_empties_the_text(parts: tuple[LatentCache, Autoencoder]) -> None:
+    cache, autoencoder = parts
+    batch = batch_of(cache, IMAGE_TO_VIDEO)
+    condition = IMAGE_TO_VIDEO.condition(dropped(batch, cache.null_text), unet_of(IMAGE_TO_VIDEO), autoencoder)
+    assert not condition.context.any()
+    assert not condition.concat.any()
+    assert dropped(batch, cache.null_text)["text"].equal(cache.null_text.expand(3, -1, -1))
+    kept = IMAGE_TO_VIDEO.condition(batch, unet_of(IMAGE_TO_VIDEO), autoencoder)
+    assert kept.concat.shape == batch["latents"].shape
+    assert kept.concat[:, 0].equal(kept.concat[:, -1])
+
+
+def test_time_embedding_alone_trains_in_the_first_phase() -> None:
+    unet = unet_of(TEXT_TO_VIDEO)
+    select_parameters(unet, TEXT_TO_VIDEO, "time-embedding")
+    trained = {name.split(".")[0] for name, p in unet.named_parameters() if p.requires_grad}
+    assert trained == {"time_embedding"}
+    select_parameters(unet, TEXT_TO_VIDEO, "temporal")
+    trained = [name for name, p in unet.named_parameters() if p.requires_grad]
+    assert trained and all("tempor" in name or "time_pos" in name or "time_mixer" in name for name in trained)
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    config = toy_preset(warmup=4, decay="cosine").video_pretraining
+    rates = [learning_rate_factor(step, config, 10) for step in range(11)]
+    assert rates[0] == pytest.approx(0.25)
+    assert rates[5] == pytest.approx(0.5)
+    assert rates[10] == pytest.approx(0.0, abs=1e-9)
+    assert learning_rate_factor(99, toy_preset().video_pretraining, 10) == 1.0
+
+
+def test_gradients_are_clipped_by_their_norm(parts: tuple[LatentCache, Autoencoder]) -> None:
+    cache, autoencoder = parts
+    module = module_of(TEXT_TO_VIDEO, autoencoder, clip_norm=1e-3)
+    module.configure_model()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+    (module.losses(batch_of(cache, TEXT_TO_VIDEO)).mean() * 100).backward()
+    module.configure_gradient_clipping(optimizer)
+    clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in module.unet.parameters() if p.grad is not None))
+    assert clipped == pytest.approx(1e-3, rel=1e-3)
+    assert float(module.gradient_norm) > 1e-3
+
+
+def test_average_follows_its_formula_and_swaps_back() -> None:
+    model = torch.nn.Linear(3, 2)
+    average = Ema(model, decay=0.5)
+    expected = model.weight.detach().clone()
+    for step in range(1, 6):
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    raw = model.weight.detach().clone()
+    with average.swapped():
+        torch.testing.assert_close(model.weight.detach(), expected)
+    assert model.weight.equal(raw)
+
+
+def test_averaging_every_k_steps_takes_the_power_of_the_decay() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = Ema(model, decay=0.9, every=2)
+    start = model.weight.item()
+    with torch.no_grad():
+        model.weight.fill_(start + 1)
+    average.update(1)
+    assert average.get_parameter("weight").item() == start
+    average.update(2)
+    assert average.get_parameter("weight").item() == pytest.approx(start + 1 - (2 / 11) ** 2)
+
+
+def test_carrying_over_leaves_the_function_unchanged(parts: tuple[LatentCache, Autoencoder]) -> None:
+    cache, autoencoder = parts
+    source = unet_of(TEXT_TO_VIDEO)
+    torch.nn.init.normal_(source.add_embedding.linear_2.weight, std=0.1)
+    target = carry_over(source, unet_of(IMAGE_TO_VIDEO, seed=5), "source")
+    batch = batch_of(cache, IMAGE_TO_VIDEO)
+    concat = IMAGE_TO_VIDEO.condition(batch, target, autoencoder).concat
+    ids = torch.tensor([[5.0, 100.0, 0.05]]).expand(3, -1)
+    x, noise = batch["latents"], torch.zeros(3)
+    with torch.no_grad():
+        before = source(x, noise, batch["text"], ids[:, :2])
+        after = target(torch.cat([x, concat], 2), noise, batch["text"], ids)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_model_lives_on_in_the_video_model(parts: tuple[LatentCache, Autoencoder]) -> None:
+    cache, _ = parts
+    image = unet_of(IMAGE)
+    video = carry_over(image, unet_of(TEXT_TO_VIDEO, seed=5), "image")
+    batch = batch_of(cache, IMAGE)
+    with torch.no_grad():
+        before = image(batch["latents"], torch.zeros(3), batch["text"])
+        ids = torch.tensor([[5.0, 100.0]]).expand(3, -1)
+        after = video(batch["latents"], torch.zeros(3), batch["text"], ids, image_mode=True)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+def test_unfitting_weights_are_named() -> None:
+    small = unet_of(TEXT_TO_VIDEO)
+    config = unet_config(toy_preset(), TEXT_TO_VIDEO, (8, 8))
+    wide = UNet(type(config)(**{**config.__dict__, "block_out_channels": (64, 64)}))
+    with pytest.raises(UserError, match=r"some/unet: .* 'model.unet'"):
+        carry_over(small, wide, "some/unet")
+
+
+def test_recomputation_changes_no_gradient(parts: tuple[LatentCache, Autoencoder]) -> None:
+    cache, autoencoder = parts
+    batch, gradients = batch_of(cache, TEXT_TO_VIDEO), []
+    for mode in ("none", "all"):
+        module = module_of(TEXT_TO_VIDEO, autoencoder)
+        module.unet = with_checkpointing(module.unet, mode)
+        module.losses(batch).mean().backward()
+        gradients.append({n: p.grad for n, p in module.unet.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+def test_phase_sizes_must_be_cached() -> None:
+    from svd.presets import ConfigError
+
+    phase = Phase(iterations=1, batch_size=1, height=24, width=16, frames=1, p_mean=0, p_std=1, learning_rate=1)
+    with pytest.raises(ConfigError, match="latents.geometries"):
+        toy_preset(phases=[phase.model_dump()])
