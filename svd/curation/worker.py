@@ -9,17 +9,20 @@ import multiprocessing
 import os
 import resource
 import signal
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from svd.config import CurationConfig
-from svd.curation.types import Analysis, SourceFailure
+from svd.config import CurationConfig, MotionConfig
+from svd.curation.types import Analysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
 
 DEFAULT_TIMEOUT = 3600.0  # seconds for one source
 DEFAULT_MEMORY = 2 << 30  # bytes that analysing may add to a fresh process
+
+_NO_MEMORY = "more memory needed than allowed"
 
 
 def _limit_memory(extra: int) -> None:
@@ -29,35 +32,39 @@ def _limit_memory(extra: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def _serve(connection: Connection, memory: int) -> None:
-    """Child: analyse one path after the other until the parent hangs up."""
+def _answer(request: tuple[Any, ...]) -> Any:
+    """What a request leads to: a result, or the reason why there is none."""
+    from svd.curation.analysis import analyse
+    from svd.curation.writing import write_clips
+
+    try:
+        if request[0] == "analyse":
+            return analyse(*request[1:])
+        return write_clips(*request[1:])
+    except SourceFailure as failure:
+        return failure.reason
+    except MemoryError:
+        return _NO_MEMORY
+    except Exception as error:  # the child speaks for one hostile file; anything it meets is that file's reason
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _serve(connection: Connection, memory: int, motion: MotionConfig) -> None:
+    """Child: answer one request after the other until the parent hangs up."""
     import av.logging
 
-    from svd.curation.analysis import analyse
     from svd.curation.motion import prepare
 
     av.logging.set_level(None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    limited = False
+    prepare(motion)  # a network is loaded before memory is limited: its size is no source's fault
+    _limit_memory(memory)
     while True:
         try:
-            path, config = connection.recv()
+            request = connection.recv()
         except EOFError:
             return
-        answer: Analysis | str
-        try:
-            if not limited:
-                prepare(config.motion)
-                _limit_memory(memory)
-                limited = True
-            answer = analyse(path, config)
-        except SourceFailure as failure:
-            answer = failure.reason
-        except MemoryError:
-            answer = "more memory needed than allowed"
-        except Exception as error:  # the child speaks for one hostile file; anything it meets is that file's reason
-            answer = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        connection.send(answer)
+        connection.send(_answer(request))
 
 
 class Analyst:
@@ -73,31 +80,44 @@ class Analyst:
 
     def analyse(self, path: Path, config: CurationConfig) -> Analysis:
         """As analysis.analyse; a hang, a crash and a lack of memory are SourceFailures too."""
-        connection = self._start()
-        connection.send((path, config))
+        analysis: Analysis = self._ask(config.motion, "analyse", path, config)
+        return analysis
+
+    def write_clips(self, source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:
+        """As writing.write_clips, with the same guards; unfinished files are removed."""
         try:
+            written: list[ClipFile] = self._ask(None, "write", source, facts, list(jobs))
+        finally:
+            for _, target in jobs:
+                target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
+        return written
+
+    def _ask(self, motion: MotionConfig | None, *request: Any) -> Any:
+        connection = self._start(motion)
+        try:
+            connection.send(request)
             if not connection.poll(self.timeout):
                 raise SourceFailure(f"not finished after {self.timeout:g} s")
             answer = connection.recv()
-        except (EOFError, ConnectionResetError):
-            code = self._reap()
-            raise SourceFailure(f"the decoder crashed ({_exit_name(code)})") from None
+        except (EOFError, ConnectionResetError, BrokenPipeError):
+            raise SourceFailure(f"the decoder crashed ({_exit_name(self._reap())})") from None
         except BaseException:
             self.close()
             raise
-        if isinstance(answer, Analysis):
+        if not isinstance(answer, str):
             return answer
-        if "memory" in answer:
+        if answer == _NO_MEMORY:
             self.close()  # the next source starts with a fresh heap
         raise SourceFailure(answer)
 
-    def _start(self) -> Connection:
+    def _start(self, motion: MotionConfig | None) -> Connection:
         if self._process is not None and self._process.is_alive() and self._connection is not None:
             return self._connection
         self.close()
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.memory), daemon=True)
+        arguments = theirs, self.memory, motion or MotionConfig()
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         self._connection = ours

@@ -1,0 +1,243 @@
+"""Hostile and broken inputs: each becomes an analysis or a failure with a readable reason, and nothing else happens."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+from media_files import Kind, shots, tiny_config, write
+
+from svd.config import CurationConfig
+from svd.curation.types import Analysis, SourceFailure
+from svd.curation.worker import Analyst, analyse_guarded
+from svd.curation.writing import write_clips
+
+LIMITS = {"timeout": 30.0, "memory": 1 << 30}
+
+
+@pytest.fixture(scope="module")
+def config() -> CurationConfig:
+    return tiny_config()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("good") / "good", list(shots([30, 30])), kind=Kind(b_frames=2, audio=True))
+
+
+@pytest.fixture(scope="module")
+def analyst() -> Analyst:
+    with Analyst(**LIMITS) as analyst:
+        yield analyst
+
+
+def _reason(analyst: Analyst, path: Path, config: CurationConfig) -> str:
+    with pytest.raises(SourceFailure) as failure:
+        analyst.analyse(path, config)
+    reason = failure.value.reason
+    assert reason and "\n" not in reason and "Traceback" not in reason
+    return reason
+
+
+def _boxes(data: bytes, name: bytes) -> list[int]:
+    places, at = [], data.find(name)
+    while at >= 0:
+        places.append(at)
+        at = data.find(name, at + 1)
+    return places
+
+
+def test_bad_files_have_readable_reasons(analyst: Analyst, good: Path, config: CurationConfig, tmp_path: Path) -> None:
+    """Text, nothing, noise, sound only, a picture, a folder, a pipe, a missing file, a playlist."""
+    data = good.read_bytes()
+    files = {
+        "text.mp4": (b"this is not a video\n" * 50, "not a"),
+        "empty.mp4": (b"", "empty"),
+        "noise.mp4": (random.Random(0).randbytes(20000), "not a"),
+        "half.mp4": (data[: len(data) // 2], "not a readable video"),
+        "header only.mp4": (data[:40], "not a readable video"),
+        "list.m3u8": (b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n/etc/passwd\n#EXT-X-ENDLIST\n", "not a"),
+        "concat.mp4": (b"ffconcat version 1.0\nfile /etc/passwd\n", "not a"),
+    }
+    for name, (content, words) in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert words in _reason(analyst, tmp_path / name, config), name
+    single = write(tmp_path / "single", list(shots([1])))
+    assert "frame" in _reason(analyst, single, config)
+    (tmp_path / "folder.mp4").mkdir()
+    assert "regular" in _reason(analyst, tmp_path / "folder.mp4", config)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert "regular" in _reason(analyst, tmp_path / "pipe.mp4", config)
+    assert "read" in _reason(analyst, tmp_path / "missing.mp4", config)
+    assert "regular" in _reason(analyst, Path("/dev/zero"), config)
+
+
+def test_sound_without_pictures(analyst: Analyst, config: CurationConfig, tmp_path: Path) -> None:
+    """An audio file with a video's name."""
+    import wave
+
+    path = tmp_path / "sound.mp4"
+    with wave.open(str(path), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(b"\0\0" * 8000)
+    assert _reason(analyst, path, config) == "no video stream"
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.mp4", "quo'te\".mp4", "ünïcödé-🎬.mp4", "pipe:0.mp4", "%03d.mp4", "-i.mp4", "a;rm.mp4"]
+)
+def test_any_file_name_works(analyst: Analyst, good: Path, config: CurationConfig, tmp_path: Path, name: str) -> None:
+    """Names are never patterns, protocols or options."""
+    (tmp_path / name).write_bytes(good.read_bytes())
+    assert analyst.analyse(tmp_path / name, config).facts.frames == 60
+
+
+def test_lies_in_the_header(analyst: Analyst, good: Path, config: CurationConfig, tmp_path: Path) -> None:
+    """65535 × 65535 pixels, 10^9 frames and a rate of zero in the boxes of an MP4 file."""
+    data = good.read_bytes()
+    giant = bytearray(data)
+    for at in _boxes(data, b"avc1"):
+        if data[at - 4 : at - 2] == b"\0\0":
+            giant[at + 28 : at + 32] = struct.pack(">HH", 65535, 65535)
+    many = bytearray(data)
+    for at in _boxes(data, b"stsz"):
+        many[at + 12 : at + 16] = struct.pack(">I", 1_000_000_000)
+    still = bytearray(data)
+    for at in _boxes(data, b"stts"):
+        still[at + 16 : at + 20] = struct.pack(">I", 0)
+    for name, content in (("giant", giant), ("many", many), ("still", still)):
+        path = tmp_path / f"{name}.mp4"
+        path.write_bytes(content)
+        try:
+            assert analyst.analyse(path, config).facts.frames <= 60
+        except SourceFailure as failure:
+            assert failure.reason
+    assert analyst.analyse(good, config).facts.frames == 60
+
+
+def test_real_giants_are_refused(analyst: Analyst, config: CurationConfig, tmp_path: Path) -> None:
+    """A raw stream whose own header asks for more pixels than any video has."""
+    header = b"YUV4MPEG2 W65535 H65535 F25:1 Ip A1:1 C420jpeg\nFRAME\n"
+    (tmp_path / "giant.y4m").write_bytes(header + bytes(100_000))
+    assert _reason(analyst, tmp_path / "giant.y4m", config)
+    (tmp_path / "zero.y4m").write_bytes(b"YUV4MPEG2 W64 H64 F0:0 Ip A1:1 C420jpeg\n" + (b"FRAME\n" + bytes(6144)) * 10)
+    try:
+        assert analyst.analyse(tmp_path / "zero.y4m", config).facts.fps > 0
+    except SourceFailure as failure:
+        assert failure.reason
+
+
+def test_a_hang_becomes_a_reason_and_the_next_source_works(good: Path, config: CurationConfig, tmp_path: Path) -> None:
+    """A source that takes too long is given up; its process goes, a new one takes over."""
+    long = write(tmp_path / "long", list(shots([1500], height=144, width=256, speed=0.2)))
+    with Analyst(timeout=60, memory=1 << 30) as analyst:
+        analyst.analyse(good, config)
+        analyst.timeout = 0.02
+        assert "not finished after" in _reason(analyst, long, config)
+        analyst.timeout = 60
+        assert isinstance(analyst.analyse(good, config), Analysis)
+
+
+def test_a_crash_and_a_lack_of_memory_become_reasons(good: Path, config: CurationConfig) -> None:
+    """The decoder's process dies; the run does not."""
+    with Analyst(timeout=60, memory=1 << 30) as analyst:
+        analyst.analyse(good, config)
+        child = analyst._process
+        assert child is not None
+        threading.Timer(0.0, os.kill, (child.pid, 11)).start()
+        child.join(20)
+        assert analyst.analyse(good, config).facts.frames == 60
+    with pytest.raises(SourceFailure, match=r"memory|crashed"):
+        analyse_guarded(good, config, timeout=60, memory=1 << 20)
+
+
+def test_clips_are_written_behind_the_same_guard(good: Path, config: CurationConfig, tmp_path: Path) -> None:
+    """Equal files to those written directly; a failure has a reason and leaves nothing behind."""
+    with Analyst(**LIMITS) as analyst:
+        analysis = analyst.analyse(good, config)
+        targets = [tmp_path / f"{i}.mp4" for i in range(len(analysis.clips))]
+        jobs = [(c.span, t) for c, t in zip(analysis.clips, targets, strict=True)]
+        written = analyst.write_clips(good, analysis.facts, jobs)
+        contents = [t.read_bytes() for t in targets]
+        assert written == write_clips(good, analysis.facts, jobs) and contents == [t.read_bytes() for t in targets]
+        with pytest.raises(SourceFailure, match="read"):
+            analyst.write_clips(tmp_path / "gone.mp4", analysis.facts, [(analysis.clips[0].span, tmp_path / "x.mp4")])
+        analyst.timeout = 0.0
+        with pytest.raises(SourceFailure, match="not finished"):
+            analyst.write_clips(good, analysis.facts, [(analysis.clips[0].span, tmp_path / "x.mp4")])
+    assert sorted(tmp_path.iterdir()) == targets
+
+
+def _mutate(data: bytes, generator: random.Random) -> bytes:
+    changed = bytearray(data)
+    kind = generator.randrange(5)
+    if kind == 0:  # flipped bits
+        for _ in range(generator.choice([1, 10, 200])):
+            at = generator.randrange(len(changed))
+            changed[at] ^= 1 << generator.randrange(8)
+    elif kind == 1:  # cut off
+        del changed[generator.randrange(len(changed)) :]
+    elif kind == 2:  # a piece overwritten with noise
+        at = generator.randrange(len(changed))
+        length = min(generator.choice([16, 500, 4000]), len(changed) - at)
+        changed[at : at + length] = generator.randbytes(length)
+    elif kind == 3:  # a piece left out
+        at = generator.randrange(len(changed))
+        del changed[at : at + generator.choice([1, 100, 2000])]
+    else:  # big numbers where the header is, wherever it is
+        for word in (b"stsz", b"stts", b"ctts", b"mvhd", b"tkhd", b"mdhd", b"avcC", b"stco"):
+            for at in _boxes(data, word):
+                if generator.random() < 0.3:
+                    place = at + 4 + 4 * generator.randrange(6)
+                    changed[place : place + 4] = generator.choice(
+                        [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0"]
+                    )
+    return bytes(changed)
+
+
+def _fuzz(count: int, seed: int, config: CurationConfig, folder: Path) -> tuple[int, int]:
+    generator = random.Random(seed)
+    kinds = [
+        Kind(b_frames=2),
+        Kind(suffix="mkv"),
+        Kind(suffix="ts"),
+        Kind(suffix="mpg", codec="mpeg2video"),
+        Kind(suffix="avi", codec="mpeg4"),
+    ]
+    originals = [write(folder / f"original{i}", list(shots([20, 20], 64, 96)), kind=k) for i, k in enumerate(kinds)]
+    before = sorted(p.name for p in folder.iterdir())
+    good = bad = 0
+    with Analyst(timeout=20, memory=1 << 30) as analyst:
+        for i in range(count):
+            original = originals[i % len(originals)]
+            path = folder / f"mutated{original.suffix}"
+            path.write_bytes(_mutate(original.read_bytes(), generator))
+            try:
+                analysis = analyst.analyse(path, config)
+                assert analysis.facts.frames >= 2 and analysis.facts.duration > 0
+                good += 1
+            except SourceFailure as failure:
+                assert failure.reason and "\n" not in failure.reason
+                bad += 1
+            path.unlink()
+    assert sorted(p.name for p in folder.iterdir()) == before
+    return good, bad
+
+
+def test_mutated_files(config: CurationConfig, tmp_path: Path) -> None:
+    """Forty mutations of five containers: each is analysed or fails with a reason."""
+    good, bad = _fuzz(40, 1, config, tmp_path)
+    assert good + bad == 40 and good and bad
+
+
+@pytest.mark.slow
+def test_many_mutated_files(config: CurationConfig, tmp_path: Path) -> None:
+    """Five hundred of them."""
+    good, bad = _fuzz(500, 2, config, tmp_path)
+    assert good + bad == 500 and good and bad
