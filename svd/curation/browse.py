@@ -1,0 +1,295 @@
+"""The browser page of a catalogue: look at clips, sort and filter by any score, move thresholds and see what they drop.
+
+`create_app` gives a FastAPI application (`svd browse`). It reads one curation output and writes nothing but, if asked,
+the thresholds of the preset file it was started with; comments and order of that file are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections import OrderedDict
+from fractions import Fraction
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import av
+import numpy as np
+import polars as pl
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, PackageLoader, select_autoescape
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from svd.config import FiltersConfig
+from svd.curation import catalog, filters
+from svd.curation.statistics import histogram
+from svd.data.shards import read_clip, read_thumbnail
+from svd.presets import parse_preset
+from svd.stage import UserError
+
+PLAYABLE = {"h264", "vp8", "vp9", "av1"}
+PAGE = 48
+CACHED_PREVIEWS = 64
+SHOWN = (
+    "clip_id",
+    "source_uri",
+    "start_seconds",
+    "end_seconds",
+    "duration",
+    "frames",
+    "fps",
+    "width",
+    "height",
+    "codec",
+    "method",
+    "motion_score",
+    "motion_bucket",
+    "camera",
+    "text_area",
+    "aesthetics",
+    "nsfw",
+    "similarity",
+    "duplicate_similarity",
+    "captions",
+    "verdict",
+    "reason",
+    "keep",
+)
+SORTABLE = ("source_uri", "duration", *(axis.column for axis in filters.AXES))
+
+
+class Thresholds(BaseModel):
+    """Absolute threshold by axis name; an axis that is left out is not used."""
+
+    thresholds: dict[str, float] = {}
+
+    def config(self) -> FiltersConfig:
+        """As the preset's section; raises HTTPException for an unknown axis."""
+        options = {axis.name: axis.option for axis in filters.AXES}
+        unknown = sorted(set(self.thresholds) - set(options))
+        if unknown:
+            raise HTTPException(422, f"unknown axis {', '.join(unknown)}; known: {', '.join(options)}")
+        return FiltersConfig.model_validate(
+            {options[name]: {"absolute": value} for name, value in self.thresholds.items()}
+        )
+
+
+class ClipsQuery(Thresholds):
+    """Which clips to show: a page of them, sorted by a score."""
+
+    sort: str = "source_uri"
+    descending: bool = False
+    show: str = "all"
+    search: str = ""
+    offset: int = 0
+
+
+class Catalogue:
+    """A catalogue in memory, without what the page never shows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        lazy = catalog.scan_clips(folder)
+        places = ("shard", "offset", "size", "thumbnail_offset", "thumbnail_size", "start_frame")
+        self.clips = lazy.select(*SHOWN, *places).collect()
+        self.index = {name: row for row, name in enumerate(self.clips["clip_id"])}
+        self.histograms: dict[str, dict[str, Any]] = {}
+        for axis in filters.AXES:
+            every, _, edges = histogram(lazy, axis.column)
+            if len(every):
+                self.histograms[axis.name] = {"counts": every.tolist(), "edges": edges.tolist()}
+        self._previews: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = Lock()
+
+    def row(self, clip_id: str) -> dict[str, Any]:
+        """The row of a clip; raises HTTPException 404."""
+        place = self.index.get(clip_id)
+        if place is None:
+            raise HTTPException(404, f"no clip {clip_id}")
+        return self.clips.row(place, named=True)
+
+    def judged(self, thresholds: Thresholds) -> pl.LazyFrame:
+        """Clips with the verdicts of other thresholds."""
+        return filters.apply(self.clips.lazy(), thresholds.config())[0]
+
+    def video(self, clip_id: str) -> bytes:
+        """An mp4 that a browser plays: the clip itself, or an H.264 preview of it."""
+        row = self.row(clip_id)
+        if row["codec"] in PLAYABLE:
+            return read_clip(self.folder, row)
+        with self._lock:
+            if clip_id not in self._previews:
+                self._previews[clip_id] = transcode(read_clip(self.folder, row))
+                if len(self._previews) > CACHED_PREVIEWS:
+                    self._previews.popitem(last=False)
+            return self._previews[clip_id]
+
+
+def transcode(data: bytes) -> bytes:
+    """An H.264 mp4 (yuv420p, at most 640 wide, moov first) of a clip that browsers can't play."""
+    with contextlib.ExitStack() as stack:
+        # Moving the index to the front needs a file that can be read again.
+        target = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "preview.mp4"
+        source = stack.enter_context(av.open(io.BytesIO(data), "r"))
+        out = av.open(str(target), "w", options={"movflags": "faststart"})
+        stack.callback(out.close)
+        video = source.streams.video[0]
+        scale = min(1.0, 640 / video.width)
+        rate = video.average_rate or Fraction(25)
+        stream = out.add_stream("libx264", rate=rate, options={"preset": "veryfast", "bf": "0"})
+        stream.width, stream.height = (max(2, int(side * scale) // 2 * 2) for side in (video.width, video.height))
+        stream.pix_fmt = "yuv420p"
+        for number, frame in enumerate(source.decode(video)):
+            small = frame.reformat(stream.width, stream.height, "yuv420p")
+            small.pts, small.time_base = number, 1 / rate
+            out.mux(stream.encode(small))
+        out.mux(stream.encode())
+        out.close()
+        return target.read_bytes()
+
+
+def partial(data: bytes, header: str | None, kind: str) -> Response:
+    """`data`, or the part of it that a Range header asks for: without it browsers can't seek."""
+    headers = {"Accept-Ranges": "bytes"}
+    if not header or not header.startswith("bytes=") or "," in header:
+        return Response(data, media_type=kind, headers=headers)
+    first, _, last = header.removeprefix("bytes=").partition("-")
+    try:
+        start = int(first) if first else max(0, len(data) - int(last))
+        stop = min(len(data), int(last) + 1) if first and last else len(data)
+    except ValueError:
+        raise HTTPException(416, "unreadable range") from None
+    if start >= stop:
+        raise HTTPException(416, "range outside the clip", {"Content-Range": f"bytes */{len(data)}"})
+    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+    return Response(data[start:stop], 206, headers, kind)
+
+
+def save_thresholds(preset: Path, thresholds: Thresholds) -> None:
+    """Write absolute thresholds into `curation.filters` of a preset file, keeping its comments; atomically.
+
+    An axis that is not in `thresholds` is taken out. Raises UserError when the result would not be a valid preset.
+    """
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    values = yaml.load(preset.read_text())
+    section = values.setdefault("curation", CommentedMap()).setdefault("filters", CommentedMap())
+    wanted = thresholds.config().model_dump(exclude_none=True)
+    for axis in filters.AXES:
+        if axis.option in wanted:
+            entry = CommentedMap({"absolute": float(f"{wanted[axis.option]['absolute']:.6g}")})
+            entry.fa.set_flow_style()
+            section[axis.option] = entry
+        else:
+            section.pop(axis.option, None)
+    text = io.StringIO()
+    yaml.dump(values, text)
+    parse_preset(YAML(typ="safe").load(text.getvalue()), str(preset))
+    temporary = preset.with_name(f".{preset.name}.tmp")
+    with temporary.open("w") as stream:
+        stream.write(text.getvalue())
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(preset)
+
+
+def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
+    """The application for one curation output; with `preset` the page can save thresholds to it.
+
+    Raises UserError when there is no catalogue.
+    """
+    data = Catalogue(folder)
+    app = FastAPI(title="SVD clip catalogue", docs_url=None, redoc_url=None)
+    page = Environment(loader=PackageLoader("svd.curation"), autoescape=select_autoescape()).get_template("browse.html")
+    used = _current(folder)
+
+    @app.get("/", response_class=HTMLResponse)
+    def index() -> str:
+        axes = [
+            {"name": a.name, "column": a.column, "side": a.side, "title": a.title, **data.histograms[a.name]}
+            for a in filters.AXES
+            if a.name in data.histograms
+        ]
+        return page.render(
+            folder=folder.name,
+            preset=preset.name if preset else "",
+            state={"axes": axes, "thresholds": used, "total": len(data.clips), "page": PAGE, "sorts": SORTABLE},
+        )
+
+    @app.post("/api/clips")
+    def clips(query: ClipsQuery) -> dict[str, Any]:
+        return select(data, query)
+
+    @app.get("/clips/{clip_id}.mp4")
+    def video(clip_id: str, request: Request) -> Response:
+        return partial(data.video(clip_id), request.headers.get("range"), "video/mp4")
+
+    @app.get("/clips/{clip_id}.jpg")
+    def thumbnail(clip_id: str) -> Response:
+        row = data.row(clip_id)
+        return Response(read_thumbnail(folder, row), media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
+
+    @app.post("/api/save")
+    def save(thresholds: Thresholds) -> dict[str, str]:
+        if preset is None:
+            raise HTTPException(409, "start `svd browse` with --preset FILE to save thresholds")
+        try:
+            save_thresholds(preset, thresholds)
+        except (UserError, ValueError, OSError) as error:
+            raise HTTPException(409, str(error)) from None
+        return {"saved": preset.name}
+
+    return app
+
+
+def _current(folder: Path) -> dict[str, float]:
+    """Thresholds that the catalogue was judged with, from its funnel."""
+    path = folder / "funnel.json"
+    if not path.is_file():
+        return {}
+    thresholds: dict[str, float] = json.loads(path.read_text())["thresholds"]
+    return thresholds
+
+
+def select(data: Catalogue, query: ClipsQuery) -> dict[str, Any]:
+    """A page of clips with the verdicts of the query's thresholds, and how many each axis keeps and drops."""
+    if query.sort not in SORTABLE:
+        raise HTTPException(422, f"can't sort by '{query.sort}'; known: {', '.join(SORTABLE)}")
+    judged = data.judged(query).collect()
+    counts = {
+        axis: {"drops": int((~judged[f"pass_{axis}"]).sum() or 0)}
+        for axis in query.thresholds
+        if axis in data.histograms
+    }
+    shown = judged
+    if query.show in ("kept", "dropped"):
+        shown = shown.filter(pl.col("keep") == (query.show == "kept"))
+    if query.search:
+        needle = query.search.lower()
+        texts = pl.col("captions").list.eval(pl.element().struct.field("text")).list.join(" ")
+        found = pl.concat_str("source_uri", "camera", texts, separator=" ", ignore_nulls=True)
+        shown = shown.filter(found.str.to_lowercase().str.contains(needle, literal=True))
+    shown = shown.sort(
+        query.sort, "source_uri", "start_frame", descending=[query.descending, False, False], nulls_last=True
+    )
+    rows = shown.slice(query.offset, PAGE)
+    keep = int(judged["keep"].sum())
+    return {
+        "kept": keep,
+        "dropped": len(judged) - keep,
+        "matching": len(shown),
+        "axes": counts,
+        "clips": [_public(row) for row in rows.select(SHOWN).iter_rows(named=True)],
+    }
+
+
+def _public(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
