@@ -21,6 +21,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from svd import storage
+from svd.data.shards import read_range
 from svd.stage import UserError
 
 REMOTE = ("s3://", "http://", "https://", "ytdl:")
@@ -104,16 +106,26 @@ def _expand(pattern: str, root: Path | None) -> Iterator[Source]:
 
 def _expand_remote(pattern: str) -> Iterator[Source]:
     suffix = PurePosixPath(pattern.split("?")[0]).suffix.lower()
-    if suffix in LISTS or suffix == ".tar":
-        raise UserError(f"sources: download '{pattern}' first; lists and tars are read from local files")
-    if not pattern.startswith("s3://") or suffix in VIDEOS:
+    if suffix == ".tar":
+        raise UserError(f"sources: '{pattern}': download tars first, they are read from local files")
+    if suffix in LISTS:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"list{suffix}"
+            _fetch_list(pattern, file)
+            yield from _list_file(file, None)
+    elif not pattern.startswith("s3://") or suffix in VIDEOS:
         yield Source(pattern)
-        return
-    from svd import storage
+    else:
+        for entry in storage.list_files(pattern):
+            if PurePosixPath(entry.location).suffix.lower() not in NOT_VIDEOS:
+                yield Source(entry.location)
 
-    for uri in storage.list(pattern):
-        if PurePosixPath(uri).suffix.lower() not in NOT_VIDEOS:
-            yield Source(uri)
+
+def _fetch_list(uri: str, file: Path) -> None:
+    try:
+        storage.download(uri, file)
+    except OSError as error:
+        raise UserError(f"sources: the list '{uri}' can't be fetched: {error}") from None
 
 
 def _local(file: Path, root: Path | None, listed: bool) -> Iterator[Source]:
@@ -256,8 +268,6 @@ def local_file(source: Source, folder: Path) -> Iterator[Path]:
         # The name in the address is never used as a name on disk: it may hold `../` or be too long.
         target = Path(temporary) / "source"
         if source.path is not None:
-            from svd.data.shards import read_range
-
             target.write_bytes(read_range(source.path, source.offset or 0, source.size or 0))
         else:
             _fetch(source.uri, target)
@@ -266,8 +276,6 @@ def local_file(source: Source, folder: Path) -> Iterator[Path]:
 
 def _fetch(uri: str, target: Path) -> None:
     if not uri.startswith("ytdl:"):
-        from svd import storage
-
         storage.download(uri, target)
         return
     try:
