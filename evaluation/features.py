@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation.protocol import I3D_TORCHSCRIPT_SHA256, EvalProtocol, FeatureNet
+from evaluation.protocol import I3D_TORCHSCRIPT_SHA256, EvalProtocol, FeatureNet, ScoreError
 from svd.stage import UserError
 
 
@@ -40,16 +40,16 @@ class Extractor:
         """Features (B, d) float32 of `pictures` (B, T, 3, H, W), values 0..255, as `EvalProtocol.pictures` makes
         them.
 
-        Raises ValueError for clips shorter than the network takes, and for features that aren't finite.
+        Raises ScoreError for clips shorter than the network takes, and for features that aren't finite.
         """
         if pictures.shape[1] < self.net.minimum_frames:
-            raise ValueError(
+            raise ScoreError(
                 f"{self.net.name} needs clips of at least {self.net.minimum_frames} frames, got {pictures.shape[1]}"
             )
         with torch.inference_mode():
             values = self.embed(protocol.detector_input(pictures)).float().cpu().numpy()
         if not np.isfinite(values).all():
-            raise ValueError(f"{self.net.name} ({self.weights}) gave NaN or infinite features")
+            raise ScoreError(f"{self.net.name} ({self.weights}) gave NaN or infinite features")
         return values
 
 
@@ -190,13 +190,13 @@ def clip_digest(clip: Tensor) -> str:
 def check_overlap(real: Iterable[str], generated: Iterable[str]) -> tuple[str, ...]:
     """Guard against scoring copies, from the clips' digests. Returns warnings about clips repeated within a set.
 
-    Raises ValueError when more than 1 % of the generated clips are identical to real ones.
+    Raises ScoreError when more than 1 % of the generated clips are identical to real ones.
     """
     real, generated = list(real), list(generated)
     known = set(real)
     shared = sum(digest in known for digest in generated)
     if shared > 0.01 * len(generated):
-        raise ValueError(f"{shared} of {len(generated)} generated clips are identical to real ones")
+        raise ScoreError(f"{shared} of {len(generated)} generated clips are identical to real ones")
     found = []
     for name, digests in (("real", real), ("generated", generated)):
         repeated = len(digests) - len(set(digests))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.moments import BLOCKS, Array, Moments, MomentState
+from evaluation.protocol import ScoreError
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def frechet(real: Moments, generated: Moments, ddof: int = 0) -> Frechet:
     """Fréchet distance of two sets from the roots of their scatter matrices; covariances divide by n − ddof.
 
     Any roots serve in place of Σ^½: the singular values of A Bᵀ are the square roots of the eigenvalues of AᵀA BᵀB.
-    Raises ValueError for too few clips or different feature sizes.
+    Raises ScoreError for too few clips or different feature sizes.
     """
     _check(real, generated, ddof)
     a = real.root / math.sqrt(real.count - ddof)
@@ -92,15 +93,15 @@ def frechet(real: Moments, generated: Moments, ddof: int = 0) -> Frechet:
 
 def _check(real: Moments, generated: Moments, ddof: int) -> None:
     if real.dimension != generated.dimension:
-        raise ValueError(f"features of {real.dimension} and {generated.dimension} dimensions can't be compared")
+        raise ScoreError(f"features of {real.dimension} and {generated.dimension} dimensions can't be compared")
     if min(real.count, generated.count) <= ddof:
-        raise ValueError(f"{real.count} real and {generated.count} generated clips are too few (ddof {ddof})")
+        raise ScoreError(f"{real.count} real and {generated.count} generated clips are too few (ddof {ddof})")
 
 
 def kernel_distance(real: Moments, generated: Moments) -> Kernel:
     """MMD² of the kernel (x·y/d)², exactly, from second moments: ‖E[xxᵀ] − E[yyᵀ]‖²/d². Unlike a Fréchet distance,
     the
-    unbiased value does not depend on the number of clips. Raises ValueError for fewer than two clips a set.
+    unbiased value does not depend on the number of clips. Raises ScoreError for fewer than two clips a set.
     """
     _check(real, generated, 1)
     x, y = real.raw_root(), generated.raw_root()
@@ -142,13 +143,13 @@ def frechet_infinity(real: MomentState, generated: MomentState, ddof: int = 0) -
 
 
 def distance(real: MomentState, generated: MomentState, ddof: int = 0) -> Distance:
-    """Fréchet and kernel distance of two sets with block-jackknife error bars. Raises ValueError for unusable
+    """Fréchet and kernel distance of two sets with block-jackknife error bars. Raises ScoreError for unusable
     sets."""
     all_real, all_generated = real.total(), generated.total()
     point, kernel = frechet(all_real, all_generated, ddof), kernel_distance(all_real, all_generated)
     both = sorted(set(real.filled()) & set(generated.filled()))
     if len(both) < 3:
-        raise ValueError(f"{real.count} real and {generated.count} generated clips fill only {len(both)} blocks")
+        raise ScoreError(f"{real.count} real and {generated.count} generated clips fill only {len(both)} blocks")
     without_real, without_generated = real.leave_one_out(), generated.leave_one_out()
     pairs = [(without_real[b], without_generated[b]) for b in both]
     replicates = [frechet(a, b, ddof).value for a, b in pairs]

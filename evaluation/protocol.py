@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from svd.stage import UserError
+
 # The Kinetics-400 I3D that the paper and StyleGAN-V use; only this file earns the name "fvd".
 I3D_TORCHSCRIPT_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+
+
+class ScoreError(UserError, ValueError):
+    """Clips that can't be scored, or a score that would mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,11 @@ class EvalProtocol:
         return replace(self, net=replace(self.net, sha256=sha256))
 
     def frame_numbers(self, clip: str, available: int, native_fps: float) -> list[int]:
-        """Which frames of a real clip named `clip` are used. Raises ValueError when it is too short."""
+        """Which frames of a real clip named `clip` are used. Raises ScoreError when it is too short."""
         stride = 1 if self.fps is None else max(1, round(native_fps / self.fps))
         span = (self.frames - 1) * stride + 1
         if available < span:
-            raise ValueError(f"{clip}: {available} frames at {native_fps:g} fps, protocol {self.name} needs {span}")
+            raise ScoreError(f"{clip}: {available} frames at {native_fps:g} fps, protocol {self.name} needs {span}")
         number = int.from_bytes(hashlib.sha256(clip.encode()).digest()[:8], "big")
         start = 0 if self.clip_start == "first" else number % (available - span + 1)
         return list(range(start, start + span, stride))
@@ -132,12 +138,12 @@ class EvalProtocol:
         """Clips (B, T, 3, H, W) of any real dtype in [0, 255] at the size of the comparison, float32, not yet
         rounded.
 
-        Raises ValueError for a wrong number of frames, NaN, or values that look like [0, 1].
+        Raises ScoreError for a wrong number of frames, NaN, or values that look like [0, 1].
         """
         if clips.ndim != 5 or clips.shape[2] != 3:
-            raise ValueError(f"clips must have the shape (B, T, 3, H, W), got {tuple(clips.shape)}")
+            raise ScoreError(f"clips must have the shape (B, T, 3, H, W), got {tuple(clips.shape)}")
         if clips.shape[1] != self.frames:
-            raise ValueError(f"clips have {clips.shape[1]} frames, protocol {self.name} takes {self.frames}")
+            raise ScoreError(f"clips have {clips.shape[1]} frames, protocol {self.name} takes {self.frames}")
         check_range(clips)
         pixels = clips.float()
         for step in self.real_steps if real else self.steps:
@@ -157,16 +163,16 @@ class EvalProtocol:
 
 
 def check_range(clips: Tensor) -> None:
-    """Raise ValueError for NaN, values outside [0, 255], and for fractions in [0, 1], the usual mistake that makes a
+    """Raise ScoreError for NaN, values outside [0, 255], and for fractions in [0, 1], the usual mistake that makes a
     Fréchet distance of several thousand."""
     values = clips.float()
     if not torch.isfinite(values).all():
-        raise ValueError("clips contain NaN or infinite values")
+        raise ScoreError("clips contain NaN or infinite values")
     low, high = float(values.min()), float(values.max())
     if low < -0.5 or high > 255.5:
-        raise ValueError(f"pixel values run from {low:.3g} to {high:.3g}, expected 0..255")
+        raise ScoreError(f"pixel values run from {low:.3g} to {high:.3g}, expected 0..255")
     if high <= 1.0 and high > 0.0 and (clips.is_floating_point() or bool((values != 0).float().mean() > 0.01)):
-        raise ValueError(f"the largest pixel value is {high:.3g}: these look like [0, 1], expected 0..255")
+        raise ScoreError(f"the largest pixel value is {high:.3g}: these look like [0, 1], expected 0..255")
 
 
 def resize(pixels: Tensor, step: Resize) -> Tensor:
@@ -196,10 +202,10 @@ def _legacy_bilinear(images: Tensor, target: tuple[int, int]) -> Tensor:
 
 
 def crop(pixels: Tensor, step: Crop) -> Tensor:
-    """Centre crop of (B, T, C, H, W). Raises ValueError when the picture is smaller."""
+    """Centre crop of (B, T, C, H, W). Raises ScoreError when the picture is smaller."""
     height, width = pixels.shape[-2:]
     if height < step.height or width < step.width:
-        raise ValueError(f"can't crop {height}×{width} to {step.height}×{step.width}")
+        raise ScoreError(f"can't crop {height}×{width} to {step.height}×{step.width}")
     top, left = (height - step.height) // 2, (width - step.width) // 2
     return pixels[..., top : top + step.height, left : left + step.width]
 

@@ -257,7 +257,7 @@ def run(context: StageContext) -> Report:
     """Evaluate the finetuned text-to-video model; reads `sources`, `encoders`, `autoencoder`,
     `high-quality-finetuning`.
 
-    Raises UserError for missing weights, data sets and models.
+    Raises UserError for missing weights, data sets and models, and for clips that can't be scored.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     evaluation = prepare(context, device)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaluation.protocol import EvalProtocol
+from evaluation.protocol import EvalProtocol, ScoreError
 from svd.stage import UserError
 from svd.video import read_frames
 
@@ -139,7 +139,7 @@ def read_real(dataset: Dataset, number: int, protocol: EvalProtocol) -> Tensor:
     frames, rate = read_frames(path)
     try:
         chosen = protocol.frame_numbers(f"{label}/{path.name}", len(frames), rate)
-    except ValueError as error:
+    except ScoreError as error:
         raise UserError(f"{path}: {error}; the file is damaged, get it again") from None
     return torch.from_numpy(frames[chosen]).permute(0, 3, 1, 2).contiguous()
 

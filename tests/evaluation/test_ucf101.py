@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,3 +153,25 @@ def test_missing_inputs_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "hq" / "unet").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="run the stage that makes the unet first"):
         ucf101.run(context)
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    """kill -9 as soon as the first generated batch is on disk; the second run samples only the rest."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from tiny_models import make_context;"
+        "from evaluation import ucf101; ucf101.run(make_context(Path(sys.argv[2]), sys.argv[3], seeds=2))"
+    )
+    for name in ("sources", "hq", "autoencoder", "encoders"):
+        shutil.copytree(folder / name, tmp_path / name)
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path), "output"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not list((tmp_path / "work").rglob("generated-0/*.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    assert not (tmp_path / "output").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert kept and {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert tree(tmp_path / "output") == tree(folder / "output")
