@@ -1,0 +1,181 @@
+"""The multi-view benchmark end to end on a random model: the plumbing, the truth, the controls, resuming."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import WIDTH
+
+from evaluation import views
+from evaluation.view_protocol import PROTOCOLS, Truth, make_protocol, save_array
+from evaluation.view_scores import Measures, score
+from svd.data.render import orbit_azimuths
+from svd.model import clip as clips
+from svd.model.autoencoder import Autoencoder, AutoencoderConfig
+from svd.model.unet import UNet, UNetConfig
+from svd.model.weights import save_autoencoder, save_unet
+from svd.presets import load_preset
+from svd.stage import Report, StageContext, UserError
+from svd.video import read_frames
+
+OVERRIDES: dict[str, Any] = {
+    "encoders.toy_width": WIDTH,
+    "evaluation.multiview.objects": 3,
+    "evaluation.multiview.views": 5,
+    "evaluation.multiview.size": 32,
+    "evaluation.multiview.sampling.steps": 2,
+}
+
+
+def write_models(folder: Path) -> dict[str, Path]:
+    torch.manual_seed(0)
+    unet = UNet(
+        UNetConfig(
+            in_channels=8, block_out_channels=(32, 32), attention_levels=(True, False), layers_per_block=1,
+            head_channels=16, cross_attention_dim=WIDTH, id_embedding_dim=8, ids=4,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        unet.conv_out.weight.normal_(std=0.1)  # a fresh network's output is zero, so it would equal the control
+    save_unet(unet, folder / "mv" / "unet")
+    config = AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4, scaling_factor=1.0)
+    save_autoencoder(Autoencoder(config), folder / "autoencoder")
+    toy = clips.toy_config(WIDTH, WIDTH)
+    clips.save_toy(clips.build(toy, "test"), toy, folder / "encoders")
+    return {
+        "multiview-finetuning": folder / "mv",
+        "autoencoder": folder / "autoencoder",
+        "encoders": folder / "encoders",
+    }
+
+
+def context(folder: Path, inputs: dict[str, Path], **overrides: Any) -> StageContext:
+    named = {f"evaluation.multiview.{name}": value for name, value in overrides.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    return StageContext(load_preset("tiny", {**OVERRIDES, **named}), inputs, folder / "out", folder / "work")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path], Report]:
+    folder = tmp_path_factory.mktemp("views")
+    inputs = write_models(folder / "models")
+    return folder, inputs, views.run(context(folder, inputs))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_tables_name_their_origin(finished: tuple[Path, dict[str, Path], Report]) -> None:
+    folder, _, report = finished
+    table = rows(folder / "out/results.csv")
+    assert [row["subject"] for row in table] == list(views.SUBJECTS)
+    for row in table:
+        assert row["clip_weights"] == "toy-clip" and row["source"] == "measured" and row["objects"] == "3"
+        assert row["protocol"].startswith("svd_gso_v1[views=5,size=32]") and row["dataset"] == "procedural_test_objects"
+        assert "lpips" not in row and 0 <= float(row["stlpips_alex"]) < 2
+    assert float(table[0]["psnr"]) == pytest.approx(float(report.metrics["psnr"]), abs=1e-5)
+    assert json.loads((folder / "out/metrics.json").read_text()) == dict(report.metrics)
+    text = (folder / "out/comparison.md").read_text()
+    assert "SVD-MV | 16.830" in text and "Fig. 10a" in text
+    assert len(rows(folder / "out/by_view.csv")) == len(views.SUBJECTS) * 3 * 5
+
+
+def test_controls_are_what_they_say(finished: tuple[Path, dict[str, Path], Report]) -> None:
+    folder, _, _ = finished
+    table = {row["subject"]: row for row in rows(folder / "out/results.csv")}
+    by_view = rows(folder / "out/by_view.csv")
+    copies = [row for row in by_view if row["subject"] == "copy of the input view"]
+    assert all(float(row["psnr"]) == 100 for row in copies if float(row["azimuth"]) == 0)
+    assert float(table["mean view"]["psnr"]) > float(table["untrained"]["psnr"])
+    assert table["generated"]["psnr"] != table["untrained"]["psnr"]
+    assert float(table["mean view"]["psnr"]) > 10
+
+
+def test_pictures_can_be_opened(finished: tuple[Path, dict[str, Path], Report]) -> None:
+    folder, _, _ = finished
+    samples = folder / "out/samples"
+    sheet, _ = read_frames(samples / "contact_sheet.png")
+    assert sheet.shape[2] == 64 + 5 * 32 and sheet.shape[1] > 3 * 3 * 32
+    turning, _ = read_frames(samples / "turntable.mp4")
+    assert len(turning) == 10 and turning.shape[1] == 2 * 128
+    assert (samples / "psnr_by_azimuth.png").stat().st_size > 5000 and (samples / "turntable.gif").exists()
+
+
+def test_equal_bytes_and_resuming(finished: tuple[Path, dict[str, Path], Report], monkeypatch: Any) -> None:
+    folder, inputs, _ = finished
+    again = folder / "again"
+    calls: list[int] = []
+    make = views.multiview
+
+    def dies(models: Any, images: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return make(models, images, *rest, **options)
+
+    monkeypatch.setattr(views, "multiview", dies)
+    monkeypatch.setattr(views, "_PIXELS_AT_ONCE", 2 * 5 * 32 * 32)
+    with pytest.raises(KeyboardInterrupt):
+        views.run(context(again, inputs))
+    views.run(context(again, inputs))
+    assert calls == [2, 1, 1, 2, 1]  # the first batch was not made again
+    for path in sorted((folder / "out").rglob("*.*")):
+        assert path.read_bytes() == (again / "out" / path.relative_to(folder / "out")).read_bytes(), path.name
+
+
+def test_protocols() -> None:
+    config = load_preset("tiny").evaluation.multiview
+    changed = make_protocol(config)
+    assert changed.name == "svd_gso_v1[views=9,size=64]" and changed.elevation == 10
+    plain = make_protocol(config.model_copy(update={"views": None, "size": None}))
+    assert plain is PROTOCOLS["svd_gso_v1"] and plain.views == 21 and plain.size == 576
+    assert np.allclose(plain.azimuths, orbit_azimuths(21)) and plain.digest != changed.digest
+    other = PROTOCOLS["syncdreamer_gso_v1"]
+    assert (other.views, other.size, other.elevation, other.radius) == (16, 256, 30.0, 1.5)
+    assert other.fov == pytest.approx(2 * np.degrees(np.arctan(16 / 35)), abs=0.01)
+    assert other.light.irradiance.max() == pytest.approx(0.5 * plain.light.irradiance.max())
+
+
+def test_perfect_views_are_perfect_and_a_reversed_orbit_is_not(tmp_path: Path) -> None:
+    inputs = write_models(tmp_path / "models")
+    config = context(tmp_path, inputs).preset
+    protocol = make_protocol(config.evaluation.multiview)
+    truth = views.render_truth(tmp_path / "truth", config.evaluation.multiview, protocol, 0)
+    models = views.load_models(
+        inputs["multiview-finetuning"] / "unet", inputs["autoencoder"], inputs["encoders"], config.encoders
+    )
+    measures = Measures(views.Perceptor("stlpips-alex"), models.encoders)
+    perfect = score("perfect", truth.pictures, truth, measures)
+    assert perfect.novel("psnr") == 100 and perfect.novel("clip_s") == pytest.approx(1, abs=1e-5)
+    assert perfect.novel("ssim") == pytest.approx(1, abs=1e-5) and perfect.novel("silhouette_iou") == 1
+    backwards = score("backwards", lambda i: truth.pictures(i)[[3, 2, 1, 0, 4]], truth, measures)
+    found = views.best_alignment(backwards.pairs)
+    assert not found.ok and found.reversed and found.shift == 0
+    assert "WRONG ORDER" in views._summary([backwards], found, measures.perceptor)
+
+
+def test_mean_view_is_the_mean_of_novel_views(tmp_path: Path) -> None:
+    first, second = np.zeros((3, 2, 2, 3), np.uint8), np.full((3, 2, 2, 3), 100, np.uint8)
+    first[-1] = 255  # the conditioning view does not count
+    for number, array in enumerate((first, second)):
+        save_array(tmp_path / f"{number}.npy", array)
+    truth = Truth(["a", "b"], [tmp_path / "0.npy", tmp_path / "1.npy"], "test")
+    assert (views.mean_view(truth) == 50).all()
+
+
+def test_mistakes(finished: tuple[Path, dict[str, Path], Report], tmp_path: Path) -> None:
+    _, inputs, _ = finished
+    with pytest.raises(UserError, match="does not exist"):
+        views.run(context(tmp_path / "a", inputs, meshes=["/nowhere"]))
+    with pytest.raises(UserError, match="published weights"):
+        views.run(context(tmp_path / "b", inputs, perceptual="lpips-vgg"))
+    with pytest.raises(UserError, match="gone"):
+        views.run(context(tmp_path / "c", {**inputs, "multiview-finetuning": tmp_path / "gone"}))
