@@ -148,6 +148,8 @@ class CurationConfig(Section):
     text: TextConfig
     captions: CaptionsConfig
     filters: FiltersConfig
+    subsets: dict[str, FiltersConfig] = Field({}, description="named subsets of the same catalogue, beside `keep`")
+    near_duplicates: bool = Field(True, description="compare every clip's embedding with those of earlier clips")
     shard_bytes: PositiveInt = 1_000_000_000
     workers: PositiveInt = 1
 
@@ -170,6 +172,7 @@ class AutoencoderSection(Section):
     block_out_channels: list[PositiveInt] = [128, 256, 512, 512]
     layers_per_block: PositiveInt = 2
     latent_channels: PositiveInt = 4
+    norm_groups: PositiveInt = Field(32, description="groups of the normalisation; diffusers knows 32 alone")
     scaling_factor: float | None = Field(
         0.18215, gt=0, description="None: 1 / std of the latents, measured after training"
     )
@@ -190,6 +193,9 @@ class AutoencoderTraining(Section):
     train_encoder: bool = False
     iterations: Annotated[int, Field(ge=0)] = 0
     temporal_iterations: Annotated[int, Field(ge=0)] = 0
+    optimizer: Literal["adam", "muon"] = Field("adam", description="of the image phase; muon: training from nothing")
+    matrix_rate: float = Field(0.05, gt=0, description="muon: step of the weight matrices")
+    crop: tuple[PositiveInt, PositiveInt] | None = Field(None, description="image phase: size of random crops")
     batch_size: PositiveInt = Field(
         8, description="pictures a step; the temporal phase takes batch_size / frames clips"
     )
@@ -198,6 +204,7 @@ class AutoencoderTraining(Section):
     width: PositiveInt = 256
     learning_rate: float = Field(1e-4, gt=0)
     kl_weight: float = Field(1e-6, ge=0)
+    squared_weight: float = Field(0.0, ge=0, description="of the mean squared error, beside L1")
     perceptual: Literal["stlpips-alex", "stlpips-vgg", "lpips-alex", "lpips-vgg"] = "stlpips-alex"
     perceptual_weights: list[str] = Field([], description="lpips-*: files of the backbone and of the linear layers")
     perceptual_weight: float = Field(0.25, ge=0)
@@ -375,7 +382,7 @@ class MultiviewBenchmark(Section):
     elevation: float | None = Field(None, ge=-90, le=90)
     renderer: Renderer = "auto"
     perceptual: Literal["lpips-alex", "lpips-vgg", "stlpips-alex", "stlpips-vgg"] = "lpips-vgg"
-    lpips_weights: str | None = Field(None, description="safetensors of LPIPS v0.1 (evaluation/perceptual.py)")
+    lpips_weights: str | None = Field(None, description="file or folder: torchvision backbone and LPIPS v0.1")
     sampling: Sampling = Sampling(steps=25, guidance=2.5)
 
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -52,11 +53,12 @@ class _RendererProcess:
         self.name = name
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close(); drivers warn about displays there
         self._child = subprocess.Popen(
             [sys.executable, "-m", "svd.data.renderer", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # drivers warn about missing displays there
+            stderr=self._messages,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
         self.failure: str | None = None
@@ -85,7 +87,11 @@ class _RendererProcess:
         try:
             return pickle.load(self._child.stdout)
         except EOFError:
-            raise ChildProcessError(f"its process ended with code {self._child.wait()}") from None
+            code = self._child.wait()
+            self._messages.seek(0)
+            lines = self._messages.read().decode(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            raise ChildProcessError(f"its process ended with code {code} {last}".strip()) from None
 
     def close(self) -> None:
         """End the process."""
@@ -99,6 +105,7 @@ class _RendererProcess:
             self._child.wait()
         if self._child.stdout is not None:
             self._child.stdout.close()
+        self._messages.close()
 
 
 def _send(stream: BinaryIO | Any, value: Any) -> None:
