@@ -11,10 +11,11 @@ from svd.config import LoraConfig, Phase
 from svd.stage import Report, UserError, publish
 from svd.training.runner import Training, collect, first_rank, measured, run_phases
 
+# "object-motion" is a camera that stands still while things move.
 CAMERAS: Mapping[str, tuple[str, ...]] = {
     "horizontal": ("pan-left", "pan-right"),
     "zoom": ("zoom-in", "zoom-out"),
-    "static": ("static",),
+    "static": ("static", "object-motion"),
 }
 
 
