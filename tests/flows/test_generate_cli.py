@@ -1,0 +1,180 @@
+"""`svd generate` on small random networks."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from flows import generate_cli
+from flows.generate_cli import generate_app
+from svd import watermark
+from svd.files import read_clip
+from svd.model.autoencoder import Autoencoder, AutoencoderConfig
+from svd.model.clip import build, save_toy, toy_config
+from svd.model.lora import add_lora, save_lora
+from svd.model.unet import UNet, UNetConfig
+from svd.model.weights import save_autoencoder, save_unet
+from svd.stage import UserError
+from svd.video import read_frames, read_metadata
+
+STAGES = {
+    "high-quality-finetuning": (4, 2),
+    "image-to-video": (8, 3),
+    "multiview-finetuning": (8, 4),
+    "frame-interpolation": (9, 3),
+}
+QUICK = ["--steps", "2", "--device", "cpu"]
+SIZE = ["--frames", "3", "--height", "64", "--width", "96"]
+
+
+def small_unet(channels: int, ids: int) -> UNet:
+    unet = UNet(
+        UNetConfig(
+            in_channels=channels,
+            ids=ids,
+            block_out_channels=(32, 32),
+            attention_levels=(True, True),
+            layers_per_block=1,
+            head_channels=16,
+            cross_attention_dim=32,
+            id_embedding_dim=16,
+            learned_mask=channels == 9,
+        )
+    )
+    for parameter in unet.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5 / math.sqrt(parameter[0].numel()))
+    return unet.eval()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An `outputs` folder as the stages of the preset `tiny` would leave it."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("outputs")
+    config = toy_config(16, 32)
+    save_toy(build(config, "test"), config, root / "tiny/encoders")
+    autoencoder = Autoencoder(AutoencoderConfig(block_out_channels=(32, 32), layers_per_block=1))
+    save_autoencoder(autoencoder, root / "tiny/autoencoder")
+    for stage, sizes in STAGES.items():
+        save_unet(small_unet(*sizes), root / "tiny" / stage / "unet")
+    return root
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate_cli, "OUTPUTS", trained)
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(generate_app, [str(a) for a in arguments])
+        if isinstance(result.exception, UserError):
+            raise result.exception
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.stdout.split()
+
+    return invoke
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "cup.png"
+    Image.radial_gradient("L").convert("RGB").resize((80, 80)).save(path)
+    return path
+
+
+def test_text_writes_one_file_a_prompt_with_metadata(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a blue box\n")
+    paths = run("text", "A red ball!", "-f", "prompts.txt", "--seed", 5, "--guidance", 2, *SIZE, *QUICK)
+    assert paths == ["generated/a-red-ball-5.mp4", "generated/a-blue-box-6.mp4"]
+    frames, fps = read_frames(tmp_path / paths[0])
+    assert frames.shape == (3, 64, 96, 3)
+    assert fps == 7
+    metadata = read_metadata(tmp_path / paths[0])
+    assert metadata["prompt"] == "A red ball!"
+    assert (metadata["seed"], metadata["steps"], metadata["guidance"], metadata["motion"]) == ("5", "2", "2.0", "127")
+
+
+def test_batches_and_repeats_give_the_same_clips(run, tmp_path):
+    together = run("text", "a ball", "--count", 2, "--batch", 2, "--format", "png", *SIZE, *QUICK)
+    assert together == ["generated/a-ball-0", "generated/a-ball-1"]
+    alone = run("text", "a ball", "--seed", 1, "--out", "again", "--format", "png", *SIZE, *QUICK)
+    first, second = read_clip(tmp_path / together[1])[0], read_clip(tmp_path / alone[0])[0]
+    assert (first - second).abs().max() <= 2 / 255
+
+
+def test_image_starts_from_pictures(run, tmp_path, picture):
+    paths = run("image", picture, "--out", "film.gif", "--fps", 10, *SIZE, *QUICK)
+    assert paths == ["film.gif"]
+    clip, fps = read_clip(tmp_path / "film.gif")
+    assert clip.shape == (3, 3, 64, 96)
+    assert fps == 10
+
+
+def test_multiview_and_interpolation(run, tmp_path, picture):
+    (orbit,) = run("multiview", picture, "--views", 4, "--size", 64, "--elevation", 10, *QUICK)
+    assert read_frames(tmp_path / orbit)[0].shape == (4, 64, 64, 3)
+    (longer,) = run("interpolate", orbit, "--out", "smooth.mp4", *QUICK)
+    frames, fps = read_frames(tmp_path / longer)
+    assert len(frames) == 13
+    assert fps == 28
+
+
+def test_watermark_lora_and_offloading(run, tmp_path, trained):
+    plain, marked, lora = (["text", "a ball", *SIZE, *QUICK, "--format", "png", "--out", n] for n in "abc")
+    (before,) = run(*plain)
+    (after,) = run(*marked, "--watermark", "--offload", "--sequential", "--decode-chunk", 2)
+    frames = (read_clip(tmp_path / after)[0].permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    assert watermark.read(frames) == watermark.MESSAGE
+    unet = small_unet(4, 2)
+    add_lora(unet, 2, 2.0, "zoom", context_tokens=77)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    save_lora(unet, tmp_path / "zoom", "zoom")
+    (changed,) = run(*lora, "--lora", "zoom:3")
+    assert not torch.equal(read_clip(tmp_path / changed)[0], read_clip(tmp_path / before)[0])
+    with pytest.raises(UserError, match="'much' is no number"):
+        run(*lora, "--lora", "zoom:much")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["text"], "no prompt"),
+        (["text", "a", "b", "-o", "x.mp4"], "a file holds one clip, not 2"),
+        (["text", "a", "-o", "x.avi", "--frames", "1", *QUICK], r"unknown format '\.avi'"),
+        (["text", "a", "-m", "nowhere"], r"nowhere: no such model; run `svd stage high-quality-finetuning -p tiny`"),
+        (["text", "a", "--device", "cuda:77"], "device 'cuda:77' can't be used"),
+        (["text", "a", "--height", "63", *QUICK], "multiples of 4"),
+        (["image", "absent.png"], r"absent\.png: no such file"),
+        (["interpolate", "absent.mp4"], r"absent\.mp4: not a readable video"),
+    ],
+)
+def test_mistakes_are_one_line(run, arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_released_pipeline_brings_its_own_defaults(tmp_path):
+    networks = generate_cli.Networks(model=tmp_path)
+    phase = generate_cli.load_preset("tiny").image_to_video.phases[-1]
+    size = generate_cli.Size()
+    assert generate_cli.clip_size(networks, size, phase) == (phase.frames, phase.height, phase.width)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "unet/config.json").write_text(json.dumps({"num_frames": 25}))
+    assert generate_cli.clip_size(networks, size, phase) == (25, 576, 1024)
+    assert generate_cli.base_sampling(networks, generate_cli.Sampling(steps=3)).steps == 25
+
+
+@pytest.mark.parametrize("command", ["text", "image", "interpolate", "multiview"])
+def test_help_explains_every_option(command):
+    result = CliRunner().invoke(generate_app, [command, "--help"], env={"COLUMNS": "140"})
+    assert result.exit_code == 0
+    for option in ("--model", "--device", "--dtype", "--offload", "--seed", "--steps", "--watermark", "--lora"):
+        assert option in result.output
