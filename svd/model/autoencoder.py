@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from svd.model.autoencoder_blocks import Decoder, Encoder
 
 LOGVAR_RANGE = (-30.0, 20.0)
+START_LOGVAR = -6.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,29 @@ class Autoencoder(nn.Module):
         moments = self.encode(frames_BTCHW)
         latents = mean(moments) if generator is None else sample(moments, generator)
         return self.decode(latents), moments
+
+
+def fresh_autoencoder(config: AutoencoderConfig, seed: int) -> Autoencoder:
+    """An autoencoder to train from nothing, a function of (config, seed).
+
+    Residual branches start at zero and the path around them keeps the signal's size, so that the first steps train a
+    nearly linear autoencoder; the posterior starts narrow, so that its noise doesn't drown the latent.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder = Autoencoder(config)
+        for name, module in autoencoder.named_modules():
+            if not isinstance(module, nn.Conv2d | nn.Linear):
+                continue
+            if name.endswith(("conv2", "to_out.0")):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            autoencoder.quant_conv.weight[config.latent_channels :] *= 0.1
+            autoencoder.quant_conv.bias[config.latent_channels :] = START_LOGVAR
+    return autoencoder
 
 
 def chunk_starts(frames: int, chunk: int, overlap: int) -> list[int]:

@@ -1,13 +1,19 @@
-"""Fetching published weights from a hub: resumable, checked against hashes, and never a pickle."""
+"""Fetching published weights from a hub: resumable, checked against hashes, and never a pickle.
+
+The transfer is our own: a download that was killed goes on where it stopped, which the hub's library doesn't do.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -18,12 +24,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers
+from tqdm import tqdm
 
 from svd.model.checkpoint import PICKLES, check_hash, read_header
 from svd.stage import UserError
 
 WANTED = (".safetensors", ".json", ".txt", ".model")
 CACHE = "SVD_CACHE"
+ATTEMPTS = 6
+BACKOFF = 1.0  # seconds before the second attempt; doubles with each
 
 
 def fetch(
@@ -52,54 +62,109 @@ def fetch(
             raise UserError(
                 f"{repo_id}/{name}: pickled checkpoints can run code and are refused; name a .safetensors file"
             )
-    return [_download(repo_id, name, target, revision, token, resume, endpoint, sha256 or {}) for name in names]
+    paths = []
+    for name in names:
+        path, remote = _download(repo_id, name, target, revision, token, resume, endpoint)
+        _check(path, remote, (sha256 or {}).get(name))
+        paths.append(path)
+    return paths
 
 
 def _list(repo_id: str, revision: str, token: str | None, endpoint: str | None) -> list[str]:
     try:
-        files = HfApi(endpoint=endpoint, token=token).list_repo_files(repo_id, revision=revision)
+        siblings = HfApi(endpoint=endpoint, token=token).model_info(repo_id, revision=revision).siblings
     except Exception as error:
         raise _explain(error, repo_id, revision, endpoint) from None
-    wanted = sorted(name for name in files if name.endswith(WANTED))
+    wanted = sorted(file.rfilename for file in siblings or [] if file.rfilename.endswith(WANTED))
     if not any(name.endswith(".safetensors") for name in wanted):
         raise UserError(f"{repo_id}: this repository has no .safetensors file")
     return wanted
 
 
+@dataclass(frozen=True)
+class Remote:
+    """A file on a hub: `key` names its version (its SHA-256 for large files), size in bytes."""
+
+    url: str
+    key: str
+    size: int
+    token: str | None
+
+    @property
+    def sha256(self) -> str | None:
+        """The hash that the hub states, if it does."""
+        return self.key if re.fullmatch(r"[0-9a-f]{64}", self.key) else None
+
+
 def _download(
-    repo_id: str,
-    name: str,
-    target: Path,
-    revision: str,
-    token: str | None,
-    resume: bool,
-    endpoint: str | None,
-    sha256: Mapping[str, str],
-) -> Path:
+    repo_id: str, name: str, target: Path, revision: str, token: str | None, resume: bool, endpoint: str | None
+) -> tuple[Path, Remote]:
+    path = target / name
     try:
-        path = Path(
-            hf_hub_download(
-                repo_id,
-                name,
-                revision=revision,
-                token=token,
-                local_dir=target,
-                force_download=not resume,
-                endpoint=endpoint,
-            )
-        )
+        url = hf_hub_url(repo_id, name, revision=revision, endpoint=endpoint)
+        meta = get_hf_file_metadata(url, token=token, endpoint=endpoint)
+        remote = Remote(meta.location or url, meta.etag or "unknown", meta.size or 0, token)
+        if not (resume and path.is_file() and path.stat().st_size == remote.size):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _retried(remote, path, resume)
     except Exception as error:
         raise _explain(error, f"{repo_id}/{name}", revision, endpoint) from None
+    return path, remote
+
+
+def _retried(remote: Remote, path: Path, resume: bool) -> None:
+    """Download with backoff; what a broken attempt (or a killed process) has got is kept for the next one."""
+    part = path.with_name(f".{path.name}.{remote.key[:16]}.part")
+    if not resume:
+        part.unlink(missing_ok=True)
+    for attempt in range(ATTEMPTS):
+        try:
+            _stream(remote, part)
+            break
+        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+            final = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+            if final or attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(min(2**attempt, 30) * BACKOFF)
+    part.replace(path)
+
+
+def _stream(remote: Remote, part: Path) -> None:
+    """Append what is missing to `part`."""
+    have = part.stat().st_size if part.is_file() else 0
+    if remote.size and have >= remote.size:
+        return
+    headers = build_hf_headers(token=remote.token) | {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with httpx.stream("GET", remote.url, headers=headers, follow_redirects=True, timeout=60) as response:
+        response.raise_for_status()
+        if response.status_code != 206:  # the server gives the whole file whatever was asked for
+            have = 0
+        with (
+            part.open("ab" if have else "wb") as stream,
+            tqdm(total=remote.size or None, initial=have, unit="B", unit_scale=True, desc=part.name[1:25]) as bar,
+        ):
+            for block in response.iter_raw():
+                stream.write(block)
+                bar.update(len(block))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _check(path: Path, remote: Remote, sha256: str | None) -> None:
+    """Refuse, and delete, a file that is cut short or has another hash than given or than the hub states."""
     try:
+        if remote.size and path.stat().st_size != remote.size:
+            raise UserError(f"{path}: cut short: {path.stat().st_size} bytes instead of {remote.size}")
         if path.suffix == ".safetensors":
             read_header(path)
-        if name in sha256:
-            check_hash(path, sha256[name])
+        if expected := sha256 or remote.sha256:
+            check_hash(path, expected)
     except UserError:
         # A bad file must not be taken for a good one by the next call.
         path.unlink()
         raise
-    return path
 
 
 def _explain(error: Exception, what: str, revision: str, endpoint: str | None) -> Exception:
@@ -115,13 +180,18 @@ def _explain(error: Exception, what: str, revision: str, endpoint: str | None) -
         return UserError(f"{what}: not a repository name; expected owner/name")
     if isinstance(error, OfflineModeIsEnabled):
         return UserError(f"{what}: offline mode is on (HF_HUB_OFFLINE); unset it, or give a local path")
-    if isinstance(error, LocalEntryNotFoundError | httpx.TransportError | ConnectionError):
+    if isinstance(error, LocalEntryNotFoundError) or _is_of_the_network(error):
         return UserError(f"{what}: {hub} can't be reached; check the network, or give a local path")
     if isinstance(error, EntryNotFoundError):
         return UserError(f"{what}: no such file in this repository (revision '{revision}')")
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, HfHubHTTPError | httpx.HTTPStatusError):
         return UserError(f"{what}: {hub} answered: {str(error).splitlines()[0]}")
     return error
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """By name, because the hub's library has moved between three HTTP clients, each with errors of its own."""
+    return bool({"TransportError", "ConnectionError"} & {kind.__name__ for kind in type(error).__mro__})
 
 
 def resolve(name: str, filenames: Sequence[str] | None = None) -> Path:

@@ -131,6 +131,11 @@ def save_pipeline(folder: Path, unet: UNet, autoencoder: Autoencoder, visual: nn
     pipeline there.
     """
     config = unet.config
+    if autoencoder.config.norm_groups != 32:
+        raise UserError(
+            f"{folder}: diffusers normalises the autoencoder in 32 groups, this one has "
+            f"{autoencoder.config.norm_groups}; save its parts instead"
+        )
     fits = config.in_channels == 2 * config.out_channels and config.ids == 3 and config.temporal
     if not fits or not autoencoder.config.temporal_decoder:
         raise UserError(

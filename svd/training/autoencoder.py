@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,8 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from svd.config import Preset
-from svd.model.autoencoder import Autoencoder, AutoencoderConfig, add_temporal_decoder, mean
+from svd.model.autoencoder import Autoencoder, AutoencoderConfig, add_temporal_decoder, fresh_autoencoder, mean
+from svd.model.hub import resolve
 from svd.model.perceptual import Perceptual
+from svd.model.sgm import load_sgm
 from svd.model.weights import load_autoencoder, save_autoencoder
 from svd.stage import Report, StageContext, publish
 from svd.training.autoencoder_phase import COLUMNS, Learner, Phase, Run
@@ -28,6 +29,7 @@ from svd.training.frames import ClipPixels, split_rows
 from svd.training.losses import ReconstructionLoss, flicker, psnr
 
 PHASES: tuple[Phase, Phase] = ("image", "temporal")
+VAE_FILES = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
 HELD_OUT_CLIPS = 32
 MEASURED_CLIPS = 64
 PICTURE_CLIPS = 6
@@ -42,7 +44,6 @@ def run(context: StageContext) -> Report:
     Raises UserError for an empty curation and for released weights that are missing or don't fit.
     """
     context.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(context.preset.seed)
     state = _prepare(context)
     metrics = state.metrics
     metrics |= evaluate(state, "_before", image_mode=True)
@@ -75,9 +76,9 @@ def _prepare(context: StageContext) -> Run:
     training, held_out = split_rows(folder)
     size = (options.frames, options.height, options.width)
     perceptual = Perceptual(options.perceptual, options.perceptual_weights) if options.perceptual_weight else None
-    loss = ReconstructionLoss(perceptual, options.perceptual_weight, options.kl_weight, options.perceptual_frames).to(
-        device
-    )
+    loss = ReconstructionLoss(
+        perceptual, options.perceptual_weight, options.kl_weight, options.perceptual_frames, options.squared_weight
+    ).to(device)
     return Run(
         context,
         device,
@@ -92,15 +93,16 @@ def initial_autoencoder(preset: Preset) -> Autoencoder:
     """The autoencoder before training: released weights if the preset names them, or fresh ones; always temporal."""
     section = preset.model.autoencoder
     if section.pretrained is None:
-        return Autoencoder(
-            AutoencoderConfig(
-                latent_channels=section.latent_channels,
-                block_out_channels=tuple(section.block_out_channels),
-                layers_per_block=section.layers_per_block,
-                scaling_factor=section.scaling_factor or 1.0,
-            )
+        config = AutoencoderConfig(
+            latent_channels=section.latent_channels,
+            block_out_channels=tuple(section.block_out_channels),
+            layers_per_block=section.layers_per_block,
+            scaling_factor=section.scaling_factor or 1.0,
+            norm_groups=section.norm_groups,
         )
-    released = load_autoencoder(Path(section.pretrained), dtype=torch.float32)
+        return fresh_autoencoder(config, preset.seed)
+    path = resolve(section.pretrained, filenames=VAE_FILES)
+    released = load_sgm(path).autoencoder.float() if path.is_file() else load_autoencoder(path, dtype=torch.float32)
     return released if released.config.temporal_decoder else add_temporal_decoder(released)
 
 

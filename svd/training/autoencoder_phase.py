@@ -18,10 +18,23 @@ from svd.model.autoencoder import Autoencoder, sample
 from svd.stage import StageContext
 from svd.training.frames import ClipPixels
 from svd.training.losses import PatchDiscriminator, ReconstructionLoss, adaptive_weight, hinge
+from svd.training.muon import Muon
 
 Phase = Literal["image", "temporal"]
-COLUMNS = ("phase", "step", "loss", "l1", "perceptual", "kl", "generator", "adaptive_weight", "discriminator")
+COLUMNS = (
+    "phase",
+    "step",
+    "loss",
+    "l1",
+    "squared",
+    "perceptual",
+    "kl",
+    "generator",
+    "adaptive_weight",
+    "discriminator",
+)
 BETAS = (0.5, 0.9)  # of Adam, as in the reference's autoencoder configurations
+WARMUP = 10
 
 
 @dataclass
@@ -56,20 +69,29 @@ class Learner:
         options, autoencoder = state.options, state.autoencoder
         torch.manual_seed(state.context.preset.seed + (phase == "temporal"))
         self.parameters = list(trainable(autoencoder, phase, options.train_encoder))
-        self.optimizer = torch.optim.Adam(self.parameters, options.learning_rate, betas=BETAS)
+        self.optimizer = self._optimizer()
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.discriminator = PatchDiscriminator(width=options.discriminator_width).to(state.device)
         self.judge_optimizer = torch.optim.Adam(self.discriminator.parameters(), options.learning_rate, betas=BETAS)
         self.learns_encoder = phase == "image" and options.train_encoder
 
+    def _optimizer(self) -> torch.optim.Optimizer:
+        options, autoencoder = self.state.options, self.state.autoencoder
+        if options.optimizer == "adam" or self.phase == "temporal":
+            return torch.optim.Adam(self.parameters, options.learning_rate, betas=BETAS)
+        ends = [autoencoder.encoder.conv_in.weight, autoencoder.quant_conv.weight, autoencoder.decoder.conv_out.weight]
+        return Muon(self.parameters, ends, options.matrix_rate, options.learning_rate, betas=BETAS)
+
     def step(self, step: int) -> dict[str, float]:
         """One optimisation step; its losses."""
         state, options = self.state, self.state.options
-        for group in self.optimizer.param_groups:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             # A tenth at the end: the last steps average out the noise of small batches.
-            group["lr"] = options.learning_rate * (1 - 0.9 * step / self.steps)
+            group["lr"] = rate * min(1, (step + 1) / WARMUP) * (1 - 0.9 * step / self.steps)
         frames = 1 if self.phase == "image" else options.frames
         clips = max(1, options.batch_size // frames)
-        real = state.training.batch(state.context.preset.seed, step, clips, frames).to(state.device)
+        crop = options.crop if self.phase == "image" else None
+        real = state.training.batch(state.context.preset.seed, step, clips, frames, crop).to(state.device)
         with autocast(options.precision, state.device):
             moments, fake = self._reconstruct(real, step)
         fake = fake.float()
@@ -86,6 +108,7 @@ class Learner:
         return {
             "loss": total.item(),
             "l1": parts.l1.item(),
+            "squared": parts.squared.item(),
             "perceptual": parts.perceptual.item(),
             "kl": parts.kl.item(),
             "generator": adversarial.item(),

@@ -58,20 +58,29 @@ class ClipPixels:
             self._bytes -= self._cache.popitem(last=False)[1].nbytes
         return clip
 
-    def batch(self, seed: int, step: int, clips: int, frames: int) -> Tensor:
-        """Windows (clips, frames, 3, H, W) in [-1, 1] of neighbouring frames; clips come in epochs."""
+    def batch(self, seed: int, step: int, clips: int, frames: int, crop: tuple[int, int] | None = None) -> Tensor:
+        """Windows (clips, frames, 3, H, W) in [-1, 1] of neighbouring frames; clips come in epochs.
+
+        crop: (height, width) of a random part of the picture (None: all of it).
+        """
         windows = []
         for position in range(step * clips, (step + 1) * clips):
             epoch, place = divmod(position, len(self))
             clip = self.clip(shuffled(place, len(self), f"{seed}/autoencoder/{epoch}"))
-            last = len(clip) - frames
-            start = int(torch.randint(last + 1, (), generator=generator(seed, position, "autoencoder-window")))
-            windows.append(clip[start : start + frames])
+            source = generator(seed, position, "autoencoder-window")
+            start = _draw(len(clip) - frames, source)
+            height, width = crop or (self.height, self.width)
+            top, left = _draw(self.height - height, source), _draw(self.width - width, source)
+            windows.append(clip[start : start + frames, :, top : top + height, left : left + width])
         return to_signed(torch.stack(windows))
 
     def examples(self, count: int) -> Tensor:
         """The first `frames` frames of up to `count` clips, (count, frames, 3, H, W) in [-1, 1]."""
         return to_signed(torch.stack([self.clip(i)[: self.frames] for i in range(min(count, len(self)))]))
+
+
+def _draw(last: int, source: torch.Generator) -> int:
+    return int(torch.randint(last + 1, (), generator=source))
 
 
 def to_signed(frames: Tensor) -> Tensor:

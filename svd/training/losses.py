@@ -73,13 +73,14 @@ class Reconstruction:
     """The parts of a reconstruction's loss."""
 
     l1: Tensor
+    squared: Tensor
     perceptual: Tensor
     kl: Tensor
     total: Tensor
 
 
 class ReconstructionLoss(nn.Module):
-    """L1 + perceptual_weight · distance + kl_weight · KL, a mean over values.
+    """L1 + squared_weight · L2 + perceptual_weight · distance + kl_weight · KL, a mean over values.
 
     The reference sums over the 3·H·W values of a picture; dividing all by this count keeps the ratio of the terms, so
     `kl_weight` means what it means there. perceptual_frames: how many pictures of a batch the perceptual distance sees,
@@ -87,9 +88,15 @@ class ReconstructionLoss(nn.Module):
     """
 
     def __init__(
-        self, perceptual: Perceptual | None, perceptual_weight: float, kl_weight: float, perceptual_frames: int = 0
+        self,
+        perceptual: Perceptual | None,
+        perceptual_weight: float,
+        kl_weight: float,
+        perceptual_frames: int = 0,
+        squared_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        self.squared_weight = squared_weight
         self.perceptual = perceptual
         self.perceptual_weight = perceptual_weight
         self.kl_weight = kl_weight
@@ -98,11 +105,12 @@ class ReconstructionLoss(nn.Module):
     def forward(self, real_BTCHW: Tensor, fake_BTCHW: Tensor, moments: Tensor | None) -> Reconstruction:
         """moments: of the posterior when the encoder learns, (B, T, 2C, h, w)."""
         l1 = (real_BTCHW - fake_BTCHW).abs().mean()
+        squared = (real_BTCHW - fake_BTCHW).square().mean()
         distance = self._distance(real_BTCHW.flatten(0, 1), fake_BTCHW.flatten(0, 1))
         values = real_BTCHW[0, 0].numel()
         kl = l1.new_zeros(()) if moments is None else kl_divergence(moments)
-        total = l1 + self.perceptual_weight * distance + self.kl_weight * kl / values
-        return Reconstruction(l1, distance, kl, total)
+        total = l1 + self.squared_weight * squared + self.perceptual_weight * distance + self.kl_weight * kl / values
+        return Reconstruction(l1, squared, distance, kl, total)
 
     def _distance(self, real_NCHW: Tensor, fake_NCHW: Tensor) -> Tensor:
         if self.perceptual is None or self.perceptual_weight == 0:

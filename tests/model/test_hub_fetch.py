@@ -1,0 +1,195 @@
+"""The hub client against a local server that speaks the hub's protocol: listing, redirects, ranges, hashes, errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from svd.model.hub import fetch, resolve
+from svd.stage import UserError
+
+WEIGHTS = save({"a": torch.rand(64, 64)})
+FILES = {
+    "model.safetensors": WEIGHTS,
+    "config.json": b"{}",
+    "README.md": b"# hello",
+    "model.bin": b"pickle",
+    "cut.safetensors": WEIGHTS[:-10],
+}
+COMMIT = "0" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """`ann/model` is public, `ann/gated` is gated, everything else unknown. Requests are kept in `server.requests`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+    def answer(self, status: int, body: bytes = b"", length: str = "", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", length or str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.server.requests.append((self.command, self.path, dict(self.headers)))  # type: ignore[attr-defined]
+        if "/gated" in self.path:
+            return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="gated")
+        if "ann/model" not in self.path:
+            return self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="no")
+        if "/nowhere" in self.path:
+            return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="no")
+        if self.path.startswith("/api/"):
+            listing = {"id": "ann/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
+            return self.answer(200, json.dumps(listing).encode(), Content_Type="application/json")
+        content = FILES.get(self.path.rsplit("/", 1)[-1])
+        if content is None:
+            return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="no")
+        return self.content(content)
+
+    def broken(self, content: bytes, span: str | None, etag: dict[str, str]) -> None:
+        """Sends 3,000 bytes of the rest and hangs up."""
+        self.server.breaks -= 1  # type: ignore[attr-defined]
+        start = int(span.removeprefix("bytes=").split("-")[0]) if span else 0
+        extra = {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if span else {}
+        self.answer(
+            206 if span else 200, content[start : start + 3000], length=str(len(content) - start), **extra, **etag
+        )
+        self.close_connection = True
+
+    def content(self, content: bytes) -> None:
+        etag = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": COMMIT}
+        span = self.headers.get("Range")
+        if self.command == "GET" and self.server.breaks:  # type: ignore[attr-defined]
+            return self.broken(content, span, etag)
+        if span and span.startswith("bytes=") and self.command == "GET":
+            start = int(span.removeprefix("bytes=").split("-")[0])
+            ranged = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            return self.answer(206, content[start:], Content_Range=ranged, **etag)
+        return self.answer(200, content, Accept_Ranges="bytes", **etag)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.requests, server.breaks = [], 0  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def message(error: pytest.ExceptionInfo[UserError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_everything_but_pickles_and_prose_is_fetched(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    names = ["config.json", "model.safetensors"]
+    paths = fetch(
+        "ann/model", tmp_path, filenames=names, sha256={"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
+    )
+    assert [path.name for path in paths] == names
+    assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
+    with pytest.raises(UserError, match=r"cut\.safetensors: cut short"):
+        fetch("ann/model", tmp_path)
+    assert not (tmp_path / "cut.safetensors").exists()
+    assert not (tmp_path / "model.bin").exists()
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_the_token_is_sent(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    fetch("ann/model", tmp_path, filenames=["config.json"], token="hf_secret")
+    assert all(headers.get("authorization") == "Bearer hf_secret" for _, _, headers in lower(hub.requests))
+
+
+def lower(requests: list) -> list:
+    return [(verb, path, {k.lower(): v for k, v in headers.items()}) for verb, path, headers in requests]
+
+
+def test_a_broken_download_goes_on_where_it_stopped(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    fetch("ann/model", tmp_path / "first", filenames=["model.safetensors"])
+    (tmp_path / "second").mkdir()
+    key = hashlib.sha256(WEIGHTS).hexdigest()[:16]
+    (tmp_path / "second" / f".model.safetensors.{key}.part").write_bytes(WEIGHTS[:5000])
+    hub.requests.clear()
+    (path,) = fetch("ann/model", tmp_path / "second", filenames=["model.safetensors"])
+    assert path.read_bytes() == WEIGHTS
+    ranges = [headers["range"] for verb, _, headers in lower(hub.requests) if verb == "GET" and "range" in headers]
+    assert "bytes=5000-" in ranges
+
+
+def test_a_connection_that_breaks_is_taken_up_again(
+    hub: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svd.model.hub.BACKOFF", 0.0)
+    hub.breaks = 2  # type: ignore[attr-defined]
+    (path,) = fetch("ann/model", tmp_path, filenames=["model.safetensors"])
+    assert path.read_bytes() == WEIGHTS
+    ranges = [headers["range"] for verb, _, headers in lower(hub.requests) if verb == "GET" and "range" in headers]
+    assert ranges == ["bytes=3000-", "bytes=6000-"]
+
+
+def test_a_fetched_file_is_not_fetched_again(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    fetch("ann/model", tmp_path, filenames=["model.safetensors"])
+    hub.requests.clear()
+    fetch("ann/model", tmp_path, filenames=["model.safetensors"])
+    assert not [request for request in hub.requests if request[0] == "GET"]
+
+
+def test_a_wrong_hash_leaves_no_file(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="wrong sha256") as error:
+        fetch("ann/model", tmp_path, filenames=["model.safetensors"], sha256={"model.safetensors": "1" * 64})
+    message(error)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("repository", "options", "expected"),
+    [
+        ("ann/gated", {"filenames": ["model.safetensors"]}, "ann/gated/model.safetensors: gated; accept its licence"),
+        ("bob/none", {}, "bob/none: no such repository"),
+        ("ann/model", {"filenames": ["none.safetensors"]}, "no such file in this repository"),
+        ("ann/model", {"revision": "nowhere"}, "no revision 'nowhere'"),
+        ("ann/model", {"filenames": ["model.bin"]}, "pickled checkpoints can run code and are refused"),
+        ("a b/c/d", {"filenames": ["x.safetensors"]}, "not a repository name"),
+        ("ann/model", {"endpoint": "http://127.0.0.1:9", "filenames": ["x.safetensors"]}, "can't be reached"),
+    ],
+)
+def test_errors_are_one_line(
+    hub: ThreadingHTTPServer, tmp_path: Path, repository: str, options: dict, expected: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        fetch(repository, tmp_path, **options)
+    assert expected in message(error)
+
+
+def test_resolve_takes_paths_and_repositories(
+    hub: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVD_CACHE", str(tmp_path / "cache"))
+    assert resolve(str(tmp_path)) == tmp_path
+    folder = resolve("ann/model", filenames=["config.json"])
+    assert folder == tmp_path / "cache" / "ann--model"
+    assert (folder / "config.json").is_file()
+    for name in ("/no/such/file", "weights.safetensors", "a/b/c", "./x/y"):
+        with pytest.raises(UserError, match="no such file or folder"):
+            resolve(name)
