@@ -1,6 +1,7 @@
 """The clip catalogue: its schema in one place, how it is read and written, and how identities are made.
 
-One row a clip (`clips.parquet`), one row a source (`sources.parquet`), one row a span of a source that is in no clip
+One row a clip (`clips.parquet`), its verdicts in the same order (`verdicts.parquet`, narrow, so that filtering again
+rewrites nothing else), one row a source (`sources.parquet`), one row a span of a source that is in no clip
 (`dropped.parquet`): nothing is dropped silently. Embeddings, flow maps and videos lie in files of their own, addressed
 by the row: `unit` names the shard of sources it came from, `shard`, `offset` and `size` the bytes of its mp4.
 """
@@ -99,6 +100,8 @@ FILTERED = [
 _METADATA = {b"svd.catalogue.version": str(VERSION).encode()}
 MEASURED_SCHEMA = pa.schema(MEASURED, metadata=_METADATA)
 SCORED_SCHEMA = pa.schema([("clip_id", pa.string()), *SCORED], metadata=_METADATA)
+SCORES_SCHEMA = pa.schema([*MEASURED, *SCORED, *MERGED], metadata=_METADATA)
+VERDICTS_SCHEMA = pa.schema(FILTERED, metadata=_METADATA)
 CLIPS_SCHEMA = pa.schema([*MEASURED, *SCORED, *MERGED, *FILTERED], metadata=_METADATA)
 SOURCES_SCHEMA = pa.schema(
     [
@@ -215,14 +218,34 @@ def clips_path(folder: Path) -> Path:
     return path
 
 
-def read_clips(folder: Path) -> pl.DataFrame:
-    """All clips of a curation output, sorted by source and start; raises UserError when there is no catalogue."""
-    return pl.read_parquet(clips_path(folder))
+def scan_scores(folder: Path) -> pl.LazyFrame:
+    """All clips with their scores, lazily; verdicts only where `clips.parquet` itself holds them."""
+    return pl.scan_parquet(clips_path(folder))
 
 
 def scan_clips(folder: Path) -> pl.LazyFrame:
     """As `read_clips`, lazily, for catalogues larger than memory."""
-    return pl.scan_parquet(clips_path(folder))
+    scores = scan_scores(folder)
+    verdicts = folder / "catalogue" / "verdicts.parquet"
+    if not verdicts.is_file():
+        return scores
+    return pl.concat([scores.drop(VERDICTS_SCHEMA.names, strict=False), pl.scan_parquet(verdicts)], how="horizontal")
+
+
+def read_clips(folder: Path, subset: str | None = None) -> pl.DataFrame:
+    """All clips of a curation output with their verdicts, sorted by source and start.
+
+    subset: a named subset (svd.curation.subsets); `keep` then says who belongs to it. Raises UserError when there is
+    no catalogue or no such subset.
+    """
+    clips = scan_clips(folder).collect()
+    if subset is None:
+        return clips
+    path = folder / "catalogue" / "subsets.parquet"
+    names = pq.read_schema(path).names if path.is_file() else []
+    if subset not in names:
+        raise UserError(f"{folder}: no subset '{subset}'; there are: {', '.join(names) or 'none'}")
+    return clips.with_columns(pl.read_parquet(path, columns=[subset])[subset].alias("keep"))
 
 
 def read_sources(folder: Path) -> pl.DataFrame:

@@ -8,6 +8,7 @@ on a used axis is dropped, with that reason, unless the axis is optional.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import polars as pl
 
 from svd.config import FiltersConfig, Threshold
 from svd.curation import catalog
+from svd.stage import write_json
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,38 @@ def funnel(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> list[dict[st
     return steps
 
 
-def refilter(folder: Path, filters: FiltersConfig) -> dict[str, float]:
-    """Judge an existing curation output again, in place; touches no video. Returns the thresholds.
+def write_verdicts(folder: Path, config: FiltersConfig) -> dict[str, float]:
+    """Judge the catalogue in `folder`: write `catalogue/verdicts.parquet` and `funnel.json`; returns the thresholds.
 
-    `catalogue/clips.parquet` and `funnel.json` are replaced atomically. Raises UserError without a catalogue.
+    Streams: memory does not grow with captions, only with the scores of one axis at a time.
     """
-    from svd.curation.merge import write_verdicts
+    judged, thresholds = apply(catalog.scan_scores(folder), config)
+    target = folder / "catalogue" / "verdicts.parquet"
+    sink(judged.select(catalog.VERDICTS_SCHEMA.names), target)
+    steps = funnel(pl.scan_parquet(target), thresholds)
+    write_json(folder / "funnel.json", {"steps": steps, "thresholds": thresholds})
+    return thresholds
 
-    clips, thresholds = apply(catalog.read_clips(folder).lazy(), filters)
-    write_verdicts(folder, clips.collect(), thresholds)
+
+def sink(frame: pl.LazyFrame, target: Path) -> None:
+    """Write a lazy frame as Parquet, streaming and atomically."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    frame.sink_parquet(temporary, compression="zstd", row_group_size=1 << 17, engine="streaming")
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(target)
+
+
+def refilter(folder: Path, config: FiltersConfig) -> dict[str, float]:
+    """Judge an existing curation output again, in place; touches no video and rewrites no score.
+
+    Verdicts, funnel, statistics, plots, contact sheets and report follow. Returns the thresholds; raises UserError
+    without a catalogue.
+    """
+    from svd.curation.report import write_report
+    from svd.curation.statistics import write_statistics
+
+    thresholds = write_verdicts(folder, config)
+    write_statistics(folder, thresholds)
+    write_report([folder], folder / "report.html")
     return thresholds

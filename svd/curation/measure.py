@@ -25,7 +25,6 @@ from svd.curation.sources import Source, local_file
 from svd.curation.text import TextDetector, make_detector, text_areas
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, Cut, SourceFailure
 from svd.curation.worker import Analyst
-from svd.curation.writing import write_clips
 from svd.stage import UserError
 
 log = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ class _UnitWork:
         analysis = self.analyst.analyse(path, self.config)
         row.update(_facts(analysis))
         targets = [catalog.clip_id(row["source_id"], clip.span.start_pts, clip.span.end_pts) for clip in analysis.clips]
-        files = write_clips(
+        files = self.analyst.write_clips(
             path,
             analysis.facts,
             [

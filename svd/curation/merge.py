@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
-from svd.config import FiltersConfig
+from svd.config import CurationConfig
 from svd.curation import catalog, filters
+from svd.curation.duplicates import near_duplicates
+from svd.curation.subsets import write_subsets
 from svd.stage import write_json
 
 # Buckets of the motion id that the model is conditioned on (spec: 0…255).
@@ -30,9 +31,7 @@ class Merged:
     thresholds: Mapping[str, float]
 
 
-def merge(
-    measured: Sequence[Path], scored: Sequence[Path], finished: Path, config: FiltersConfig, near_duplicates: bool
-) -> Merged:
+def merge(measured: Sequence[Path], scored: Sequence[Path], finished: Path, config: CurationConfig) -> Merged:
     """Write catalogue, shards, flow and embeddings of all units into `finished`; units are given in their order."""
     for name in ("catalogue", "shards", "flow", "embeddings"):
         (finished / name).mkdir(parents=True, exist_ok=True)
@@ -46,35 +45,23 @@ def merge(
     primary = sources.filter(pl.col("verdict") == "ok").select("source_uri")
     clips = clips.join(primary, on="source_uri", how="semi").sort("source_uri", "start_frame")
     clips = clips.with_columns(pl.Series("motion_bucket", motion_buckets(clips, finished), pl.Int16))
-    if near_duplicates:
-        from svd.curation.duplicates import near_duplicates as find
-
-        clips = find(clips, finished / "embeddings")
-    judged, thresholds = filters.apply(_complete(clips).lazy(), config)
+    if config.near_duplicates:
+        clips = near_duplicates(clips, finished / "embeddings")
+    tables = finished / "catalogue"
+    catalog.write_table(tables / "clips.parquet", catalog.with_schema(clips, catalog.SCORES_SCHEMA))
     cuts = _concat(measured, "cuts")
-    catalog.write_table(
-        finished / "catalogue" / "sources.parquet", catalog.with_schema(sources, catalog.SOURCES_SCHEMA)
-    )
-    catalog.write_table(finished / "catalogue" / "cuts.parquet", catalog.with_schema(cuts, catalog.CUTS_SCHEMA))
+    catalog.write_table(tables / "sources.parquet", catalog.with_schema(sources, catalog.SOURCES_SCHEMA))
+    catalog.write_table(tables / "cuts.parquet", catalog.with_schema(cuts, catalog.CUTS_SCHEMA))
     dropped = _concat(measured, "dropped")
-    catalog.write_table(
-        finished / "catalogue" / "dropped.parquet", catalog.with_schema(dropped, catalog.DROPPED_SCHEMA)
-    )
-    result = judged.collect()
-    write_verdicts(finished, result, thresholds)
-    return Merged(result, sources, cuts, thresholds)
+    catalog.write_table(tables / "dropped.parquet", catalog.with_schema(dropped, catalog.DROPPED_SCHEMA))
+    thresholds = filters.write_verdicts(finished, config.filters)
+    if config.subsets:
+        write_subsets(finished, config.subsets)
+    return Merged(catalog.read_clips(finished), sources, cuts, thresholds)
 
 
 def _concat(units: Sequence[Path], table: str) -> pl.DataFrame:
     return pl.concat([pl.read_parquet(unit / f"{table}.parquet") for unit in units])
-
-
-def _complete(clips: pl.DataFrame) -> pl.DataFrame:
-    """`clips` with every column of the catalogue, missing ones null."""
-    table = catalog.with_schema(clips, catalog.CLIPS_SCHEMA)
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
 
 
 def _resolve_duplicates(sources: pl.DataFrame) -> pl.DataFrame:
@@ -113,13 +100,6 @@ def motion_buckets(clips: pl.DataFrame, finished: Path) -> np.ndarray:
     edges = motion_edges(reference["motion_score"].drop_nulls().to_numpy()).round(6)
     write_json(finished / "catalogue" / "motion.json", {"edges": edges.tolist()})
     return bucket(clips["motion_score"].fill_null(0).to_numpy(), edges)
-
-
-def write_verdicts(folder: Path, clips: pl.DataFrame, thresholds: Mapping[str, float]) -> None:
-    """Write `catalogue/clips.parquet` and `funnel.json` of a judged catalogue, each atomically."""
-    steps: list[dict[str, Any]] = list(filters.funnel(clips.lazy(), thresholds))
-    catalog.write_table(folder / "catalogue" / "clips.parquet", catalog.with_schema(clips, catalog.CLIPS_SCHEMA))
-    write_json(folder / "funnel.json", {"steps": steps, "thresholds": dict(thresholds)})
 
 
 def _link(source: Path, target: Path) -> None:

@@ -51,7 +51,7 @@ def run(context: StageContext) -> Report:
     measured, scored = process(units, config, scorer, context)
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
-    merged = merge(measured, scored, finished, config.filters, config.filters.max_duplicate_similarity is not None)
+    merged = merge(measured, scored, finished, config)
     _check_usable(merged, folder)
     values = metrics(merged, folder)
     write_statistics(finished, merged.thresholds)

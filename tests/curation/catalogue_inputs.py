@@ -11,7 +11,6 @@ from curation_inputs import write_video
 
 from svd.config import FiltersConfig
 from svd.curation import catalog, filters
-from svd.curation.merge import write_verdicts
 from svd.data.shards import ShardWriter
 
 
@@ -55,10 +54,8 @@ def write_catalogue(folder: Path, count: int = 12, config: dict | None = None, c
                 }
             )
     frame = pl.DataFrame(rows, infer_schema_length=None)
-    complete = pl.from_arrow(catalog.with_schema(frame, catalog.CLIPS_SCHEMA))
-    assert isinstance(complete, pl.DataFrame)
-    judged, thresholds = filters.apply(complete.lazy(), FiltersConfig.model_validate(config or {}))
-    write_verdicts(folder, judged.collect(), thresholds)
+    catalog.write_table(folder / "catalogue" / "clips.parquet", catalog.with_schema(frame, catalog.SCORES_SCHEMA))
+    filters.write_verdicts(folder, FiltersConfig.model_validate(config or {}))
     sources = [
         {"source_uri": uri, "split": "train", "verdict": "ok", "reason": ""}
         for uri in frame["source_uri"].unique(maintain_order=True)
