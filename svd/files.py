@@ -71,6 +71,16 @@ def read_clip(path: Path) -> tuple[Tensor, float]:
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255, fps
 
 
+def check_format(path: Path) -> str:
+    """The suffix in lower case; raises UserError unless `save_clip` can write it."""
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise UserError(
+            f"{path}: unknown format '{path.suffix}'; use .mp4, .gif, .png, or a folder name without suffix"
+        )
+    return suffix
+
+
 def save_clip(
     path: Path, clip: Tensor, fps: float, metadata: Mapping[str, str] | None = None, mark: bytes | None = None
 ) -> None:
