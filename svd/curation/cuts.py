@@ -242,7 +242,7 @@ class _Judge:
             if self._prominent(peak, scores) and not self._same(self._index(peak.before), self._index(peak.after)):
                 self._keep("hard", self._index(peak.after), self._index(peak.after), peak)
             return
-        ramp = self._ramp(first, last, max(0, first - 2), min(len(self.pictures) - 1, last + 2))
+        ramp = self._ramp(max(0, first - 2), min(len(self.pictures) - 1, last + 2))
         if ramp is not None and ramp.is_transition:
             self._keep("dissolve" if ramp.end > ramp.start else "hard", ramp.start, ramp.end, peak)
         elif len(group) == 2 and all(self._prominent(p, scores) for p in group):
@@ -254,7 +254,7 @@ class _Judge:
         # The neighbours' median is not raised by a second cut or a flash nearby.
         return not near or scores.get(p.after, p.score) >= MIN_PROMINENCE * float(np.median(near))
 
-    def _ramp(self, before: int, after: int, low: int, high: int) -> Ramp | None:
+    def _ramp(self, low: int, high: int) -> Ramp | None:
         ramp = fit_ramp(self.pictures[low : high + 1], self.pixels)
         if ramp is None:
             return None
@@ -281,10 +281,13 @@ class _Judge:
         fits = []
         for pad in PADS:
             reach = round(pad * self.rate)
-            ramp = self._ramp(before, after, max(low, before - reach), min(high, after + reach))
+            first, last = max(low, before - reach), min(high, after + reach)
+            ramp = self._ramp(first, last)
             if ramp is not None and ramp.is_transition:
-                fits.append(ramp)
-        best = min(fits, key=lambda r: r.error + 0.5 * r.off_line, default=None)
+                # A ramp up to the ends of its window is likely to be a part of a longer one.
+                partial = (ramp.start <= first + 2 and first > low) or (ramp.end >= last - 1 and last < high)
+                fits.append((ramp.error + 0.5 * ramp.off_line + (0.3 if partial else 0.0), ramp))
+        best = min(fits, key=lambda f: f[0])[1] if fits else None
         return best if best is None or self._is_exchange(best) else None
 
     def _is_exchange(self, ramp: Ramp) -> bool:

@@ -140,7 +140,10 @@ class _LibraryPass:
         key = self._detector.get_metrics()[0]
         manager = self._detector.stats_manager
         found = manager.get_metrics(cut, [key])[0] if manager and manager.metrics_exist(cut, [key]) else None
-        return float(found) if found is not None else math.nan
+        if found is None:
+            return math.nan
+        # The histogram detector keeps the similarity and compares its complement.
+        return 1.0 - float(found) if isinstance(self._detector, HistogramDetector) else float(found)
 
 
 @dataclass
