@@ -43,9 +43,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that divide [low, high] in about `count` steps."""
     if not high > low:
         return [low]
-    raw = (high - low) / count
-    magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = next(magnitude * factor for factor in (1, 2, 5, 10) if magnitude * factor >= raw * 0.999)
+    magnitude = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = min((magnitude * f for f in (1, 2, 2.5, 5, 10)), key=lambda size: abs((high - low) / size - count))
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -197,7 +197,7 @@ def test_raters_that_fail_checks_are_left_out(study: Path) -> None:
 def test_results_and_exports(study: Path) -> None:
     store = open_store(study)
     client = TestClient(build(study))
-    assert "Nobody has voted yet" in client.get("/results").text
+    assert "No votes that count yet" in client.get("/results").text
     strength = {model: -number for number, model in enumerate(MODELS)}
     for question in store.questions():
         side = "left" if strength[question.left] >= strength[question.right] else "right"

@@ -141,7 +141,12 @@ def test_charts_show_their_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 1, [0, 0.5, 1]), (0, 300, [0, 100, 200, 300]), (0.21, 0.47, [0.3, 0.4]), (2, 2, [2])],
+    [
+        (0, 1, [0, 0.25, 0.5, 0.75, 1]),
+        (0, 300, [0, 100, 200, 300]),
+        (0.21, 0.47, [0.25, 0.3, 0.35, 0.4, 0.45]),
+        (2, 2, [2]),
+    ],
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
