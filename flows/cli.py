@@ -10,7 +10,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from flows.generate_cli import generate_app
 from flows.stack import load_env
+from flows.tools_cli import tools_app
 from svd.presets import load_preset
 from svd.stage import UserError
 
@@ -26,6 +28,8 @@ stack_app = typer.Typer(help="The local stack: Prefect, workers, MLflow, S3.", n
 app.add_typer(config_app, name="config")
 app.add_typer(track_app, name="track")
 app.add_typer(stack_app, name="stack")
+app.add_typer(generate_app, name="generate")
+app.add_typer(tools_app)
 console = Console(stderr=True)
 
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Name of a preset in presets/, or a YAML file.")]

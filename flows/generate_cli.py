@@ -19,12 +19,14 @@ from svd.stage import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from svd.diffusion.edm import Kind
     from svd.generate import Models
     from svd.safety import SafetyFilter
 
 generate_app = typer.Typer(help="Generate clips with trained or released models.", no_args_is_help=True)
 
 DEFAULT_FPS = 7.0
+KINDS: dict[str, Kind] = {"edm": "edm-v", "discrete-v": "v", "discrete-eps": "eps"}
 Item = TypeVar("Item")
 
 GuidanceOption = Annotated[
@@ -226,14 +228,14 @@ def open_models(networks: Networks, preset: Preset, stage: str) -> Models:
         device,
         dtype=dtype,
         offload=networks.offload,
-        kind="v" if networks.objective == "discrete-v" else "edm-v",
+        kind=KINDS[networks.objective],
     )
     _apply_loras(models, networks.lora or [])
     return dataclasses.replace(
         models,
         passes="sequential" if networks.sequential else "auto",
         decode_chunk=networks.decode_chunk,
-        decode_overlap=min(networks.decode_overlap, networks.decode_chunk - 1),
+        decode_overlap=networks.decode_overlap,
     )
 
 

@@ -39,7 +39,8 @@ class Networks:
         list[str] | None, typer.Option(help="LoRA folder, or FOLDER:SCALE; may be given several times.")
     ] = None
     objective: Annotated[
-        Literal["edm", "discrete-v"], typer.Option(help="What the U-Net was trained with; discrete-v: the ablations.")
+        Literal["edm", "discrete-v", "discrete-eps"],
+        typer.Option(help="What the U-Net was trained with; discrete-v: the ablations, discrete-eps: SD 2.1 itself."),
     ] = "edm"
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")] = "auto"
     dtype: Annotated[
@@ -51,8 +52,8 @@ class Networks:
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Run the two passes of guidance one by one: half the memory.")
     ] = False
-    decode_chunk: Annotated[int, typer.Option(min=1, help="Frames decoded together; fewer need less memory.")] = 14
-    decode_overlap: Annotated[int, typer.Option(min=0, help="Frames that neighbouring decoding chunks share.")] = 0
+    decode_chunk: Annotated[int, typer.Option(min=1, help="Frames decoded together; fewer need less memory.")] = 16
+    decode_overlap: Annotated[int, typer.Option(min=0, help="Frames that neighbouring decoding chunks share.")] = 4
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,16 @@ def run_key(work: Path) -> str:
 
 
 def run_stage(name: str, preset_name: str, link: RunLink | None = None) -> Report:
-    """Run stage `name` of a preset as one MLflow run; work in progress of a killed run is taken up again.
+    """Run stage `name` of the preset called `preset_name`; see `run_preset_stage`."""
+    return run_preset_stage(name, load_preset(preset_name), link)
 
-    Raises UserError for an unknown stage or preset and for missing inputs.
+
+def run_preset_stage(name: str, preset: Preset, link: RunLink | None = None) -> Report:
+    """Run a stage as one MLflow run; work in progress of a killed run is taken up again.
+
+    Raises UserError for an unknown stage and for missing inputs.
     """
-    stage, preset = find_stage(name), load_preset(preset_name)
+    stage = find_stage(name)
     inputs = stage_inputs(stage, preset)
     work = open_work(stage, preset, inputs)
     link = link or RunLink()

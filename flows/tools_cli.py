@@ -1,0 +1,168 @@
+"""The subcommands that work on folders directly: curate, browse, refilter, compare, fetch, convert, vote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from svd.presets import load_preset, preset_path
+from svd.stage import UserError
+
+tools_app = typer.Typer()
+vote_app = typer.Typer(
+    help="Human preference: make a study, serve the page, compute the ratings.", no_args_is_help=True
+)
+tools_app.add_typer(vote_app, name="vote")
+out = Console(soft_wrap=True)
+
+PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Name of a preset in presets/, or a YAML file.")]
+CatalogueArgument = Annotated[Path, typer.Argument(help="Output of the stage curation, e.g. outputs/tiny/curation.")]
+PortOption = Annotated[int, typer.Option(help="Port of the page, on this machine only.")]
+DatabaseOption = Annotated[str | None, typer.Option(help="Database URL (Postgres); default: SQLite in the folder.")]
+
+
+@tools_app.command()
+def curate(
+    sources: Annotated[
+        list[str], typer.Argument(help="Videos: folders, globs, s3:// prefixes, lists, WebDataset tars.")
+    ],
+    name: Annotated[str, typer.Option(help="Results go to outputs/NAME.")] = "mine",
+    preset: PresetOption = "tiny",
+    dry_run: Annotated[bool, typer.Option(help="Only say how much there is and what it will cost.")] = False,
+) -> None:
+    """Cut, clip, caption, score and filter your own videos: catalogue, shards and report in outputs/NAME/curation."""
+    from flows.runner import run_preset_stage
+    from svd.curation.plan import plan
+    from svd.curation.sources import list_sources
+
+    chosen = load_preset(preset, {"name": name, "sources.paths": sources, "sources.synthetic": None})
+    if dry_run:
+        print("\n".join(plan(list_sources(sources), chosen.curation, chosen.sources.sources_per_shard).lines()))
+        return
+    run_preset_stage("sources", chosen)
+    run_preset_stage("encoders", chosen)
+    report = run_preset_stage("curation", chosen)
+    out.print(f"{report.summary}\nreport: outputs/{name}/curation/report.html")
+
+
+@tools_app.command()
+def browse(
+    catalogue: CatalogueArgument,
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", help="Preset that the page may save thresholds to.")
+    ] = None,
+    port: PortOption = 8124,
+) -> None:
+    """Open a page on a catalogue: players, sorting by any score, thresholds to drag with what they keep and drop."""
+    import uvicorn
+
+    from svd.curation.browse import create_app
+
+    app = create_app(catalogue, preset_path(preset) if preset else None)
+    out.print(f"http://127.0.0.1:{port}   (Ctrl+C ends it)")
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+@tools_app.command()
+def refilter(catalogue: CatalogueArgument, preset: PresetOption = "tiny") -> None:
+    """Judge a catalogue again with the preset's filters; touches no video."""
+    from svd.curation.filters import refilter as judge
+
+    for axis, threshold in judge(catalogue, load_preset(preset).curation.filters).items():
+        out.print(f"{axis}: {threshold:.6g}")
+
+
+@tools_app.command()
+def compare(
+    catalogues: Annotated[list[Path], typer.Argument(help="Two or more outputs of the stage curation.")],
+    to: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("comparison.html"),
+) -> None:
+    """Put the statistics of several catalogues side by side, with the paper's table."""
+    from svd.curation.report import write_report
+
+    out.print(write_report(catalogues, to, [folder.parent.name for folder in catalogues]))
+
+
+@tools_app.command()
+def fetch(
+    repository: Annotated[str, typer.Argument(help="Hub id, e.g. stabilityai/stable-video-diffusion-img2vid.")],
+    target: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    file: Annotated[list[str] | None, typer.Option(help="Only these files; default: all safetensors and JSON.")] = None,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    sha256: Annotated[list[str] | None, typer.Option(help="FILE=HASH that a file must have.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="For gated repositories.")] = None,
+) -> None:
+    """Download released weights from the hub; broken downloads are resumed, hashes checked, pickles refused."""
+    from svd.model.hub import fetch as download
+
+    hashes = dict(pair.split("=", 1) for pair in sha256 or [] if "=" in pair)
+    if len(hashes) != len(sha256 or []):
+        raise UserError("--sha256 takes FILE=HASH, for example svd.safetensors=3b0c…")
+    for path in download(repository, target, filenames=file, revision=revision, token=token, sha256=hashes):
+        out.print(path)
+
+
+@tools_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A single .safetensors file, or a folder in diffusers' layout.")],
+    target: Annotated[Path, typer.Argument(help="What to write; must not exist.")],
+    to: Annotated[Literal["sgm", "diffusers"], typer.Option(help="Layout of the target.")] = "diffusers",
+    half: Annotated[bool, typer.Option(help="Write float16.")] = False,
+    sha256: Annotated[str | None, typer.Option(help="Hash that a single file must have.")] = None,
+) -> None:
+    """Convert checkpoints between the released single files and diffusers' folders, without a second copy in memory."""
+    import torch
+
+    from svd.model.convert import convert as write
+
+    done = write(source, target, to, dtype=torch.float16 if half else None, sha256=sha256)
+    out.print(f"{done.target}: {done.tensors} tensors")
+    if done.missing:
+        out.print(f"not in the source: {', '.join(done.missing)}")
+
+
+@vote_app.command("create")
+def vote_create(
+    folder: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    models: Annotated[
+        list[str], typer.Argument(help="NAME=FOLDER of clips; files of the same name answer the same prompt.")
+    ],
+    votes: Annotated[int, typer.Option(help="Votes a pair, prompt and question (E.1: 3).")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of order and sides.")] = 0,
+    database: DatabaseOption = None,
+) -> None:
+    """Make a study: all pairs of models on all prompts, sides and order shuffled, attention checks mixed in (E.1)."""
+    from evaluation.preference.clips import Source
+    from evaluation.preference.study import create_study
+
+    pairs = [model.partition("=") for model in models]
+    if any(not folder_name for _, _, folder_name in pairs):
+        raise UserError("name the models as NAME=FOLDER, for example ours=outputs/tiny/high-quality-finetuning/samples")
+    study = create_study(folder, [Source(n, Path(f)) for n, _, f in pairs], votes=votes, seed=seed, database=database)
+    out.print(f"{len(study.models)} models, {len(study.prompts)} prompts; serve it with: svd vote serve {folder}")
+
+
+@vote_app.command("serve")
+def vote_serve(
+    folder: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    port: PortOption = 8123,
+    database: DatabaseOption = None,
+) -> None:
+    """Serve the voting page."""
+    from evaluation.preference.app import serve
+
+    out.print(f"http://127.0.0.1:{port}   (Ctrl+C ends it)")
+    serve(folder, port=port, database=database)
+
+
+@vote_app.command("results")
+def vote_results(
+    folder: Annotated[Path, typer.Argument(help="Folder of the study.")], database: DatabaseOption = None
+) -> None:
+    """Compute the paper's Elo and Bradley-Terry ratings with intervals; writes ratings.json and ratings.csv there."""
+    from evaluation.preference.study import export
+
+    out.print_json(data=export(folder, database))
