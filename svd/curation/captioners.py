@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -52,7 +51,7 @@ class CocaCaptioner:
             network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=weights)
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(
-                f"curation.captions: CoCa '{model}' with weights '{weights}' can't be loaded: {_first_line(error)}; "
+                f"curation.captions: CoCa '{model}' with weights '{weights}' can't be loaded: {first_line(error)}; "
                 "set coca_weights to a tag of open_clip or a file, or leave 'coca' out of captioners"
             ) from None
         return cls(network, preprocess, device)
@@ -97,7 +96,7 @@ class EndpointLlm:
                     return self._text(response)
                 problem = f"HTTP {response.status_code}"
             except httpx.TransportError as error:
-                problem = _first_line(error) or type(error).__name__
+                problem = first_line(error) or type(error).__name__
             if attempt + 1 < self.attempts:
                 time.sleep(self.wait * 2**attempt)
         raise UserError(f"curation.captions.llm_endpoint: {self.url} does not answer ({problem}); is the server up?")
@@ -108,7 +107,7 @@ class EndpointLlm:
             return str(response.json()["choices"][0]["message"]["content"]).strip()
         except (httpx.HTTPStatusError, ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(
-                f"curation.captions.llm_endpoint: {self.url} answered what is no chat completion: {_first_line(error)}"
+                f"curation.captions.llm_endpoint: {self.url} answered what is no chat completion: {first_line(error)}"
             ) from None
 
 
@@ -128,7 +127,7 @@ class TransformersLlm:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             model = transformers.AutoModelForCausalLM.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise UserError(f"curation.captions.llm_model: '{name}' can't be loaded: {_first_line(error)}") from None
+            raise UserError(f"curation.captions.llm_model: '{name}' can't be loaded: {first_line(error)}") from None
         return cls(model, tokenizer, device)
 
     @torch.inference_mode()
@@ -208,10 +207,6 @@ def import_transformers(option: str) -> Any:
     return transformers
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of a message, at most 300 characters."""
     return str(error).strip().split("\n")[0][:300]
-
-
-def existing(path: str) -> bool:
-    """True when a weights option names something on disk rather than a hub id."""
-    return Path(path).expanduser().exists()

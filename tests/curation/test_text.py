@@ -1,0 +1,129 @@
+"""Text detection: areas as unions, the shipped detector on drawn text, CRAFT's architecture and post-processing."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from curation_inputs import SAMPLES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svd.config import TextConfig
+from svd.curation import craft
+from svd.curation.text import DBTextDetector, area_ratio, make_detector, text_areas
+from svd.curation.video_captioner import sample_frames
+from svd.stage import UserError
+
+boxes = st.tuples(st.integers(-5, 40), st.integers(-5, 30), st.integers(1, 30), st.integers(1, 30))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(boxes, max_size=6))
+def test_area_is_that_of_the_union_inside_the_frame(rectangles):
+    covered = np.zeros((32, 48), bool)
+    polygons = []
+    for x, y, w, h in rectangles:
+        polygons.append(np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]], float))
+        covered[max(0, y) : max(0, y + h), max(0, x) : max(0, x + w)] = True
+    assert area_ratio(polygons, 32, 48) == pytest.approx(covered.mean(), abs=1e-9)
+
+
+def test_a_polygon_that_crosses_itself_does_not_break_the_area():
+    bow = np.array([[0, 0], [10, 10], [10, 0], [0, 10]], float)
+    assert area_ratio([bow], 10, 10) == pytest.approx(0.5)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return DBTextDetector()
+
+
+@pytest.fixture(scope="module")
+def clean():
+    """Frames of real footage without text."""
+    return sample_frames(SAMPLES / "big-buck-bunny.mp4", 4)
+
+
+def subtitled(frame: np.ndarray, text: str, height: int) -> np.ndarray:
+    """White text with a black outline near the bottom, capitals `height` pixels high."""
+    drawn = np.ascontiguousarray(frame)
+    scale = cv2.getFontScaleFromHeight(cv2.FONT_HERSHEY_SIMPLEX, height, 2)
+    place = (frame.shape[1] // 8, int(frame.shape[0] * 0.92))
+    for colour, thickness in (((0, 0, 0), max(3, height // 4)), ((255, 255, 255), max(1, height // 12))):
+        cv2.putText(drawn, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, thickness, cv2.LINE_AA)
+    return drawn
+
+
+def test_subtitles_are_found_where_they_are_and_clean_frames_stay_clean(detector, clean):
+    assert max(text_areas(clean, detector)) < 0.005
+    for frame in clean:
+        height, width = frame.shape[:2]
+        found = detector.polygons(subtitled(frame, "this is what they say", height // 24))
+        assert 0.005 < area_ratio(found, height, width) < 0.15
+        assert all(polygon[:, 1].mean() > 0.75 * height for polygon in found)
+
+
+def test_small_videos_are_not_enlarged(detector):
+    assert detector.input_size(128, 192) == (128, 192)
+    assert detector.input_size(720, 1280) == (352, 640)
+    assert detector.input_size(1280, 720) == (640, 352)
+    assert all(side % 32 == 0 and side > 0 for side in (*detector.input_size(1, 1), *detector.input_size(2000, 10)))
+    text = subtitled(np.full((128, 192, 3), 90, np.uint8), "hello", 14)
+    assert area_ratio(detector.polygons(text), 128, 192) > 0.02
+
+
+def test_craft_has_the_published_names_and_loads_them(tmp_path):
+    torch.manual_seed(0)
+    model = craft.Craft()
+    state = model.state_dict()
+    shapes = {
+        "basenet.slice1.0.weight": (64, 3, 3, 3),
+        "basenet.slice1.11.running_mean": (128,),
+        "basenet.slice2.14.weight": (256, 128, 3, 3),
+        "basenet.slice3.27.weight": (512, 512, 3, 3),
+        "basenet.slice4.38.bias": (512,),
+        "basenet.slice5.1.weight": (1024, 512, 3, 3),
+        "basenet.slice5.2.weight": (1024, 1024, 1, 1),
+        "upconv1.conv.0.weight": (512, 1536, 1, 1),
+        "upconv2.conv.3.weight": (128, 256, 3, 3),
+        "upconv4.conv.4.running_var": (32,),
+        "conv_cls.8.weight": (2, 16, 1, 1),
+    }
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+    assert sum(p.numel() for p in model.parameters()) == 20_770_466
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "craft.pth")
+    loaded = craft.load_craft(tmp_path / "craft.pth")
+    assert all(torch.equal(loaded.state_dict()[name], state[name]) for name in state)
+    detector = make_detector(
+        TextConfig(detector="craft", craft_weights=str(tmp_path / "craft.pth"), width=96, height=64)
+    )
+    assert isinstance(detector.polygons(np.zeros((48, 64, 3), np.uint8)), list)
+    with torch.inference_mode():
+        assert loaded(torch.zeros(1, 3, 64, 96)).shape == (1, 32, 48, 2)
+
+
+def test_craft_joins_characters_into_words():
+    region, affinity = np.zeros((60, 120), np.float32), np.zeros((60, 120), np.float32)
+    for x in (20, 32, 44):
+        region[20:30, x : x + 8] = 0.9
+    affinity[22:28, 26:46] = 0.8
+    region[40:48, 80:100] = 0.9
+    region[5:9, 100:110] = 0.5  # never sure enough
+    words = craft.boxes(region, affinity)
+    assert len(words) == 2
+    first, second = sorted(words, key=lambda box: box[:, 0].mean())
+    assert first[:, 0].min() <= 20 and first[:, 0].max() >= 51
+    assert abs(second.mean(0) - [89.5, 43.5]).max() < 2
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), (b"nonsense", "is not CRAFT")])
+def test_missing_or_foreign_weights_are_named(tmp_path, content, message):
+    path = tmp_path / "craft.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        make_detector(TextConfig(detector="craft", craft_weights=str(path)))
+    with pytest.raises(UserError, match="craft_weights is not set"):
+        make_detector(TextConfig(detector="craft"))
