@@ -37,9 +37,9 @@ _SEEDS = 2**63 - 1
 class Models:
     """What generation needs. dtype: of the U-Net.
 
-    kind: the U-Net's preconditioning (`v` for models trained with the discrete schedule). offload: keep the networks
-    on the CPU and move each to `device` for as long as it works. passes: how guidance runs. decode_chunk: frames
-    decoded together; decode_overlap: frames that neighbouring chunks share.
+    kind: the U-Net's preconditioning (`v` for models trained with the discrete schedule, `eps` for SD 2.1 itself).
+    offload: keep the networks on the CPU and move each to `device` for as long as it works. passes: how guidance
+    runs. decode_chunk: frames decoded together; decode_overlap: frames that neighbouring chunks share.
     """
 
     unet: UNet
@@ -50,8 +50,8 @@ class Models:
     kind: Kind = "edm-v"
     offload: bool = False
     passes: Passes = "auto"
-    decode_chunk: int = 14
-    decode_overlap: int = 0
+    decode_chunk: int = 16
+    decode_overlap: int = 4
 
     @property
     def multiple(self) -> int:
@@ -220,7 +220,7 @@ def decode(models: Models, latents: Tensor, progress: bool) -> Tensor:
 
 
 def _overlap(models: Models, frames: int) -> int:
-    return models.decode_overlap if models.decode_chunk < frames else 0
+    return min(models.decode_overlap, models.decode_chunk - 1) if models.decode_chunk < frames else 0
 
 
 def cover(images: Tensor, height: int, width: int) -> Tensor:

@@ -85,8 +85,8 @@ def _encode(
 ) -> None:
     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(_RATE_DENOMINATOR))
     stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-    # x264's output depends on the number of threads; and with the newest vector instructions a few bytes that no decoder
-    # reads differ from run to run, so the set is fixed to one that every x86-64 machine of the last decade has.
+    # x264's output depends on the number of threads; and with the newest vector instructions a few bytes that no
+    # decoder reads differ from run to run, so the set is fixed to one that every x86-64 machine of a decade has.
     stream.codec_context.thread_count = 1
     stream.options = {"crf": str(crf), "preset": "medium", "threads": "1", "flags": "+bitexact"}
     if platform.machine() in ("x86_64", "AMD64"):

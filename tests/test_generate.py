@@ -321,7 +321,9 @@ def test_chunked_decoding(models):
     loaded = models("text")
     options = TEXT | {"frames": 6}
     whole = text_to_video(loaded, ["a ball"], seed=0, **options)
-    chunked = text_to_video(dataclasses.replace(loaded, decode_chunk=3), ["a ball"], seed=0, **options)
+    chunked = text_to_video(
+        dataclasses.replace(loaded, decode_chunk=3, decode_overlap=0), ["a ball"], seed=0, **options
+    )
     faded = text_to_video(dataclasses.replace(loaded, decode_chunk=4, decode_overlap=2), ["a ball"], seed=0, **options)
     assert whole.shape == chunked.shape == faded.shape
     assert not torch.equal(whole, chunked)
@@ -350,3 +352,13 @@ def test_prompts_from_a_file(tmp_path):
         read_prompts(path)
     with pytest.raises(UserError, match="no such file"):
         read_prompts(tmp_path / "absent.txt")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_clips_of_the_cpu(models, folders):
+    exact = text_to_video(models("text"), ["a ball"], seed=0, **TEXT)
+    for dtype, tolerance in ((torch.float32, 2e-3), (torch.bfloat16, 3e-2)):
+        on_gpu = load_models(
+            folders / "text", folders / "autoencoder", folders / "encoders", TOY, "cuda", dtype=dtype, offload=True
+        )
+        assert (text_to_video(on_gpu, ["a ball"], seed=0, **TEXT) - exact).abs().mean() < tolerance
