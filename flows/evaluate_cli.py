@@ -1,0 +1,105 @@
+"""`svd evaluate`: scores of any two folders of clips, comparison of two evaluations, and the gate for a new model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from svd.stage import UserError
+
+evaluate_app = typer.Typer(
+    help="Score folders of clips, compare evaluations, list the protocols. (A model: svd stage ucf101-evaluation.)",
+    no_args_is_help=True,
+)
+out = Console(soft_wrap=True)
+
+FolderArgument = Annotated[
+    Path, typer.Argument(help="Output of ucf101-evaluation, e.g. outputs/tiny/ucf101-evaluation.")
+]
+
+
+@evaluate_app.command("clips")
+def clips(
+    real: Annotated[Path, typer.Argument(help="Folder of real clips, searched through.")],
+    generated: Annotated[Path, typer.Argument(help="Folder of generated clips, searched through.")],
+    protocol: Annotated[list[str], typer.Option(help="Protocol; may be given several times.")] = ["svd_ucf101_paper"],  # noqa: B006
+    weights: Annotated[
+        str | None, typer.Option(help="File of the protocol's network, e.g. i3d_torchscript.pt.")
+    ] = None,
+    sha256: Annotated[str | None, typer.Option(help="Hash that the file must have.")] = None,
+    offline: Annotated[bool, typer.Option(help="TransNetV2, whose weights are installed, as network.")] = False,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames a clip, instead of the protocol's.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Clips a folder, instead of the protocol's.")] = None,
+    work: Annotated[Path, typer.Option(help="Where features are kept between runs.")] = Path("work/evaluate"),
+    to: Annotated[Path | None, typer.Option(help="CSV file for the rows.")] = None,
+) -> None:
+    """Distance between two folders of clips, one row a protocol, with error bar, weights and number of clips."""
+    import torch
+
+    from evaluation.folders import protocols, score_folders
+    from evaluation.results import write_rows
+
+    if not offline and weights is None:
+        raise UserError("give the network's file with --weights (i3d_torchscript.pt of StyleGAN-V), or --offline")
+    wanted = protocols(protocol, transnetv2=offline, frames=frames, samples=samples)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = score_folders(real, generated, wanted, work, weights=weights, sha256=sha256, device=device)
+    table = Table(
+        "protocol", "metric", "value", "± SE", "bias-corrected", "kernel (unbiased)", "real", "generated", "weights"
+    )
+    for row in rows:
+        numbers = (row.value, row.standard_error, row.bias_corrected, row.kernel_unbiased)
+        cells = ("–" if number is None else f"{number:.5g}" for number in numbers)
+        table.add_row(row.protocol, row.metric, *cells, str(row.real), str(row.generated), row.weights)
+    out.print(table)
+    if to is not None:
+        write_rows(to, rows)
+        out.print(f"rows: {to}")
+
+
+@evaluate_app.command("compare")
+def compare(candidate: FolderArgument, champion: FolderArgument) -> None:
+    """Paired difference of two evaluations of the same prompts and seeds; below zero: the candidate is better."""
+    from evaluation.gate import compare as paired
+
+    kernel, frechet = paired(candidate, champion)
+    out.print(f"kernel distance  {kernel.value:+.6g} ± {kernel.standard_error:.2g}")
+    out.print(f"Fréchet distance {frechet.value:+.6g} ± {frechet.standard_error:.2g}")
+
+
+@evaluate_app.command("gate")
+def gate(
+    candidate: FolderArgument,
+    champion: Annotated[
+        Path | None, typer.Argument(help="Evaluation of the present model; none: the first one.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Share of the champion's distance that it may be worse.")
+    ] = 0.05,
+    sigmas: Annotated[float, typer.Option(min=0, help="Standard errors that it may be worse.")] = 3.0,
+) -> None:
+    """May the candidate replace the champion? Says why, and exits with 1 if not."""
+    from evaluation.gate import gate as judge
+
+    verdict = judge(candidate, champion, tolerance, sigmas)
+    out.print(("passed: " if verdict.passed else "failed: ") + verdict.reason)
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@evaluate_app.command("protocols")
+def show_protocols() -> None:
+    """The named protocols and what each one fixes."""
+    from evaluation.protocol import named_protocols
+
+    table = Table("name", "digest", "network", "frames", "fps", "clips", "ddof", "rounding")
+    for name, p in named_protocols().items():
+        fps = "all" if p.fps is None else f"{p.fps:g}"
+        table.add_row(
+            name, p.digest(), p.net.name, str(p.frames), fps, str(p.generated or "all"), str(p.ddof), p.rounding
+        )
+    out.print(table)
