@@ -67,7 +67,7 @@ def decode(video: bytes, wanted: set[int]) -> dict[int, Frames]:
     found: dict[int, Frames] = {}
     last = max(wanted)
     try:
-        with av.open(io.BytesIO(video)) as container:
+        with av.open(io.BytesIO(video), "r") as container:
             for number, frame in enumerate(container.decode(container.streams.video[0])):
                 if number in wanted:
                     picture = frame.to_ndarray(format="rgb24")

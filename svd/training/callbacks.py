@@ -152,7 +152,8 @@ class Record(Updates):
         if validated or step % self.log_every == 0:
             loss = sum(self.pending) / len(self.pending)
             self.pending.clear()
-            bins = sigma_bins(*torch.cat(self.levels, dim=1), "train_loss")
+            losses, sigma = torch.cat(self.levels, dim=1)
+            bins = sigma_bins(losses, sigma, "train_loss")
             self.levels.clear()
             self._log(trainer, module, {"train_loss": loss, **bins}, step)
             self._add(step, loss, self._examine(trainer, module, step) if validated else None)

@@ -20,12 +20,17 @@ from svd.training.tasks import Task
 
 def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNetConfig:
     """The configuration of a task's U-Net; `latent_size` (height, width) sizes the learned mask embedding."""
-    section = preset.model.unet.model_dump()
-    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+    sizes = preset.model.unet
     channels = preset.model.autoencoder.latent_channels
     extra = {4: 0, 8: channels, 9: channels + 1}[task.in_channels]
     return UNetConfig(
-        **sizes,
+        block_out_channels=tuple(sizes.block_out_channels),
+        attention_levels=tuple(sizes.attention_levels),
+        layers_per_block=sizes.layers_per_block,
+        head_channels=sizes.head_channels,
+        cross_attention_dim=sizes.cross_attention_dim,
+        id_embedding_dim=sizes.id_embedding_dim,
+        norm_eps=sizes.norm_eps,
         in_channels=channels + extra,
         out_channels=channels,
         ids=task.ids,

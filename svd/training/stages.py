@@ -140,10 +140,13 @@ def _training(
     return Training(name, context, task, config, cache, autoencoder, rows, initial, context.work)
 
 
-def _source(context: StageContext, previous: str) -> Path | None:
-    """Where the first weights are: the previous stage's output, else `model.pretrained`, else nowhere (fresh
-    weights).
+def _source(context: StageContext, previous: str | None) -> Path | None:
+    """Where the first weights are: the previous stage's output, else `model.pretrained`; None for fresh weights.
+
+    `previous` "" names no stage, None asks for fresh weights whatever is there.
     """
+    if previous is None:
+        return None
     if previous in context.inputs:
         return context.inputs[previous] / "unet"
     pretrained = context.preset.model.pretrained

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from toy_training import toy_context, toy_preset
 from torch.utils.data import default_collate
+from toy_training import toy_context, toy_preset
 
 from svd.config import Phase
 from svd.data.cache import LatentCache
@@ -220,5 +219,5 @@ def test_phase_sizes_must_be_cached() -> None:
     from svd.presets import ConfigError
 
     phase = Phase(iterations=1, batch_size=1, height=24, width=16, frames=1, p_mean=0, p_std=1, learning_rate=1)
-    with pytest.raises(ConfigError, match="latents.geometries"):
+    with pytest.raises(ConfigError, match=r"latents\.geometries"):
         toy_preset(phases=[phase.model_dump()])

@@ -13,16 +13,17 @@ import pytest
 from safetensors.torch import load_file
 from toy_training import PHASE, toy_context, toy_preset
 
-from svd.stage import Report, StageContext
+from svd.config import Preset
+from svd.stage import StageContext
 from svd.training import callbacks
-from svd.training.stages import run_video_pretraining
+from svd.training.stages import run_image_pretraining, run_video_pretraining
 
 
 class Preempted(Exception):
     """What a test raises in place of a power failure."""
 
 
-def preset(iterations: int = 8) -> object:
+def preset(iterations: int = 8) -> Preset:
     phases = [{**PHASE, "iterations": iterations}, {**PHASE, "iterations": 3, "p_mean": 0.5}]
     return toy_preset(phases=phases, warmup=3, decay="cosine", ema_decay=0.9, gradient_accumulation=2)
 
@@ -31,21 +32,16 @@ def weights(context: StageContext) -> dict[str, object]:
     return load_file(context.output / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def run(context: StageContext) -> Report:
-    return run_video_pretraining(context)
-
-
 def first_model(folder: Path) -> Path:
     """An image model to start from, made by the real stage."""
-    from svd.training.stages import run_image_pretraining
-
-    return run_image_pretraining(toy_context(folder, "image-pretraining")) and folder / "outputs" / "image-pretraining"
+    run_image_pretraining(toy_context(folder, "image-pretraining"))
+    return folder / "outputs" / "image-pretraining"
 
 
 def test_interrupted_training_equals_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = first_model(tmp_path)
     undisturbed = toy_context(tmp_path, "undisturbed", preset(), image_pretraining=image)
-    report = run(undisturbed)
+    report = run_video_pretraining(undisturbed)
     interrupted = toy_context(tmp_path, "interrupted", preset(), image_pretraining=image)
     original = callbacks.Averaging.on_train_batch_end
     calls = 0
@@ -61,7 +57,7 @@ def test_interrupted_training_equals_an_undisturbed_one(tmp_path: Path, monkeypa
     failures = 0
     while not (interrupted.output / "metrics.json").exists():
         try:
-            again = run(interrupted)
+            again = run_video_pretraining(interrupted)
         except Preempted:
             failures += 1
     assert failures == 3
@@ -81,7 +77,8 @@ from test_resume import preset
 from toy_training import toy_context
 from svd.training.stages import run_video_pretraining
 folder = Path({folder!r})
-run_video_pretraining(toy_context(folder, sys.argv[1], preset(40), image_pretraining=folder / "outputs/image-pretraining"))
+image = folder / "outputs/image-pretraining"
+run_video_pretraining(toy_context(folder, sys.argv[1], preset(40), image_pretraining=image))
 """
 
 
@@ -115,8 +112,6 @@ def test_sigkill_twice_leaves_the_weights_bitwise_equal(tmp_path: Path) -> None:
 
 def test_sigterm_saves_the_step_it_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video = toy_context(tmp_path, "seed", toy_preset(checkpoint_every=1000))
-    from svd.training.stages import run_image_pretraining
-
     original = callbacks.Averaging.on_train_batch_end
 
     def terminate(self: callbacks.Averaging, *arguments: object) -> None:
@@ -125,7 +120,7 @@ def test_sigterm_saves_the_step_it_interrupts(tmp_path: Path, monkeypatch: pytes
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(callbacks.Averaging, "on_train_batch_end", terminate)
-    with pytest.raises(BaseException) as caught:  # noqa: PT011 - Lightning's own, or SystemExit
+    with pytest.raises(BaseException) as caught:
         run_image_pretraining(video)
     assert "SIGTERM" in repr(caught.value) or isinstance(caught.value, SystemExit)
     assert (video.work / "phase-0" / "step=3.ckpt").exists()
