@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 from svd.config import CaptionsConfig
+from svd.curation.beam import beam_search
 from svd.curation.captions import Captioner, CaptionRequest
 from svd.stage import UserError
 
 COCA = "coca"
 VIDEO = "video"
 LLM = "llm"
+START, END = 49406, 49407  # of CLIP's tokenizer
 MERGE_INSTRUCTION = (
     "Two captions describe the same short video: one what a single frame shows, one what happens over time. "
     "Write one plain sentence that says both. Do not mention captions, frames or videos; add nothing."
@@ -59,16 +61,28 @@ class CocaCaptioner:
     @torch.inference_mode()
     def describe(self, requests: Sequence[CaptionRequest]) -> list[str | None]:
         """One caption a clip."""
-        import open_clip
-
         captions: list[str | None] = []
         for start in range(0, len(requests), self.batch):
             pictures = [Image.fromarray(r.frames[1]) for r in requests[start : start + self.batch]]
             pixels = torch.stack([self.preprocess(picture) for picture in pictures]).to(self.device)
-            for tokens in self.model.generate(pixels):
-                text = open_clip.decode(tokens).split("<end_of_text>")[0].replace("<start_of_text>", "")
-                captions.append(text.strip(" .") or None)
+            seen = self.model(pixels)
+            captions += [
+                self._decode(latent[None], embeddings[None])
+                for latent, embeddings in zip(seen["image_features"], seen["image_embs"], strict=True)
+            ]
         return captions
+
+    def _decode(self, latent: torch.Tensor, embeddings: torch.Tensor) -> str | None:
+        """The best caption of one picture: latent (1, E), embeddings (1, N, E)."""
+        import open_clip
+
+        def step(tokens: torch.Tensor) -> torch.Tensor:
+            count = len(tokens)
+            seen = {"image_latent": latent.expand(count, -1), "image_embs": embeddings.expand(count, -1, -1)}
+            return self.model(None, tokens.to(self.device), **seen, output_labels=False)["logits"][:, -1]
+
+        tokens = beam_search(step, START, END)
+        return open_clip.decode(torch.tensor(tokens)).strip(" .") or None
 
 
 class EndpointLlm:
