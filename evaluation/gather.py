@@ -79,16 +79,17 @@ class ViewTable:
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one training stage, and its validation loss before and after."""
+    """The losses of one training stage, and a held-out `measure` before and after it."""
 
     stage: str
     series: tuple[Series, ...]
+    measure: str
     before: float | None
     after: float | None
 
     @property
     def change(self) -> str:
-        """How much the validation loss fell, in per cent; empty when that isn't known."""
+        """How much the measure fell, in per cent; empty when that isn't known."""
         if not self.before or self.after is None:
             return ""
         return f"{100 * (self.after / self.before - 1):+.0f} %"
@@ -173,20 +174,42 @@ def gather(inputs: Mapping[str, Path], media_budget: int) -> Gathered:
     return found
 
 
+# What a stage examines on held-out clips: name, value before, value after.
+_MEASURES = (
+    ("validation loss", "validation_loss_before", "validation_loss_after"),
+    ("held-out L1", "l1_before", "l1"),
+)
+
+
 def losses(folder: Path, title: str, metrics: Mapping[str, Any]) -> Curve | None:
-    """The loss curves in `losses.csv`: a column `step`, and columns of losses with gaps. None when there is no file."""
+    """The loss curves in `losses.csv`: a column `step`, which may begin anew with each phase, and columns of losses
+    with gaps. None when there is no file.
+    """
     path = folder / "losses.csv"
     if not path.is_file():
         return None
     rows = read_csv(path)
-    names = [name for name in rows[0] if name != "step" and "loss" in name] if rows else []
+    steps = continued([float(row["step"]) for row in rows])
     series = []
-    for name in names:
-        points = tuple((float(row["step"]), float(row[name])) for row in rows if _finite(row.get(name)))
+    for name in [name for name in rows[0] if name != "step" and "loss" in name] if rows else []:
+        pairs = zip(steps, (row.get(name) for row in rows), strict=True)
+        points = tuple((step, float(value)) for step, value in pairs if value and _finite(value))
         if points:
             series.append(Series(name.replace("_", " "), points, "validation" if name.startswith("val") else "train"))
-    before, after = (metrics.get(f"validation_loss_{when}") for when in ("before", "after"))
-    return Curve(title, tuple(series), before, after) if series else None
+    known = [(n, metrics[b], metrics[a]) for n, b, a in _MEASURES if b in metrics and a in metrics]
+    measure, before, after = known[0] if known else ("", None, None)
+    return Curve(title, tuple(series), measure, before, after) if series else None
+
+
+def continued(steps: list[float]) -> list[float]:
+    """Steps that go on where they begin anew: 0 1 2 0 1 becomes 0 1 2 3 4."""
+    offset, last, result = 0.0, -math.inf, []
+    for step in steps:
+        if step + offset < last:
+            offset = last + 1 - step
+        last = step + offset
+        result.append(last)
+    return result
 
 
 def _finite(text: str | None) -> bool:
@@ -194,6 +217,10 @@ def _finite(text: str | None) -> bool:
         return text is not None and math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def _caption(path: Path) -> str:
+    return path.stem.replace("_", " ").replace("-", " ")
 
 
 def gallery(folder: Path, budget: int) -> Gallery | None:
@@ -214,7 +241,7 @@ def gallery(folder: Path, budget: int) -> Gallery | None:
         shown = path.suffix.lower() in _TYPES and not path.stem.startswith(("generated-", "real-"))
         if not shown or (pairs and path.stem == "sheet") or (path.suffix.lower() == ".gif" and path.stem in mp4s):
             continue
-        one = medium(path, path.stem.replace("_", " ").replace("-", " "))
+        one = medium(path, _caption(path))
         if len(one.uri) * 3 // 4 <= left:
             left -= len(one.uri) * 3 // 4
             media.append(one)
@@ -241,10 +268,8 @@ def _curation(folder: Path | None, found: Gathered) -> None:
         name = _STEPS.get(step["step"], step["step"])
         found.funnel.append(Bar(name if step["step"] == "clips" else f"after {name}", float(step["left"]), note))
     plots = [path for path in sorted((folder / "plots").glob("*.png")) if path.stem != "funnel"]
-    found.plots = [medium(path, path.stem.replace("_", " "), 900) for path in plots]
-    found.contacts = [
-        medium(path, path.stem.replace("_", " "), 1400) for path in sorted((folder / "contact").glob("*.jpg"))
-    ]
+    found.plots = [medium(path, _caption(path), 900) for path in plots]
+    found.contacts = [medium(path, _caption(path), 1400) for path in sorted((folder / "contact").glob("*.jpg"))]
 
 
 _SUBJECTS = {

@@ -17,6 +17,14 @@ from evaluation.results import MEASURED, load_baselines
 from svd.config import Preset
 from svd.stage import Report, StageContext, publish
 
+_SAMPLED = (
+    "image-pretraining",
+    "video-pretraining",
+    "high-quality-finetuning",
+    "image-to-video",
+    "camera-lora",
+    "frame-interpolation",
+)
 MEDIA_BUDGET = 350_000  # bytes of samples a stage; keeps the page of a small run below 5 MB
 
 
@@ -39,7 +47,9 @@ def render(preset: Preset, inputs: Mapping[str, Path]) -> tuple[str, Gathered]:
         measured=[row for row in found.rows if row["source"] == MEASURED],
         published=[row for row in found.rows if row["source"] != MEASURED],
         baselines=load_baselines(),
+        trained_galleries=[stage for stage in _SAMPLED if stage in found.galleries],
         headline=headline(found),
+        planted=planted(found.metrics.get("curation", {})),
         learned=[curve for curve in found.curves if curve.change],
     )
     return page, found
@@ -72,6 +82,31 @@ def charts(found: Gathered) -> dict[str, Any]:
     return drawn
 
 
+_PLANTED = (
+    ("hard cuts, within 2 frames", "hard_cut_recall", "hard_cut_precision", "precision"),
+    ("fades and dissolves, by overlap", "gradual_recall", "gradual_precision", "precision"),
+    ("clips that lie in one scene", "clips_in_one_scene", "", ""),
+    ("camera motion named correctly", "camera_accuracy", "", ""),
+    ("static shots dropped", "static_dropped", "static_clean_dropped", "of clean clips dropped too"),
+    ("text overlays found", "text_found", "text_false_alarms", "false alarms"),
+    ("text overlays dropped", "text_dropped", "text_clean_dropped", "of clean clips dropped too"),
+    ("wrong captions dropped", "wrong_caption_dropped", "wrong_caption_clean_dropped", "of clean clips dropped too"),
+)
+
+
+def planted(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What was planted in the synthetic videos: (what, share found, what it cost); empty without known truth."""
+
+    def share(name: str) -> str:
+        return f"{100 * float(metrics[f'truth_{name}']):.1f} %"
+
+    rows = []
+    for what, found, cost, unit in _PLANTED:
+        if f"truth_{found}" in metrics:
+            rows.append((what, share(found), f"{share(cost)} {unit}" if f"truth_{cost}" in metrics else ""))
+    return rows
+
+
 def headline(found: Gathered) -> list[tuple[str, str, str]]:
     """The figures at the top: (value, name, remark)."""
     figures = []
@@ -82,7 +117,7 @@ def headline(found: Gathered) -> list[tuple[str, str, str]]:
     falls = [curve for curve in found.curves if curve.before and curve.after is not None]
     better = sum(curve.after < curve.before for curve in falls if curve.after is not None and curve.before)
     if falls:
-        figures.append((f"{better} / {len(falls)}", "stages learned", "validation loss on held-out worlds fell"))
+        figures.append((f"{better} / {len(falls)}", "stages learned", "better on held-out worlds than before"))
     own = next((dot for dot in found.dots if dot.emphasis), None)
     if own is not None:
         worst = min((dot.value for dot in found.dots if not dot.emphasis and "real" not in dot.name), default=None)

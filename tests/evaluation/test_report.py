@@ -11,7 +11,7 @@ import pytest
 from toy_outputs import write_outputs
 
 from evaluation.charts import Bar, Dot, Series, dot_plot, funnel_chart, line_chart, ticks
-from evaluation.gather import gallery, medium
+from evaluation.gather import continued, gallery, medium
 from evaluation.report import figure, render, run
 from svd.presets import load_preset
 from svd.stage import StageContext, UserError
@@ -60,7 +60,16 @@ def test_it_is_one_well_formed_file_without_outside_addresses(page: str) -> None
 def test_every_part_is_there(page: str) -> None:
     assert page.count('<video src="data:video/mp4') == 4 * 2 + 5 * 2 * 2 - 4 + 4 + 1
     assert page.count("<polyline") == 2 * 6
-    for text in ("after motion", "Autoencoder reconstruction", "16.2 dB", "-71 %", "contact sheet", "6 / 6"):
+    for text in (
+        "after motion",
+        "Autoencoder reconstruction",
+        "16.2 dB",
+        "-71 %",
+        "contact sheet",
+        "6 / 6",
+        "98.7 %",
+        "100.0 % precision",
+    ):
         assert text in page, text
     assert "Not in this report" not in page
     assert "This is not FVD" in page
@@ -150,6 +159,11 @@ def test_charts_show_their_numbers() -> None:
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_steps_go_on_over_phases() -> None:
+    assert continued([0, 1, 2, 0, 1, 0]) == [0, 1, 2, 3, 4, 5]
+    assert continued([0, 10, 10, 20]) == [0, 10, 10, 20]
 
 
 def test_figures_for_people() -> None:
