@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import torch
 from torch import Tensor
 
 from svd.curation.catalog import read_clips
-from svd.data.frames import UnreadableClip, decode, fit
 from svd.data.loader import generator, shuffled
 from svd.data.shards import read_clip
 from svd.stage import UserError
 
 CACHE_BYTES = 2 << 30
-LONGEST_READ = 64
+LONGEST_READ = 32
 
 
 class ClipPixels:
     """Frames of curated clips at one size, decoded when asked for; the latest `CACHE_BYTES` of them stay in memory.
 
-    folder: the output of the curation stage; rows: catalogue rows. Of a clip at most its first 64 frames are used.
+    folder: the output of the curation stage; rows: catalogue rows. Of a clip at most its first 32 frames are used.
     Raises UserError when there are no rows, or none with `frames` frames.
     """
 
@@ -47,11 +50,12 @@ class ClipPixels:
             self._cache.move_to_end(index)
             return self._cache[index]
         row = self.rows[index]
-        try:
-            pictures = decode(read_clip(self.folder, row), set(range(min(row["frames"], LONGEST_READ))))
-        except UnreadableClip as error:
-            raise UserError(f"{self.folder}: clip {row['clip_id']} {error}; run the curation again") from None
-        clip = fit([pictures[i] for i in sorted(pictures)], self.height, self.width)
+        clip = read_frames(read_clip(self.folder, row), LONGEST_READ, self.height, self.width)
+        if len(clip) < self.frames:
+            raise UserError(
+                f"{self.folder}: clip {row['clip_id']} has {len(clip)} readable frames instead of {row['frames']}; "
+                "run the curation again"
+            )
         self._cache[index] = clip
         self._bytes += clip.nbytes
         while self._bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -81,6 +85,40 @@ class ClipPixels:
 
 def _draw(last: int, source: torch.Generator) -> int:
     return int(torch.randint(last + 1, (), generator=source))
+
+
+def read_frames(video: bytes, most: int, height: int, width: int) -> Tensor:
+    """The first frames of an mp4, at most `most`, scaled to cover (height, width) and cropped: (T, 3, H, W) uint8.
+
+    The decoder's own scaler averages areas while it converts colours, so no full-size picture is ever made; frames
+    after a broken one are left out.
+    """
+    frames: list[Tensor] = []
+    try:
+        with av.open(io.BytesIO(video), "r") as container:
+            for frame in itertools.islice(container.decode(container.streams.video[0]), most):
+                turns = getattr(frame, "rotation", 0) // 90
+                across, down = (width, height) if turns % 2 == 0 else (height, width)
+                scale = max(across / frame.width, down / frame.height)
+                covered = frame.reformat(
+                    max(across, round(frame.width * scale)),
+                    max(down, round(frame.height * scale)),
+                    format="rgb24",
+                    interpolation="AREA",
+                )
+                picture = np.rot90(covered.to_ndarray(), k=turns)
+                top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+                frames.append(torch.from_numpy(picture[top : top + height, left : left + width].copy()))
+    except (av.error.FFmpegError, IndexError):
+        # What was decoded before the damage is good; the caller judges whether it's enough.
+        return _stacked(frames, height, width)
+    return _stacked(frames, height, width)
+
+
+def _stacked(frames: list[Tensor], height: int, width: int) -> Tensor:
+    if not frames:
+        return torch.empty(0, 3, height, width, dtype=torch.uint8)
+    return torch.stack(frames).permute(0, 3, 1, 2).contiguous()
 
 
 def to_signed(frames: Tensor) -> Tensor:
