@@ -31,10 +31,10 @@ pipeline: setup ## run the whole pipeline with the embedded default (PRESET=tiny
 	svd pipeline --preset $(PRESET)
 
 test: setup     ## run the tests
-	pytest
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 test-slow: setup ## run the slow tests
-	pytest -m slow
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m 'slow and not gpu'
 
 lint: setup     ## format check, lint, types
 	ruff format --check . && ruff check . && mypy

@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from flows.evaluate_cli import evaluate_app
 from flows.generate_cli import generate_app
 from flows.stack import load_env
 from flows.tools_cli import tools_app
@@ -29,6 +30,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(track_app, name="track")
 app.add_typer(stack_app, name="stack")
 app.add_typer(generate_app, name="generate")
+app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(tools_app)
 console = Console(stderr=True)
 
