@@ -149,6 +149,7 @@ class CurationConfig(Section):
     captions: CaptionsConfig
     filters: FiltersConfig
     subsets: dict[str, FiltersConfig] = Field({}, description="named subsets of the same catalogue, beside `keep`")
+    nsfw_weights: str | None = Field(None, description="head on the image embeddings; None: the axis is unused")
     near_duplicates: bool = Field(True, description="compare every clip's embedding with those of earlier clips")
     shard_bytes: PositiveInt = 1_000_000_000
     workers: PositiveInt = 1

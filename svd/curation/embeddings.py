@@ -6,6 +6,7 @@ the mean over the captions that describe content (all but `motion`). The paper l
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,11 +105,20 @@ class AestheticsHead(nn.Module):
 
 def load_aesthetics(path: Path) -> AestheticsHead:
     """Load the head from a .pth or .safetensors file; raises UserError when it isn't one of the published forms."""
+    published = "published by LAION-AI/aesthetic-predictor and christophschuhmann/improved-aesthetic-predictor"
+    return AestheticsHead(nn.Sequential(*_linear_layers(path, "encoders.aesthetics_weights", published))).eval()
+
+
+def load_nsfw(path: Path) -> NsfwScorer:
+    """Load an NSFW head (.safetensors or .pth); raises UserError unless it is linear layers to one logit."""
+    published = "LAION-AI/CLIP-based-NSFW-Detector publishes heads; convert the Keras file to <i>.weight and <i>.bias"
+    return NsfwScorer(_linear_layers(path, "curation.nsfw_weights", published))
+
+
+def _linear_layers(path: Path, option: str, published: str) -> list[nn.Linear]:
+    """The linear layers of a file with `….<i>.weight` (out, in) and bias, in the order of their numbers."""
     if not path.is_file():
-        raise UserError(
-            f"encoders.aesthetics_weights: '{path}' does not exist; the file is published by LAION "
-            "(LAION-AI/aesthetic-predictor) and christophschuhmann/improved-aesthetic-predictor"
-        )
+        raise UserError(f"{option}: '{path}' does not exist; {published}")
     try:
         state: dict[str, Any] = (
             load_file(path)
@@ -119,15 +129,16 @@ def load_aesthetics(path: Path) -> AestheticsHead:
             (name for name in state if name.endswith("weight")),
             key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")],
         )
-        layers = nn.Sequential(*(nn.Linear(*reversed(state[name].shape)) for name in weights))
+        layers = [nn.Linear(*reversed(state[name].shape)) for name in weights]
         for layer, name in zip(layers, weights, strict=True):
             layer.weight.data = state[name].float()
             layer.bias.data = state[name.removesuffix("weight") + "bias"].float()
-        if not weights or layers[-1].out_features != 1:
+        if not layers or layers[-1].out_features != 1:
             raise ValueError("its last layer does not give one score")
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a LAION aesthetics head: {error}") from None
-    return AestheticsHead(layers).eval()
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a head of linear layers on CLIP embeddings ({option}): {reason}") from None
+    return layers
 
 
 @torch.inference_mode()
@@ -142,17 +153,20 @@ def aesthetics(images: Tensor, head: AestheticsHead) -> Tensor:
 
 
 class NsfwScorer:
-    """Probability that a clip is not safe for work: a logistic or softmax head on unit-length CLIP embeddings.
-
-    Loads LAION's safety heads converted to safetensors: layers `<i>.weight` / `<i>.bias`, ReLU between them, one logit.
-    """
+    """Probability that a clip is not safe for work: linear layers with ReLU between them on unit-length embeddings."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = list(layers)
 
     @torch.inference_mode()
     def scores(self, images: Tensor) -> Tensor:
-        """Highest probability over the three frames: (N, 3, E) unit-length → (N,) in [0, 1]."""
+        """Highest probability over the three frames: (N, 3, E) unit-length → (N,) in [0, 1].
+
+        Raises UserError for a head of another width.
+        """
+        width = self.layers[0].in_features
+        if images.shape[-1] != width:
+            raise UserError(f"curation.nsfw_weights: made for embeddings of width {width}, not {images.shape[-1]}")
         hidden = images
         for layer in self.layers[:-1]:
             hidden = torch.relu(layer(hidden))

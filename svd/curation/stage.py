@@ -91,6 +91,7 @@ def make_scorer(config: CurationConfig, encoders: EncodersConfig, folder: Path) 
         captioners=make_captioners(config.captions, device),
         used=config.captions.captioners,
         head=head,
+        nsfw=embeddings.load_nsfw(Path(config.nsfw_weights)) if config.nsfw_weights else None,
         device=device,
     )
 

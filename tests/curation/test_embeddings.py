@@ -92,7 +92,7 @@ def test_both_published_aesthetics_heads_load(tmp_path, write, suffix):
 def test_a_file_that_is_no_head_is_named(tmp_path):
     path = tmp_path / "head.safetensors"
     save_file({"a.weight": torch.randn(3, 4), "a.bias": torch.randn(3)}, path)
-    with pytest.raises(UserError, match=r"head\.safetensors: not a LAION aesthetics head"):
+    with pytest.raises(UserError, match=r"head\.safetensors: not a head of linear layers"):
         embeddings.load_aesthetics(path)
     with pytest.raises(UserError, match="does not exist"):
         embeddings.load_aesthetics(tmp_path / "gone.pth")
@@ -133,3 +133,17 @@ def test_duplicates_become_columns(tmp_path):
     found = duplicates.near_duplicates(clips, tmp_path)
     assert found["duplicate_of"][2] == "c0" and found["duplicate_similarity"][2] == pytest.approx(1, abs=1e-3)
     assert found["duplicate_of"][0] is None and found["duplicate_similarity"][0] is None
+
+
+def test_an_nsfw_head_scores_the_worst_frame(tmp_path):
+    torch.manual_seed(0)
+    first, last = nn.Linear(8, 4), nn.Linear(4, 1)
+    state = {"0.weight": first.weight, "0.bias": first.bias, "2.weight": last.weight, "2.bias": last.bias}
+    save_file({name: value.detach().clone() for name, value in state.items()}, tmp_path / "nsfw.safetensors")
+    scorer = embeddings.load_nsfw(tmp_path / "nsfw.safetensors")
+    images = nn.functional.normalize(torch.randn(5, 3, 8), dim=-1)
+    with torch.inference_mode():
+        expected = torch.sigmoid(last(torch.relu(first(images)))).squeeze(-1).max(1).values
+    assert torch.allclose(scorer.scores(images), expected, atol=1e-6)
+    with pytest.raises(UserError, match="width 8, not 4"):
+        scorer.scores(images[..., :4])

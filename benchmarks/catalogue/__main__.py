@@ -1,0 +1,134 @@
+"""Re-filter and summarise a catalogue of ten million clips: `python -m benchmarks.catalogue [--rows N] [--folder F]`.
+
+Writes a synthetic catalogue with every column filled (once; it is kept), then runs the real `write_verdicts` and the
+real statistics in a process of its own and prints wall time, CPU time and peak memory. Demanded: < 60 s and < 4 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.progress import track
+
+from svd.curation import catalog
+
+CHUNK = 1 << 18
+FILTERS = {
+    "min_motion": {"quantile": 0.25},
+    "min_aesthetics": {"quantile": 0.25},
+    "min_similarity": {"quantile": 0.5},
+    "max_text_area": {"quantile": 0.25},
+}
+WORDS = np.array(["a", "the", "red", "blue", "dog", "man", "car", "street", "runs", "walks", "over", "under", "house"])
+
+
+def chunk(start: int, count: int) -> pa.Table:
+    """Rows [start, start + count) of the synthetic catalogue, each with two captions of its own."""
+    generator = np.random.default_rng(start)
+    numbers = np.arange(start, start + count)
+    clip_ids = [generator.bytes(16).hex() for _ in range(count)]
+    frames = generator.integers(24, 900, count)
+    words = WORDS[generator.integers(0, len(WORDS), (count, 2, 8))]
+    captions = [
+        [{"captioner": c, "text": " ".join(w)} for c, w in zip(("coca", "video"), row, strict=True)] for row in words
+    ]
+    frame = pl.DataFrame(
+        {
+            "clip_id": clip_ids,
+            "source_id": [f"{n // 11:032x}" for n in numbers],
+            "source_uri": [f"s3://videos/{n // 11:010d}.mp4" for n in numbers],
+            "split": ["train"] * count,
+            "unit": (numbers // 700).astype(np.int32),
+            "start_frame": (numbers % 11) * 900,
+            "end_frame": (numbers % 11) * 900 + frames,
+            "start_seconds": (numbers % 11) * 30.0,
+            "end_seconds": (numbers % 11) * 30.0 + frames / 30,
+            "duration": frames / 30,
+            "frames": frames.astype(np.int32),
+            "fps": np.full(count, 30.0, np.float32),
+            "width": np.full(count, 1280, np.int32),
+            "height": np.full(count, 720, np.int32),
+            "codec": ["h264"] * count,
+            "method": ["copy"] * count,
+            "motion_score": generator.lognormal(-1.5, 1, count).astype(np.float32),
+            "camera": WORDS[generator.integers(0, 8, count)],
+            "text_area": (generator.random(count) ** 6).astype(np.float32),
+            "aesthetics": generator.normal(4.8, 0.7, count).astype(np.float32),
+            "similarity": generator.normal(0.26, 0.04, count).astype(np.float32),
+            "captions": captions,
+            "shard": [f"clips-{n // 700:06d}.tar" for n in numbers],
+            "offset": (numbers % 700) * 1_500_000,
+            "size": generator.integers(500_000, 2_000_000, count),
+            "motion_bucket": generator.integers(0, 256, count).astype(np.int16),
+        }
+    )
+    return catalog.with_schema(frame, catalog.SCORES_SCHEMA)
+
+
+def write_catalogue(folder: Path, rows: int) -> None:
+    """Write the catalogue, chunk by chunk; a finished one is kept."""
+    target = folder / "catalogue" / "clips.parquet"
+    if target.is_file() and pq.read_metadata(target).num_rows == rows:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    with pq.ParquetWriter(temporary, catalog.SCORES_SCHEMA, compression="zstd") as writer:
+        for start in track(range(0, rows, CHUNK), "writing synthetic catalogue"):
+            writer.write_table(chunk(start, min(CHUNK, rows - start)))
+    temporary.replace(target)
+
+
+def measure(folder: Path) -> None:
+    """What is timed: verdicts, funnel, Tab. 1 of all and kept clips, histograms of every axis. Prints one JSON line."""
+    from svd.config import FiltersConfig
+    from svd.curation import filters, statistics
+
+    began = time.perf_counter()
+    thresholds = filters.write_verdicts(folder, FiltersConfig.model_validate(FILTERS))
+    filtered = time.perf_counter()
+    clips = catalog.scan_clips(folder)
+    tables = {"all": statistics.table(clips), "kept": statistics.table(clips.filter(pl.col("keep")))}
+    counted = [len(statistics.histogram(clips, axis.column)[0]) for axis in filters.AXES]
+    finished = time.perf_counter()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    result = {
+        "filter_seconds": round(filtered - began, 2),
+        "summary_seconds": round(finished - filtered, 2),
+        "wall_seconds": round(finished - began, 2),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+        "peak_gigabytes": round(usage.ru_maxrss / 1e6, 3),
+        "thresholds": thresholds,
+        "kept": tables["kept"]["clips"],
+        "rows": tables["all"]["clips"],
+        "histograms": sum(1 for bins in counted if bins),
+    }
+    print(json.dumps(result))
+
+
+def main() -> None:
+    """Write the catalogue and measure in a fresh process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--folder", type=Path, default=Path("work/benchmarks/catalogue"))
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(arguments.folder)
+        return
+    write_catalogue(arguments.folder, arguments.rows)
+    command = [sys.executable, "-m", "benchmarks.catalogue", "--measure", "--folder", str(arguments.folder)]
+    print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="")
+
+
+if __name__ == "__main__":
+    main()
