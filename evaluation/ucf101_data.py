@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -121,12 +122,13 @@ def prompt_list(histogram: dict[str, int], samples: int, prompts: Mapping[str, s
     """`samples` prompts with the class histogram of the data set (App. E.4), class by class. The prompt is the raw
     class identifier ("TableTennisShot"), or what `prompts` says.
 
-    With fewer or more samples than clips the counts keep their proportions (largest remainders, then alphabetical).
+    With fewer or more samples than clips the counts keep their proportions (largest remainders, ties by
+    the hash of the name: the first classes of the alphabet would be a biased choice).
     """
     total = sum(histogram.values())
     exact = {label: samples * count / total for label, count in histogram.items()}
     counts = {label: int(value) for label, value in exact.items()}
-    order = sorted(histogram, key=lambda label: (counts[label] - exact[label], label))
+    order = sorted(histogram, key=lambda label: (counts[label] - exact[label], sha256(label.encode()).digest()))
     for label in order[: samples - sum(counts.values())]:
         counts[label] += 1
     labels = [label for label in sorted(counts) for _ in range(counts[label])]
