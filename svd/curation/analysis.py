@@ -71,6 +71,7 @@ class _Pass:
         self.pts: list[int] = []
         self.finder = CutFinder(config.cuts, float(self.rate))
         self.sampler: Sampler | None = None
+        self.motion: list[np.ndarray] = []  # (n, 4) between neighbouring frames, from frame 0 on
         self.cuts: list[Cut] = []
         self.clips: list[ClipAnalysis] = []
         self.dropped: list[DroppedSpan] = []
@@ -107,6 +108,7 @@ class _Pass:
 
     def _settle(self, final: bool = False) -> None:
         timeline = self._timeline()
+        self.motion.append(self.finder.motion())
         for found in self.finder.settle(final):
             self._close(found, timeline)
         assert self.sampler is not None
@@ -148,11 +150,12 @@ class _Pass:
         if shot.end <= shot.start:
             return
         assert self.sampler is not None
+        motion = np.concatenate(self.motion) * float(self.rate)
         copyable = self.info.codec in COPY_CODECS
         spans, dropped = SpanPlanner(timeline, self.config.clips, copyable).plan(shot)
         self.dropped += dropped
         for span in spans:
-            samples = self.sampler.take(span)
+            samples = self.sampler.take(span, motion[span.start_frame : span.end_frame - 1], float(self.rate))
             if samples is None:
                 self.dropped.append(
                     DroppedSpan(

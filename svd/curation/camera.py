@@ -1,4 +1,4 @@
-"""Camera motion without weights: a robust global fit to the flow between samples, and rules on what it says over time.
+"""Camera motion without weights: robust global fits to neighbouring frames and to the flow between samples, and rules.
 
 A camera that turns, zooms or rolls moves the whole picture by a similarity: translation, scale and rotation. The
 fit weights each point by how well it follows (iterated, so that moving objects lose their vote), and what it leaves
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from svd.curation.tracking import shake
 from svd.curation.types import CameraLabel, CameraMotion
 
 CAPTIONS: dict[CameraLabel, str] = {
@@ -27,7 +28,11 @@ CAPTIONS: dict[CameraLabel, str] = {
     "object-motion": "the camera is static while things move",
     "unknown": "the camera moves",
 }
-STILL = 0.012  # frame widths a second below which nothing moves
+STILL = 0.008  # frame widths a second below which the camera stands
+MOVING = 0.003  # mean flow, frame widths a second, above which something moves before a camera that stands
+STANDS = 0.3  # share of textured points in place, from which the camera stands however much moves before it
+TEXTURE = 0.5
+SLOW = 0.06  # frame widths a second below which flow between samples is more exact than tracking
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class GlobalFit:
     roll: float
     residual: float
     moving: float
+    still: float
 
 
 def camera_caption(label: CameraLabel) -> str:
@@ -57,13 +63,15 @@ def fit_similarity(flow: np.ndarray, weight: np.ndarray, seconds: float) -> Glob
     x, y = (x - (width - 1) / 2).ravel() / width, (y - (height - 1) / 2).ravel() / width
     u, v = flow[..., 0].astype(np.float64).ravel() / width, flow[..., 1].astype(np.float64).ravel() / width
     trust = weight.astype(np.float64).ravel() + 1e-6
-    solution, left = np.zeros(4), np.hypot(u, v)
-    for round_ in range(5):
-        scale = max(1.5 * _median(left, trust), 0.25 / width) * (2.0 if round_ < 2 else 1.0)
-        w = trust / (1 + (left / scale) ** 2) if round_ else trust
+    solution, left, w = np.zeros(4), np.hypot(u, v), trust
+    scale = np.inf
+    for _ in range(7):
         solution = _solve(x, y, u, v, w)
         dx, dy, s, r = solution
         left = np.hypot(u - dx - s * x + r * y, v - dy - s * y - r * x)
+        # The scale shrinks round by round, so that a large object, at first within the crowd, loses its vote as well.
+        scale = max(min(1.5 * _median(left, trust), 0.6 * scale), 0.25 / width)
+        w = trust / (1 + (left / scale) ** 2) ** 2
     bound = max(0.6 / width, 3 * _median(left, trust))
     step = 1 / seconds
     return GlobalFit(
@@ -73,7 +81,14 @@ def fit_similarity(flow: np.ndarray, weight: np.ndarray, seconds: float) -> Glob
         roll=math.atan2(solution[3], 1 + solution[2]) * step,
         residual=float((left * trust).sum() / trust.sum()) * step,
         moving=float(trust[left > bound].sum() / trust.sum()),
+        still=_share(np.hypot(u, v) < STILL * seconds / 2, trust),
     )
+
+
+def _share(chosen: np.ndarray, trust: np.ndarray) -> float:
+    """Share of the points with texture that are chosen; elsewhere optical flow is near 0 whatever the camera does."""
+    seen = trust > TEXTURE
+    return float((chosen & seen).sum() / seen.sum()) if seen.sum() >= 8 else 0.0
 
 
 def _median(values: np.ndarray, weight: np.ndarray) -> float:
@@ -93,39 +108,52 @@ def _solve(x: np.ndarray, y: np.ndarray, u: np.ndarray, v: np.ndarray, w: np.nda
     return np.array([mu - s * mx + r * my, mv - s * my - r * mx, s, r])
 
 
-def classify(fits: list[GlobalFit]) -> CameraMotion:
-    """The camera label of a clip from the fits of its sampled pairs."""
-    if not fits:
+def classify(velocity: np.ndarray, rate: float, fits: list[GlobalFit]) -> CameraMotion:
+    """The camera label of a clip.
+
+    velocity: (n, 4) of tracking.track between its frames, times `rate` = frames a second; fits: those of its
+    sampled pairs, which are finer where motion is slow and tell what doesn't follow the camera.
+    """
+    if not len(velocity) and not fits:
         return CameraMotion("unknown", 0.0)
-    table = np.array([[f.dx, f.dy, f.zoom, f.roll, f.residual, f.moving] for f in fits])
-    dx, dy, zoom, roll, residual, moving = np.median(table, 0)
-    shake = float(np.hypot(*(table[:, :2] - table[:, :2].mean(0)).T).mean()) if len(fits) > 1 else 0.0
-    # Displacement at the border of the picture, so that a zoom or a roll can be compared with a pan.
-    strengths: dict[CameraLabel, float] = {
+    rows = [[f.dx, f.dy, f.zoom, f.roll, f.residual, f.moving, f.still] for f in fits] or [[0.0] * 7]
+    middle = np.median(np.array(rows), 0)
+    typical = np.median(velocity, 0) if len(velocity) else middle[:4]
+    use = middle[:4] if fits and max(_strengths(typical).values()) < SLOW else typical
+    moving, still = float(middle[5]), float(middle[6])
+    # Something that moves for a quarter of the time counts.
+    residual = float(np.quantile([row[4] for row in rows], 0.75))
+    trembling = shake(velocity[:, :2], rate)
+    label, confidence = _label(_strengths(use), trembling, residual, still)
+    dx, dy, zoom, roll = (round(float(v), 5) for v in use)
+    return CameraMotion(
+        label, round(confidence, 4), -dx, dy, zoom, roll, round(trembling, 5), round(residual, 5), round(moving, 5)
+    )
+
+
+def _strengths(motion: np.ndarray) -> dict[CameraLabel, float]:
+    """Displacement a second that each kind of motion causes, in the middle (pan, tilt) or at the border (zoom,
+    roll).
+    """
+    dx, dy, zoom, roll = (float(v) for v in motion)
+    return {
         "pan-right" if dx < 0 else "pan-left": abs(dx),
         "tilt-down" if dy < 0 else "tilt-up": abs(dy),
         "zoom-in" if zoom > 0 else "zoom-out": 0.35 * abs(zoom),
         "roll": 0.35 * abs(roll),
     }
+
+
+def _label(
+    strengths: dict[CameraLabel, float], trembling: float, residual: float, still: float
+) -> tuple[CameraLabel, float]:
+    """Label and confidence 0…1, the margin of the deciding rule."""
     best = max(strengths, key=lambda k: strengths[k])
-    strength = strengths[best]
-    label: CameraLabel
-    if max(strength, shake) < STILL:
-        label = "object-motion" if residual > STILL / 2 else "static"
-        confidence = 1 - max(strength, shake) / STILL
-    elif shake > strength:
-        label, confidence = "handheld", 1 - strength / (shake + 1e-9)
-    else:
-        second = sorted(strengths.values())[-2]
-        label, confidence = best, 1 - max(second, shake) / strength
-    return CameraMotion(
-        label,
-        round(float(confidence), 4),
-        float(-dx),
-        float(dy),
-        float(zoom),
-        float(roll),
-        shake,
-        float(residual),
-        float(moving),
-    )
+    strength = max(strengths.values())
+    if still > STANDS or max(strength, trembling / 2) < STILL:
+        margin = max(still, 1 - max(strength, trembling / 2) / STILL)
+        return "object-motion" if residual > MOVING else "static", min(margin, 1.0)
+    if trembling > strength:
+        return "handheld", 1 - strength / trembling
+    second = sorted(strengths.values())[-2]
+    return best, 1 - max(second, trembling) / strength

@@ -15,6 +15,7 @@ import numpy as np
 
 from svd.config import CutPass, CutsConfig
 from svd.curation.scores import Features, Jump, Planes, Scorer
+from svd.curation.tracking import track
 from svd.curation.transitions import MIN_UNEXPLAINED, Ramp, are_blank, fade_start, fit_ramp, same_scene, unexplained
 from svd.curation.transnet import transnet_jumps
 from svd.curation.types import CutKind
@@ -86,6 +87,7 @@ class CutFinder:
         self.scorer = Scorer(config.passes, config.min_scene_seconds, fps)
         self._next = 0
         self._settled = 0
+        self._tracked = 0
         self._fps = max(fps, 1.0)
 
     def add(self, seconds: float, small: Planes) -> None:
@@ -97,6 +99,16 @@ class CutFinder:
     def settled(self) -> int:
         """All cuts before this frame are known."""
         return self._settled
+
+    def motion(self) -> np.ndarray:
+        """Camera motion between neighbouring frames since the last call, (n, 4) as tracking.track; call before
+        settle.
+        """
+        features = self.scorer.features
+        new = features.thumbs[max(self._tracked - 1 - features.base, 0) :]
+        self._tracked = self._next
+        height, width = features.thumb_size
+        return track(np.stack(new)[:, : height * width].reshape(-1, height, width))
 
     def settle(self, final: bool = False) -> list[Found]:
         """New cuts that are certain by now; with `final`, all that remain."""

@@ -62,6 +62,14 @@ class Geometry:
         """Turn a picture upright."""
         return np.ascontiguousarray(np.rot90(plane, -self.rotation // 90)) if self.rotation else plane
 
+    def upright_motion(self, velocity: np.ndarray) -> np.ndarray:
+        """Turn (n, 4) motions dx, dy (coded widths), growth, rotation as the pictures are turned."""
+        dx, dy = velocity[:, 0], velocity[:, 1]
+        turned = {0: (dx, dy), 90: (-dy, dx), 180: (-dx, -dy), 270: (dy, -dx)}[self.rotation]
+        # Widths are those of the upright picture: a turned one is as wide as the coded one is high.
+        scale = self.display[1] / self.display[0] if self.rotation % 180 else 1.0
+        return np.stack([turned[0] * scale, turned[1] * scale, velocity[:, 2], velocity[:, 3]], 1)
+
 
 @dataclass
 class Sampler:
@@ -122,8 +130,11 @@ class Sampler:
         self.kept = [k for k in self.kept if k.frame >= frame]
         self.pairs = [p for p in self.pairs if p.before >= frame]
 
-    def take(self, span: ClipSpan) -> ClipSamples | None:
-        """The samples of a clip; None when none of its frames was sampled."""
+    def take(self, span: ClipSpan, velocity: np.ndarray, rate: float) -> ClipSamples | None:
+        """The samples of a clip; None when none of its frames was sampled.
+
+        velocity: (n, 4) of tracking.track times `rate` frames a second, of coded pictures.
+        """
         kept = [k for k in self.kept if span.start_frame <= k.frame < span.end_frame]
         if not kept:
             return None
@@ -137,7 +148,7 @@ class Sampler:
         return ClipSamples(
             motion_score=motion_score(flows),
             flow=flows,
-            camera=classify([p.fit for p in pairs]),
+            camera=classify(self.geometry.upright_motion(velocity), rate, [p.fit for p in pairs]),
             frames=np.stack([self._rgb(k.planes) for k in chosen]),
             frame_seconds=(chosen[0].seconds, chosen[1].seconds, chosen[2].seconds),
         )
