@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 360, 200
+Range = tuple[float, float]
+
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 26
 
 
@@ -80,7 +82,7 @@ def line_chart(series: Sequence[Series], label: str, x_name: str = "step") -> st
         up = min(max((y - y_low) / (y_high - y_low), 0), 1)
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_frame(x_low, x_high, y_low, y_high, place, x_name)]
+    parts = [_frame((x_low, x_high), (y_low, y_high), place, x_name)]
     for one, points in zip(series, kept, strict=True):
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(x, y) for x, y in points))
         parts.append(f'<polyline points="{path}" class="line {one.style}"/>')
@@ -92,14 +94,15 @@ def line_chart(series: Sequence[Series], label: str, x_name: str = "step") -> st
     return _svg(_WIDTH, _HEIGHT, label, parts)
 
 
-def _frame(x_low, x_high, y_low, y_high, place, x_name) -> str:  # type: ignore[no-untyped-def]
+def _frame(x_range: Range, y_range: Range, place: Callable[[float, float], tuple[float, float]], x_name: str) -> str:
+    """Grid lines and tick labels of both axes."""
     parts = []
-    for value in ticks(y_low, y_high):
-        _, y = place(x_low, value)
+    for value in ticks(*y_range):
+        _, y = place(x_range[0], value)
         parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(_text(_LEFT - 6, y + 3.5, _label(value), "end"))
-    for value in ticks(x_low, x_high):
-        x, _ = place(value, y_low)
+    for value in ticks(*x_range):
+        x, _ = place(value, y_range[0])
         parts.append(_text(x, _HEIGHT - 9, _label(value), "middle"))
     parts.append(_text(_WIDTH - _RIGHT, _HEIGHT + 1, x_name, "end"))
     return "".join(parts)

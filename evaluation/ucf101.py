@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from svd.config import Ucf101Config
 from svd.generate import Models, load_models, text_to_video
 from svd.model.unet import UNet
 from svd.model.weights import checkpoint_hash
-from svd.stage import Report, StageContext, UserError, publish, write_json
+from svd.stage import Report, StageContext, Tracker, UserError, publish, write_json
 from svd.video import write_mp4, write_png
 
 FIXTURE = "ucf101_fixture"
@@ -283,9 +284,17 @@ def run(context: StageContext) -> Report:
     shutil.rmtree(finished, ignore_errors=True)
     write_outputs(evaluation, result, real, generated, finished)
     metrics = metrics_of(result)
-    context.tracker.log_file(finished / "samples" / "grid.png", "samples")
-    context.tracker.log_metrics({k: float(v) for k, v in metrics.items() if not isinstance(v, str)}, 0)
+    track(context.tracker, finished, metrics)
     return publish(finished, context.output, Report(metrics, summary(result)))
+
+
+def track(tracker: Tracker, finished: Path, metrics: Mapping[str, float | int | str]) -> None:
+    """Report scores, tables, the picture and the sampled clips."""
+    tracker.log_metrics({name: float(value) for name, value in metrics.items() if not isinstance(value, str)}, 0)
+    for name in ("results.csv", "table.md", "result.json"):
+        tracker.log_file(finished / name, "evaluation")
+    for path in sorted((finished / "samples").glob("*")):
+        tracker.log_file(path, "evaluation/samples")
 
 
 def summary(result: Result) -> str:
