@@ -195,6 +195,7 @@ class AutoencoderTraining(Section):
     iterations: Annotated[int, Field(ge=0)] = 0
     temporal_iterations: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["adam", "muon"] = Field("adam", description="of the image phase; muon: training from nothing")
+    temporal_rate: float | None = Field(None, gt=0, description="learning rate of the temporal phase; None: the same")
     matrix_rate: float = Field(0.05, gt=0, description="muon: step of the weight matrices")
     crop: tuple[PositiveInt, PositiveInt] | None = Field(None, description="image phase: size of random crops")
     batch_size: PositiveInt = Field(

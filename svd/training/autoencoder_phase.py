@@ -78,9 +78,13 @@ class Learner:
     def _optimizer(self) -> torch.optim.Optimizer:
         options, autoencoder = self.state.options, self.state.autoencoder
         if options.optimizer == "adam" or self.phase == "temporal":
-            return torch.optim.Adam(self.parameters, options.learning_rate, betas=BETAS)
+            return torch.optim.Adam(self.parameters, self._rate(), betas=BETAS)
         ends = [autoencoder.encoder.conv_in.weight, autoencoder.quant_conv.weight, autoencoder.decoder.conv_out.weight]
         return Muon(self.parameters, ends, options.matrix_rate, options.learning_rate, betas=BETAS)
+
+    def _rate(self) -> float:
+        options = self.state.options
+        return options.learning_rate if self.phase == "image" else options.temporal_rate or options.learning_rate
 
     def step(self, step: int) -> dict[str, float]:
         """One optimisation step; its losses."""
