@@ -24,6 +24,7 @@ from svd.curation.captions import Captioner, CaptionRequest, describe_all
 from svd.curation.measure import JPEG_QUALITY, THUMBNAIL_WIDTH, read_frames
 from svd.data.shards import Member, ShardWriter
 
+GROUP = 64  # clips that are in memory at a time
 # Kept in the shard's JSON: what is true of the clip whatever the filters say.
 SAMPLE_COLUMNS = (
     "clip_id",
@@ -58,49 +59,61 @@ class Scorer:
     batch: int = 64
 
     def score_unit(self, measured: Path, folder: Path, shard_bytes: int) -> Path:
-        """Score and pack the unit in `measured`; returns `folder`/<unit name>: scores.parquet, embeddings, shards."""
+        """Score and pack the unit in `measured`; returns `folder`/<unit name>: scores.parquet, embeddings, shards.
+
+        The clips and frames of the measured unit are removed afterwards: the shard holds them.
+        """
         target = folder / measured.name
-        if target.exists():
-            return target
-        temporary = folder / f".{measured.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        rows = pl.read_parquet(measured / "clips.parquet").to_dicts()
-        frames = [read_frames(measured, row["clip_id"]) for row in rows]
-        scores = self._scores(rows, frames, measured, temporary)
-        with ShardWriter(temporary, shard_bytes, measured.name) as writer:
-            for row, score, frame in zip(rows, scores, frames, strict=True):
-                files: dict[str, bytes | Path] = {
-                    "mp4": measured / "clips" / f"{row['clip_id']}.mp4",
-                    "jpg": thumbnail(frame[1]),
-                    "json": _sample_json(row, score),
-                }
-                score.update(_places(writer.add(row["clip_id"], files)))
-        catalog.write_rows(temporary / "scores.parquet", scores, catalog.SCORED_SCHEMA)
-        temporary.rename(target)
+        if not target.exists():
+            temporary = folder / f".{measured.name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            self._score(measured, temporary, shard_bytes)
+            temporary.rename(target)
+        for name in ("clips", "frames"):
+            shutil.rmtree(measured / name, ignore_errors=True)
         return target
 
-    def _scores(
-        self, rows: Sequence[Mapping[str, Any]], frames: Sequence[np.ndarray], measured: Path, folder: Path
-    ) -> list[dict[str, Any]]:
-        if not rows:
-            save_file({}, folder / "embeddings.safetensors")
-            return []
-        images = embeddings.image_embeddings(frames, self.encoders, self.batch, self.device)
-        names = [row["clip_id"] for row in rows]
-        halves = {name: image.half().contiguous() for name, image in zip(names, images, strict=True)}
-        save_file(halves, folder / "embeddings.safetensors")
-        captions = self._captions(names, frames, measured)
+    def _score(self, measured: Path, folder: Path, shard_bytes: int) -> None:
+        rows = pl.read_parquet(measured / "clips.parquet").to_dicts()
+        own: dict[str, dict[str, str]] = json.loads((measured / "captions.json").read_text())
+        scores: list[dict[str, Any]] = []
+        vectors: dict[str, torch.Tensor] = {}
+        with ShardWriter(folder, shard_bytes, measured.name) as writer:
+            # A group bounds memory: a unit may hold a thousand clips.
+            for start in range(0, len(rows), GROUP):
+                group = rows[start : start + GROUP]
+                frames = [read_frames(measured, row["clip_id"]) for row in group]
+                images = embeddings.image_embeddings(frames, self.encoders, self.batch, self.device)
+                vectors |= {r["clip_id"]: v.half().contiguous() for r, v in zip(group, images, strict=True)}
+                requests = [
+                    CaptionRequest(r["clip_id"], f, measured / "clips" / f"{r['clip_id']}.mp4", own[r["clip_id"]])
+                    for r, f in zip(group, frames, strict=True)
+                ]
+                for row, request, score in zip(group, requests, self._scores(requests, images), strict=True):
+                    files: dict[str, bytes | Path] = {
+                        "mp4": request.video,
+                        "jpg": thumbnail(request.frames[1]),
+                        "json": _sample_json(row, score),
+                    }
+                    scores.append(score | _places(writer.add(row["clip_id"], files)))
+        save_file(vectors, folder / "embeddings.safetensors")
+        catalog.write_rows(folder / "scores.parquet", scores, catalog.SCORED_SCHEMA)
+
+    def _scores(self, requests: Sequence[CaptionRequest], images: torch.Tensor) -> list[dict[str, Any]]:
+        """Scores of a group of clips; images (N, 3, E) unit-length."""
+        captions = self._captions(requests)
         every = [text for own in captions for text in own.values()]
         texts = embeddings.text_embeddings(every, self.encoders, self.batch)
-        aesthetics = embeddings.aesthetics(images, self.head).tolist() if self.head else [None] * len(rows)
-        nsfw = self.nsfw.scores(images).tolist() if self.nsfw else [None] * len(rows)
+        nothing = [None] * len(requests)
+        aesthetics = embeddings.aesthetics(images, self.head).tolist() if self.head else nothing
+        nsfw = self.nsfw.scores(images).tolist() if self.nsfw else nothing
         scores = []
-        for at, name in enumerate(names):
+        for at, request in enumerate(requests):
             by_captioner = embeddings.similarities(images[at], captions[at], texts)
             scores.append(
                 {
-                    "clip_id": name,
+                    "clip_id": request.clip_id,
                     "captions": [{"captioner": n, "text": t} for n, t in captions[at].items()],
                     "similarities": [{"captioner": n, "value": v} for n, v in by_captioner.items()],
                     "similarity": embeddings.similarity_score(by_captioner),
@@ -110,13 +123,8 @@ class Scorer:
             )
         return scores
 
-    def _captions(self, names: Sequence[str], frames: Sequence[np.ndarray], measured: Path) -> list[dict[str, str]]:
-        own: dict[str, dict[str, str]] = json.loads((measured / "captions.json").read_text())
-        requests = [
-            CaptionRequest(name, frame, measured / "clips" / f"{name}.mp4", {})
-            for name, frame in zip(names, frames, strict=True)
-        ]
-        found = describe_all(requests, [own[name] for name in names], self.captioners)
+    def _captions(self, requests: Sequence[CaptionRequest]) -> list[dict[str, str]]:
+        found = describe_all(requests, [request.captions for request in requests], self.captioners)
         return [{name: captions[name] for name in self.used if name in captions} for captions in found]
 
 

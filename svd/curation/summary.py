@@ -14,6 +14,7 @@ import polars as pl
 
 from svd.curation.merge import Merged
 
+NEAR_DUPLICATE = 0.98  # cosine of mean embeddings, for the report only
 TOLERANCE = 2  # frames, for hard cuts
 DEFECTS = ("static", "text", "wrong_caption", "blur")
 TEXT_RULE = 0.005  # a clip shows text when more than this share of its frames is covered
@@ -34,6 +35,7 @@ def metrics(merged: Merged, sources_folder: Path) -> dict[str, float | int]:
         "clip_hours": round(float(clips["duration"].sum()) / 3600, 6),
         "clips_stream_copied": int((clips["method"] == "copy").sum()),
         "cuts": len(merged.cuts),
+        "near_duplicates": int((clips["duplicate_similarity"].fill_null(0) >= NEAR_DUPLICATE).sum()),
     }
     for verdict, count in clips.group_by("verdict").len().sort("verdict").rows():
         values[f"verdict_{verdict}"] = int(count)

@@ -27,6 +27,9 @@ STD = np.array([0.229, 0.224, 0.225], np.float32)
 BINARY_THRESHOLD = 0.3
 UNCLIP_RATIO = 1.6
 MIN_SIDE = 3.0
+# A line of text is longer than high. What the network takes for text on clean frames is mostly not: faces, buttons,
+# patterned shapes look to it like one big character. Lone characters are given up for that.
+ELONGATION = 1.5
 
 
 class TextDetector(Protocol):
@@ -85,7 +88,8 @@ class DBTextDetector:
         found = []
         for contour in contours:
             rectangle = cv2.minAreaRect(contour)
-            if min(rectangle[1]) < MIN_SIDE or _score(probability, contour) < self.box_threshold:
+            short, long = sorted(rectangle[1])
+            if short < MIN_SIDE or long < ELONGATION * short or _score(probability, contour) < self.box_threshold:
                 continue
             found.append(_unclip(rectangle) * scale)
         return found

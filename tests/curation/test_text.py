@@ -74,6 +74,16 @@ def test_small_videos_are_not_enlarged(detector):
     assert area_ratio(detector.polygons(text), 128, 192) > 0.02
 
 
+def test_what_looks_like_one_big_character_is_no_text(detector):
+    def drawn(text: str) -> np.ndarray:
+        frame = np.full((128, 192, 3), (200, 120, 20), np.uint8)
+        return cv2.putText(frame, text, (30, 80), cv2.FONT_HERSHEY_SIMPLEX, 1.4, (255, 255, 255), 4, cv2.LINE_AA)
+
+    assert detector.probability(drawn("8")).max() > 0.5, "the network itself sees a character"
+    assert detector.polygons(drawn("8")) == []
+    assert len(detector.polygons(drawn("8 dogs"))) >= 1
+
+
 def test_craft_has_the_published_names_and_loads_them(tmp_path):
     torch.manual_seed(0)
     model = craft.Craft()
