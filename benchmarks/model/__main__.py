@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
@@ -28,12 +29,12 @@ class Pair:
     """Two models with the same weights."""
 
     ours: UNet
-    theirs: UNetSpatioTemporalConditionModel
+    theirs: Any
 
 
 def build() -> Pair:
     """Both models of the benchmark; norm_eps as diffusers has it."""
-    theirs = UNetSpatioTemporalConditionModel(
+    theirs: Any = UNetSpatioTemporalConditionModel(
         in_channels=8,
         block_out_channels=WIDTHS,
         num_attention_heads=tuple(width // 64 for width in WIDTHS),
@@ -66,9 +67,9 @@ def step(model: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
     return output.detach()
 
 
-def first(output: Tensor | object) -> Tensor:
+def first(output: Any) -> Tensor:
     """The tensor in a model's output."""
-    return output if isinstance(output, Tensor) else output.sample  # type: ignore[attr-defined]
+    return output if isinstance(output, Tensor) else output.sample
 
 
 def cpu_seconds(work: Callable[[], Tensor]) -> float:

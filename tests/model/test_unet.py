@@ -327,3 +327,19 @@ def test_compiled_training_step(backend: str, config: UNetConfig, tokens: int) -
     torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], gradient, atol=1e-4, rtol=1e-3)
+
+
+def test_compiled_blocks_are_all_compiled(unet: UNet) -> None:
+    """Past dynamo's limit of variants a function runs eagerly (an error with fullgraph): compile_blocks raises it."""
+    expected = unet(*inputs())
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            one_by_one = make()
+            for block in one_by_one.blocks():
+                block.compile(backend="eager", fullgraph=True)
+            one_by_one(*inputs())
+        torch._dynamo.reset()
+        compiled = make()
+        compiled.compile_blocks(backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs()), expected, atol=1e-5, rtol=1e-5)
