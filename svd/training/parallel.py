@@ -18,9 +18,9 @@ from svd.model.unet import UNet
 def strategy(config: TrainingConfig) -> str | Strategy:
     """Lightning's strategy: one process as it is, DDP, or FSDP2 with checkpoints sharded by rank."""
     if config.strategy == "fsdp2":
-        return ModelParallelStrategy(
-            data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=True
-        )
+        ranks = config.nodes * (max(1, torch.cuda.device_count()) if config.devices == "auto" else config.devices)
+        # Lightning's "auto" shards across nodes only.
+        return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=True)
     return config.strategy
 
 
