@@ -1,66 +1,31 @@
 """Files on this machine and objects in S3 behind one interface.
 
-A location is a path, a `file://` URI or `s3://bucket/key`. Endpoint and credentials come from the environment
-(`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`), as other tools read them.
+A location is a path, a `file://` URI, `s3://bucket/key`, or for reading whole files an http(s) address. Endpoint and
+credentials come from the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`).
 Writes are atomic (temporary name and rename; multipart upload that is completed or aborted), the SHA-256 of an object
 travels in its metadata and is verified on the way back, and everything around the network is tried again with
-exponential backoff and jitter.
+exponential backoff and jitter (svd/s3.py, svd/web.py).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import os
-import random
 import shutil
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
-import boto3
-from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
-from s3transfer.exceptions import RetriesExceededError
-
+from svd import s3
+from svd.retries import retrying
 from svd.stage import UserError
+from svd.web import download_address
 
 Location = str | Path
-T = TypeVar("T")
-PART = 16 << 20
-TRANSFER = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=4)
-_TRANSIENT_CODES = {
-    "InternalError",
-    "ServiceUnavailable",
-    "SlowDown",
-    "RequestTimeout",
-    "Throttling",
-    "500",
-    "502",
-    "503",
-}
-_TRANSIENT = (
-    ConnectionError,
-    HTTPClientError,
-    IncompleteReadError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-    RetriesExceededError,
-)
 
 
 @dataclass(frozen=True)
@@ -72,8 +37,8 @@ class Entry:
     relative: str
 
 
-class Truncated(OSError):
-    """What arrived differs from what was sent: fewer bytes, or another checksum."""
+class Truncated(UserError, OSError):
+    """What is stored differs from what was put there: fewer bytes, or another checksum."""
 
 
 def is_remote(location: Location) -> bool:
@@ -94,56 +59,13 @@ def split_uri(location: Location) -> tuple[str, str]:
     return bucket, key
 
 
+def _address(location: Location) -> s3.Address:
+    return s3.Address(*split_uri(location))
+
+
 def join(location: Location, *parts: str) -> str:
     """`location` with path components appended."""
     return "/".join([str(location).rstrip("/"), *(part.strip("/") for part in parts)])
-
-
-@functools.cache
-def client() -> Any:
-    """The S3 client of this process; one attempt a call, because `retrying` decides about the next ones."""
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": 1},
-        connect_timeout=5,
-        read_timeout=30,
-        s3={"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {},
-    )
-    return boto3.client("s3", region_name=os.environ.get("AWS_REGION", "us-east-1"), config=config)
-
-
-def retrying(action: Callable[[], T], what: str, *, attempts: int = 9, first: float = 0.25, longest: float = 15) -> T:
-    """Call `action` until it succeeds, waiting up to `first` * 2^n seconds (full jitter) after transient failures.
-
-    Raises UserError for what another try can't mend (denied, no such bucket, no credentials), FileNotFoundError for
-    a missing object, and the last failure when the attempts are used up.
-    """
-    for attempt in range(attempts):
-        try:
-            return action()
-        except NoCredentialsError:
-            raise UserError(f"{what}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-        except (*_TRANSIENT, Truncated) as error:
-            last: Exception = error
-        except ClientError as error:
-            last = _classify(error, what)
-        if attempt + 1 < attempts:
-            time.sleep(random.uniform(0, min(longest, first * 2**attempt)))
-    raise last
-
-
-def _classify(error: ClientError, what: str) -> Exception:
-    """The error itself when it may pass; raises for one that won't."""
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    if code in _TRANSIENT_CODES or status >= 500:
-        return error
-    if code in ("NoSuchKey", "404", "NotFound"):
-        raise FileNotFoundError(f"{what}: no such object") from None
-    if code == "NoSuchBucket":
-        raise UserError(f"{what}: no such bucket; create it or correct the URI") from None
-    if status in (401, 403):
-        raise UserError(f"{what}: access denied ({code}); check the S3 credentials and the bucket's policy") from None
-    raise error
 
 
 def sha256(path: Path) -> str:
@@ -153,33 +75,22 @@ def sha256(path: Path) -> str:
 
 
 def list_files(location: Location) -> Iterator[Entry]:
-    """All files below a folder or prefix, sorted by their relative path."""
+    """All files below a folder or prefix, sorted by their relative path; none when it does not exist."""
     if is_remote(location):
-        yield from _list_objects(str(location))
+        # servers differ in whether "a.b" comes before "a/b"
+        yield from sorted(_list_objects(location), key=lambda entry: entry.relative)
         return
     root = local_path(location)
     for path in sorted((p for p in root.rglob("*") if p.is_file()), key=lambda p: p.relative_to(root).as_posix()):
         yield Entry(str(path), path.stat().st_size, path.relative_to(root).as_posix())
 
 
-def _list_objects(location: str) -> Iterator[Entry]:
-    bucket, prefix = split_uri(location.rstrip("/"))
+def _list_objects(location: Location) -> Iterator[Entry]:
+    bucket, prefix = split_uri(str(location).rstrip("/"))
     prefix = f"{prefix}/" if prefix else ""
-    token: dict[str, str] = {}
-    while True:
-        arguments = {"Bucket": bucket, "Prefix": prefix, **token}
-        page = retrying(functools.partial(client().list_objects_v2, **arguments), f"list {location}")
-        for item in page.get("Contents", []):
-            if not item["Key"].endswith("/"):
-                yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"], item["Key"][len(prefix) :])
-        if not page.get("IsTruncated"):
-            return
-        token = {"ContinuationToken": page["NextContinuationToken"]}
-
-
-def _head(location: Location) -> dict[str, Any]:
-    bucket, key = split_uri(location)
-    return retrying(lambda: client().head_object(Bucket=bucket, Key=key), str(location))
+    for key, size in s3.listing(s3.Address(bucket, prefix)):
+        if not key.endswith("/"):
+            yield Entry(f"s3://{bucket}/{key}", size, key[len(prefix) :])
 
 
 def exists(location: Location) -> bool:
@@ -187,7 +98,7 @@ def exists(location: Location) -> bool:
     if not is_remote(location):
         return local_path(location).is_file()
     try:
-        _head(location)
+        s3.head(_address(location))
     except FileNotFoundError:
         return False
     return True
@@ -195,36 +106,43 @@ def exists(location: Location) -> bool:
 
 def size(location: Location) -> int:
     """Size in bytes; raises FileNotFoundError."""
-    return int(_head(location)["ContentLength"]) if is_remote(location) else local_path(location).stat().st_size
+    if is_remote(location):
+        return int(s3.head(_address(location))["ContentLength"])
+    return local_path(location).stat().st_size
+
+
+def stored_sha256(location: Location) -> str | None:
+    """The SHA-256 that an object was put with, or that a local file has; None for an object without one."""
+    if is_remote(location):
+        stored: str | None = s3.head(_address(location)).get("Metadata", {}).get("sha256")
+        return stored
+    return sha256(local_path(location))
 
 
 def read_range(location: Location, start: int = 0, length: int | None = None) -> bytes:
-    """`length` bytes from `start` (to the end without `length`); raises FileNotFoundError, Truncated."""
+    """`length` bytes from `start` (to the end without `length`), fewer at the end; raises FileNotFoundError."""
     if not is_remote(location):
         with local_path(location).open("rb") as stream:
             stream.seek(start)
             return stream.read(-1 if length is None else length)
-    if length == 0:
-        return b""
-    bucket, key = split_uri(location)
-    wanted = f"bytes={start}-{'' if length is None else start + length - 1}"
+    # an empty range or one behind the end is an error in S3, and no bytes here
+    available = max(0, size(location) - start)
+    wanted = available if length is None else min(length, available)
+    return s3.get_range(_address(location), start, wanted) if wanted else b""
 
-    def fetch() -> bytes:
-        response = client().get_object(Bucket=bucket, Key=key, Range=wanted)
-        data: bytes = response["Body"].read()
-        if len(data) != response["ContentLength"]:
-            raise Truncated(f"{location}: {len(data)} of {response['ContentLength']} bytes arrived")
-        return data
 
-    return retrying(fetch, str(location))
+def read_bytes(location: Location) -> bytes:
+    """The whole of a small file or object; raises FileNotFoundError."""
+    return read_range(location)
 
 
 class RangedReader(io.RawIOBase):
-    """A seekable stream over an object; wrap it in `io.BufferedReader`, as `open_read` does."""
+    """A seekable stream over one version of an object; `open_read` wraps it in a buffer."""
 
     def __init__(self, location: str) -> None:
-        self._location = location
-        self._size = size(location)
+        self._address = _address(location)
+        about = s3.head(self._address)
+        self._size, self._etag = int(about["ContentLength"]), str(about["ETag"])
         self._position = 0
 
     def readable(self) -> bool:
@@ -244,7 +162,7 @@ class RangedReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` with one ranged request."""
         length = min(len(buffer), max(0, self._size - self._position))
-        data = read_range(self._location, self._position, length) if length else b""
+        data = s3.get_range(self._address, self._position, length, self._etag) if length else b""
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -257,88 +175,66 @@ def open_read(location: Location) -> BinaryIO:
     return local_path(location).open("rb")
 
 
+@contextmanager
+def _atomic(target: Path) -> Iterator[Path]:
+    """A temporary file beside `target` that is synced and renamed to it at the end, or removed after a failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def download(location: Location, path: Path) -> Path:
     """Bring a file, object or http(s) address to `path`; complete and verified, or not there at all.
 
-    Raises FileNotFoundError, UserError (denied) and Truncated (checksum differs after all attempts).
+    Raises FileNotFoundError, UserError (denied), Truncated (the checksum differs) and svd.retries.Unreachable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with _atomic(path) as temporary:
         if is_remote(location):
-            retrying(lambda: _download_object(str(location), temporary), str(location))
+            _download_object(location, temporary)
         elif str(location).startswith(("http://", "https://")):
-            with urllib.request.urlopen(str(location), timeout=60) as response, temporary.open("wb") as stream:
-                shutil.copyfileobj(response, stream)
+            download_address(str(location), temporary)
         else:
             shutil.copyfile(local_path(location), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
-def _download_object(location: str, temporary: Path) -> None:
-    bucket, key = split_uri(location)
-    head = client().head_object(Bucket=bucket, Key=key)
-    client().download_file(bucket, key, str(temporary), Config=TRANSFER)
-    if temporary.stat().st_size != head["ContentLength"]:
-        raise Truncated(f"{location}: {temporary.stat().st_size} of {head['ContentLength']} bytes arrived")
-    expected = head.get("Metadata", {}).get("sha256")
-    if expected and sha256(temporary) != expected:
-        raise Truncated(f"{location}: the SHA-256 differs from the one it was stored with")
+def _download_object(location: Location, temporary: Path) -> None:
+    """Fetch and verify; a checksum that differs is tried once more, in case the fault lies on the way."""
+    for _ in range(2):
+        expected = retrying(lambda: s3.get_file(_address(location), temporary), str(location))
+        if not expected or sha256(temporary) == expected:
+            return
+    raise Truncated(f"{location}: {temporary.stat().st_size} bytes whose SHA-256 differs from the stored one")
 
 
 def upload(path: Path, location: Location) -> None:
     """Put a file at `location`, all or nothing; large files go in parts, which are aborted when one fails."""
-    if not is_remote(location):
-        target = local_path(location)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-        shutil.copyfile(path, temporary)
-        _sync(temporary)
-        temporary.replace(target)
+    if is_remote(location):
+        s3.put_file(_address(location), path, sha256(path))
         return
-    bucket, key = split_uri(location)
-    extra = {"Metadata": {"sha256": sha256(path)}}
-    retrying(lambda: _put_file(path, bucket, key, extra), str(location))
-
-
-def _put_file(path: Path, bucket: str, key: str, extra: dict[str, Any]) -> None:
-    try:
-        client().upload_file(str(path), bucket, key, ExtraArgs=extra, Config=TRANSFER)
-    except boto3.exceptions.S3UploadFailedError as error:
-        # boto3 hides the cause that decides whether another try can help
-        cause = error.__context__
-        raise cause if isinstance(cause, BotoCoreError | ClientError) else error from None
+    with _atomic(local_path(location)) as temporary:
+        shutil.copyfile(path, temporary)
 
 
 def write_bytes(location: Location, data: bytes) -> None:
     """Put `data` at `location`, all or nothing."""
     if is_remote(location):
-        bucket, key = split_uri(location)
-        digest = hashlib.sha256(data).hexdigest()
-        put = functools.partial(client().put_object, Bucket=bucket, Key=key, Body=data, Metadata={"sha256": digest})
-        retrying(put, str(location))
+        s3.put_bytes(_address(location), data)
         return
-    target = local_path(location)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    temporary.write_bytes(data)
-    _sync(temporary)
-    temporary.replace(target)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
+    with _atomic(local_path(location)) as temporary:
+        temporary.write_bytes(data)
 
 
 def copy(source: Location, target: Location) -> None:
     """Copy within S3 on the server's side, or across through this machine."""
     if is_remote(source) and is_remote(target):
-        origin, (bucket, key) = dict(zip(("Bucket", "Key"), split_uri(source), strict=True)), split_uri(target)
-        retrying(lambda: client().copy(origin, bucket, key, Config=TRANSFER), f"copy {source}")
+        s3.copy(_address(source), _address(target))
     elif is_remote(source):
         download(source, local_path(target))
     else:
@@ -348,31 +244,20 @@ def copy(source: Location, target: Location) -> None:
 def delete(location: Location) -> None:
     """Remove a file or object; one that is not there is no error."""
     if is_remote(location):
-        bucket, key = split_uri(location)
-        retrying(lambda: client().delete_object(Bucket=bucket, Key=key), str(location))
+        s3.delete(_address(location))
     else:
         local_path(location).unlink(missing_ok=True)
 
 
 def download_tree(location: Location, folder: Path) -> int:
-    """Bring a folder or prefix to `folder`; files that are there with the right size are kept. Returns bytes moved."""
+    """Bring a folder or prefix to `folder`; files that are there with the right size are kept. Returns bytes moved.
+
+    For folders whose files don't change under their names (videos, weights); results of stages: flows/store.py.
+    """
     moved = 0
     for entry in list_files(location):
         path = folder / entry.relative
         if not (path.is_file() and path.stat().st_size == entry.size):
             download(entry.location, path)
             moved += entry.size
-    return moved
-
-
-def upload_tree(folder: Path, location: Location) -> int:
-    """Put a folder at a prefix and delete what is there and not in the folder. Returns bytes moved."""
-    present = {entry.relative: entry for entry in list_files(location)}
-    moved = 0
-    for entry in list_files(folder):
-        upload(Path(entry.location), join(location, entry.relative))
-        moved += entry.size
-        present.pop(entry.relative, None)
-    for stale in present.values():
-        delete(stale.location)
     return moved
