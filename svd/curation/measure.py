@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from svd.config import CurationConfig
 from svd.curation import captions, catalog
-from svd.curation.sources import Source, local_file
+from svd.curation.sources import Source, local_file, printable
 from svd.curation.text import TextDetector, make_detector, text_areas
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, Cut, SourceFailure
 from svd.curation.worker import Analyst
@@ -156,7 +156,7 @@ class _UnitWork:
         row.update(clips=len(rows), cuts=len(analysis.cuts))
         row["verdict"] = "ok" if rows else "no-clips"
         if not rows:
-            row["reason"] = "no clip: " + "; ".join(sorted({d.reason for d in analysis.dropped})) or "no frames"
+            row["reason"] = "no clip: " + ("; ".join(sorted({d.reason for d in analysis.dropped})) or "no frames")
 
     def _clip(
         self,
@@ -215,6 +215,8 @@ class _UnitWork:
 
     def write(self) -> None:
         """Write the tables; clips in the order of their sources and times."""
+        for row in self.sources:
+            row["reason"] = printable(" ".join(row["reason"].split()))
         catalog.write_rows(self.folder / "sources.parquet", self.sources, catalog.SOURCES_SCHEMA)
         catalog.write_rows(self.folder / "clips.parquet", self.clips, catalog.MEASURED_SCHEMA)
         catalog.write_rows(self.folder / "cuts.parquet", self.cuts, catalog.CUTS_SCHEMA)

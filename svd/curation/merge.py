@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 
 from svd.config import CurationConfig
 from svd.curation import catalog, filters
@@ -19,11 +20,16 @@ from svd.stage import write_json
 
 # Buckets of the motion id that the model is conditioned on (spec: 0…255).
 BUCKETS = 256
+# What metrics are made of; captions and paths of ten million clips would not fit into memory.
+SUMMARY_COLUMNS = [
+    *("source_uri", "start_frame", "end_frame", "duration", "method", "camera", "text_area", "duplicate_similarity"),
+    *catalog.VERDICTS_SCHEMA.names,
+]
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The finished tables."""
+    """The finished tables; `clips` has the columns SUMMARY_COLUMNS."""
 
     clips: pl.DataFrame
     sources: pl.DataFrame
@@ -41,23 +47,50 @@ def merge(measured: Sequence[Path], scored: Sequence[Path], finished: Path, conf
         for shard in sorted(other.glob("*.tar")):
             _link(shard, finished / "shards" / shard.name)
     sources = _resolve_duplicates(_concat(measured, "sources"))
-    clips = _concat(measured, "clips").join(_concat(scored, "scores"), on="clip_id", how="left", maintain_order="left")
-    primary = sources.filter(pl.col("verdict") == "ok").select("source_uri")
-    clips = clips.join(primary, on="source_uri", how="semi").sort("source_uri", "start_frame")
-    clips = clips.with_columns(pl.Series("motion_bucket", motion_buckets(clips, finished), pl.Int16))
-    if config.near_duplicates:
-        clips = near_duplicates(clips, finished / "embeddings")
     tables = finished / "catalogue"
-    catalog.write_table(tables / "clips.parquet", catalog.with_schema(clips, catalog.SCORES_SCHEMA))
-    cuts = _concat(measured, "cuts")
+    units = list(zip(measured, scored, strict=True))
+    _write_clips(tables / "clips.parquet", units, _global_columns(measured, sources, finished, config))
+    cuts, dropped = _concat(measured, "cuts"), _concat(measured, "dropped")
     catalog.write_table(tables / "sources.parquet", catalog.with_schema(sources, catalog.SOURCES_SCHEMA))
     catalog.write_table(tables / "cuts.parquet", catalog.with_schema(cuts, catalog.CUTS_SCHEMA))
-    dropped = _concat(measured, "dropped")
     catalog.write_table(tables / "dropped.parquet", catalog.with_schema(dropped, catalog.DROPPED_SCHEMA))
     thresholds = filters.write_verdicts(finished, config.filters)
     if config.subsets:
         write_subsets(finished, config.subsets)
-    return Merged(catalog.read_clips(finished), sources, cuts, thresholds)
+    clips = catalog.scan_clips(finished).select(SUMMARY_COLUMNS).collect()
+    return Merged(clips, sources, cuts, thresholds)
+
+
+def _global_columns(
+    measured: Sequence[Path], sources: pl.DataFrame, finished: Path, config: CurationConfig
+) -> pl.DataFrame:
+    """What depends on all clips, a narrow row a clip of the sources that count: motion bucket and near duplicates."""
+    narrow = ("clip_id", "source_uri", "split", "unit", "motion_score")
+    clips = pl.concat([pl.read_parquet(unit / "clips.parquet", columns=list(narrow)) for unit in measured])
+    primary = sources.filter(pl.col("verdict") == "ok").select("source_uri")
+    clips = clips.join(primary, on="source_uri", how="semi", maintain_order="left")
+    clips = clips.with_columns(pl.Series("motion_bucket", motion_buckets(clips, finished), pl.Int16))
+    if config.near_duplicates:
+        clips = near_duplicates(clips, finished / "embeddings")
+    return clips.drop("split", "unit", "motion_score")
+
+
+def _write_clips(target: Path, units: Sequence[tuple[Path, Path]], columns: pl.DataFrame) -> None:
+    """Write `clips.parquet` unit by unit, so that memory holds one unit; `columns` says which clips.
+
+    Units hold sources in the order of their uris and clips in that of time, so the whole is sorted.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    with pq.ParquetWriter(temporary, catalog.SCORES_SCHEMA, compression="zstd") as writer:
+        for measured, scored in units:
+            scores = pl.read_parquet(scored / "scores.parquet")
+            clips = pl.read_parquet(measured / "clips.parquet")
+            clips = clips.join(scores, on="clip_id", how="left", maintain_order="left")
+            clips = clips.join(columns, on=["clip_id", "source_uri"], how="inner", maintain_order="left")
+            writer.write_table(catalog.with_schema(clips, catalog.SCORES_SCHEMA))
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(target)
 
 
 def _concat(units: Sequence[Path], table: str) -> pl.DataFrame:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import glob
+import itertools
 import json
 import tarfile
 import tempfile
@@ -79,8 +80,16 @@ def list_sources(patterns: Iterable[str], root: Path | None = None) -> list[Sour
     root: local files below it get uris relative to it, and their first folder as `split`.
     Raises UserError that names the pattern when a path does not exist or a list can't be read.
     """
-    found = {source.uri: source for pattern in patterns for source in _expand(pattern, root)}
+    found = {}
+    for source in itertools.chain.from_iterable(_expand(pattern, root) for pattern in patterns):
+        uri = printable(source.uri)
+        found[uri] = replace(source, uri=uri)
     return [found[uri] for uri in sorted(found)]
+
+
+def printable(text: str) -> str:
+    """`text` as it can be stored: what is no Unicode (a file name in another encoding, a lone surrogate) as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _expand(pattern: str, root: Path | None) -> Iterator[Source]:
@@ -161,16 +170,16 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
 def with_sidecar(source: Source, values: Mapping[str, Any]) -> Source:
     """`source` with the captions (`caption`; `scenes`: start_seconds, end_seconds, caption), licence and metadata."""
     values = dict(values)
-    captions = [SceneCaption(str(text))] if (text := _take(values, CAPTION_NAMES)) else []
+    captions = [SceneCaption(printable(str(text)))] if (text := _take(values, CAPTION_NAMES)) else []
     scenes = values.pop("scenes", [])
     for scene in scenes if isinstance(scenes, list) else []:
         if isinstance(scene, dict) and (text := scene.get("caption")):
-            captions.append(SceneCaption(str(text), *(_seconds(scene, side) for side in ("start", "end"))))
+            captions.append(SceneCaption(printable(str(text)), *(_seconds(scene, side) for side in ("start", "end"))))
     licence = _take(values, LICENCE_NAMES)
     return replace(
         source,
         captions=(*source.captions, *captions),
-        licence=str(licence) if licence else source.licence,
+        licence=printable(str(licence)) if licence else source.licence,
         metadata={**source.metadata, **{k: v for k, v in values.items() if v is not None}},
     )
 

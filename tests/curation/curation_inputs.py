@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def write_broken(folder: Path, good: Path) -> dict[str, str]:
     write_video(folder / "one frame.mp4", frames=1)
     shutil.copy(good, folder / 'it\'s "quoted" žluťoučký.mp4')
     (folder / "nothing here").mkdir()
+    (folder / os.fsdecode(b"caf\xe9.mp4")).write_bytes(b"a name that is no Unicode")
     (folder / "dangling.mp4").symlink_to(folder / "missing.mp4")
     return {
         "text.mp4": "failed",
@@ -60,6 +62,7 @@ def write_broken(folder: Path, good: Path) -> dict[str, str]:
         "one frame.mp4": "no-clips|failed",
         'it\'s "quoted" žluťoučký.mp4': "duplicate|ok",
         "dangling.mp4": "failed",
+        "caf\\udce9.mp4": "failed",
     }
 
 

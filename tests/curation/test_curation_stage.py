@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
 import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import av
 import polars as pl
@@ -146,3 +149,25 @@ def test_reading_says_where_a_catalogue_was_expected(tmp_path):
     pl.DataFrame({"clip_id": ["a"]}).write_parquet(tmp_path / "catalogue" / "clips.parquet")
     with pytest.raises(UserError, match="catalogue version 0"):
         catalog.read_clips(tmp_path)
+
+
+def test_equal_bytes_behind_two_addresses_count_once(inputs, tmp_path):
+    """A source that must be fetched is hashed only then, so equal ones are found when the units are merged."""
+    sources, encoders, _ = inputs
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(sources / "train"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    (tmp_path / "in" / "footage").mkdir(parents=True)
+    uris = [f"{address}/train_0000.mp4", f"{address}/train_0000.mp4?again", f"{address}/gone.mp4"]
+    rows = "".join(json.dumps({"uri": uri, "licence": "CC0-1.0"}) + "\n" for uri in uris)
+    (tmp_path / "in" / "footage" / "sources.jsonl").write_text(rows)
+    run = context(tiny(sources__sources_per_shard=1), tmp_path / "in", encoders, tmp_path)
+    stage.run(run)
+    server.shutdown()
+    found = {row["source_uri"]: row for row in catalog.read_sources(run.output).iter_rows(named=True)}
+    assert [found[uri]["verdict"] for uri in uris] == ["ok", "duplicate", "failed"]
+    assert found[uris[1]]["duplicate_of"] == uris[0] and "404" in found[uris[2]]["reason"]
+    clips = catalog.read_clips(run.output)
+    assert set(clips["source_uri"]) == {uris[0]} and clips["clip_id"].n_unique() == len(clips) > 0
+    assert set(clips["split"]) == {"footage"} and set(clips["licence"]) == {"CC0-1.0"}

@@ -116,12 +116,12 @@ def test_a_webdataset_tar_is_read_in_place(tmp_path):
 
 def test_sidecars(tmp_path):
     touch(tmp_path / "a.mp4")
-    scenes = [{"start": 0, "end": 2.5, "caption": "one"}, {"start_seconds": 2.5, "caption": "two"}, {"end": 1}]
+    scenes = [{"start": 0, "end": 2.5, "caption": "one \ud800"}, {"start_seconds": 2.5, "caption": "two"}, {"end": 1}]
     touch(tmp_path / "a.json", json.dumps({"scenes": scenes, "licence": "CC0-1.0", "origin": "x"}).encode())
     touch(tmp_path / "b.mp4")
     touch(tmp_path / "b.json", b"not json")
     a, b = list_sources([str(tmp_path)])
-    assert a.captions == (SceneCaption("one", 0, 2.5), SceneCaption("two", 2.5))
+    assert a.captions == (SceneCaption("one \\ud800", 0, 2.5), SceneCaption("two", 2.5))
     assert (a.licence, a.metadata) == ("CC0-1.0", {"origin": "x"})
     assert b.captions == () and "b.json" in b.metadata["sidecar_error"]
 
