@@ -19,6 +19,7 @@ from svd.model.autoencoder import Autoencoder
 from svd.model.conditioning import conditioned
 from svd.model.unet import UNet
 from svd.training.ema import Ema
+from svd.training.muon import Muon
 from svd.training.parallel import parallelise
 from svd.training.tasks import Task
 
@@ -49,6 +50,17 @@ def learning_rate_factor(step: int, config: TrainingConfig, iterations: int) -> 
     if config.decay == "none":
         return warm
     return warm * 0.5 * (1 + math.cos(math.pi * min(step, iterations) / iterations))
+
+
+def make_optimizer(unet: UNet, settings: TrainingConfig, rate: float) -> torch.optim.Optimizer:
+    """The optimiser of what is trainable in `unet`; the first and last layer are no hidden matrices for Muon."""
+    trainable = [p for p in unet.parameters() if p.requires_grad]
+    if settings.optimizer == "muon":
+        ends = [*unet.conv_in.parameters(), *unet.conv_out.parameters()]
+        return Muon(trainable, ends, settings.matrix_rate, rate, betas=settings.betas)
+    # A fused optimiser skips the unscaling of fp16 gradients until after clipping.
+    fused = trainable[0].is_cuda and settings.precision != "16-mixed"
+    return torch.optim.AdamW(trainable, lr=rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=fused)
 
 
 class Diffusion(pl.LightningModule):
@@ -111,14 +123,9 @@ class Diffusion(pl.LightningModule):
         return {"loss": losses.mean(), "losses": losses.detach(), "sigma": batch["sigma"]}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW on what is trainable, and the learning rate of each step."""
-        settings, rate = self.settings, self.phase.learning_rate
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        # A fused optimiser skips the unscaling of fp16 gradients until after clipping.
-        fused = trainable[0].is_cuda and settings.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(
-            trainable, lr=rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=fused
-        )
+        """AdamW (the paper's) or Muon on what is trainable, and the learning rate of each step."""
+        settings = self.settings
+        optimizer = make_optimizer(self.unet, settings, self.phase.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, settings, self.phase.iterations)
         )
