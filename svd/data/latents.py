@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from svd.config import Geometry, LatentsConfig
+from svd.config import Geometry, LatentsConfig, Preset
 from svd.curation.catalog import read_clips
 from svd.data.cache import digest, geometry_name, write_index, write_shard
 from svd.data.frames import UnreadableClip, Window, choose_windows, decode, fit
@@ -186,6 +186,21 @@ def write_samples(jobs: Sequence[Job], curation: Path, encoder: Encoder, folder:
     return done
 
 
+def encode_clips(
+    clips: pl.DataFrame, preset: Preset, curation: Path, encoder: Encoder, work: Path
+) -> list[dict[str, Any]]:
+    """Encode catalogue rows with a `split` into `work/shards`; returns the index rows. Finished shards are kept."""
+    shards = plan(clips, preset.latents, encoder.identity)
+    made = work / "shards"
+    made.mkdir(parents=True, exist_ok=True)
+    parts = []
+    with tqdm(total=sum(map(len, shards)), desc="latents", unit="clip") as bar:
+        for jobs in shards:
+            parts.append(write_samples(jobs, curation, encoder, made, preset.curation.workers))
+            bar.update(len(jobs))
+    return [row for part in parts for row in json.loads(part.read_text())]
+
+
 def run(context: StageContext) -> Report:
     """Encode all kept clips; inputs: `curation`, `autoencoder`, `encoders`. Raises UserError when no clip can be
     used.
@@ -193,26 +208,18 @@ def run(context: StageContext) -> Report:
     curation = context.inputs["curation"]
     encoder = Encoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
     clips = with_split(read_clips(curation).filter(pl.col("keep")))
-    shards = plan(clips, context.preset.latents, encoder.identity)
-    made = context.work / "shards"
-    made.mkdir(parents=True, exist_ok=True)
-    parts = []
-    with tqdm(total=sum(map(len, shards)), desc="latents", unit="clip") as bar:
-        for jobs in shards:
-            parts.append(write_samples(jobs, curation, encoder, made, context.preset.curation.workers))
-            bar.update(len(jobs))
-    rows = [row for part in parts for row in json.loads(part.read_text())]
+    rows = encode_clips(clips, context.preset, curation, encoder, context.work)
     if not any(row["split"] == "train" for row in rows):
         raise UserError(
             f"{curation}: none of the {len(clips)} kept clips yields a training sample; "
             "loosen curation.filters, or lower 'frames' or raise 'max_fps' in 'latents'"
         )
-    finished = _assemble(context.work, rows, encoder)
+    finished = assemble(context.work, rows, encoder)
     return publish(finished, context.output, _report(clips, rows))
 
 
-def _assemble(work: Path, rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Path:
-    """The finished folder: hard links to the shards, and the index."""
+def assemble(work: Path, rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Path:
+    """`work/finished`, a latent cache of `rows` that `encode_clips` made: hard links to the shards, and the index."""
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     (finished / "shards").mkdir(parents=True)
