@@ -32,6 +32,8 @@ from svd.stage import UserError
 
 WANTED = (".safetensors", ".json", ".txt", ".model")
 CACHE = "SVD_CACHE"
+UNET_FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")
+VAE_FILES = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
 ATTEMPTS = 6
 BACKOFF = 1.0  # seconds before the second attempt; doubles with each
 

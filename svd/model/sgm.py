@@ -245,15 +245,30 @@ def load_sgm(
     file, a wrong hash, pickle, and tensors that are missing, unexpected or misshaped.
     """
     parts = read_sgm(path, sha256)
+    unet = build_unet(parts, path, device, dtype)
+    return SgmModels(unet, build_autoencoder(parts, path, device, dtype), parts.clip, parts.text)
+
+
+def build_unet(parts: SgmParts, path: Path, device: torch.device | str, dtype: torch.dtype | None) -> UNet:
+    """The U-Net of a single file; `path` is for messages."""
     config = unet_config(parts)
     with torch.device("meta"):
         unet = UNet(config)
     fill(unet, unet_from_sgm(parts.unet, config), f"{path}: U-Net", device, dtype)
-    first, tensors = diffusers_autoencoder(parts)
+    return unet.eval()
+
+
+def build_autoencoder(
+    parts: SgmParts, path: Path, device: torch.device | str, dtype: torch.dtype | None
+) -> Autoencoder:
+    """The autoencoder of a single file; raises UserError when the file has none."""
+    if not parts.first_stage:
+        raise UserError(f"{path}: no autoencoder ('{PREFIXES['first_stage']}…') in this file")
+    config, tensors = diffusers_autoencoder(parts)
     with torch.device("meta"):
-        autoencoder = Autoencoder(first)
+        autoencoder = Autoencoder(config)
     fill(autoencoder, tensors, f"{path}: autoencoder", device, dtype)
-    return SgmModels(unet.eval(), autoencoder.eval(), parts.clip, parts.text)
+    return autoencoder.eval()
 
 
 def save_sgm(path: Path, unet: UNet, autoencoder: Autoencoder, clip: Tensors | None = None) -> None:

@@ -26,6 +26,7 @@ from svd.model.layout import (
     unet_from_json,
     unet_to_json,
 )
+from svd.model.sgm import build_autoencoder, build_unet, read_sgm
 from svd.model.unet import UNet
 from svd.stage import UserError, write_json
 
@@ -56,14 +57,16 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path) -> None:
 
 
 def load_autoencoder(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder_or_file: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Autoencoder:
-    """An autoencoder from diffusers' layout (`AutoencoderKL` or `AutoencoderKLTemporalDecoder`).
+    """An autoencoder from diffusers' layout (`AutoencoderKL` or `AutoencoderKLTemporalDecoder`) or a single sgm file.
 
     A pipeline folder is accepted too (its `vae/` is taken). dtype: None keeps the stored type. Raises UserError for
     missing, broken and unfitting files.
     """
-    folder = part_of(Path(folder), "vae")
+    if Path(folder_or_file).is_file():
+        return build_autoencoder(read_sgm(Path(folder_or_file)), Path(folder_or_file), device, dtype)
+    folder = part_of(Path(folder_or_file), "vae")
     config = autoencoder_from_json(read_config(folder / "config.json"), folder / "config.json")
     tensors = modern_attention_names(read_tensors(weights_file(folder)))
     with torch.device("meta"):
@@ -99,10 +102,12 @@ def save_unet(unet: UNet, folder: Path, frames: int = 14) -> None:
 
 
 def load_unet(folder_or_file: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> UNet:
-    """A U-Net from diffusers' layout (`UNetSpatioTemporalConditionModel` or `UNet2DConditionModel`).
+    """A U-Net from diffusers' layout (`UNetSpatioTemporalConditionModel`, `UNet2DConditionModel`) or a single sgm file.
 
     A pipeline folder is accepted too (its `unet/` is taken). Raises UserError for missing, broken and unfitting files.
     """
+    if Path(folder_or_file).is_file():
+        return build_unet(read_sgm(Path(folder_or_file)), Path(folder_or_file), device, dtype)
     folder = part_of(Path(folder_or_file), "unet")
     config = unet_from_json(read_config(folder / "config.json"), folder / "config.json")
     tensors = read_tensors(weights_file(folder))

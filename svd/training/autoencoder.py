@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from svd.config import Preset
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig, add_temporal_decoder, fresh_autoencoder, mean
-from svd.model.hub import resolve
+from svd.model.hub import VAE_FILES, resolve
 from svd.model.perceptual import Perceptual
-from svd.model.sgm import load_sgm
 from svd.model.weights import load_autoencoder, save_autoencoder
 from svd.stage import Report, StageContext, publish
 from svd.training.autoencoder_phase import COLUMNS, Learner, Phase, Run
@@ -29,7 +28,6 @@ from svd.training.frames import ClipPixels, split_rows
 from svd.training.losses import ReconstructionLoss, flicker, psnr
 
 PHASES: tuple[Phase, Phase] = ("image", "temporal")
-VAE_FILES = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
 HELD_OUT_CLIPS = 32
 MEASURED_CLIPS = 64
 PICTURE_CLIPS = 6
@@ -102,7 +100,7 @@ def initial_autoencoder(preset: Preset) -> Autoencoder:
         )
         return fresh_autoencoder(config, preset.seed)
     path = resolve(section.pretrained, filenames=VAE_FILES)
-    released = load_sgm(path).autoencoder.float() if path.is_file() else load_autoencoder(path, dtype=torch.float32)
+    released = load_autoencoder(path, dtype=torch.float32)
     return released if released.config.temporal_decoder else add_temporal_decoder(released)
 
 

@@ -14,6 +14,7 @@ import polars as pl
 
 from svd.config import Phase, Subset, TrainingConfig
 from svd.data.cache import LatentCache
+from svd.model.hub import UNET_FILES, resolve
 from svd.model.unet import UNet
 from svd.model.weights import load_autoencoder, load_unet
 from svd.stage import Report, StageContext, UserError
@@ -154,4 +155,4 @@ def _source(context: StageContext, previous: str | None) -> Path | None:
         raise UserError(
             f"{context.output.name}: needs the output of the stage '{previous}', or weights in 'model.pretrained'"
         )
-    return Path(pretrained) if pretrained else None
+    return resolve(pretrained, UNET_FILES) if pretrained else None

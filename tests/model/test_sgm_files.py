@@ -53,6 +53,8 @@ def test_a_single_file_gives_the_networks_that_made_it(tmp_path: Path) -> None:
     for name, value in video.state_dict().items():
         if name.startswith("decoder."):
             assert torch.equal(state[name], value)
+    assert equal(of_module(load_unet(tmp_path / "svd.safetensors")), of_module(unet))
+    assert equal(of_module(load_autoencoder(tmp_path / "svd.safetensors")), of_module(models.autoencoder))
     assert "token_embedding.weight" in models.clip
     assert "visual.proj" in models.clip
 
