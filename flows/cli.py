@@ -35,17 +35,22 @@ app.add_typer(tools_app)
 console = Console(stderr=True)
 
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Name of a preset in presets/, or a YAML file.")]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", envvar="SVD_STORE", help="s3://bucket/prefix to fetch inputs from and publish outputs to."),
+]
 
 
 @app.command()
 def stage(
     name: Annotated[str, typer.Argument(help="Stage to run, for example `curation`; `svd stages` lists them.")],
     preset: PresetOption = "tiny",
+    store: StoreOption = None,
 ) -> None:
     """Run one stage on this machine; inputs and result lie in outputs/PRESET. A run that was killed continues."""
     from flows.runner import run_stage
 
-    console.print(run_stage(name, preset).summary)
+    console.print(run_stage(name, preset, store_option=store).summary)
 
 
 @app.command()
@@ -63,12 +68,13 @@ def stages() -> None:
 def pipeline(
     preset: Annotated[str | None, typer.Option("--preset", "-p", help="Default: the one in params.yaml.")] = None,
     force: Annotated[bool, typer.Option(help="Run unchanged stages as well.")] = False,
+    store: StoreOption = None,
 ) -> None:
     """Run all stages that changed as the Prefect flow `full-pipeline` in this process."""
     from flows.full_pipeline import full_pipeline
     from flows.tracking import tracking_uri
 
-    result = full_pipeline(preset=preset, force=force)
+    result = full_pipeline(preset=preset, force=force, store=store)
     out = Console(soft_wrap=True)
     out.print(f"\nreport: {result['report']}")
     out.print(f"MLflow: mlflow ui --backend-store-uri {tracking_uri()}   (or: make ui)")
@@ -120,17 +126,21 @@ def stack_up(
     master: Annotated[int, typer.Option(help="Port of SeaweedFS's master.")] = 9333,
     volume: Annotated[int, typer.Option(help="Port of SeaweedFS's volume server.")] = 9340,
     filer: Annotated[int, typer.Option(help="Port of SeaweedFS's filer.")] = 9388,
+    admin: Annotated[int, typer.Option(help="Port of SeaweedFS's maintenance server.")] = 23646,
 ) -> None:
-    """Start the servers and workers, deploy the flows, write .env. A taken port is named with its process."""
+    """Start the servers and workers that don't run yet, deploy the flows, write .env. A taken port is named."""
     from flows.stack import Ports, up
 
-    env = up(Ports(prefect, mlflow, s3, master, volume, filer))
+    Console().print(_addresses(up(Ports(prefect, mlflow, s3, master, volume, filer, admin))))
+    console.print("run the pipeline with: prefect deployment run full-pipeline")
+
+
+def _addresses(env: dict[str, str]) -> Table:
     table = Table("service", "address", show_header=False)
     table.add_row("Prefect", env["PREFECT_API_URL"].removesuffix("/api"))
     table.add_row("MLflow", env["MLFLOW_TRACKING_URI"])
     table.add_row("S3", env["AWS_ENDPOINT_URL"])
-    Console().print(table)
-    console.print("run the pipeline with: prefect deployment run full-pipeline")
+    return table
 
 
 @stack_app.command("down")
@@ -144,14 +154,16 @@ def stack_down() -> None:
 
 @stack_app.command("status")
 def stack_status() -> None:
-    """Show which processes of the stack run."""
-    from flows.stack import running
+    """Show which processes of the stack run, and their addresses."""
+    from flows.stack import read_env, running
 
-    processes = list(running())
+    processes, env = list(running()), read_env()
     table = Table("process", "pid", "port")
     for process in processes:
         table.add_row(process.name, str(process.pid), str(process.port or ""))
     Console().print(table if processes else "nothing is running")
+    if processes and env:
+        Console().print(_addresses(env))
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

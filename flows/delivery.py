@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_I
 from flows.datasets import dvc_dataset
 
 KEY_TAG = "svd.run_key"
+# The courier tries again by itself; MLflow's own retries would hold up the end of a stage for minutes.
+CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "600",
+}
 BATCH = 500
 BAD_REQUEST = 400
 logger = logging.getLogger(__name__)
@@ -25,6 +32,8 @@ class Delivery:
     """Sends journal entries of one run to the MLflow server at `uri`."""
 
     def __init__(self, uri: str, experiment: str) -> None:
+        for name, value in CLIENT_SETTINGS.items():
+            os.environ.setdefault(name, value)
         self._uri = uri
         self._experiment = experiment
         self._client: mlflow.MlflowClient | None = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
 from prefect.client.schemas.objects import FlowRun
@@ -19,6 +22,9 @@ from flows.stages import find_stage
 from svd.stage import UserError
 
 StageFlow = Callable[..., dict[str, Any]]
+POLL_SECONDS = 2
+SERVER_AWAY_SECONDS = 900
+logger = logging.getLogger(__name__)
 
 
 def stage_flow(stage: str) -> StageFlow:
@@ -27,8 +33,12 @@ def stage_flow(stage: str) -> StageFlow:
     return cast(StageFlow, getattr(importlib.import_module(f"flows.{name}"), name))
 
 
-def dispatch(stage: str, preset: str, parent: str, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+def dispatch(
+    stage: str, preset: str, parent: str, inputs: list[dict[str, Any]], store: str | None = None
+) -> dict[str, Any]:
     """Run `stage` where it belongs and return its flow's result; raises what the child raised.
+
+    preset: its name; parent: MLflow key of the pipeline's run; inputs: DVC hashes; store: where results are kept.
 
     A parent that runs as a deployment starts its children as deployments, so that GPU stages reach the pool `gpu`;
     `SVD_DISPATCH=inline` or `deployment` overrides this.
@@ -36,7 +46,7 @@ def dispatch(stage: str, preset: str, parent: str, inputs: list[dict[str, Any]])
     mode = os.environ.get("SVD_DISPATCH", "deployment" if deployment.get_id() else "inline")
     if mode not in ("inline", "deployment"):
         raise UserError(f"SVD_DISPATCH is '{mode}'; use 'inline' or 'deployment'")
-    arguments = {"preset": preset, "parent": parent, "inputs": inputs}
+    arguments = {"preset": preset, "parent": parent, "inputs": inputs, "store": store}
     if mode == "inline":
         return stage_flow(stage)(**arguments)
     return _run_child(stage, arguments)
@@ -45,15 +55,30 @@ def dispatch(stage: str, preset: str, parent: str, inputs: list[dict[str, Any]])
 def _run_child(stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Start the deployment `<stage>/<stage>` and wait; a retried parent adopts the child that it started before."""
     key = _idempotency_key(f"{flow_run.get_id()}:{stage}")
-    child = cast(
-        FlowRun,
-        run_deployment(f"{stage}/{stage}", parameters=arguments, idempotency_key=key, timeout=None, poll_interval=2),
-    )
+    started = run_deployment(f"{stage}/{stage}", parameters=arguments, idempotency_key=key, timeout=0)
+    child = _wait(cast(FlowRun, started).id)
     if child.state is None or not child.state.is_completed():
         state = child.state.name if child.state else "unknown"
         message = child.state.message if child.state else ""
         raise RuntimeError(f"stage '{stage}' ended {state} in flow run {child.id}: {message}")
     return cast(dict[str, Any], child.state.result())
+
+
+def _wait(child: UUID) -> FlowRun:
+    """The child once it has ended. A server that is away for a while (a restart) is waited for, up to 15 minutes."""
+    last_answer = time.monotonic()
+    while True:
+        try:
+            with get_client(sync_client=True) as client:
+                run = client.read_flow_run(child)
+            last_answer = time.monotonic()
+            if run.state is not None and run.state.is_final():
+                return run
+        except httpx.TransportError as error:
+            if time.monotonic() - last_answer > SERVER_AWAY_SECONDS:
+                raise
+            logger.warning("Prefect's server does not answer (%s), waiting for it", error)
+        time.sleep(POLL_SECONDS)
 
 
 def _idempotency_key(stem: str) -> str:

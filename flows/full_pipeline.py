@@ -11,6 +11,7 @@ import yaml
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
+from flows import store as results_store
 from flows import versioning
 from flows.dispatch import dispatch
 from flows.runner import git_commit, output_folder
@@ -19,6 +20,7 @@ from flows.tracking import Lineage, MlflowTracker, RunInfo, send_pending, tracke
 from svd.config import Preset
 from svd.presets import load_preset
 from svd.stage import UserError
+from svd.storage import join
 
 PARAMS = Path("params.yaml")
 
@@ -38,8 +40,9 @@ def select_preset(name: str | None) -> Preset:
 class PipelineRun:
     """The state of one pass over the stages: known DVC hashes by path, and what each stage answered."""
 
-    def __init__(self, preset: Preset, tracker: MlflowTracker, key: str) -> None:
+    def __init__(self, preset: Preset, tracker: MlflowTracker, key: str, store: str | None) -> None:
         self.preset = preset
+        self.store = store
         self.tracker = tracker
         self.key = key
         self.known: dict[str, Lineage] = {}
@@ -51,14 +54,11 @@ class PipelineRun:
         if not force and not versioning.changed(name):
             _, outputs = versioning.lineage(name)
             self.known |= {item.path: item for item in outputs}
+            self._keep_in_store(name, outputs)
             logger.info("stage %s is unchanged", name)
             return
-        inputs = [
-            self.known[path]
-            for stage in find_stage(name).inputs
-            if (path := str(output_folder(self.preset, stage))) in self.known
-        ]
-        result = dispatch(name, self.preset.name, self.key, [asdict(item) for item in inputs])
+        inputs = self._inputs(name)
+        result = dispatch(name, self.preset.name, self.key, [asdict(item) for item in inputs], self.store)
         outputs = [Lineage(**item) for item in result["outputs"]]
         versioning.record(name, outputs, self.known)
         self.known |= {item.path: item for item in outputs}
@@ -69,12 +69,33 @@ class PipelineRun:
         self.tracker.log_metrics(numbers, step=0)
         logger.info("stage %s: %s", name, result["summary"])
 
+    def _inputs(self, name: str) -> list[Lineage]:
+        """The stage's inputs by hash; those of stages that aren't part of this run as they are now, or in dvc.lock."""
+        found = []
+        for stage in find_stage(name).inputs:
+            folder = output_folder(self.preset, stage)
+            if str(folder) not in self.known:
+                items = [versioning.hash_folder(folder)] if folder.is_dir() else versioning.lineage(stage)[1]
+                self.known |= {item.path: item for item in items}
+            if str(folder) in self.known:
+                found.append(self.known[str(folder)])
+        return found
+
+    def _keep_in_store(self, name: str, outputs: list[Lineage]) -> None:
+        """The store holds what dvc.lock says, too, when the stage need not run: later stages read it there."""
+        if self.store:
+            versioning.pull(outputs)
+            results_store.publish(output_folder(self.preset, name), join(self.store, self.preset.name, name))
+
 
 @flow(name="full-pipeline", flow_run_name="full-pipeline-{preset}", persist_result=True)
-def full_pipeline(preset: str | None = None, stages: list[str] | None = None, force: bool = False) -> dict[str, Any]:
+def full_pipeline(
+    preset: str | None = None, stages: list[str] | None = None, force: bool = False, store: str | None = None
+) -> dict[str, Any]:
     """Run the stages that changed, in order, and return their metrics and the path of the report.
 
-    preset: name in presets/ (default: the one in params.yaml); stages: only these; force: unchanged ones as well.
+    preset: name in presets/ (default: the one in params.yaml); stages: only these; force: unchanged ones as well;
+    store: `s3://bucket/prefix` that every stage reads from and publishes to (default: `SVD_STORE`).
     """
     chosen = select_preset(preset)
     names = [find_stage(name).name for name in stages] if stages else list(PIPELINE)
@@ -85,7 +106,7 @@ def full_pipeline(preset: str | None = None, stages: list[str] | None = None, fo
     with tracked_run(
         RunInfo(key, f"full-pipeline ({chosen.name})", None, tags, chosen.model_dump(mode="json"))
     ) as tracker:
-        run = PipelineRun(chosen, tracker, key)
+        run = PipelineRun(chosen, tracker, key, results_store.store_root(store))
         for name in names:
             run.run(name, force)
         report = output_folder(chosen, "report") / "report.html"

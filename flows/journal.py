@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
+REQUEST_SECONDS = 25
 Deliver = Callable[[dict[str, Any], Path], None]
 
 
@@ -120,10 +121,16 @@ class Courier:
             wait = self._waits[0] if self._attempt() else min(2 * wait, self._waits[1])
 
     def close(self, patience: float = 20) -> bool:
-        """Stop; try for `patience` seconds to deliver what is left. Returns whether everything was delivered."""
-        self._stop.set()
-        self._thread.join()
+        """Stop; try for `patience` seconds to deliver what is left. Returns whether everything was delivered.
+
+        A delivery that hangs in a slow server is not waited for longer than that (but for one request's time at
+        least); what it may still deliver is recognised when the journal is sent again.
+        """
         deadline = time.monotonic() + patience
+        self._stop.set()
+        self._thread.join(max(patience, REQUEST_SECONDS))
+        if self._thread.is_alive():
+            return False
         while not self._attempt():
             if time.monotonic() + self._waits[0] > deadline:
                 return False

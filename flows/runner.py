@@ -5,21 +5,26 @@ The `svd stage` command, `dvc repro` and the Prefect flows all come through here
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows import store
 from flows.stages import Stage, find_stage
 from flows.tracking import MlflowTracker, RunInfo, tracked_run
 from flows.versioning import hash_folder
 from svd.config import Preset
 from svd.presets import load_preset
 from svd.stage import Report, StageContext, UserError
+from svd.storage import join
 
 OUTPUTS = Path("outputs")
 WORK = Path("work")
@@ -39,9 +44,14 @@ def output_folder(preset: Preset, stage: str) -> Path:
     return OUTPUTS / preset.name / stage
 
 
+def input_folders(stage: Stage, preset: Preset) -> dict[str, Path]:
+    """Where the stage's inputs belong, whether or not they are there."""
+    return {name: output_folder(preset, name) for name in stage.inputs}
+
+
 def stage_inputs(stage: Stage, preset: Preset) -> dict[str, Path]:
     """The folder of each input; raises UserError that names the missing one and the command that makes it."""
-    folders = {name: output_folder(preset, name) for name in stage.inputs}
+    folders = input_folders(stage, preset)
     missing = [name for name, path in folders.items() if not path.is_dir()]
     if stage.name in OPTIONAL_INPUTS:
         return {name: path for name, path in folders.items() if name not in missing}
@@ -82,6 +92,29 @@ def open_work(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> Path:
     return work
 
 
+@contextmanager
+def only_one(stage: Stage, preset: Preset) -> Iterator[None]:
+    """Hold the stage's lock on this machine; raises UserError when another process runs the stage.
+
+    A pipeline that is started again after a crash may meet a stage of the first one that is still at work.
+    """
+    path = WORK / preset.name / f".{stage.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"stage '{stage.name}' of preset '{preset.name}' is being run by process {lock.read().strip()}; "
+                f"wait for it or stop it ({path})"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
 def run_key(work: Path) -> str:
     """The MLflow key of the run that works in `work`; a run that was killed is continued under its key."""
     path = work.parent / f"{work.name}.run"
@@ -90,30 +123,43 @@ def run_key(work: Path) -> str:
     return path.read_text()
 
 
-def run_stage(name: str, preset_name: str, link: RunLink | None = None) -> Report:
+def run_stage(name: str, preset_name: str, link: RunLink | None = None, store_option: str | None = None) -> Report:
     """Run stage `name` of the preset called `preset_name`; see `run_preset_stage`."""
-    return run_preset_stage(name, load_preset(preset_name), link)
+    return run_preset_stage(name, load_preset(preset_name), link, store_option)
 
 
-def run_preset_stage(name: str, preset: Preset, link: RunLink | None = None) -> Report:
+def run_preset_stage(name: str, preset: Preset, link: RunLink | None = None, store_option: str | None = None) -> Report:
     """Run a stage as one MLflow run; work in progress of a killed run is taken up again.
 
-    Raises UserError for an unknown stage and for missing inputs.
+    store_option: where results are kept besides this machine (default: `SVD_STORE`): inputs that are missing or differ
+    are fetched from there, the output is published there. Raises UserError for an unknown stage, for missing inputs,
+    and when another process runs the stage.
     """
-    stage = find_stage(name)
-    inputs = stage_inputs(stage, preset)
+    stage, root = find_stage(name), store.store_root(store_option)
+    with only_one(stage, preset):
+        if root:
+            store.fetch_inputs(root, preset.name, input_folders(stage, preset))
+        return _run(stage, preset, link or RunLink(), root)
+
+
+def _run(stage: Stage, preset: Preset, link: RunLink, root: str | None) -> Report:
+    inputs, output = stage_inputs(stage, preset), output_folder(preset, stage.name)
     work = open_work(stage, preset, inputs)
-    link = link or RunLink()
-    marks = {"stage": name, "preset": preset.name, "seed": str(preset.seed), "git.commit": git_commit()}
+    marks = {"stage": stage.name, "preset": preset.name, "seed": str(preset.seed), "git.commit": git_commit()}
     if link.flow_run:
         marks["prefect.flow_run_id"] = link.flow_run
+    uri = join(root, preset.name, stage.name) if root else None
+    if uri:
+        marks["store"] = uri
     values = preset.model_dump(mode="json")
-    info = RunInfo(run_key(work), f"{name} ({preset.name})", link.parent, marks, values)
+    info = RunInfo(run_key(work), f"{stage.name} ({preset.name})", link.parent, marks, values)
     with tracked_run(info) as tracker:
-        context = StageContext(preset, inputs, output_folder(preset, name), work, tracker)
+        context = StageContext(store.localise(preset, stage.name), inputs, output, work, tracker)
         tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
         report = stage.load()(context)
-        tracker.log_lineage("output", [hash_folder(output_folder(preset, name))])
+        if uri:
+            store.publish(output, uri)
+        tracker.log_lineage("output", [hash_folder(output)])
         _log_outcome(tracker, stage, preset, report)
     shutil.rmtree(work.parent)
     return report
@@ -132,10 +178,14 @@ def _log_outcome(tracker: MlflowTracker, stage: Stage, preset: Preset, report: R
         _register(tracker, stage, preset, folder)
 
 
+def checkpoint_digest(folder: Path) -> str:
+    """Names the weights in a stage's output; the registered version carries it as its tag `checkpoint`."""
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in sorted(folder.rglob("*.safetensors"))]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
 def _register(tracker: MlflowTracker, stage: Stage, preset: Preset, folder: Path) -> None:
     """Register what the stage trained, with the networks it needs at inference."""
     folders = {"model": folder} | {n: output_folder(preset, n) for n in ("autoencoder", "encoders")}
-    weights = sorted(folder.rglob("*.safetensors"))
-    digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in weights)).hexdigest()[:32]
-    settings = {"checkpoint": digest, "task": stage.name, "preset": preset.model_dump(mode="json")}
+    settings = {"checkpoint": checkpoint_digest(folder), "task": stage.name, "preset": preset.model_dump(mode="json")}
     tracker.register_model(str(stage.model), folders, settings)

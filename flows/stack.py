@@ -9,27 +9,25 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import boto3
-import psutil
+from botocore.exceptions import ClientError
 from rich.console import Console
 
+from flows.processes import Process, Processes, check_port
+from flows.server_setup import install_automations
 from svd.stage import UserError
 
 LOCAL = Path(".local")
 ENV_FILE = Path(".env")
-PATIENCE = 240
 BUCKET = "svd"
+POOLS = {"cpu": 4, "gpu": 1}  # flow runs at a time: one GPU stage; parents wait for their children in `cpu`
 console = Console(stderr=True)
 
 
@@ -43,82 +41,16 @@ class Ports:
     master: int = 9333
     volume: int = 9340
     filer: int = 9388
+    admin: int = 23646
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process of ours, identified by pid and start time, so that a reused pid is never stopped."""
-
-    name: str
-    pid: int
-    started: float
-    port: int | None
-
-
-def _run_folder() -> Path:
-    return LOCAL / "run"
+def _processes() -> Processes:
+    return Processes(LOCAL)
 
 
 def running() -> Iterator[Process]:
     """The processes that `up` started and that still live."""
-    for path in sorted(_run_folder().glob("*.json")):
-        process = Process(**json.loads(path.read_text()))
-        if _alive(process):
-            yield process
-
-
-def _alive(process: Process) -> bool:
-    try:
-        found = psutil.Process(process.pid)
-        return abs(found.create_time() - process.started) < 1 and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def check_port(port: int, name: str) -> None:
-    """Raises UserError that names the process that holds `port`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-            return
-        except OSError:
-            pass
-    holder = next((c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid), None)
-    who = f"process {holder} ({psutil.Process(holder).name()})" if holder else "another user's process"
-    raise UserError(
-        f"port {port} for {name} is taken by {who}; stop it, or choose another with `svd stack up --{name} PORT`"
-    )
-
-
-def _spawn(name: str, command: list[str], env: dict[str, str], port: int | None) -> Process:
-    (LOCAL / "log").mkdir(parents=True, exist_ok=True)
-    _run_folder().mkdir(parents=True, exist_ok=True)
-    with (LOCAL / "log" / f"{name}.log").open("ab") as log:
-        child = subprocess.Popen(
-            command, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-    process = Process(name, child.pid, psutil.Process(child.pid).create_time(), port)
-    (_run_folder() / f"{name}.json").write_text(json.dumps(asdict(process)))
-    return process
-
-
-def _wait(process: Process, url: str) -> None:
-    """Until `url` answers anything; raises UserError with the log's last line when the process ends or time is up."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(url, timeout=5)
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            if not _alive(process):
-                break
-            time.sleep(0.5)
-    log = LOCAL / "log" / f"{process.name}.log"
-    lines = log.read_text(errors="replace").strip().splitlines()
-    raise UserError(f"{process.name} did not answer at {url}; see {log}: {lines[-1] if lines else 'empty'}")
+    yield from _processes().running()
 
 
 def _tool(name: str) -> str:
@@ -144,10 +76,18 @@ def _stored_secret() -> str:
     """The secret of the S3 server's admin, made once and kept with its data."""
     path = LOCAL / "s3" / "secret"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_urlsafe(24))
+        _write_private(path, secrets.token_urlsafe(24))
     return path.read_text()
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only this user may read, in one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch(mode=0o600)
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def read_env(path: Path = ENV_FILE) -> dict[str, str]:
@@ -162,13 +102,6 @@ def load_env() -> None:
         os.environ.setdefault(name, value)
 
 
-def _write_env(values: dict[str, str]) -> None:
-    temporary = ENV_FILE.with_name(".env.tmp")
-    temporary.touch(mode=0o600)
-    temporary.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
-    temporary.replace(ENV_FILE)
-
-
 def _start_s3(ports: Ports, env: dict[str, str]) -> Process:
     folder = LOCAL / "s3"
     identity = {
@@ -177,25 +110,27 @@ def _start_s3(ports: Ports, env: dict[str, str]) -> Process:
         "actions": ["Admin", "Read", "List", "Tagging", "Write"],
     }
     config = folder / "s3.json"
-    config.touch(mode=0o600)
-    config.write_text(json.dumps({"identities": [identity]}))
+    _write_private(config, json.dumps({"identities": [identity]}))
     (folder / "data").mkdir(exist_ok=True)
     options = {
         "dir": folder / "data",
         "ip": "127.0.0.1",
         "ip.bind": "127.0.0.1",
         "s3.config": config,
+        "s3.port": ports.s3,
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.autoCreateBucket": "false",
         "master.port": ports.master,
+        "master.telemetry": "false",
         "volume.port": ports.volume,
         "filer.port": ports.filer,
-        "s3.port": ports.s3,
-        "webdav": "false",
+        "admin.port": ports.admin,
         "admin.ui": "false",
-        "s3.port.iceberg": 0,
-        "master.telemetry": "false",
+        "webdav": "false",
     }
     command = [_tool("weed"), "mini", *(f"-{name}={value}" for name, value in options.items())]
-    return _spawn("s3", command, {}, ports.s3)
+    return _processes().spawn("s3", command, {}, ports.s3)
 
 
 def _start_mlflow(ports: Ports, env: dict[str, str]) -> Process:
@@ -206,7 +141,7 @@ def _start_mlflow(ports: Ports, env: dict[str, str]) -> Process:
     command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
     extra = {"MLFLOW_S3_ENDPOINT_URL": env["AWS_ENDPOINT_URL"], "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     own = {k: v for k, v in env.items() if k != "MLFLOW_TRACKING_URI"}
-    return _spawn("mlflow", command, own | extra | {"MLFLOW_DISABLE_TELEMETRY": "true"}, ports.mlflow)
+    return _processes().spawn("mlflow", command, own | extra | {"MLFLOW_DISABLE_TELEMETRY": "true"}, ports.mlflow)
 
 
 def _start_prefect(ports: Ports) -> Process:
@@ -218,22 +153,40 @@ def _start_prefect(ports: Ports) -> Process:
         "PREFECT_API_URL": f"http://127.0.0.1:{ports.prefect}/api",
     }
     command = [_tool("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(ports.prefect)]
-    return _spawn("prefect", command, env, ports.prefect)
+    return _processes().spawn("prefect", command, env, ports.prefect)
 
 
-def _start_workers(env: dict[str, str]) -> None:
-    # one GPU stage at a time; the pool `cpu` also holds the parents, which wait for their children
-    for pool, limit in (("cpu", 4), ("gpu", 1)):
-        command = [_tool("prefect"), "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
-        extra = {"PREFECT_WORKER_QUERY_SECONDS": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        _spawn(f"worker-{pool}", [*command, "--name", f"local-{pool}"], env | extra, None)
+def _start_worker(pool: str, env: dict[str, str]) -> Process:
+    command = [_tool("prefect"), "worker", "start", "--pool", pool, "--type", "process", "--limit", str(POOLS[pool])]
+    extra = {
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_CLIENT_MAX_RETRIES": "8",  # about eight minutes: a restarted server is waited for
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    return _processes().spawn(f"worker-{pool}", [*command, "--name", f"local-{pool}"], env | extra, None)
 
 
 def _make_bucket(env: dict[str, str]) -> None:
     session = boto3.Session(env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"], region_name=env["AWS_REGION"])
     s3 = session.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"])
-    if BUCKET not in [b["Name"] for b in s3.list_buckets()["Buckets"]]:
-        s3.create_bucket(Bucket=BUCKET)
+
+    def make() -> None:
+        if BUCKET not in [b["Name"] for b in s3.list_buckets()["Buckets"]]:
+            s3.create_bucket(Bucket=BUCKET)
+
+    _soon(make)
+
+
+def _soon(action: Callable[[], None], attempts: int = 20) -> None:
+    """SeaweedFS's S3 port answers a moment before the filer behind it does."""
+    for attempt in range(attempts):
+        try:
+            return action()
+        except ClientError as error:
+            if attempt + 1 == attempts:
+                raise UserError(f"S3 refuses to make the bucket '{BUCKET}': {error}; see .local/log/s3.log") from None
+            time.sleep(0.5)
 
 
 def _prefect(*arguments: str, env: dict[str, str]) -> None:
@@ -245,53 +198,86 @@ def _prefect(*arguments: str, env: dict[str, str]) -> None:
         raise UserError(f"`prefect {' '.join(arguments)}` failed: {lines[-1] if lines else result.returncode}")
 
 
-def up(ports: Ports) -> dict[str, str]:
-    """Start everything, wait until it answers, deploy `prefect.yaml`, write `.env`; returns the variables.
+def _deploy(env: dict[str, str]) -> None:
+    for pool in POOLS:
+        _prefect("work-pool", "create", pool, "--type", "process", "--overwrite", env=env)
+    _prefect("deploy", "--all", env=env)
+    install_automations(env["PREFECT_API_URL"])
 
-    Raises UserError for a taken port and for a server that doesn't come up; what was started is then stopped again.
-    """
-    if alive := [process.name for process in running()]:
-        raise UserError(f"already running: {', '.join(alive)}; `make status` shows them, `make down` stops them")
+
+def _use_dvc_remote(env: dict[str, str] | None) -> None:
+    """Point DVC at the stack's S3 in .dvc/config.local, unless the project has another default; None: no longer."""
+    from flows.versioning import set_local_remote
+
+    if Path(".dvc").is_dir():
+        set_local_remote("stack", f"s3://{BUCKET}/dvc" if env else None, env["AWS_ENDPOINT_URL"] if env else "")
+
+
+def _select_ports(ports: Ports, alive: set[str]) -> Ports:
+    """The given ports, which must be free; the recorded ones when a part of the stack runs and the rest joins it."""
+    record = LOCAL / "ports.json"
+    if alive and record.exists():
+        ports = Ports(**json.loads(record.read_text()))
+    taken = {"prefect", "mlflow"} & alive
     for name, port in asdict(ports).items():
-        check_port(port, name)
+        ours = name in taken or ("s3" in alive and name not in ("prefect", "mlflow"))
+        if not ours:
+            check_port(port, name)
+    LOCAL.mkdir(exist_ok=True)
+    record.write_text(json.dumps(asdict(ports)))
+    return ports
+
+
+def up(ports: Ports) -> dict[str, str]:
+    """Start what doesn't run yet, wait until it answers, deploy `prefect.yaml`, write `.env`; returns the variables.
+
+    A stack of which a part died is completed on its own ports. Raises UserError for a taken port and for a server that
+    doesn't come up; what was started is then stopped again.
+    """
+    alive = {process.name for process in running()}
+    ports = _select_ports(ports, alive)
     env = environment(ports)
     try:
         with console.status("starting S3, MLflow, Prefect") as status:
-            s3, prefect = _start_s3(ports, env), _start_prefect(ports)
-            _wait(s3, env["AWS_ENDPOINT_URL"])
-            _make_bucket(env)
-            mlflow = _start_mlflow(ports, env)
-            _wait(prefect, f"{env['PREFECT_API_URL']}/health")
-            status.update("creating pools and deployments")
-            for pool in ("cpu", "gpu"):
-                _prefect("work-pool", "create", pool, "--type", "process", "--overwrite", env=env)
-            _prefect("deploy", "--all", env=env)
-            _start_workers(env)
-            status.update("waiting for MLflow")
-            _wait(mlflow, f"{env['MLFLOW_TRACKING_URI']}/health")
+            _start_missing(ports, env, alive, status.update)
     except BaseException:
-        down()
+        for process in list(running()):
+            if process.name not in alive:
+                _processes().stop(process)
         raise
-    _write_env(env)
+    _use_dvc_remote(env)
+    _write_private(ENV_FILE, "".join(f"{name}={value}\n" for name, value in env.items()))
     return env
 
 
+def _start_missing(ports: Ports, env: dict[str, str], alive: set[str], say: Callable[[str], None]) -> None:
+    processes = _processes()
+    s3 = None if "s3" in alive else _start_s3(ports, env)
+    prefect = None if "prefect" in alive else _start_prefect(ports)
+    if s3:
+        processes.wait(s3, env["AWS_ENDPOINT_URL"])
+        _make_bucket(env)
+    mlflow = None if "mlflow" in alive else _start_mlflow(ports, env)
+    if prefect:
+        processes.wait(prefect, f"{env['PREFECT_API_URL']}/health")
+    if not alive:
+        say("creating pools and deployments")
+        _deploy(env)
+    for pool in POOLS:
+        if f"worker-{pool}" not in alive:
+            _start_worker(pool, env)
+    if mlflow:
+        say("waiting for MLflow")
+        processes.wait(mlflow, f"{env['MLFLOW_TRACKING_URI']}/health")
+
+
 def down() -> list[str]:
-    """Stop exactly the processes that `up` started, workers first; returns their names."""
-    processes = sorted(running(), key=lambda p: (not p.name.startswith("worker"), p.name == "s3"))
-    for process in processes:
-        _stop(process)
-    for path in _run_folder().glob("*.json"):
-        path.unlink()
+    """Stop exactly the processes that `up` started, workers first, and what they left behind; returns their names."""
+    manager = _processes()
+    found = sorted(running(), key=lambda p: (not p.name.startswith("worker"), p.name == "s3"))
+    for process in found:
+        manager.stop(process)
+    orphans = manager.stop_orphans()
+    _use_dvc_remote(None)
     ENV_FILE.unlink(missing_ok=True)
-    return [process.name for process in processes]
-
-
-def _stop(process: Process) -> None:
-    """Terminate the process and its session; kill what is left after 15 s."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    os.killpg(process.pid, signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=15)
-    for survivor in left:
-        survivor.kill()
-    psutil.wait_procs(left, timeout=5)
+    return [process.name for process in found] + ([f"{orphans} orphaned processes"] if orphans else [])

@@ -11,15 +11,19 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 
 from flows import artifacts, versioning
-from flows.runner import RunLink, run_stage
+from flows.runner import RunLink, input_folders, run_stage
+from flows.stages import find_stage
+from flows.store import fetch_inputs, store_root
 from flows.tracking import Lineage
 from svd.presets import load_preset
+from svd.retries import Unreachable
 from svd.stage import UserError
 
 
 def _worth_retrying(task: Any, run: TaskRun, state: State) -> bool:
-    """Everything but a user's mistake, which a second try would only repeat."""
-    return not isinstance(state.result(raise_on_failure=False), UserError)
+    """Everything but a user's mistake, which a second try would only repeat; a server that was away may be back."""
+    cause = state.result(raise_on_failure=False)
+    return not isinstance(cause, UserError) or isinstance(cause, Unreachable)
 
 
 @task(
@@ -30,26 +34,39 @@ def _worth_retrying(task: Any, run: TaskRun, state: State) -> bool:
     retry_condition_fn=_worth_retrying,
     persist_result=False,
 )
-def _stage_task(stage: str, preset: str, parent: str | None) -> dict[str, Any]:
+def _stage_task(stage: str, preset: str, parent: str | None, store: str | None) -> dict[str, Any]:
     link = RunLink(parent=parent, flow_run=flow_run.get_id())
-    report = run_stage(stage, preset, link)
+    report = run_stage(stage, preset, link, store)
     return {"metrics": dict(report.metrics), "summary": report.summary}
 
 
 def run_stage_flow(
-    stage: str, preset: str, parent: str | None = None, inputs: Sequence[dict[str, Any]] | None = None
+    stage: str,
+    preset: str,
+    parent: str | None = None,
+    inputs: Sequence[dict[str, Any]] | None = None,
+    store: str | None = None,
 ) -> dict[str, Any]:
     """The body of a stage's flow.
 
-    parent: MLflow key of the pipeline's run; inputs: DVC hashes of the input folders, which are pulled when this
-    machine lacks them. Returns the stage's metrics, summary and the hashes of its outputs, which are pushed when a
-    DVC remote is set. Raises UserError for a mistake in the preset or a missing input.
+    parent: MLflow key of the pipeline's run; inputs: DVC hashes of the input folders, which are fetched from the store
+    or pulled when this machine lacks them; store: `s3://bucket/prefix` for inputs and outputs (default: `SVD_STORE`).
+    Returns the stage's metrics, summary and the hashes of its outputs, which are pushed when a DVC remote is set.
+    Raises UserError for a mistake in the preset or a missing input.
     """
-    if inputs:
-        versioning.pull([Lineage(**item) for item in inputs])
-    result = _stage_task(stage, preset, parent)
+    _bring_inputs(stage, preset, [Lineage(**item) for item in inputs or []], store_root(store))
+    result = _stage_task(stage, preset, parent, store)
     outputs = versioning.save_outputs(stage)
     if versioning.has_remote():
         versioning.push(outputs)
     artifacts.publish(stage, load_preset(preset), result["metrics"], result["summary"])
     return {"stage": stage, **result, "outputs": [asdict(item) for item in outputs]}
+
+
+def _bring_inputs(stage: str, preset: str, wanted: list[Lineage], store: str | None) -> None:
+    """Fetch from the store first, then let DVC bring whatever is still missing or has another hash."""
+    if store:
+        chosen = load_preset(preset)
+        fetch_inputs(store, chosen.name, input_folders(find_stage(stage), chosen))
+    if wanted:
+        versioning.pull(wanted)

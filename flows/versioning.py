@@ -109,6 +109,22 @@ def has_remote() -> bool:
         return bool(repo.config["core"].get("remote"))
 
 
+def set_local_remote(name: str, url: str | None, endpoint: str = "") -> None:
+    """Make `url` this machine's default remote (.dvc/config.local), or forget it when `url` is None.
+
+    A default remote that the project or the user chose is left as it is.
+    """
+    with open_repo() as repo:
+        if repo.config["core"].get("remote") not in (None, name):
+            return
+        with repo.config.edit("local") as local:
+            local["remote"].pop(name, None)
+            local["core"].pop("remote", None)
+            if url:
+                local["remote"][name] = {"url": url} | ({"endpointurl": endpoint} if endpoint else {})
+                local["core"]["remote"] = name
+
+
 def push(items: list[Lineage]) -> int:
     """Send folders to the default remote by hash; returns the number of objects that were sent."""
     with open_repo() as repo:

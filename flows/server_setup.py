@@ -1,0 +1,63 @@
+"""What a Prefect server needs besides deployments: the automations, and a block where runs keep their results.
+
+`svd stack up` installs the automations; `python -m flows.server_setup` does all of it on any server (compose, cluster).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from svd.stage import UserError
+
+AUTOMATIONS = Path(__file__).resolve().parent.parent / "infra" / "prefect" / "automations.yaml"
+RESULTS_BLOCK = "results"
+
+
+def _post(url: str, value: dict[str, Any]) -> Any:
+    body = json.dumps(value).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def install_automations(api: str) -> list[str]:
+    """Create the automations of infra/prefect/automations.yaml that the server at `api` lacks; returns their names."""
+    made = []
+    for automation in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
+        wanted = {"automations": {"name": {"any_": [automation["name"]]}}}
+        if not _post(f"{api}/automations/filter", wanted):
+            _post(f"{api}/automations/", automation)
+            made.append(automation["name"])
+    return made
+
+
+def save_results_block(bucket: str) -> None:
+    """Save the block `remote-file-system/results`: results of children must reach parents on other nodes.
+
+    Used when PREFECT_DEFAULT_RESULT_STORAGE_BLOCK=remote-file-system/results.
+    """
+    from prefect.filesystems import RemoteFileSystem
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    settings: dict[str, Any] = {"client_kwargs": {"endpoint_url": endpoint}} if endpoint else {}
+    settings |= {"key": os.environ["AWS_ACCESS_KEY_ID"], "secret": os.environ["AWS_SECRET_ACCESS_KEY"]}
+    RemoteFileSystem(basepath=f"s3://{bucket}/prefect-results", settings=settings).save(RESULTS_BLOCK, overwrite=True)
+
+
+def main() -> None:
+    """Set up the server at PREFECT_API_URL; the bucket is that of SVD_STORE."""
+    missing = [n for n in ("PREFECT_API_URL", "SVD_STORE", "AWS_ACCESS_KEY_ID") if not os.environ.get(n)]
+    if missing:
+        raise UserError(f"set {', '.join(missing)} first")
+    install_automations(os.environ["PREFECT_API_URL"])
+    save_results_block(os.environ["SVD_STORE"].removeprefix("s3://").split("/")[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Results in a store: only what differs travels, nothing half is ever read, every stage runs on it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from evaluation.report import run as run_report
+from flows import runner, store
+from flows.stages import find_stage
+from svd import storage
+from svd.presets import load_preset
+from svd.stage import Report, StageContext, UserError, publish, write_json
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A store in S3, and one in a shared folder."""
+    if request.param == "local":
+        return str(tmp_path / "store")
+    return f"{request.getfixturevalue('bucket')}/results"
+
+
+def fill(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_only_what_differs_travels(root: str, tmp_path: Path) -> None:
+    made = fill(tmp_path / "made", a="1", **{"sub/b": "22", "sub/c": "333"})
+    uri = storage.join(root, "tiny", "stage")
+    assert store.publish(made, uri) == 6
+    assert store.publish(made, uri) == 0
+    assert store.fetch(uri, tmp_path / "got") == 6
+    assert contents(tmp_path / "got") == contents(made)
+    fill(made, a="4444").joinpath("sub/c").unlink()
+    assert store.publish(made, uri) == 4
+    fill(tmp_path / "got", stray="x")
+    assert store.fetch(uri, tmp_path / "got") == 4
+    assert contents(tmp_path / "got") == {"a": "4444", "sub/b": "22"}
+    assert store.fetch(uri, tmp_path / "got") == 0
+    assert {e.relative for e in storage.list_files(uri)} == {"a", "sub/b", store.MANIFEST}
+
+
+def test_a_killed_publish_is_never_read_and_goes_on(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = storage.join(root, "stage")
+    store.publish(fill(tmp_path / "made", a="old", b="old"), uri)
+    fill(tmp_path / "made", a="new1", b="new2")
+    real, sent = storage.upload, []
+
+    def killed_at_second(path: Path, location: str) -> None:
+        sent.append(location)
+        if len(sent) == 2:
+            raise KeyboardInterrupt
+        real(path, location)
+
+    monkeypatch.setattr(storage, "upload", killed_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        store.publish(tmp_path / "made", uri)
+    with pytest.raises(UserError, match="nothing whole is stored there"):
+        store.fetch(uri, tmp_path / "got")
+    assert not (tmp_path / "got").exists()
+    assert store.publish(tmp_path / "made", uri) == 4
+    store.fetch(uri, tmp_path / "got")
+    assert contents(tmp_path / "got") == {"a": "new1", "b": "new2"}
+
+
+def test_a_fetch_of_something_else_keeps_the_old_folder(root: str, tmp_path: Path) -> None:
+    uri = storage.join(root, "stage")
+    store.publish(fill(tmp_path / "made", a="1", b="2"), uri)
+    storage.write_bytes(storage.join(uri, "b"), b"tampered")
+    fill(tmp_path / "got", a="0")
+    with pytest.raises(storage.Truncated, match="not the file of"):
+        store.fetch(uri, tmp_path / "got")
+    assert contents(tmp_path / "got") == {"a": "0"}
+
+
+def make_outputs(context: StageContext) -> Report:
+    """A stage that notes what it read."""
+    finished = context.work / "finished"
+    read = {name: sorted(contents(path)) for name, path in context.inputs.items()}
+    fill(finished, note=json.dumps({"read": read, "meshes": context.preset.orbits.meshes}))
+    return publish(finished, context.output, Report({"inputs": len(read)}, "done"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty machine: no outputs, no git."""
+    import subprocess
+    import sys
+
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    dvc = Path(sys.executable).parent / "dvc"
+    subprocess.run([dvc, "init", "-q", "--no-scm"], check=True)
+    return folder
+
+
+def test_a_stage_runs_with_inputs_and_output_in_s3(
+    project: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = load_preset("tiny", {"orbits.meshes": [f"{bucket}/meshes"]})
+    storage.write_bytes(f"{bucket}/meshes/ball.obj", b"v 0 0 0")
+    for name in ("sources", "encoders"):
+        store.publish(fill(tmp_path / name, a="1"), f"{bucket}/results/tiny/{name}")
+    fill(project / "outputs/tiny/sources", a="another version")
+    monkeypatch.setattr(type(find_stage("curation")), "load", lambda self: make_outputs)
+    monkeypatch.setenv("SVD_STORE", f"{bucket}/results")
+    runner.run_preset_stage("curation", preset)
+    assert contents(project / "outputs/tiny/sources") == {"a": "1"}
+    assert store.fetch(f"{bucket}/results/tiny/curation", tmp_path / "elsewhere") > 0
+    note = json.loads((tmp_path / "elsewhere/note").read_text())
+    assert note["read"] == {"sources": ["a"], "encoders": ["a"]}
+    runner.run_preset_stage("orbits", preset)
+    note = json.loads((project / "outputs/tiny/orbits/note").read_text())
+    assert [Path(p).name for p in note["meshes"]] == ["meshes"]
+    assert (project / note["meshes"][0] / "ball.obj").read_bytes() == b"v 0 0 0"
+
+
+def test_a_missing_address_in_the_preset_is_named(project: Path, bucket: str) -> None:
+    preset = load_preset("tiny", {"orbits.meshes": [f"{bucket}/nothing"]})
+    with pytest.raises(UserError, match=f"{bucket}/nothing: no such object or folder"):
+        runner.run_preset_stage("orbits", preset)
+
+
+def test_a_second_process_is_refused(project: Path) -> None:
+    stage, preset = find_stage("orbits"), load_preset("tiny")
+    with (
+        runner.only_one(stage, preset),
+        pytest.raises(UserError, match=f"is being run by process {os.getpid()}"),
+        runner.only_one(stage, preset),
+    ):
+        raise AssertionError("two at once")
+    with runner.only_one(stage, preset):
+        assert (project / "work/tiny/.orbits.lock").read_text() == str(os.getpid())
+
+
+def test_the_report_opens_from_s3(project: Path, bucket: str, tmp_path: Path) -> None:
+    preset = load_preset("tiny")
+    curation = fill(tmp_path / "curation", note="1")
+    (curation / "plots").mkdir()
+    Image.new("RGB", (40, 30), "red").save(curation / "plots" / "funnel.png")
+    write_json(curation / "metrics.json", {"kept": 3})
+    context = StageContext(preset, {"curation": curation}, project / "outputs/tiny/report", tmp_path / "work")
+    context.work.mkdir()
+    run_report(context)
+    store.publish(context.output, f"{bucket}/tiny/report")
+    page = storage.read_bytes(f"{bucket}/tiny/report/report.html").decode()
+    assert page == (context.output / "report.html").read_text()
+    assert page.rstrip().endswith("</html>")
+    for attribute in ('src="', "url("):
+        targets = [part.split('"')[0].split(")")[0] for part in page.split(attribute)[1:]]
+        assert all(t.strip("'\"").startswith(("data:", "#")) for t in targets), f"{attribute} leaves the page"
