@@ -91,7 +91,7 @@ class _Pass:
                 geometry = Geometry(self.decoder.facts.rotation, self.info.display(self.decoder.facts.rotation))
                 self.sampler = Sampler(self.config.motion, geometry, self.decoder.facts)
                 checked = seconds
-            self.finder.add(seconds, picture.small)
+            self.finder.add(seconds, picture)
             self.sampler.add(number, seconds, picture)
             if seconds - checked >= CHUNK_SECONDS:
                 checked = seconds
@@ -108,7 +108,7 @@ class _Pass:
 
     def _settle(self, final: bool = False) -> None:
         timeline = self._timeline()
-        self.motion.append(self.finder.motion())
+        self.motion.append(self.finder.motion(sum(map(len, self.motion))))
         for found in self.finder.settle(final):
             self._close(found, timeline)
         assert self.sampler is not None

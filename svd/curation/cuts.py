@@ -9,14 +9,25 @@ frame.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import bisect
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from svd.config import CutPass, CutsConfig
-from svd.curation.scores import Features, Jump, Planes, Scorer
+from svd.curation.decode import Picture
+from svd.curation.scores import Features, Jump, Scorer
 from svd.curation.tracking import track
-from svd.curation.transitions import MIN_UNEXPLAINED, Ramp, are_blank, fade_start, fit_ramp, same_scene, unexplained
+from svd.curation.transitions import (
+    MIN_UNEXPLAINED,
+    SAME_SCENE_SLOWLY,
+    Ramp,
+    are_blank,
+    fade_start,
+    fit_ramp,
+    same_scene,
+    unexplained,
+)
 from svd.curation.transnet import transnet_jumps
 from svd.curation.types import CutKind
 
@@ -27,6 +38,8 @@ MAX_DISSOLVE_SECONDS = 2.5
 PADS = (0.15, 0.4, 0.8, 1.5)  # seconds around a slow pair where the ends of its transition are looked for
 MIN_CONTENT = 15.0  # PySceneDetect's min_content_val of its adaptive detector
 ADAPTIVE_WINDOW = 2
+LOOKED_AT_FPS = 12.0  # frames a second that are looked at where nothing happens
+LOOK_AGAIN = 0.12  # share of the threshold from which the frames between are looked at, too
 MIN_PROMINENCE = 2.0  # a jump must exceed the mean of its neighbours by this factor
 
 
@@ -87,31 +100,54 @@ class CutFinder:
         self.scorer = Scorer(config.passes, config.min_scene_seconds, fps)
         self._next = 0
         self._settled = 0
-        self._tracked = 0
         self._fps = max(fps, 1.0)
+        every_frame = [c for c in config.passes if c.fps is None or c.fps > LOOKED_AT_FPS]
+        # Where a pass compares all frames by content, a cut shows between every second frame as well: the score is a
+        # distance. The frames between are looked at when it exceeds a part of the threshold.
+        simple = all(c.detector == "content" for c in every_frame)
+        self._stride = max(1, int(self._fps / LOOKED_AT_FPS)) if simple else 1
+        self._look_again = LOOK_AGAIN * min((c.threshold for c in every_frame), default=255.0)
+        self._skipped: list[tuple[int, float, Picture]] = []
 
-    def add(self, seconds: float, small: Planes) -> None:
-        """Take the next frame; small: Y (h, w), U and V (h/2, w/2) uint8."""
-        self.scorer.add(self._next, seconds, small)
+    def add(self, seconds: float, picture: Picture) -> None:
+        """Take the next frame."""
+        number = self._next
         self._next += 1
+        if number and len(self._skipped) + 1 < self._stride:
+            self._skipped.append((number, seconds, picture))
+            return
+        if self._skipped and self.scorer.change(picture.small) >= self._look_again:
+            self._look_at_skipped()
+        self._skipped.clear()
+        self.scorer.add(number, seconds, picture.small)
+
+    def _look_at_skipped(self) -> None:
+        for number, seconds, picture in self._skipped:
+            self.scorer.add(number, seconds, picture.small)
+        self._skipped.clear()
 
     @property
     def settled(self) -> int:
         """All cuts before this frame are known."""
         return self._settled
 
-    def motion(self) -> np.ndarray:
-        """Camera motion between neighbouring frames since the last call, (n, 4) as tracking.track; call before
-        settle.
+    def motion(self, start: int) -> np.ndarray:
+        """Camera motion between neighbouring frames from frame `start` on, as far as known, (n, 4) as tracking.track.
+
+        `start` is the first frame or where the last call ended; call before settle.
         """
         features = self.scorer.features
-        new = features.thumbs[max(self._tracked - 1 - features.base, 0) :]
-        self._tracked = self._next
+        first = bisect.bisect_left(features.numbers, start)
         height, width = features.thumb_size
-        return track(np.stack(new)[:, : height * width].reshape(-1, height, width))
+        pictures = np.stack(features.thumbs[first:])[:, : height * width].reshape(-1, height, width)
+        steps = np.diff(features.numbers[first:])
+        # Motion over frames that were not looked at is spread evenly over them.
+        return np.repeat(track(pictures) / np.maximum(steps, 1)[:, None], steps, axis=0)
 
     def settle(self, final: bool = False) -> list[Found]:
         """New cuts that are certain by now; with `final`, all that remain."""
+        if final:
+            self._look_at_skipped()
         context = round(SETTLE_SECONDS * self._fps)
         limit = self._next if final else self._next - context
         if limit <= self._settled:
@@ -122,23 +158,36 @@ class CutFinder:
         return found
 
     def _examine(self) -> list[Found]:
-        features = self.scorer.features
-        if len(features.seconds) < 2:
+        """The cuts of the remembered stretch. The judge counts the frames that were looked at; this converts."""
+        numbers = self.scorer.features.numbers
+        if len(numbers) < 2:
             return []
-        judge = _Judge(features)
+        judge = _Judge(self.scorer.features)
         proposals = [p for cut_pass in self.config.passes for p in self._proposals(cut_pass)]
         judge.blanks()
-        judge.jumps([p for p in proposals if p.after - p.before == 1], self._native_scores())
+        judge.jumps([p for p in proposals if p.after - p.before == 1], self._neighbour_scores())
         judge.pairs([p for p in proposals if p.after - p.before > 1])
-        return sorted(judge.found, key=lambda c: c.end)
+        found = []
+        for cut in sorted(judge.found, key=lambda c: c.end):
+            start = numbers[cut.start - 1] + 1 if cut.start else numbers[0]
+            end = numbers[cut.end] if cut.end < len(numbers) else self._next
+            found.append(replace(cut, start=min(start, end), end=end))
+        return found
 
-    def _native_scores(self) -> dict[int, float]:
-        return {j.after: j.score for p in self.scorer.content.values() for j in p.jumps if j.after - j.before == 1}
+    def _neighbour_scores(self) -> dict[int, float]:
+        """Content scores between neighbours, per frame between them, by the place of the second."""
+        place = {number: i for i, number in enumerate(self.scorer.features.numbers)}
+        return {
+            place[j.after]: j.score / (j.after - j.before)
+            for p in self.scorer.content.values()
+            for j in p.jumps
+            if j.before in place and place[j.after] - place[j.before] == 1
+        }
 
     def _proposals(self, cut_pass: CutPass) -> list[Proposal]:
         name, threshold = detector_name(cut_pass), cut_pass.threshold
         if cut_pass.detector == "transnetv2":
-            jumps = transnet_jumps(self.scorer.features.tiny, self.scorer.features.base, threshold)
+            jumps = transnet_jumps(self.scorer.features.tiny, self.scorer.features.numbers[0], threshold)
         elif cut_pass.detector == "content":
             jumps = [j for j in self.scorer.jumps(cut_pass.fps) if j.score >= threshold]
         elif cut_pass.detector == "adaptive":
@@ -146,8 +195,8 @@ class CutFinder:
         else:
             hits = self.scorer.library[self.config.passes.index(cut_pass)].hits
             jumps = [Jump(h.frame - 1, h.frame, h.score) for h in hits]
-        base = self.scorer.features.base
-        return [Proposal(j.before, j.after, name, j.score, threshold) for j in jumps if j.before >= base]
+        place = {number: i for i, number in enumerate(self.scorer.features.numbers)}
+        return [Proposal(place[j.before], place[j.after], name, j.score, threshold) for j in jumps if j.before in place]
 
 
 def _adaptive(jumps: list[Jump], threshold: float) -> list[Jump]:
@@ -157,10 +206,9 @@ def _adaptive(jumps: list[Jump], threshold: float) -> list[Jump]:
 
 
 class _Judge:
-    """Decides proposals over one stretch of features; `found` holds the cuts."""
+    """Decides proposals over one stretch of features; all numbers are places in its lists. `found` holds the cuts."""
 
     def __init__(self, features: Features) -> None:
-        self.base = features.base
         self.seconds = np.array(features.seconds)
         self.pictures = np.stack(features.thumbs)
         self.size = features.thumb_size
@@ -171,13 +219,8 @@ class _Judge:
         span = self.seconds[-1] - self.seconds[0]
         self.rate = (len(self.seconds) - 1) / span if span > 0 else 25.0
 
-    def _index(self, frame: int) -> int:
-        return frame - self.base
-
     def _keep(self, kind: CutKind, start: int, end: int, cause: Proposal) -> None:
-        self.found.append(
-            Found(kind, start + self.base, end + self.base, cause.detector, float(cause.score), cause.threshold)
-        )
+        self.found.append(Found(kind, start, end, cause.detector, float(cause.score), cause.threshold))
 
     def blanks(self) -> None:
         """Black (or white) stretches, with the fades that lead in and out of them."""
@@ -204,7 +247,7 @@ class _Judge:
         return same_scene(self.pictures[one], self.pictures[other], self.pixels)
 
     def _explained(self, before: int, after: int) -> bool:
-        inside = any(c.start - self.base - 1 <= after and before <= c.end - self.base for c in self.found)
+        inside = any(c.start - 1 <= after and before <= c.end for c in self.found)
         return inside or any(low <= before and after <= high for low, high in self.rejected)
 
     def jumps(self, proposals: list[Proposal], scores: dict[int, float]) -> None:
@@ -220,7 +263,7 @@ class _Judge:
                 groups[-1].append(best[after])
             else:
                 groups.append([best[after]])
-        groups = [g for g in groups if not self._explained(self._index(g[0].before), self._index(g[-1].after))]
+        groups = [g for g in groups if not self._explained(g[0].before, g[-1].after)]
         for group in self._without_flashes(groups):
             self._group(group, scores)
 
@@ -231,35 +274,37 @@ class _Judge:
             if skip:
                 skip = False
                 continue
-            first, last = self._index(group[0].before), self._index(group[-1].after)
+            first, last = group[0].before, group[-1].after
             if len(group) > 1 and self._same(first, last):
                 self.rejected.append((first, last))
                 continue
             following = groups[i + 1] if i + 1 < len(groups) else None
-            if following is not None and self._is_flash(first, self._index(following[-1].after)):
-                self.rejected.append((first, self._index(following[-1].after)))
+            if following is not None and self._is_flash(first, following[-1].after):
+                self.rejected.append((first, following[-1].after))
                 skip = True
                 continue
             kept.append(group)
         return kept
 
     def _is_flash(self, before: int, after: int) -> bool:
-        return self.seconds[after] - self.seconds[before] <= FLASH_SECONDS and self._same(before, after)
+        one, other = self.pictures[before], self.pictures[after]
+        soon = self.seconds[after] - self.seconds[before] <= FLASH_SECONDS
+        return bool(soon) and same_scene(one, other, self.pixels, SAME_SCENE_SLOWLY)
 
     def _group(self, group: list[Proposal], scores: dict[int, float]) -> None:
         peak = max(group, key=lambda p: scores.get(p.after, p.score))
-        first, last = self._index(group[0].before), self._index(group[-1].after)
+        first, last = group[0].before, group[-1].after
         others = [scores.get(p.after, p.score) for p in group if p is not peak]
         if not others or scores.get(peak.after, peak.score) >= 1.5 * max(others):
-            if self._prominent(peak, scores) and not self._same(self._index(peak.before), self._index(peak.after)):
-                self._keep("hard", self._index(peak.after), self._index(peak.after), peak)
+            if self._prominent(peak, scores) and not self._same(peak.before, peak.after):
+                self._keep("hard", peak.after, peak.after, peak)
             return
         ramp = self._ramp(max(0, first - 2), min(len(self.pictures) - 1, last + 2))
         if ramp is not None and ramp.is_transition:
             self._keep("dissolve" if ramp.end > ramp.start else "hard", ramp.start, ramp.end, peak)
         elif len(group) == 2 and all(self._prominent(p, scores) for p in group):
             for p in group:
-                self._keep("hard", self._index(p.after), self._index(p.after), p)
+                self._keep("hard", p.after, p.after, p)
 
     def _prominent(self, p: Proposal, scores: dict[int, float]) -> bool:
         near = [scores[f] for f in range(p.after - 3, p.after + 4) if f != p.after and f in scores]
@@ -277,7 +322,7 @@ class _Judge:
         motion.
         """
         for p in sorted(proposals, key=lambda p: -p.score):
-            before, after = self._index(p.before), self._index(p.after)
+            before, after = p.before, p.after
             if self._explained(before, after):
                 continue
             ramp = self._best_ramp(before, after)
@@ -286,10 +331,8 @@ class _Judge:
 
     def _best_ramp(self, before: int, after: int) -> Ramp | None:
         """The transition around a pair that is most like one, looked for no farther than the neighbouring cuts."""
-        low = max([c.end - self.base for c in self.found if c.end - self.base <= before], default=0)
-        high = min(
-            [c.start - self.base - 1 for c in self.found if c.start - self.base > after], default=len(self.pictures) - 1
-        )
+        low = max([c.end for c in self.found if c.end <= before], default=0)
+        high = min([c.start - 1 for c in self.found if c.start > after], default=len(self.pictures) - 1)
         fits = []
         for pad in PADS:
             reach = round(pad * self.rate)

@@ -21,18 +21,35 @@ from svd.curation.types import SourceFailure
 SCORE_WIDTH = 320  # pictures are halved until they are narrower than this
 FRAME_WIDTH = 640  # sampled frames are at most this wide
 MAX_ERROR_SHARE = 0.5
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 _PLANAR_420 = ("yuv420p", "yuvj420p")
 
 
-@dataclass(frozen=True)
 class Picture:
-    """A decoded frame as uint8 planes Y, U, V. full: as coded, U and V of half size; small: halved to at most
-    SCORE_WIDTH, Y (h, w) with even sides, U and V (h/2, w/2)."""
+    """A decoded frame: its planes Y, U, V (uint8) are looked at only when something asks for them.
 
-    pts: int | None
-    full: tuple[np.ndarray, np.ndarray, np.ndarray]
-    small: tuple[np.ndarray, np.ndarray, np.ndarray]
-    key: bool
+    full: as coded, U and V of half size; small: halved to at most SCORE_WIDTH, Y (h, w) with even sides.
+    """
+
+    def __init__(self, frame: av.VideoFrame, count: int, size: tuple[int, int] | None) -> None:
+        self.pts: int | None = frame.pts
+        self.key = bool(frame.key_frame)
+        self._frame, self._count, self._size = frame, count, size
+
+    @functools.cached_property
+    def full(self) -> Planes:
+        """Planes as coded, views into the decoder's memory."""
+        return _planes(self._frame)
+
+    @functools.cached_property
+    def small(self) -> Planes:
+        """Planes halved for scoring; of the first picture's size where a stream changes its size midway."""
+        small = _shrink(self.full, self._count)
+        if self._size is None or small[0].shape == self._size:
+            return small
+        height, width = self._size
+        chroma = (width // 2, height // 2)
+        return cv2.resize(small[0], (width, height)), cv2.resize(small[1], chroma), cv2.resize(small[2], chroma)
 
 
 @dataclass
@@ -59,7 +76,7 @@ def _plane(frame: av.VideoFrame, index: int) -> np.ndarray:
     return np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
 
 
-def _planes(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _planes(frame: av.VideoFrame) -> Planes:
     if frame.format.name not in _PLANAR_420:
         # Rare formats (10 bit, 4:2:2, RGB, palettes) pay for one conversion by swscale.
         frame = frame.reformat(format="yuv420p")
@@ -85,7 +102,7 @@ def _reduce(plane: np.ndarray, count: int) -> np.ndarray:
     return cv2.resize(small, (small.shape[1] // 2, small.shape[0]), interpolation=cv2.INTER_AREA)
 
 
-def _shrink(planes: tuple[np.ndarray, np.ndarray, np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _shrink(planes: Planes, count: int) -> Planes:
     luma, blue, red = (_reduce(plane, count) for plane in planes)
     height, width = min(luma.shape[0] // 2, blue.shape[0]), min(luma.shape[1] // 2, blue.shape[1])
     return luma[: height * 2, : width * 2], blue[:height, :width], red[:height, :width]
@@ -136,20 +153,11 @@ class Decoder:
     def _picture(self, frame: av.VideoFrame, first: bool) -> Picture:
         if first:
             self._learn(frame)
-        planes = _planes(frame)
-        small = _shrink(planes, self._count)
+        picture = Picture(frame, self._count, self._size)
         if self._size is None:
-            self._size = small[0].shape
-        if small[0].shape != self._size:
-            small = self._fit(small)
-        return Picture(frame.pts, planes, small, frame.key_frame)
-
-    def _fit(self, small: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A stream may change its size midway; every picture is brought to the first one's."""
-        assert self._size is not None
-        height, width = self._size
-        chroma = (width // 2, height // 2)
-        return cv2.resize(small[0], (width, height)), cv2.resize(small[1], chroma), cv2.resize(small[2], chroma)
+            height, width = picture.small[0].shape
+            self._size = height, width
+        return picture
 
     def _learn(self, frame: av.VideoFrame) -> None:
         facts = self.facts
@@ -175,7 +183,7 @@ def _tables(bt709: bool, full_range: bool) -> tuple[np.ndarray, ...]:
     return tuple(np.rint(part).astype(np.int16) for part in (*parts, u * (code - 128)))
 
 
-def to_rgb(planes: tuple[np.ndarray, np.ndarray, np.ndarray], facts: DecodeFacts) -> np.ndarray:
+def to_rgb(planes: Planes, facts: DecodeFacts) -> np.ndarray:
     """Y (h, w), U and V (h/2, w/2) uint8 to RGB (h, w, 3) uint8, by the source's own matrix and range."""
     luma, blue, red = planes
     size = luma.shape[1], luma.shape[0]

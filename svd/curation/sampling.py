@@ -9,7 +9,7 @@ import numpy as np
 
 from svd.config import MotionConfig
 from svd.curation.camera import GlobalFit, classify, fit_similarity
-from svd.curation.decode import FRAME_WIDTH, DecodeFacts, Picture, halve, to_rgb
+from svd.curation.decode import FRAME_WIDTH, DecodeFacts, Picture, Planes, halve, to_rgb
 from svd.curation.motion import Flow, farneback, flow_function, grid, motion_score, stored
 from svd.curation.scores import Clock
 from svd.curation.types import CameraMotion, ClipSpan
@@ -17,7 +17,6 @@ from svd.curation.types import CameraMotion, ClipSpan
 FRAMES_PER_SECOND = 4.0
 KEY_SPACING = 0.12  # seconds from a kept frame within which a keyframe need not be kept too
 MAX_KEPT = 320  # kept frames of one shot; beyond, every second of its middle is forgotten
-Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)

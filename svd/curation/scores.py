@@ -7,6 +7,7 @@ L1 norm.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,11 +19,10 @@ from scenedetect.detector import SceneDetector
 from scenedetect.detectors import HashDetector, HistogramDetector, ThresholdDetector
 
 from svd.config import CutPass
-from svd.curation.decode import halve
+from svd.curation.decode import Planes, halve
 
 THUMB_WIDTH = 48
 TRANSNET_SIZE = (48, 27)
-Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,9 @@ class _LibraryPass:
 
 @dataclass
 class Features:
-    """Per-frame features of a stretch of the source; lists grow by one a frame and `base` is the number of their
-    first frame.
-    """
+    """Features of the frames that were looked at, in lists of equal length; numbers: which frames they are."""
 
-    base: int = 0
+    numbers: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     thumbs: list[np.ndarray] = field(default_factory=list)
     tiny: list[np.ndarray] = field(default_factory=list)  # TRANSNET_SIZE RGB, only with that detector
@@ -160,14 +158,13 @@ class Features:
 
     def forget(self, frame: int) -> None:
         """Drop everything before `frame`."""
-        count = max(0, frame - self.base)
-        for values in (self.seconds, self.thumbs, self.tiny):
+        count = bisect.bisect_left(self.numbers, frame)
+        for values in (self.numbers, self.seconds, self.thumbs, self.tiny):
             del values[:count]
-        self.base += count
 
 
 class Scorer:
-    """Scores every frame for all passes of the cascade; `add` once a frame, in display order."""
+    """Scores frames for all passes of the cascade; `add` once a frame, in display order."""
 
     def __init__(self, passes: list[CutPass], min_seconds: float, fps: float) -> None:
         self.features = Features()
@@ -178,27 +175,38 @@ class Scorer:
             if c.detector in ("hash", "histogram", "threshold")
         }
         self._tiny = any(c.detector == "transnetv2" for c in passes)
+        self._last: np.ndarray | None = None
+        self._ready: tuple[Planes, np.ndarray, np.ndarray] | None = None
+
+    def change(self, small: Planes) -> float:
+        """Content score of a picture against the last one that was added; 0 for the first."""
+        _, hsv = self._colours(small)
+        return content_score(hsv, self._last) if self._last is not None else 0.0
+
+    def _colours(self, small: Planes) -> tuple[np.ndarray, np.ndarray]:
+        """BGR and HSV of a picture, remembered for the call of `add` that follows `change`."""
+        if self._ready is None or self._ready[0] is not small:
+            bgr = to_bgr(small)
+            self._ready = small, bgr, cv2.cvtColor(bgr, cv2.COLOR_BGR2HSV)
+        return self._ready[1:]
 
     def add(self, frame: int, seconds: float, small: Planes) -> None:
         """Score the frame with this number and time; small: Y (h, w), U and V (h/2, w/2) uint8."""
         features = self.features
+        features.numbers.append(frame)
         features.seconds.append(seconds)
         features.thumbs.append(thumbnail(small))
         if not features.thumb_size[0]:
             features.thumb_size = thumbnail_size(small)
         content = [p for p in self.content.values() if p.wants(seconds)]
         library = [p for p in self.library.values() if p.wants(seconds)]
-        if not (content or library or self._tiny):
-            return
-        bgr = to_bgr(small)
+        bgr, self._last = self._colours(small)
         if self._tiny:
             features.tiny.append(cv2.resize(bgr, TRANSNET_SIZE, interpolation=cv2.INTER_AREA)[:, :, ::-1])
         for other in library:
             other.add(frame, bgr)
-        if content:
-            hsv = cv2.cvtColor(bgr, cv2.COLOR_BGR2HSV)
-            for own in content:
-                own.add(frame, hsv)
+        for own in content:
+            own.add(frame, self._last)
 
     def forget(self, frame: int) -> None:
         """Drop the features and jumps before `frame`."""

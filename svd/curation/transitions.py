@@ -59,12 +59,12 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(a @ b) / norm if norm > 1e-3 * len(a) else 0.0
 
 
-def same_scene(one: np.ndarray, other: np.ndarray, pixels: int) -> bool:
-    """Whether two tiny pictures (first `pixels` values: luma) show the same shot."""
+def same_scene(one: np.ndarray, other: np.ndarray, pixels: int, least: float = SAME_SCENE) -> bool:
+    """Whether two tiny pictures (first `pixels` values: luma) show the same shot; least: correlation asked for."""
     a, b = one.astype(np.float32), other.astype(np.float32)
     if float(np.abs(a - b).mean()) < 3:
         return True
-    return correlation(a[:pixels], b[:pixels]) > SAME_SCENE and float(np.abs(a[pixels:] - b[pixels:]).mean()) < 8
+    return correlation(a[:pixels], b[:pixels]) > least and float(np.abs(a[pixels:] - b[pixels:]).mean()) < 8
 
 
 def fit_ramp(pictures: np.ndarray, pixels: int) -> Ramp | None:
