@@ -35,7 +35,7 @@ SYNTHETIC = 40
 
 
 def video_frames(path: Path, skipped: list[tuple[float, float]]) -> list[np.ndarray]:
-    """two frames (H, W, 3) uint8 RGB a second, outside the skipped intervals."""
+    """Two frames (H, W, 3) uint8 RGB a second, outside the skipped intervals."""
     frames, due = [], 0.0
     with av.open(str(path), "r") as container:
         stream = container.streams.video[0]
