@@ -59,13 +59,13 @@ def judge(tally: Tally, truth: list[dict[str, Any]], found: list[tuple[int, int,
     for t in truth:
         start, end = t["start_frame"], t["end_frame"]
         near = [
-            i
-            for i, (s, e, _) in enumerate(found)
-            if i not in used and s <= end + TOLERANCE and start <= e + TOLERANCE
+            i for i, (s, e, _) in enumerate(found) if i not in used and s <= end + TOLERANCE and start <= e + TOLERANCE
         ]
         hard = t["kind"] == "hard"
         if hard:
-            near = [i for i in near if abs(found[i][1] - end) <= TOLERANCE and found[i][1] - found[i][0] <= 2 * TOLERANCE]
+            near = [
+                i for i in near if abs(found[i][1] - end) <= TOLERANCE and found[i][1] - found[i][0] <= 2 * TOLERANCE
+            ]
             tally.hard += 1
             tally.hard_found += bool(near)
         else:
@@ -80,7 +80,9 @@ def judge(tally: Tally, truth: list[dict[str, Any]], found: list[tuple[int, int,
         elif where:
             print(f"{where}: missed {t['kind']} {start}-{end}; found {[f for f in found if abs(f[0] - start) < 60]}")
     for i, f in enumerate(found):
-        gradual_hit = i in used and not any(t["kind"] == "hard" and abs(t["end_frame"] - f[1]) <= TOLERANCE for t in truth)
+        gradual_hit = i in used and not any(
+            t["kind"] == "hard" and abs(t["end_frame"] - f[1]) <= TOLERANCE for t in truth
+        )
         tally.reported += 1
         tally.reported_right += i in used
         if not f[2] and not gradual_hit:
