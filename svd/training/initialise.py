@@ -17,6 +17,9 @@ from svd.model.unet import UNet, UNetConfig
 from svd.stage import UserError
 from svd.training.tasks import Task
 
+# What an image model taken out of a video model leaves behind.
+VIDEO_PARTS = ("temporal_", "time_pos_embed", "time_mixer", "add_embedding")
+
 
 def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNetConfig:
     """The configuration of a task's U-Net; `latent_size` (height, width) sizes the learned mask embedding."""
@@ -74,17 +77,22 @@ def carry_over(source: UNet, target: UNet, origin: str) -> UNet:
                     "make the sizes in 'model.unet' those of these weights"
                 )
     lost = sorted(given.keys() - state.keys() - {"mask_latent"})
-    if lost and target.config.temporal:
+    if not target.config.temporal:
+        lost = [name for name in lost if not any(part in name for part in VIDEO_PARTS)]
+    if lost:
         raise UserError(f"{origin}: the preset's model has no place for '{lost[0]}' and {len(lost) - 1} more tensors")
     return target
 
 
 def _names_of(target: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state under the target's names: a video model keeps an image model's residual block one level deeper."""
+    """The state under the target's names: a video model keeps an image model's residual blocks one level deeper."""
     image = not any(".spatial_res_block." in name for name in state)
-    if not (image and target.config.temporal):
-        return dict(state)
-    return {re.sub(r"(resnets\.\d+)\.", r"\1.spatial_res_block.", name): tensor for name, tensor in state.items()}
+    if target.config.temporal and image:
+        deeper = r"\1.spatial_res_block."
+        return {re.sub(r"(resnets\.\d+)\.", deeper, name): tensor for name, tensor in state.items()}
+    if not target.config.temporal and not image:
+        return {name.replace(".spatial_res_block", ""): tensor for name, tensor in state.items()}
+    return dict(state)
 
 
 def _place(given: Tensor, tensor: Tensor, widened: bool) -> bool:
