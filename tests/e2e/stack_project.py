@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -14,8 +15,6 @@ import psutil
 import yaml
 from servers import BIN, free_ports
 
-from svd.presets import load_preset
-
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
     "sources.paths": [],
@@ -23,7 +22,6 @@ SMALL: dict[str, Any] = {
     "sources.synthetic.test_videos": 1,
     "sources.synthetic.scenes_per_video": 2,
     "orbits.objects": 1,
-    "orbits.views": 3,
 }
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
@@ -54,7 +52,10 @@ class StackProject:
 
     def preset(self, name: str, changes: dict[str, Any]) -> None:
         """Write presets/<name>.yaml: the small preset with changes."""
-        values = load_preset("tiny", SMALL | {"name": name} | changes).model_dump(mode="json")
+        values = yaml.safe_load((self.folder / "presets" / "tiny.yaml").read_text())
+        for dotted, value in (SMALL | {"name": name} | changes).items():
+            *parents, last = dotted.split(".")
+            functools.reduce(lambda section, key: section[key], parents, values)[last] = value
         (self.folder / "presets" / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
     def run(self, *command: str, check: bool = True) -> str:

@@ -19,7 +19,8 @@ vars: [params.yaml]
 stages:
   sources:
     cmd: svd stage sources --preset ${preset}
-    outs: [outputs/${preset}/sources]
+    outs:
+      - outputs/${preset}/sources
 """
 
 

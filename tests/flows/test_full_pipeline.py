@@ -28,10 +28,13 @@ vars: [params.yaml]
 stages:
   orbits:
     cmd: svd stage orbits --preset ${preset}
-    deps: [code.py]
+    deps:
+      - code.py
     params:
-      - presets/${preset}.yaml: [orbits]
-    outs: [outputs/${preset}/orbits]
+      - presets/${preset}.yaml:
+          - orbits
+    outs:
+      - outputs/${preset}/orbits
 """
 
 
