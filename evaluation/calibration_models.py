@@ -25,7 +25,9 @@ from svd.curation.catalog import read_clips
 from svd.curation.subsets import UNFILTERED, calibration_subsets
 from svd.data.cache import LatentCache, digest
 from svd.data.latents import Encoder, assemble, encode_clips, with_split
+from svd.diffusion.edm import Kind
 from svd.generate import load_models, text_to_video
+from svd.model.hub import UNET_FILES, resolve
 from svd.model.unet import UNet
 from svd.model.weights import load_autoencoder, load_unet
 from svd.stage import StageContext, Tracker, UserError
@@ -123,7 +125,7 @@ def choose_prompts(start: pl.DataFrame, preset: Preset) -> dict[str, str]:
 
     The paper's 64 prompts are not published. Raises UserError when there are too few captions.
     """
-    content = [name for name in preset.curation.captions.captioners if name != MOTION] or [MOTION]
+    content = [str(name) for name in preset.curation.captions.captioners if name != MOTION] or [MOTION]
     texts: dict[str, None] = {}
     for number, captions in enumerate(start.filter(pl.col("split") == "test")["captions"].to_list()):
         by_captioner = {c["captioner"]: c["text"] for c in captions or []}
@@ -186,7 +188,7 @@ def model_training(context: StageContext, candidate: Candidate, clips: frozenset
     size = phase.height // autoencoder.factor, phase.width // autoencoder.factor
     # The paper starts from SD 2.1 itself, whose levels are the discrete ones; without it, from our image model.
     pretrained = preset.model.pretrained
-    source = Path(pretrained) if pretrained else context.inputs["image-pretraining"] / "unet"
+    source = resolve(pretrained, UNET_FILES) if pretrained else context.inputs["image-pretraining"] / "unet"
 
     def initial() -> UNet:
         unet = fresh_unet(unet_config(preset, TEXT_TO_VIDEO, size), preset.seed, NAME)
@@ -234,7 +236,8 @@ def sample_models(
     Frame rate and amount of motion are the medians of the start set, for all models. Finished clips are kept.
     """
     config, folder = context.preset.threshold_calibration, context.work / "samples"
-    phase, kind = config.phases[-1], "edm-v" if config.objective == "edm" else "v"
+    phase = config.phases[-1]
+    kind: Kind = "edm-v" if config.objective == "edm" else "v"
     known = cache.rows(phase, "train")
     fps, motion = (float(statistics.median(known[name].to_list())) for name in ("fps", "motion_bucket"))
     for name, fact in tqdm(facts.items(), desc="samples", unit="model"):
@@ -244,7 +247,7 @@ def sample_models(
         inputs, unet = context.inputs, context.work / "models" / name / fact["phase"] / "unet"
         models = load_models(
             unet, inputs["autoencoder"], inputs["encoders"], context.preset.encoders, device, kind=kind
-        )  # type: ignore[arg-type]
+        )
         for start in range(0, len(missing), CLIPS_AT_ONCE):
             keys = missing[start : start + CLIPS_AT_ONCE]
             clips = text_to_video(

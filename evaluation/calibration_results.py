@@ -91,7 +91,8 @@ def plot(path: Path, outcome: Outcome, judge: str) -> None:
         by_model = {rating.model: rating for rating in ratings}
         rated = [by_model[model.name] for model in outcome.models]
         values = [r.rating for r in rated]
-        spread = [[r.rating - r.low for r in rated], [r.high - r.rating for r in rated]]
+        # Where every order gives the same rating, rounding may put the mean beside its interval.
+        spread = [[max(0.0, r.rating - r.low) for r in rated], [max(0.0, r.high - r.rating) for r in rated]]
         width = 2.2 if question == rule(outcome.axis) else 1.2
         axes.errorbar(places, values, spread, label=question, linewidth=width, marker="o", capsize=3)
     axes.axvline(places[outcome.models.index(outcome.chosen)], color="0.6", linestyle=":", label="chosen")

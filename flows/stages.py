@@ -95,9 +95,10 @@ _LIST = (
         "run_frame_interpolation",
         model="svd-frame-interpolation",
     ),
+    Stage("threshold-calibration", "evaluation.calibration", ("curation", *_NETWORKS, "image-pretraining")),
 )
 STAGES = {stage.name: stage for stage in _LIST}
-BRANCHES = ("camera-lora", "frame-interpolation")
+BRANCHES = ("camera-lora", "frame-interpolation", "threshold-calibration")
 PIPELINE = tuple(name for name in STAGES if name not in BRANCHES)
 NIGHTLY = ("ucf101-evaluation", "multiview-benchmark", "report")
 

@@ -1,0 +1,30 @@
+"""Choose the filters' thresholds by preference between small models (§3.3, E.2.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.stage_flow import run_stage_flow
+
+
+@flow(
+    name="threshold-calibration",
+    flow_run_name="threshold-calibration-{preset}",
+    timeout_seconds=2400 * 3600,
+    persist_result=True,
+)
+def threshold_calibration(
+    preset: str = "tiny",
+    parent: str | None = None,
+    inputs: list[dict[str, Any]] | None = None,
+    store: str | None = None,
+) -> dict[str, Any]:
+    """Choose the filters' thresholds by preference between small models (§3.3, E.2.2).
+
+    preset: name or file; parent and inputs are set by `full-pipeline` (MLflow key, DVC hashes of the inputs);
+    store: `s3://bucket/prefix` for inputs and outputs (default: SVD_STORE).
+    Returns metrics and the DVC hashes of the outputs.
+    """
+    return run_stage_flow("threshold-calibration", preset, parent, inputs, store)
