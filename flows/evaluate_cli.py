@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,8 @@ evaluate_app = typer.Typer(
     help="Score folders of clips, compare evaluations, list the protocols. (A model: svd stage ucf101-evaluation.)",
     no_args_is_help=True,
 )
-out = Console(soft_wrap=True)
+# piped output is for programs and files: no table is cut to a narrow screen that is not there
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 FolderArgument = Annotated[
     Path, typer.Argument(help="Output of ucf101-evaluation, e.g. outputs/tiny/ucf101-evaluation.")

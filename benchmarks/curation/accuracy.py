@@ -2,7 +2,7 @@
 
     python -m benchmarks.curation.accuracy [--videos 24] [--height 128] [--width 192] [--seed 7]
 
-A hard cut counts as found when one of ours is within two frames of it; a fade or dissolve when our interval overlaps it.
+A hard cut counts as found when one of ours is within two frames of it; a fade or dissolve when intervals overlap.
 PySceneDetect reports single frames: a gradual transition counts as found when one lies in it or within two frames.
 """
 

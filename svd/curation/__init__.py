@@ -1,1 +1,1 @@
-"""The paper's data engine (§3.1, App. C): cuts, clips, motion, text, similarity, captions, filters and the catalogue."""
+"""The paper's data engine (§3.1, App. C): cuts, clips, motion, text, similarity, captions, filters, catalogue."""

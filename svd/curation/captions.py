@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from svd.curation.sources import SceneCaption
+from svd.curation.types import CameraLabel
 
 # Captions that say what is to be seen; a sentence about the camera alone says nothing to CLIP.
 MOTION = "motion"
@@ -41,7 +42,7 @@ class Captioner(Protocol):
 
 
 def own_captions(
-    scenes: Sequence[SceneCaption], camera: str, start_seconds: float, end_seconds: float, zero: float
+    scenes: Sequence[SceneCaption], camera: CameraLabel, start_seconds: float, end_seconds: float, zero: float
 ) -> dict[str, str]:
     """Captions known without a network for the clip [start, end) of a source whose clock starts at `zero` seconds.
 

@@ -92,7 +92,7 @@ def test_subsets_of_one_catalogue(folder):
     assert found["both"]["clips"] == catalog.read_clips(folder, "both")["keep"].sum() == 6
     with pytest.raises(UserError, match="no subset 'best'; there are: unfiltered"):
         catalog.read_clips(folder, "best")
-    with pytest.raises(UserError, match="subset 'nsfw-12.5': the catalogue has no scores for nsfw"):
+    with pytest.raises(UserError, match=r"subset 'nsfw-12\.5': the catalogue has no scores for nsfw"):
         write_subsets(folder, calibration_subsets(("nsfw",)))
     with pytest.raises(UserError, match="unknown axis speed"):
         calibration_subsets(("speed",))

@@ -124,7 +124,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert rates[0] == pytest.approx(0.25)
     assert rates[5] == pytest.approx(0.5)
     assert rates[10] == pytest.approx(0.0, abs=1e-9)
-    assert learning_rate_factor(99, toy_preset().video_pretraining, 10) == 1.0
+    assert learning_rate_factor(99, toy_preset(decay="none").video_pretraining, 10) == 1.0
 
 
 def test_gradients_are_clipped_by_their_norm(parts: tuple[LatentCache, Autoencoder]) -> None:
