@@ -74,6 +74,7 @@ def record(name: str, outputs: list[Lineage], known: Mapping[str, Lineage]) -> N
 
 
 def _set_hash(entry: Any, item: Lineage) -> None:
+    entry.hash_name = "md5"  # DVC takes an output that an old lock does not name for one of its former kind
     entry.hash_info = HashInfo("md5", item.md5)
     entry.meta = Meta(size=item.size, nfiles=item.files, isdir=item.md5.endswith(".dir"))
 

@@ -105,3 +105,16 @@ def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not a DVC repository"):
         versioning.changed("sources")
+
+
+def test_another_preset_after_the_first_is_recorded_as_repro_would(project: Path) -> None:
+    run(DVC, "repro", "-q", cwd=project)
+    (project / "presets" / "mine.yaml").write_text("curation: {a: 3}\n")
+    (project / "params.yaml").write_text("preset: mine\n")
+    (project / "outputs/mine/sources").mkdir(parents=True)
+    (project / "outputs/mine/sources/a").write_text((project / "code.py").read_text())
+    made = versioning.save_outputs("sources")
+    versioning.record("sources", made, {})
+    assert not versioning.changed("sources")
+    assert versioning.pull(made) == 0
+    assert "hash: md5" in (project / "dvc.lock").read_text().split("outputs/mine/sources")[1][:40]
