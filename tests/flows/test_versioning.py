@@ -117,4 +117,4 @@ def test_another_preset_after_the_first_is_recorded_as_repro_would(project: Path
     versioning.record("sources", made, {})
     assert not versioning.changed("sources")
     assert versioning.pull(made) == 0
-    assert "hash: md5" in (project / "dvc.lock").read_text().split("outputs/mine/sources")[1][:40]
+    assert "hash: md5" in (project / "dvc.lock").read_text().split("path: outputs/mine/sources")[1][:40]
