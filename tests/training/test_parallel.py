@@ -28,7 +28,13 @@ def run(folder: Path, name: str, strategy: str, stop: int = 0) -> None:
     phases = [{**PHASE, "iterations": 4}, {**PHASE, "iterations": 2}]
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     preset = toy_preset(
-        phases=phases, strategy=strategy, devices=devices, checkpointing="all", ema_decay=0.9, optimizer="adamw"
+        optimizer="adamw",
+        phases=phases,
+        strategy=strategy,
+        devices=devices,
+        checkpointing="all",
+        ema_decay=0.9,
+        optimizer="adamw",
     )
     image = folder / "outputs" / "image-pretraining"
     context = toy_context(folder, name, preset, image_pretraining=image)
