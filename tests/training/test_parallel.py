@@ -28,7 +28,6 @@ def run(folder: Path, name: str, strategy: str, stop: int = 0) -> None:
     phases = [{**PHASE, "iterations": 4}, {**PHASE, "iterations": 2}]
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     preset = toy_preset(
-        optimizer="adamw",
         phases=phases,
         strategy=strategy,
         devices=devices,
