@@ -34,6 +34,8 @@ def run(folder: Path, name: str, strategy: str, stop: int = 0) -> None:
         checkpointing="all",
         ema_decay=0.9,
         optimizer="adamw",
+        warmup=0,
+        decay="none",
     )
     image = folder / "outputs" / "image-pretraining"
     context = toy_context(folder, name, preset, image_pretraining=image)
