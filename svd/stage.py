@@ -93,8 +93,11 @@ def publish(finished: Path, output: Path, report: Report) -> Report:
     write_json(finished / "metrics.json", dict(report.metrics))
     kept = finished.with_name(KEPT)
     discard_published(finished.parent)
-    shutil.copytree(finished, kept, copy_function=os.link)
-    write_json(kept.with_suffix(".json"), {"metrics": dict(report.metrics), "summary": report.summary})
+    try:
+        shutil.copytree(finished, kept, copy_function=os.link)
+        write_json(kept.with_suffix(".json"), {"metrics": dict(report.metrics), "summary": report.summary})
+    except OSError:  # a file system without hard links: the stage is done again when the recording is killed
+        discard_published(finished.parent)
     _swap(finished, output)
     return report
 

@@ -100,15 +100,22 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _files(path: Path, taken: set[str]) -> Iterator[tuple[Path, str]]:
-    """The files at `path` with their names in the output; a folder keeps its name unless another one has it already."""
+    """The files at `path` with their names in the output; a folder keeps its name unless another one has it already.
+
+    Bytes of a name that are no Unicode become escapes, because DVC can't store them.
+    """
     if not path.is_dir():
-        yield path, _free(path.name, taken)
+        yield path, _free(_printable(path.name), taken)
         return
-    top = _free(path.resolve().name, taken)
+    top = _free(_printable(path.resolve().name), taken)
     for file in sorted(p for p in path.rglob("*") if not p.is_dir()):
         relative = file.relative_to(path)
         if not any(part.startswith(".") for part in relative.parts):
-            yield file, f"{top}/{relative.as_posix()}"
+            yield file, f"{top}/{_printable(relative.as_posix())}"
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _free(name: str, taken: set[str]) -> str:
