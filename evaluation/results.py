@@ -161,7 +161,7 @@ def load_result(folder: Path) -> dict[str, Any]:
     path = folder / "result.json"
     try:
         return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no evaluation there; run the stage ucf101-evaluation first") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); run the stage ucf101-evaluation again") from None

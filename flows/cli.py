@@ -71,9 +71,12 @@ def pipeline(
     store: StoreOption = None,
 ) -> None:
     """Run all stages that changed as the Prefect flow `full-pipeline` in this process."""
-    from flows.full_pipeline import full_pipeline
+    from flows.full_pipeline import full_pipeline, select_preset
     from flows.tracking import tracking_uri
+    from flows.versioning import open_repo
 
+    select_preset(preset)  # a mistake is told before Prefect starts
+    open_repo().close()
     result = full_pipeline(preset=preset, force=force, store=store)
     out = Console(soft_wrap=True)
     out.print(f"\nreport: {result['report']}")
@@ -120,13 +123,13 @@ def track_flush() -> None:
 
 @stack_app.command("up")
 def stack_up(
-    prefect: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
-    mlflow: Annotated[int, typer.Option(help="Port of the MLflow server.")] = 5151,
-    s3: Annotated[int, typer.Option(help="Port of the S3 server.")] = 8333,
-    master: Annotated[int, typer.Option(help="Port of SeaweedFS's master.")] = 9333,
-    volume: Annotated[int, typer.Option(help="Port of SeaweedFS's volume server.")] = 9340,
-    filer: Annotated[int, typer.Option(help="Port of SeaweedFS's filer.")] = 9388,
-    admin: Annotated[int, typer.Option(help="Port of SeaweedFS's maintenance server.")] = 23646,
+    prefect: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prefect server.")] = 4200,
+    mlflow: Annotated[int, typer.Option(min=1, max=65535, help="Port of the MLflow server.")] = 5151,
+    s3: Annotated[int, typer.Option(min=1, max=65535, help="Port of the S3 server.")] = 8333,
+    master: Annotated[int, typer.Option(min=1, max=65535, help="Port of SeaweedFS's master.")] = 9333,
+    volume: Annotated[int, typer.Option(min=1, max=65535, help="Port of SeaweedFS's volume server.")] = 9340,
+    filer: Annotated[int, typer.Option(min=1, max=65535, help="Port of SeaweedFS's filer.")] = 9388,
+    admin: Annotated[int, typer.Option(min=1, max=65535, help="Port of SeaweedFS's maintenance server.")] = 23646,
 ) -> None:
     """Start the servers and workers that don't run yet, deploy the flows, write .env. A taken port is named."""
     from flows.stack import Ports, up

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,20 +18,32 @@ from prefect.runtime import flow_run
 from flows import store as results_store
 from flows import versioning
 from flows.dispatch import dispatch
-from flows.runner import git_commit, output_folder
+from flows.logs import shorten_mistakes
+from flows.runner import git_commit, only_one, output_folder
 from flows.stages import PIPELINE, find_stage
 from flows.tracking import Lineage, MlflowTracker, RunInfo, send_pending, tracked_run
+from flows.work import WORK, clear_work
 from svd.config import Preset
 from svd.presets import load_preset
 from svd.stage import UserError
 from svd.storage import join
 
 PARAMS = Path("params.yaml")
+shorten_mistakes()
+
+
+def current_preset() -> str:
+    """The preset that `params.yaml` selects; raises UserError outside the project's folder."""
+    try:
+        return str(yaml.safe_load(PARAMS.read_text())["preset"])
+    except (FileNotFoundError, TypeError, KeyError, yaml.YAMLError):
+        message = f"{PARAMS.absolute()}: expected a line `preset: NAME`; run the command in the project's folder"
+        raise UserError(message) from None
 
 
 def select_preset(name: str | None) -> Preset:
     """The preset of this run; a name that differs from `params.yaml` is written there, because DVC reads it there."""
-    current = str(yaml.safe_load(PARAMS.read_text())["preset"])
+    current = current_preset()
     preset = load_preset(name or current)
     if Path(f"presets/{preset.name}.yaml").exists() and preset.name != current:
         text = PARAMS.read_text().replace(f"preset: {current}", f"preset: {preset.name}")
@@ -61,6 +77,7 @@ class PipelineRun:
         result = dispatch(name, self.preset.name, self.key, [asdict(item) for item in inputs], self.store)
         outputs = [Lineage(**item) for item in result["outputs"]]
         versioning.record(name, outputs, self.known)
+        clear_work(self.preset, name)
         self.known |= {item.path: item for item in outputs}
         self.results[name] = result
         self.tracker.log_lineage("input", inputs)
@@ -88,7 +105,29 @@ class PipelineRun:
             results_store.publish(output_folder(self.preset, name), join(self.store, self.preset.name, name))
 
 
-@flow(name="full-pipeline", flow_run_name="full-pipeline-{preset}", persist_result=True)
+@contextmanager
+def pipeline_key(preset: Preset, names: list[str], force: bool) -> Iterator[str]:
+    """The MLflow key of this pipeline's run; one that was killed is continued under its key, nothing else is.
+
+    Raises UserError when the same pipeline runs on this machine already.
+    """
+    values = json.dumps([preset.model_dump(mode="json"), names, force], sort_keys=True)
+    name = f"full-pipeline-{hashlib.sha256(values.encode()).hexdigest()[:16]}"
+    with only_one(name, preset):
+        path = WORK / preset.name / f".{name}.run"
+        if not path.exists():
+            path.write_text(f"full-pipeline-{flow_run.get_id() or uuid4()}")
+        try:
+            yield path.read_text()
+        finally:
+            path.unlink()
+
+
+def _run_name() -> str:
+    return f"full-pipeline-{flow_run.parameters.get('preset') or current_preset()}"
+
+
+@flow(name="full-pipeline", flow_run_name=_run_name, persist_result=True)
 def full_pipeline(
     preset: str | None = None, stages: list[str] | None = None, force: bool = False, store: str | None = None
 ) -> dict[str, Any]:
@@ -100,12 +139,13 @@ def full_pipeline(
     chosen = select_preset(preset)
     names = [find_stage(name).name for name in stages] if stages else list(PIPELINE)
     send_pending()
-    key = f"full-pipeline-{flow_run.get_id() or uuid4()}"
     tags = {"stage": "full-pipeline", "preset": chosen.name, "git.commit": git_commit()}
     tags |= {"prefect.flow_run_id": str(flow_run.get_id()), "seed": str(chosen.seed)}
-    with tracked_run(
-        RunInfo(key, f"full-pipeline ({chosen.name})", None, tags, chosen.model_dump(mode="json"))
-    ) as tracker:
+    values = chosen.model_dump(mode="json")
+    with (
+        pipeline_key(chosen, names, force) as key,
+        tracked_run(RunInfo(key, f"full-pipeline ({chosen.name})", None, tags, values)) as tracker,
+    ):
         run = PipelineRun(chosen, tracker, key, results_store.store_root(store))
         for name in names:
             run.run(name, force)

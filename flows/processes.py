@@ -131,8 +131,8 @@ def is_alive(process: Process) -> bool:
         return False
 
 
-def check_port(port: int, name: str) -> None:
-    """Raises UserError that names the process that holds `port`."""
+def check_port(port: int, name: str, option: str) -> None:
+    """Raises UserError that names the process that holds `port`, and the option that sets another."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -142,6 +142,4 @@ def check_port(port: int, name: str) -> None:
             pass
     holder = next((c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid), None)
     who = f"process {holder} ({psutil.Process(holder).name()})" if holder else "another user's process"
-    raise UserError(
-        f"port {port} for {name} is taken by {who}; stop it, or choose another with `svd stack up --{name} PORT`"
-    )
+    raise UserError(f"port {port} for {name} is taken by {who}; stop it, or choose another with `{option} PORT`")

@@ -17,17 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows import store
+from flows import store, versioning
 from flows.stages import Stage, find_stage
-from flows.tracking import MlflowTracker, RunInfo, tracked_run
+from flows.tracking import Lineage, MlflowTracker, RunInfo, tracked_run
 from flows.versioning import hash_folder
+from flows.work import WORK, clear_recorded, clear_work, dvc_records, mark_told, settle
 from svd.config import Preset
 from svd.presets import load_preset
-from svd.stage import Report, StageContext, UserError
+from svd.stage import Report, StageContext, UserError, republish
 from svd.storage import join
 
 OUTPUTS = Path("outputs")
-WORK = Path("work")
 OPTIONAL_INPUTS = ("report",)
 
 
@@ -93,12 +93,12 @@ def open_work(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> Path:
 
 
 @contextmanager
-def only_one(stage: Stage, preset: Preset) -> Iterator[None]:
-    """Hold the stage's lock on this machine; raises UserError when another process runs the stage.
+def only_one(name: str, preset: Preset) -> Iterator[None]:
+    """Hold the lock of a stage, or of a pipeline, on this machine; raises UserError when another process runs it.
 
     A pipeline that is started again after a crash may meet a stage of the first one that is still at work.
     """
-    path = WORK / preset.name / f".{stage.name}.lock"
+    path = WORK / preset.name / f".{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
         try:
@@ -106,7 +106,7 @@ def only_one(stage: Stage, preset: Preset) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             raise UserError(
-                f"stage '{stage.name}' of preset '{preset.name}' is being run by process {lock.read().strip()}; "
+                f"'{name}' of preset '{preset.name}' is being run by process {lock.read().strip()}; "
                 f"wait for it or stop it ({path})"
             ) from None
         lock.truncate(0)
@@ -123,28 +123,45 @@ def run_key(work: Path) -> str:
     return path.read_text()
 
 
-def run_stage(name: str, preset_name: str, link: RunLink | None = None, store_option: str | None = None) -> Report:
+def run_stage(
+    name: str, preset_name: str, link: RunLink | None = None, store_option: str | None = None, keep: bool = False
+) -> Report:
     """Run stage `name` of the preset called `preset_name`; see `run_preset_stage`."""
-    return run_preset_stage(name, load_preset(preset_name), link, store_option)
+    return run_preset_stage(name, load_preset(preset_name), link, store_option, keep)
 
 
-def run_preset_stage(name: str, preset: Preset, link: RunLink | None = None, store_option: str | None = None) -> Report:
+def run_preset_stage(
+    name: str, preset: Preset, link: RunLink | None = None, store_option: str | None = None, keep: bool = False
+) -> Report:
     """Run a stage as one MLflow run; work in progress of a killed run is taken up again.
 
     store_option: where results are kept besides this machine (default: `SVD_STORE`): inputs that are missing or differ
-    are fetched from there, the output is published there. Raises UserError for an unknown stage, for missing inputs,
-    and when another process runs the stage.
+    are fetched from there, the output is published there. keep: leave the work folder to the caller, who records the
+    output and then calls `clear_work`. Raises UserError for an unknown stage, for missing inputs, outside a DVC
+    repository, and when another process runs the stage.
     """
     stage, root = find_stage(name), store.store_root(store_option)
-    with only_one(stage, preset):
+    with only_one(stage.name, preset):
         if root:
             store.fetch_inputs(root, preset.name, input_folders(stage, preset))
-        return _run(stage, preset, link or RunLink(), root)
+        inputs = stage_inputs(stage, preset)
+        versioning.open_repo().close()  # its absence is told before hours of work, not after
+        clear_recorded(preset)
+        work = open_work(stage, preset, inputs)
+        told, output = settle(stage, work), output_folder(preset, stage.name)
+        report = republish(work, output) if told else None
+        if report is None:
+            report, made = _run(stage, preset, inputs, work, link or RunLink(), root)
+            mark_told(work, made)
+        if not (keep or dvc_records()):
+            clear_work(preset, stage.name)
+    return report
 
 
-def _run(stage: Stage, preset: Preset, link: RunLink, root: str | None) -> Report:
-    inputs, output = stage_inputs(stage, preset), output_folder(preset, stage.name)
-    work = open_work(stage, preset, inputs)
+def _run(
+    stage: Stage, preset: Preset, inputs: Mapping[str, Path], work: Path, link: RunLink, root: str | None
+) -> tuple[Report, Lineage]:
+    output = output_folder(preset, stage.name)
     marks = {"stage": stage.name, "preset": preset.name, "seed": str(preset.seed), "git.commit": git_commit()}
     if link.flow_run:
         marks["prefect.flow_run_id"] = link.flow_run
@@ -156,13 +173,13 @@ def _run(stage: Stage, preset: Preset, link: RunLink, root: str | None) -> Repor
     with tracked_run(info) as tracker:
         context = StageContext(store.localise(preset, stage.name), inputs, output, work, tracker)
         tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
-        report = stage.load()(context)
+        report = republish(work, output) or stage.load()(context)
         if uri:
             store.publish(output, uri)
-        tracker.log_lineage("output", [hash_folder(output)])
+        made = hash_folder(output)
+        tracker.log_lineage("output", [made])
         _log_outcome(tracker, stage, preset, report)
-    shutil.rmtree(work.parent)
-    return report
+    return report, made
 
 
 def _log_outcome(tracker: MlflowTracker, stage: Stage, preset: Preset, report: Report) -> None:

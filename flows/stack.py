@@ -222,7 +222,7 @@ def _select_ports(ports: Ports, alive: set[str]) -> Ports:
     for name, port in asdict(ports).items():
         ours = name in taken or ("s3" in alive and name not in ("prefect", "mlflow"))
         if not ours:
-            check_port(port, name)
+            check_port(port, name, f"svd stack up --{name}")
     LOCAL.mkdir(exist_ok=True)
     record.write_text(json.dumps(asdict(ports)))
     return ports

@@ -11,13 +11,17 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 
 from flows import artifacts, versioning
+from flows.logs import shorten_mistakes
 from flows.runner import RunLink, input_folders, run_stage
 from flows.stages import find_stage
 from flows.store import fetch_inputs, store_root
 from flows.tracking import Lineage
+from flows.work import clear_work
 from svd.presets import load_preset
 from svd.retries import Unreachable
 from svd.stage import UserError
+
+shorten_mistakes()
 
 
 def _worth_retrying(task: Any, run: TaskRun, state: State) -> bool:
@@ -36,7 +40,7 @@ def _worth_retrying(task: Any, run: TaskRun, state: State) -> bool:
 )
 def _stage_task(stage: str, preset: str, parent: str | None, store: str | None) -> dict[str, Any]:
     link = RunLink(parent=parent, flow_run=flow_run.get_id())
-    report = run_stage(stage, preset, link, store)
+    report = run_stage(stage, preset, link, store, keep=True)
     return {"metrics": dict(report.metrics), "summary": report.summary}
 
 
@@ -60,6 +64,8 @@ def run_stage_flow(
     if versioning.has_remote():
         versioning.push(outputs)
     artifacts.publish(stage, load_preset(preset), result["metrics"], result["summary"])
+    if parent is None:  # else the parent does it, when it has recorded the output
+        clear_work(load_preset(preset), stage)
     return {"stage": stage, **result, "outputs": [asdict(item) for item in outputs]}
 
 

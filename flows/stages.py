@@ -8,9 +8,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
 
 from svd.stage import Report, StageContext, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -108,3 +113,9 @@ def find_stage(name: str) -> Stage:
     if name not in STAGES:
         raise UserError(f"no stage '{name}'; stages: {', '.join(STAGES)}")
     return STAGES[name]
+
+
+def described(name: str) -> dict[str, Any]:
+    """The entry of a stage in dvc.yaml or branches/dvc.yaml."""
+    file = ROOT / ("branches/dvc.yaml" if name in BRANCHES else "dvc.yaml")
+    return cast(dict[str, Any], yaml.safe_load(file.read_text())["stages"][name])

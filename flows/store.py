@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.progress import Progress
 
+from flows.stages import described
 from svd import storage
 from svd.config import Preset
 from svd.stage import UserError
@@ -24,7 +24,6 @@ from svd.stage import UserError
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 CACHE = Path(".cache") / "s3"
-ROOT = Path(__file__).resolve().parent.parent
 Files = dict[str, dict[str, Any]]
 
 
@@ -153,11 +152,7 @@ def fetch_inputs(root: str, preset: str, folders: Mapping[str, Path]) -> None:
 
 def _sections(stage: str) -> list[str]:
     """The parts of a preset that a stage depends on, as dvc.yaml lists them."""
-    for file in (ROOT / "dvc.yaml", ROOT / "branches" / "dvc.yaml"):
-        found = yaml.safe_load(file.read_text())["stages"].get(stage)
-        if found:
-            return [key for group in found.get("params", []) for keys in group.values() for key in keys]
-    return []
+    return [key for group in described(stage).get("params", []) for keys in group.values() for key in keys]
 
 
 def localise(preset: Preset, stage: str) -> Preset:

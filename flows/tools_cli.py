@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from flows.processes import check_port
 from svd.presets import load_preset, preset_path
 from svd.stage import UserError
 
@@ -20,7 +21,7 @@ out = Console(soft_wrap=True)
 
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Name of a preset in presets/, or a YAML file.")]
 CatalogueArgument = Annotated[Path, typer.Argument(help="Output of the stage curation, e.g. outputs/tiny/curation.")]
-PortOption = Annotated[int, typer.Option(help="Port of the page, on this machine only.")]
+PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port of the page, on this machine only.")]
 DatabaseOption = Annotated[str | None, typer.Option(help="Database URL (Postgres); default: SQLite in the folder.")]
 
 
@@ -40,7 +41,10 @@ def curate(
 
     chosen = load_preset(preset, {"name": name, "sources.paths": sources, "sources.synthetic": None})
     if dry_run:
-        print("\n".join(plan(list_sources(sources), chosen.curation, chosen.sources.sources_per_shard).lines()))
+        found = list_sources(sources)
+        if not found:
+            raise UserError(f"{', '.join(sources)}: no videos there")
+        print("\n".join(plan(found, chosen.curation, chosen.sources.sources_per_shard).lines()))
         return
     run_preset_stage("sources", chosen)
     run_preset_stage("encoders", chosen)
@@ -62,6 +66,7 @@ def browse(
     from svd.curation.browse import create_app
 
     app = create_app(catalogue, preset_path(preset) if preset else None)
+    check_port(port, "the page", "--port")
     out.print(f"http://127.0.0.1:{port}   (Ctrl+C ends it)")
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
@@ -153,7 +158,10 @@ def vote_serve(
 ) -> None:
     """Serve the voting page."""
     from evaluation.preference.app import serve
+    from evaluation.preference.study import load_study
 
+    load_study(folder)
+    check_port(port, "the page", "--port")
     out.print(f"http://127.0.0.1:{port}   (Ctrl+C ends it)")
     serve(folder, port=port, database=database)
 

@@ -164,7 +164,12 @@ def tracked_run(info: RunInfo, *, spool: Path = SPOOL, patience: float = 20) -> 
     finally:
         journal.append({"op": "end", "status": status, "time": milliseconds()})
         if courier.close(patience):
-            shutil.rmtree(journal.folder)
+            _forget(journal, status)
+
+
+def _forget(journal: Journal, status: str) -> None:
+    """A delivered journal is of no more use, unless the run may be continued and must know what it has logged."""
+    shutil.rmtree(journal.folder if status == "FINISHED" else journal.folder / "files")
 
 
 def send_pending(spool: Path = SPOOL) -> tuple[int, int]:
@@ -175,13 +180,13 @@ def send_pending(spool: Path = SPOOL) -> tuple[int, int]:
     done = waiting = 0
     for folder in sorted(spool.glob("*/")):
         journal = Journal(folder)
-        starts = list(journal.entries("start"))
-        ended = bool(list(journal.entries("end")))
-        if not ended and starts and psutil.pid_exists(starts[-1]["pid"]):
+        starts, ends = list(journal.entries("start")), list(journal.entries("end"))
+        ended = bool(ends) and ends[-1]["time"] >= starts[-1]["time"]
+        if not journal.pending() or (not ended and starts and psutil.pid_exists(starts[-1]["pid"])):
             continue
         courier = Courier(journal, Delivery(tracking_uri(), EXPERIMENT), f"MLflow at {tracking_uri()}")
         delivered = courier.close(patience=0)
         done, waiting = done + delivered, waiting + (not delivered)
         if delivered and ended:
-            shutil.rmtree(folder)
+            _forget(journal, ends[-1]["status"])
     return done, waiting

@@ -13,6 +13,7 @@ from typing import Any
 
 from dvc.exceptions import CollectCacheError, DvcException
 from dvc.repo import Repo
+from dvc.ui import ui
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
@@ -89,9 +90,10 @@ def lineage(name: str) -> tuple[list[Lineage], list[Lineage]]:
 
 def hash_folder(path: Path) -> Lineage:
     """The DVC hash of a folder as it is now; takes no lock, so a stage that `dvc repro` runs may call it."""
-    with open_repo() as repo:
-        folder = str(path.absolute())
-        _, meta, obj = build(repo.cache.local, folder, repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)
+    with open_repo() as repo, ui.progress(desc=f"hashing {path}", unit="file", leave=False, delay=2) as bar:
+        folder, cache = str(path.absolute()), repo.cache.local
+        callback = bar.as_callback()
+        _, meta, obj = build(cache, folder, repo.fs, "md5", ignore=repo.dvcignore, dry_run=True, callback=callback)
         return Lineage(path.name, str(path), str(obj.hash_info.value), meta.size, meta.nfiles)
 
 

@@ -294,7 +294,7 @@ class EvaluationConfig(Section):
 class Preset(Section):
     """Everything that defines a run."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="names the folders of its results")
     seed: int = 0
     sources: SourcesConfig
     curation: CurationConfig

@@ -18,6 +18,8 @@ import numpy as np
 
 from svd.config import Preset
 
+KEPT = "published"
+
 
 class UserError(Exception):
     """A user's mistake: one line that says what is wrong, in which file, and what to do. Shown without a traceback."""
@@ -84,15 +86,51 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def publish(finished: Path, output: Path, report: Report) -> Report:
-    """Write `metrics.json` into `finished`, then rename it to `output`; a kill leaves the old or the new folder."""
+    """Write `metrics.json` into `finished`, then rename it to `output`; a kill leaves the old or the new folder.
+
+    Until the work folder is removed, hard links beside `finished` keep what was published: see `republish`.
+    """
     write_json(finished / "metrics.json", dict(report.metrics))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.exists():
-        old = output.with_name(f".{output.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        finished.rename(output)
-        shutil.rmtree(old)
-    else:
-        finished.rename(output)
+    kept = finished.with_name(KEPT)
+    discard_published(finished.parent)
+    try:
+        shutil.copytree(finished, kept, copy_function=os.link)
+        write_json(kept.with_suffix(".json"), {"metrics": dict(report.metrics), "summary": report.summary})
+    except OSError:  # a file system without hard links: the stage is done again when the recording is killed
+        discard_published(finished.parent)
+    _swap(finished, output)
     return report
+
+
+def republish(work: Path, output: Path) -> Report | None:
+    """Publish again what a stage that worked in `work` has published; None when it did not get that far.
+
+    Whoever records an output hashes it first, which takes long for large ones. When that is killed, the stage runs
+    again, and DVC has deleted the output before.
+    """
+    kept = work / KEPT
+    try:
+        report = Report(**json.loads(kept.with_suffix(".json").read_text()))
+    except FileNotFoundError:
+        return None
+    again = work / f".{KEPT}.again"
+    shutil.rmtree(again, ignore_errors=True)
+    shutil.copytree(kept, again, copy_function=os.link)
+    _swap(again, output)
+    return report
+
+
+def discard_published(work: Path) -> None:
+    """Forget what was published from `work`; work in progress stays."""
+    (work / KEPT).with_suffix(".json").unlink(missing_ok=True)
+    shutil.rmtree(work / KEPT, ignore_errors=True)
+
+
+def _swap(finished: Path, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    old = output.with_name(f".{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    finished.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

@@ -27,6 +27,71 @@ def test_the_paper_preset_holds_the_papers_numbers() -> None:
     assert paper.threshold_calibration.removed == [0.0, 0.125, 0.25, 0.5]
 
 
+# Spec of the paper's appendix D, one row a phase: frames, height, width, batch, iterations, learning rate, noise.
+PHASES = {
+    "video_pretraining": [
+        (14, 256, 384, 1536, 150_000, 1e-4, -1.2, 1.0),
+        (14, 320, 576, 768, 100_000, 1e-4, 0.0, 1.0),
+    ],
+    "high_quality_finetuning": [(14, 576, 1024, 768, 50_000, 3e-5, 0.5, 1.4)],
+    "image_to_video": [
+        (14, 320, 576, 768, 50_000, 3e-5, 0.7, 1.6),
+        (14, 576, 1024, 768, 50_000, 3e-5, 1.0, 1.6),
+        (25, 576, 1024, 768, 50_000, 3e-5, 1.0, 1.6),
+    ],
+    "frame_interpolation": [(5, 576, 1024, 256, 10_000, 1e-4, 1.0, 1.2)],
+    "multiview_finetuning": [(21, 576, 576, 16, 12_000, 1e-5, 1.0, 1.6)],
+}
+
+
+@pytest.mark.parametrize("stage", PHASES)
+def test_phases_are_those_of_appendix_d(stage: str) -> None:
+    section = getattr(load_preset("paper"), stage)
+    found = [
+        (p.frames, p.height, p.width, p.batch_size, p.iterations, p.learning_rate, p.p_mean, p.p_std)
+        for p in section.phases
+    ]
+    assert found == PHASES[stage]
+    assert section.optimizer == "adamw" and section.objective == "edm" and section.ema_decay == 0.9999
+
+
+def test_the_image_stage_of_the_paper() -> None:
+    first, second = load_preset("paper").image_pretraining.phases
+    assert (first.iterations, first.height, first.width, first.trainable) == (1000, 512, 512, "time-embedding")
+    assert (second.iterations, second.height, second.width, second.trainable) == (30_000, 256, 384, "all")
+    assert {(p.frames, p.p_mean, p.p_std) for p in (first, second)} == {(1, -1.2, 1.0)}
+
+
+def test_the_papers_conditioning_and_adapters() -> None:
+    paper = load_preset("paper")
+    assert paper.video_pretraining.text_dropout == 0.15
+    for section in (paper.image_to_video, paper.frame_interpolation):
+        assert (section.conditioning_p_mean, section.conditioning_p_std) == (-3.0, 0.5)
+    lora = paper.camera_lora
+    assert (lora.rank, lora.phases[0].iterations) == (16, 5000)
+    assert lora.motions == ["horizontal", "zoom", "static"]
+    orbits = paper.orbits
+    assert (orbits.objects, orbits.views, orbits.size) == (150_000, 21, 576)
+    assert (orbits.min_elevation, orbits.max_elevation) == (-5, 30)
+
+
+def test_the_papers_calibration_and_what_it_chose() -> None:
+    calibration, curation = load_preset("paper").threshold_calibration, load_preset("paper").curation
+    (phase,) = calibration.phases
+    assert (phase.frames, phase.height, phase.width) == (8, 256, 256)
+    assert (phase.batch_size, phase.iterations, phase.learning_rate) == (256, 40_000, 1e-4)
+    assert (calibration.objective, calibration.optimizer, calibration.text_dropout) == ("discrete-v", "adamw", 0.1)
+    assert calibration.offset_noise > 0 and calibration.clips == 9_800_000
+    assert (calibration.prompts, calibration.votes, len(calibration.axes)) == (64, 3, 5)
+    sampling = calibration.sampling
+    assert (sampling.steps, sampling.guidance, sampling.solver) == (50, 12, "ddim")
+    filters = curation.filters
+    assert filters.min_motion and filters.min_motion.quantile == 0.25
+    assert filters.min_aesthetics and filters.min_aesthetics.quantile == 0.25
+    assert filters.min_similarity and filters.min_similarity.quantile == 0.5
+    assert filters.max_text_area and filters.max_text_area.absolute == 0.07
+
+
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [

@@ -67,6 +67,8 @@ def identify(source: Source) -> Identified:
                 source, catalog.content_hash_of(source.path, source.offset, source.size or 0), source.size or 0
             )
         size = source.path.stat().st_size
+        if not source.path.is_file():
+            return Identified(source, "", 0, failure="not a regular file")
         if size == 0:
             return Identified(source, "", 0, failure="empty file (0 bytes)")
         return Identified(source, catalog.content_hash(source.path), size)

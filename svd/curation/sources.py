@@ -98,7 +98,7 @@ def _expand(pattern: str, root: Path | None) -> Iterator[Source]:
         return
     path = Path(pattern).expanduser()
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file() or p.is_symlink()):
+        for file in sorted(p for p in path.rglob("*") if not p.is_dir()):
             if not any(part.startswith(".") for part in file.relative_to(path).parts):
                 yield from _local(file, root, listed=False)
     elif path.is_file():

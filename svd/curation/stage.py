@@ -51,11 +51,16 @@ def run(context: StageContext) -> Report:
     measured, scored = process(units, config, scorer, context)
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
-    merged = merge(measured, scored, finished, config)
-    _check_usable(merged, folder)
-    values = metrics(merged, folder)
-    write_statistics(finished, merged.thresholds)
-    write_report([finished], finished / "report.html", [context.preset.name])
+    with progress() as bar:
+        task = bar.add_task("catalogue, statistics, report", total=3)
+        merged = merge(measured, scored, finished, config)
+        _check_usable(merged, folder)
+        values = metrics(merged, folder)
+        bar.advance(task)
+        write_statistics(finished, merged.thresholds)
+        bar.advance(task)
+        write_report([finished], finished / "report.html", [context.preset.name])
+        bar.advance(task)
     line = summary(merged)
     context.tracker.log_metrics({k: v for k, v in values.items() if isinstance(v, int | float)}, 0)
     for plot in sorted((finished / "plots").glob("*")):

@@ -11,10 +11,9 @@ from __future__ import annotations
 import glob
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import polars
 from rich.console import Console
@@ -84,7 +83,8 @@ def gather(patterns: list[str], folder: Path, copied_bytes: int) -> tuple[int, i
     if rows:
         folder.mkdir(parents=True, exist_ok=True)
         lines = sorted(json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)
-        (folder / "sources.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        text = "".join(f"{line}\n" for line in lines)
+        (folder / "sources.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
     return copied, len(rows)
 
 
@@ -100,15 +100,22 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _files(path: Path, taken: set[str]) -> Iterator[tuple[Path, str]]:
-    """The files at `path` with their names in the output; a folder keeps its name unless another one has it already."""
+    """The files at `path` with their names in the output; a folder keeps its name unless another one has it already.
+
+    Bytes of a name that are no Unicode become escapes, because DVC can't store them.
+    """
     if not path.is_dir():
-        yield path, _free(path.name, taken)
+        yield path, _free(_printable(path.name), taken)
         return
-    top = _free(path.resolve().name, taken)
-    for file in sorted(p for p in path.rglob("*") if p.is_file() or (p.is_symlink() and not p.is_dir())):
+    top = _free(_printable(path.resolve().name), taken)
+    for file in sorted(p for p in path.rglob("*") if not p.is_dir()):
         relative = file.relative_to(path)
         if not any(part.startswith(".") for part in relative.parts):
-            yield file, f"{top}/{relative.as_posix()}"
+            yield file, f"{top}/{_printable(relative.as_posix())}"
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -117,20 +124,38 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _copy(source: Path, target: Path) -> bool:
-    """Copy a file's bytes; False when it can't be read, so that it is listed and curation reports the reason."""
+    """Copy a file's bytes; False for what is no readable file, so that it is listed and curation reports the reason."""
     try:
+        if not source.is_file():  # opening a named pipe would wait for its writer for ever
+            return False
         if target.exists() and target.stat().st_size == source.stat().st_size:
             return True
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        with source.open("rb") as read, temporary.open("wb") as write:
-            shutil.copyfileobj(read, write, 1 << 20)
-            write.flush()
-            os.fsync(write.fileno())
-        temporary.replace(target)
-    except (PermissionError, FileNotFoundError):
+        read = source.open("rb")
+    except OSError:
         return False
-    return True
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    with read, temporary.open("wb") as write:
+        whole = _pour(read, write)
+        write.flush()
+        os.fsync(write.fileno())
+    if whole:
+        temporary.replace(target)
+    else:
+        temporary.unlink()
+    return whole
+
+
+def _pour(read: BinaryIO, write: BinaryIO) -> bool:
+    """Copy to the end; False when the source can't be read on. What fails while writing is raised."""
+    while True:
+        try:
+            block = read.read(1 << 20)
+        except OSError:
+            return False
+        if not block:
+            return True
+        write.write(block)
 
 
 def _remote(pattern: str) -> list[dict[str, Any]]:

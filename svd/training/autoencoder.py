@@ -109,7 +109,8 @@ def evaluate(state: Run, suffix: str, image_mode: bool) -> dict[str, float]:
     """psnr (dB), l1 and flicker of held-out clips, their names with `suffix`; the posterior's mean is decoded."""
     state.autoencoder.eval()
     real, fake = [], []
-    for clip in state.held_out.examples(HELD_OUT_CLIPS).split(4):
+    clips = state.held_out.examples(HELD_OUT_CLIPS).split(4)
+    for clip in tqdm(clips, desc="validation", unit="batch", leave=False, delay=2):
         clip = clip.to(state.device)
         real.append(clip)
         fake.append(state.autoencoder.decode(mean(state.autoencoder.encode(clip)), image_mode=image_mode).float())

@@ -75,7 +75,8 @@ def examine(
     steps = Steps(-(-count // batch), batch, trainer.global_rank, trainer.world_size)
     losses, sigmas = [], []
     with module.evaluating(), trainer.precision_plugin.forward_context():
-        for examined in DataLoader(examples, batch_sampler=steps):
+        shown = {"desc": "validation", "unit": "batch", "leave": False, "delay": 2}
+        for examined in tqdm(DataLoader(examples, batch_sampler=steps), disable=not trainer.is_global_zero, **shown):
             moved = {key: value.to(module.device) for key, value in examined.items()}
             losses.append(module.losses(moved).float())
             sigmas.append(moved["sigma"])
@@ -135,10 +136,10 @@ class Record(Updates):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Examine the initial weights of the stage, once."""
         super().on_train_start(trainer, module)
-        if not self.history.rows:
-            self._add(0, None, self._examine(trainer, module, 0))
         if trainer.is_global_zero:
             self.bar = tqdm(total=self.total, initial=self.offset + trainer.global_step, desc=self.label, unit="step")
+        if not self.history.rows:
+            self._add(0, None, self._examine(trainer, module, 0))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Record the step."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
 from svd.config import Sampling
 from svd.data.loader import Batch, Examples
@@ -62,7 +63,10 @@ class Preview:
             return edm.denoiser(conditioned(unet, condition), self.kind)(x, sigma)
 
         sigmas = karras_sigmas(self.sampling.steps, self.sampling.sigma_min, self.sampling.sigma_max, self.sampling.rho)
-        return sample(guided(denoise, conditional, unconditional, scale), batch["noise"], sigmas, self.sampling.solver)
+        guide = guided(denoise, conditional, unconditional, scale)
+        silent = torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
+        with tqdm(total=len(sigmas) - 1, desc="samples", unit="step", leave=False, delay=2, disable=silent) as bar:
+            return sample(guide, batch["noise"], sigmas, self.sampling.solver, lambda done, total: bar.update())
 
     @torch.no_grad()
     def films(self, unet: UNet) -> list[tuple[Frames, Frames, float]]:

@@ -74,8 +74,8 @@ def test_a_taken_port_is_named_with_its_process() -> None:
         with pytest.raises(
             UserError, match=rf"port {port} for mlflow is taken by process {os.getpid()} .*--mlflow PORT"
         ):
-            check_port(port, "mlflow")
-    check_port(port, "mlflow")
+            check_port(port, "mlflow", "svd stack up --mlflow")
+    check_port(port, "mlflow", "svd stack up --mlflow")
 
 
 def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:

@@ -138,12 +138,12 @@ def test_a_missing_address_in_the_preset_is_named(project: Path, bucket: str) ->
 def test_a_second_process_is_refused(project: Path) -> None:
     stage, preset = find_stage("orbits"), load_preset("tiny")
     with (
-        runner.only_one(stage, preset),
+        runner.only_one(stage.name, preset),
         pytest.raises(UserError, match=f"is being run by process {os.getpid()}"),
-        runner.only_one(stage, preset),
+        runner.only_one(stage.name, preset),
     ):
         raise AssertionError("two at once")
-    with runner.only_one(stage, preset):
+    with runner.only_one(stage.name, preset):
         assert (project / "work/tiny/.orbits.lock").read_text() == str(os.getpid())
 
 
