@@ -84,15 +84,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def publish(finished: Path, output: Path, report: Report) -> Report:
-    """Write `metrics.json` into `finished`, then rename it to `output`; a kill leaves the old or the new folder."""
+    """Write `metrics.json` into `finished`, then rename it to `output`.
+
+    A kill leaves the old or the new folder complete under the name, or, between two renames, none; run again, the stage
+    publishes what it has finished.
+    """
     write_json(finished / "metrics.json", dict(report.metrics))
     output.parent.mkdir(parents=True, exist_ok=True)
+    old = output.with_name(f".{output.name}.old")
     if output.exists():
-        old = output.with_name(f".{output.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         output.rename(old)
-        finished.rename(output)
-        shutil.rmtree(old)
-    else:
-        finished.rename(output)
+    finished.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
     return report
