@@ -86,7 +86,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def publish(finished: Path, output: Path, report: Report) -> Report:
-    """Write `metrics.json` into `finished`, then rename it to `output`; a kill leaves the old or the new folder.
+    """Write `metrics.json` into `finished`, then rename it to `output`.
+
+    A kill leaves the old or the new folder complete under the name, or, between two renames, none; run again, the stage
+    publishes what it has finished.
 
     Until the work folder is removed, hard links beside `finished` keep what was published: see `republish`.
     """
@@ -129,8 +132,8 @@ def discard_published(work: Path) -> None:
 def _swap(finished: Path, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if output.exists():
+        shutil.rmtree(old, ignore_errors=True)
         output.rename(old)
     finished.rename(output)
     shutil.rmtree(old, ignore_errors=True)

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from svd.curation import captions, catalog
 from svd.curation.sources import Source, local_file, printable
 from svd.curation.text import TextDetector, make_detector, text_areas
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, Cut, SourceFailure
-from svd.curation.worker import Analyst
+from svd.curation.worker import Analyst, WorkerError
 from svd.stage import UserError
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,10 @@ def measure_unit(unit: Unit, config: CurationConfig, folder: Path, analyst: Anal
     target = folder / unit.name
     if target.exists():
         return target
-    temporary = folder / f".{unit.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.glob(f".{unit.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    # A name of its own: what a decoder of a killed run still writes can't get into this unit.
+    temporary = folder / f".{unit.name}.{uuid.uuid4().hex}"
     for name in ("clips", "frames"):
         (temporary / name).mkdir(parents=True)
     work = _UnitWork(unit, config, temporary, analyst)
@@ -112,7 +115,7 @@ class _UnitWork:
         self.analyst = analyst
 
     def add(self, identified: Identified) -> None:
-        """Analyse one source; whatever happens, exactly one row of it is added."""
+        """Analyse one source; whatever is wrong with it, exactly one row of it is added. Raises WorkerError."""
         row = _source_row(identified)
         self.sources.append(row)
         if identified.failure or identified.duplicate_of:
@@ -125,6 +128,8 @@ class _UnitWork:
                 if not identified.source_id:
                     row["source_id"], row["bytes"] = catalog.content_hash(path), path.stat().st_size
                 self._analyse(path, identified.source, row)
+        except WorkerError:
+            raise
         except SourceFailure as failure:
             row.update(verdict="failed", reason=failure.reason)
         except UserError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
@@ -107,27 +107,28 @@ def process(
     """Measure and score all units; returns their folders in order. A unit that is there already is not done again."""
     measured = [context.work / "measured" / unit.name for unit in units]
     scored = [context.work / "scored" / unit.name for unit in units]
-    with progress() as bar:
+    with progress() as bar, contextlib.closing(_measured(units, config, context.work / "measured")) as done:
         task = bar.add_task("curating (units of sources)", total=len(units))
-        for done, unit in enumerate(_measured(units, config, context.work / "measured"), start=1):
+        for count, unit in enumerate(done, start=1):
             path = context.work / "measured" / unit.name
             scorer.score_unit(path, context.work / "scored", config.shard_bytes)
             bar.advance(task)
-            context.tracker.log_metrics({"curation/units": float(done)}, done)
+            context.tracker.log_metrics({"curation/units": float(count)}, count)
     return measured, scored
 
 
-def _measured(units: Sequence[Unit], config: CurationConfig, folder: Path) -> Iterator[Unit]:
-    """Units as they become measured, by `config.workers` processes."""
+def _measured(units: Sequence[Unit], config: CurationConfig, folder: Path) -> Generator[Unit]:
+    """Units as they become measured, by `config.workers` processes; an error ends those at work and what waits."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting = [unit for unit in units if not (folder / unit.name).exists()]
     yield from (unit for unit in units if unit not in waiting)
     if not waiting:
         return
     with contextlib.ExitStack() as stack:
+        analysts = [stack.enter_context(Analyst()) for _ in range(min(config.workers, len(waiting)))]
         idle: SimpleQueue[Analyst] = SimpleQueue()
-        for _ in range(min(config.workers, len(waiting))):
-            idle.put(stack.enter_context(Analyst()))
+        for analyst in analysts:
+            idle.put(analyst)
 
         def measure(unit: Unit) -> Path:
             analyst = idle.get()
@@ -136,11 +137,17 @@ def _measured(units: Sequence[Unit], config: CurationConfig, folder: Path) -> It
             finally:
                 idle.put(analyst)
 
-        pool = stack.enter_context(ThreadPoolExecutor(idle.qsize()))
+        pool = stack.enter_context(ThreadPoolExecutor(len(analysts)))
         futures: dict[Future[Path], Unit] = {pool.submit(measure, unit): unit for unit in waiting}
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for analyst in analysts:
+                analyst.stop()
+            raise
 
 
 def progress() -> Progress:

@@ -5,12 +5,14 @@ A decoder that hangs, crashes or eats memory takes its process with it; the sour
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
 import signal
+import threading
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +20,17 @@ from typing import Any, Self
 
 from svd.config import CurationConfig, MotionConfig
 from svd.curation.types import Analysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
+from svd.stage import UserError
 
 DEFAULT_TIMEOUT = 3600.0  # seconds for one source
 DEFAULT_MEMORY = 2 << 30  # bytes that analysing may add to a fresh process
+ATTEMPTS = 2  # a process may be killed for what is no source's fault, as when the machine runs out of memory
 
 _NO_MEMORY = "more memory needed than allowed"
+
+
+class WorkerError(UserError):
+    """There is no process, whatever the source: it can't start, or the run is being ended."""
 
 
 def _limit_memory(extra: int) -> None:
@@ -49,15 +57,29 @@ def _answer(request: tuple[Any, ...]) -> Any:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def _end_with_parent() -> None:
+    """Wait for the parent's death, then end at once: a killed run leaves nothing behind that decodes or writes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _serve(connection: Connection, memory: int, motion: MotionConfig) -> None:
-    """Child: answer one request after the other until the parent hangs up."""
+    """Child: say that it is ready ("") or why not, then answer requests until the parent hangs up."""
     import av.logging
 
     from svd.curation.motion import prepare
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     av.logging.set_level(None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    prepare(motion)  # a network is loaded before memory is limited: its size is no source's fault
+    try:
+        prepare(motion)  # a network is loaded before memory is limited: its size is no source's fault
+    except Exception as error:
+        connection.send(" ".join(str(error).split()) or type(error).__name__)
+        return
+    connection.send("")
     _limit_memory(memory)
     while True:
         try:
@@ -70,13 +92,16 @@ def _serve(connection: Connection, memory: int, motion: MotionConfig) -> None:
 class Analyst:
     """A child process that analyses sources one at a time; it is replaced when it hangs, crashes or runs out of memory.
 
-    timeout: seconds a source may take; memory: bytes that it may need beyond the empty process.
+    timeout: seconds a source may take; memory: bytes that it may need beyond the empty process. A source on which it
+    dies is tried once more. It ends when this process does, however this process ends. Methods raise WorkerError when
+    no process can be had, which is no source's fault.
     """
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT, memory: int = DEFAULT_MEMORY) -> None:
         self.timeout, self.memory = timeout, memory
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        self._stopped = False
 
     def analyse(self, path: Path, config: CurationConfig) -> Analysis:
         """As analysis.analyse; a hang, a crash and a lack of memory are SourceFailures too."""
@@ -93,35 +118,61 @@ class Analyst:
         return written
 
     def _ask(self, motion: MotionConfig | None, *request: Any) -> Any:
-        connection = self._start(motion)
-        try:
-            connection.send(request)
-            if not connection.poll(self.timeout):
-                raise SourceFailure(f"not finished after {self.timeout:g} s")
-            answer = connection.recv()
-        except (EOFError, ConnectionResetError, BrokenPipeError):
-            raise SourceFailure(f"the decoder crashed ({_exit_name(self._reap())})") from None
-        except BaseException:
-            self.close()
-            raise
+        for attempt in range(ATTEMPTS):
+            connection = self._start(motion)
+            try:
+                answer = self._exchange(connection, request)
+                break
+            except (EOFError, ConnectionResetError, BrokenPipeError):
+                name = _exit_name(self._reap())
+                if self._stopped:
+                    raise WorkerError("curation was stopped") from None
+                if attempt + 1 == ATTEMPTS:
+                    raise SourceFailure(f"the decoder crashed ({name})") from None
         if not isinstance(answer, str):
             return answer
         if answer == _NO_MEMORY:
             self.close()  # the next source starts with a fresh heap
         raise SourceFailure(answer)
 
+    def _exchange(self, connection: Connection, request: tuple[Any, ...]) -> Any:
+        try:
+            connection.send(request)
+            if not connection.poll(self.timeout):
+                raise SourceFailure(f"not finished after {self.timeout:g} s")
+            return connection.recv()
+        except (EOFError, ConnectionResetError, BrokenPipeError):
+            raise
+        except BaseException:
+            self.close()
+            raise
+
     def _start(self, motion: MotionConfig | None) -> Connection:
-        if self._process is not None and self._process.is_alive() and self._connection is not None:
-            return self._connection
-        self.close()
+        for _ in range(ATTEMPTS + 1):
+            if self._stopped:
+                raise WorkerError("curation was stopped")
+            if self._process is not None and self._process.is_alive() and self._connection is not None:
+                return self._connection
+            self.close()
+            problem = self._launch(motion or MotionConfig())
+        raise WorkerError(f"a decoding process can't start: {problem}")
+
+    def _launch(self, motion: MotionConfig) -> str:
+        """Start a process and wait until it is ready; returns how it ended if it did. Raises WorkerError."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        arguments = theirs, self.memory, motion or MotionConfig()
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=(theirs, self.memory, motion), daemon=True)
+        process.start()
         theirs.close()
-        self._connection = ours
-        return ours
+        self._process, self._connection = process, ours
+        try:
+            problem = str(ours.recv())
+        except (EOFError, ConnectionResetError):
+            return f"it ended with {_exit_name(self._reap())}"
+        if problem:
+            self.close()
+            raise WorkerError(f"a decoding process can't start: {problem}")
+        return ""
 
     def _reap(self) -> int | None:
         assert self._process is not None
@@ -129,6 +180,16 @@ class Analyst:
         code = self._process.exitcode
         self.close()
         return code
+
+    def stop(self) -> None:
+        """End the child process from another thread: a call that waits for it, and every later one, raises WorkerError.
+
+        Without this the source at work would be taken for one that crashes the decoder.
+        """
+        self._stopped = True
+        if (process := self._process) is not None:
+            with contextlib.suppress(ValueError, AttributeError):  # closed in this very moment
+                process.kill()
 
     def close(self) -> None:
         """End the child process."""
