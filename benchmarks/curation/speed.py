@@ -1,17 +1,22 @@
 """What the one decode pass costs beside decoding alone, and beside one decode per stage as other tools do it.
 
-    python -m benchmarks.curation.speed [--seconds 60] [--rounds 3] [--files a.mp4 …]
+    python -m benchmarks.curation.speed [--seconds 60] [--rounds 5] [--no-peers] [--files a.mp4 …]
 
-CPU seconds of one process (user + system, one decoding thread), smallest of the rounds, everything in one run;
-ratios are what counts. Footage: the sample trailer looped and scaled by x264 to 720p30 and 1080p30 (and mpeg2 at
-720p), so that decoding costs what it does for camera footage of its bit rate. Peer stages, each with its own
-decode: three cut passes and an adaptive one (PySceneDetect on OpenCV), optical flow at 2 fps, frames for text
-detection, frames for CLIP (OpenCV), as in video2dataset, NeMo Curator and Open-Sora's tools.
+CPU seconds of one process (user + system, one decoding thread). In each round all stages take turns, with a decode
+before each, and a stage's ratio is that to the mean of the decodes before and after it; printed are medians of the
+rounds, so that other load on the machine, which comes and goes, cancels. Footage: the sample trailer looped, grained
+and scaled, coded by x264 at 720p30 and 1080p30 (and mpeg2 at 720p without B-frames: nothing can be left out).
+
+One pass: all stages without networks as in the preset `paper`: three cut passes, motion, camera motion, sampled frames,
+clips written by copying packets. Beside it the same with a fourth, adaptive cut pass, which needs every frame. Peer
+stages, each with its own decode: three cut passes and an adaptive one (PySceneDetect on OpenCV), optical flow at 2 fps,
+frames for text detection, frames for CLIP (OpenCV), as in video2dataset, NeMo Curator and Open-Sora's tools.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +28,7 @@ import cv2
 import numpy as np
 from scenedetect import AdaptiveDetector, ContentDetector, SceneManager, open_video
 
+from svd.config import CurationConfig
 from svd.curation.analysis import analyse
 from svd.curation.writing import write_clips
 from svd.presets import load_preset
@@ -34,6 +40,7 @@ KINDS = {
     "mpeg2 1280x720": (1280, 720, "mpeg2video"),
 }
 FPS = 30
+ADAPTIVE = {"detector": "adaptive", "threshold": 3.0}
 
 
 def make(path: Path, width: int, height: int, codec: str, seconds: int) -> Path:
@@ -75,12 +82,12 @@ def decode(path: Path) -> None:
             packet.decode()
 
 
-def ours(path: Path, folder: Path) -> None:
+def ours(path: Path, config: CurationConfig) -> None:
     """All stages without networks in one pass, and the clips written by copying packets."""
-    config = load_preset("paper").curation
-    analysis = analyse(path, config)
-    jobs = [(c.span, folder / f"{i}.mp4") for i, c in enumerate(analysis.clips) if c.span.method == "copy"]
-    write_clips(path, analysis.facts, jobs)
+    with tempfile.TemporaryDirectory() as folder:
+        analysis = analyse(path, config)
+        copies = [c.span for c in analysis.clips if c.span.method == "copy"]
+        write_clips(path, analysis.facts, [(span, Path(folder) / f"{i}.mp4") for i, span in enumerate(copies)])
 
 
 def cut_pass(path: Path, detector: ContentDetector | AdaptiveDetector, skip: int = 0) -> None:
@@ -133,31 +140,52 @@ def cpu(function: Callable[[], None]) -> float:
     return time.process_time() - started
 
 
+def rounds_of(stages: dict[str, Callable[[], None]], base: Callable[[], None], count: int) -> dict[str, np.ndarray]:
+    """CPU seconds of each stage and, in the second column, of the base around it: (count, 2)."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in stages}
+    for _ in range(count):
+        before = cpu(base)
+        for name, stage in stages.items():
+            spent, after = cpu(stage), cpu(base)
+            times[name].append((spent, (before + after) / 2))
+            before = after
+    return {name: np.array(t) for name, t in times.items()}
+
+
 def measure(path: Path, label: str, rounds: int, peers: bool) -> None:
-    """Print the table of one file; stages take turns, so that other load on the machine hits all alike."""
-    stages: dict[str, Callable[[], None]] = {"decode": lambda: decode(path)}
-    with tempfile.TemporaryDirectory() as folder:
-        stages["one pass"] = lambda: ours(path, Path(folder))
-        if peers:
-            stages |= {name: (lambda f=f: f(path)) for name, f in PEER.items()}  # type: ignore[misc]
-        best = {name: min(cpu(f) for _ in range(1)) for name, f in stages.items()}
-        for _ in range(rounds - 1):
-            best = {name: min(best[name], cpu(f)) for name, f in stages.items()}
+    """Print the table of one file."""
+    config = load_preset("paper").curation
+    adaptive = load_preset("paper", {"curation.cuts.passes": [*map(vars, config.cuts.passes), ADAPTIVE]}).curation
+    stages: dict[str, Callable[[], None]] = {
+        "one pass": lambda: ours(path, config),
+        "… with adaptive": lambda: ours(path, adaptive),
+    }
+    times = rounds_of(stages, lambda: decode(path), rounds)
+    if peers:
+        times |= rounds_of({n: functools.partial(f, path) for n, f in PEER.items()}, lambda: decode(path), 1)
     with av.open(str(path)) as container:
         seconds = float(container.duration or 1) / av.time_base
+    base = float(np.median(np.concatenate([t[:, 1] for t in times.values()])))
     print(f"\n{label}: {seconds:.0f} s, {path.stat().st_size * 8 / seconds / 1e6:.1f} Mb/s")
-    for name, value in best.items():
-        print(f"  {name:18} {value / seconds:.4f} CPU-s per s   {value / best['decode']:.2f} x decode")
+    print(f"  {'decoding alone':18} {base / seconds:.4f} CPU-s per s")
+    ratio = {name: t[:, 0] / t[:, 1] for name, t in times.items()}
+    for name, values in ratio.items():
+        spread = f"  ({values.min():.2f}–{values.max():.2f})" if len(values) > 1 else ""
+        print(
+            f"  {name:18} {np.median(times[name][:, 0]) / seconds:.4f} CPU-s per s   {np.median(values):.2f} x{spread}"
+        )
     if peers:
-        total = sum(best[name] for name in PEER)
-        print(f"  one decode a stage {total / seconds:.4f} CPU-s per s   {total / best['one pass']:.1f} x the one pass")
+        total = sum(float(ratio[name][0]) for name in PEER)
+        print(
+            f"  one decode a stage {total:.2f} x decoding, {total / float(np.median(ratio['one pass'])):.1f} x one pass"
+        )
 
 
 def main() -> None:
     """Make the files, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--files", type=Path, nargs="*", help="measure these instead")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()

@@ -7,7 +7,10 @@ source.
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,10 +19,12 @@ import numpy as np
 
 from svd.config import CurationConfig
 from svd.curation.clips import Shot, SpanPlanner, Timeline
-from svd.curation.cuts import CutFinder, Found
-from svd.curation.decode import Decoder
+from svd.curation.cuts import CutFinder, Found, Step, looked_at_stride
+from svd.curation.decode import Decoder, Picture
 from svd.curation.probe import PacketIndex, SourceInfo, read_packets, read_source
-from svd.curation.sampling import Geometry, Sampler
+from svd.curation.sampling import Geometry, Sampler, sampled_times
+from svd.curation.scores import Look
+from svd.curation.skipping import SKIPPING_CODECS, Debt, Numbering, skippable
 from svd.curation.types import Analysis, ClipAnalysis, Cut, DroppedSpan, SourceFacts, SourceFailure
 
 CHUNK_SECONDS = 20.0
@@ -44,32 +49,43 @@ def analyse(path: Path, config: CurationConfig) -> Analysis:
 def _analyse(path: Path, config: CurationConfig, started: float) -> Analysis:
     info, index = read_source(path), read_packets(path)
     demuxed = time.process_time()
-    run = _Pass(path, config, info, index)
-    try:
-        run.decode()
-    except _DisorderError:
-        run = _Pass(path, config, info, index.without_timestamps())
-        run.decode()
-    analysis = run.finish()
+    analysis = _decode(path, config, info, index)
     timing = {"demux": demuxed - started, "decode_and_analyse": time.process_time() - demuxed}
-    return Analysis(analysis.facts, analysis.cuts, analysis.clips, analysis.dropped, timing)
+    return replace(analysis, timing=timing)
 
 
-class _DisorderError(Exception):
-    """Frames leave the decoder in another order than their timestamps say, as with B-frames in AVI."""
+def _decode(path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex) -> Analysis:
+    """Try the cheapest pass first: without frames that nothing depends on; every frame; without timestamps."""
+    try:
+        return _Pass(path, config, info, index, skipping=info.codec in SKIPPING_CODECS).run()
+    except _UnexpectedError:
+        pass
+    try:
+        return _Pass(path, config, info, index, skipping=False).run()
+    except _UnexpectedError:
+        return _Pass(path, config, info, index.without_timestamps(), skipping=False).run()
+
+
+class _UnexpectedError(Exception):
+    """Frames leave the decoder in another order than their timestamps say, as with B-frames in AVI, or, while frames
+    are left out, not those that should."""
 
 
 class _Pass:
     """The state of one decode pass."""
 
-    def __init__(self, path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex) -> None:
+    def __init__(
+        self, path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, skipping: bool
+    ) -> None:
         self.config, self.info, self.index = config, info, index
-        self.decoder = Decoder(path)
         self.rate = info.fps(index)
         # Without usable timestamps frames are counted: the clock ticks once a frame.
         self.base = index.time_base if index.trusted else 1 / self.rate
-        self.pts: list[int] = []
-        self.finder = CutFinder(config.cuts, float(self.rate))
+        self.skipped = self._skippable() if skipping else np.zeros(0, np.int64)
+        self.decoder = Decoder(path, self.skipped.tolist())
+        self.numbering = Numbering(self.skipped)
+        self.debt = Debt(np.searchsorted(index.shown(), np.sort(index.pts[index.keyframe])))
+        self.finder = CutFinder(config.cuts, float(self.rate), self._look_again)
         self.sampler: Sampler | None = None
         self.motion: list[np.ndarray] = []  # (n, 4) between neighbouring frames, from frame 0 on
         self.cuts: list[Cut] = []
@@ -78,27 +94,58 @@ class _Pass:
         self._shot_start = 0
         self._shot_cut: int | None = None
 
-    def decode(self) -> None:
+    def _skippable(self) -> np.ndarray:
+        stride = looked_at_stride(self.config.cuts, float(self.rate))
+        sampled = sampled_times(self.config.motion, self.index.shown(), float(self.base))
+        return skippable(self.index, stride, sampled)
+
+    def run(self) -> Analysis:
         """Decode the source; shots are closed as soon as their cuts are certain."""
         checked = 0.0
         for picture in self.decoder:
-            pts = len(self.pts) if not self.index.trusted else picture.pts
-            if pts is None or (self.pts and pts <= self.pts[-1]):
-                raise _DisorderError
-            number, seconds = len(self.pts), pts * self.base.numerator / self.base.denominator
-            self.pts.append(pts)
+            number, seconds = self._number(picture)
             if self.sampler is None:
                 geometry = Geometry(self.decoder.facts.rotation, self.info.display(self.decoder.facts.rotation))
                 self.sampler = Sampler(self.config.motion, geometry, self.decoder.facts)
                 checked = seconds
-            self.finder.add(seconds, picture)
+            if self.finder.add(number, seconds, picture) and self.debt.grows_too_large(number):
+                self.decoder.skippable = frozenset()
             self.sampler.add(number, seconds, picture)
             if seconds - checked >= CHUNK_SECONDS:
                 checked = seconds
                 self._settle()
+        return self._finish()
+
+    def _number(self, picture: Picture) -> tuple[int, float]:
+        """Number and time of a decoded frame."""
+        known = self.numbering.pts
+        pts = len(known) if not self.index.trusted else picture.pts
+        if pts is None or (known and pts <= known[-1]) or (len(self.skipped) and self.decoder.facts.errors):
+            raise _UnexpectedError
+        return self.numbering.add(pts), self._seconds(pts)
+
+    def _seconds(self, pts: int) -> float:
+        return pts * self.base.numerator / self.base.denominator
+
+    def _look_again(self, steps: list[Step]) -> Iterator[list[Look]]:
+        """Decode the frames of each step, those after one keyframe in one go."""
+        pts, keyframes = self.numbering.pts, self._timeline().keyframes
+
+        def keyframe(step: Step) -> int:
+            return int(np.searchsorted(keyframes, step[0], side="right")) - 1
+
+        for place, group in itertools.groupby(steps, key=keyframe):
+            together = list(group)
+            wanted = {pts[n]: n for before, after in together for n in range(before, after + 1)}
+            pictures = self.decoder.again(pts[keyframes[max(place, 0)]], wanted)
+            looks = {wanted[p.pts]: p.small for p in pictures if p.pts is not None}
+            if len(looks) < len(wanted):
+                raise _UnexpectedError
+            for before, after in together:
+                yield [(n, self._seconds(pts[n]), looks[n]) for n in range(before, after + 1)]
 
     def _timeline(self) -> Timeline:
-        pts = np.array(self.pts, np.int64)
+        pts = np.array(self.numbering.pts, np.int64)
         return Timeline(pts, self._end(pts), self.index, self.base)
 
     def _end(self, pts: np.ndarray) -> int:
@@ -108,8 +155,9 @@ class _Pass:
 
     def _settle(self, final: bool = False) -> None:
         timeline = self._timeline()
-        self.motion.append(self.finder.motion(sum(map(len, self.motion))))
-        for found in self.finder.settle(final):
+        cuts, motion = self.finder.settle(final)
+        self.motion.append(motion)
+        for found in cuts:
             self._close(found, timeline)
         assert self.sampler is not None
         self.sampler.thin(self.finder.settled)
@@ -171,13 +219,17 @@ class _Pass:
                 continue
             self.clips.append(ClipAnalysis(span=span, **vars(samples)))
 
-    def finish(self) -> Analysis:
+    def _finish(self) -> Analysis:
         """Close the last shot and put everything together."""
-        if len(self.pts) < 2 or self.sampler is None:
+        if len(self.numbering.pts) < 2 or self.sampler is None:
             raise SourceFailure("a single frame is no video")
-        self._settle(final=True)
         timeline = self._timeline()
-        self._shot(Shot(self._shot_start, len(self.pts), self._shot_cut, None), timeline)
+        if len(self.skipped):
+            shown = self.index.shown()
+            if not np.array_equal(timeline.pts, shown[shown >= timeline.pts[0]]):
+                raise _UnexpectedError
+        self._settle(final=True)
+        self._shot(Shot(self._shot_start, len(timeline.pts), self._shot_cut, None), timeline)
         self.dropped.sort(key=lambda d: d.start_frame)
         return Analysis(self._facts(timeline), self.cuts, self.clips, self.dropped)
 

@@ -5,18 +5,22 @@ Passes propose: at the source's rate a jump of the content score, at slower rate
 one shot. The tiny pictures around a proposal decide: a flash, a strobe or motion is no cut; a dissolve or a fade
 gets its interval, which belongs to no clip; a low-contrast hard cut that only a slow pass noticed gets its exact
 frame.
+
+Not every frame is looked at, and some are not even decoded. Where two frames that were looked at differ, those between
+are looked at as well; where a cut was found, or may hide, between frames that were not decoded, they are decoded.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from svd.config import CutPass, CutsConfig
 from svd.curation.decode import Picture
-from svd.curation.scores import Features, Jump, Scorer
+from svd.curation.scores import Features, Jump, Look, Scorer
 from svd.curation.tracking import track
 from svd.curation.transitions import (
     MIN_UNEXPLAINED,
@@ -40,7 +44,10 @@ MIN_CONTENT = 15.0  # PySceneDetect's min_content_val of its adaptive detector
 ADAPTIVE_WINDOW = 2
 LOOKED_AT_FPS = 12.0  # frames a second that are looked at where nothing happens
 LOOK_AGAIN = 0.12  # share of the threshold from which the frames between are looked at, too
+DEFAULT_THRESHOLD = 27.0  # PySceneDetect's for content; where no pass compares every frame
 MIN_PROMINENCE = 2.0  # a jump must exceed the mean of its neighbours by this factor
+SUSPECT = 1.2  # the same, from which a jump over frames that were not decoded is worth a second look
+Step = tuple[int, int]  # numbers of two frames
 
 
 @dataclass(frozen=True)
@@ -88,91 +95,134 @@ def detector_name(cut_pass: CutPass) -> str:
     return f"{cut_pass.detector}@{cut_pass.fps:g}" if cut_pass.fps else cut_pass.detector
 
 
+def looked_at_stride(config: CutsConfig, fps: float) -> int:
+    """How far apart the frames are that the cascade looks at where nothing happens; 1: it needs every frame.
+
+    Where all passes at the source's rate compare frames by content, a cut shows between frames further apart as well:
+    the score is a distance.
+    """
+    simple = all(c.detector == "content" for c in config.passes if c.fps is None or c.fps > LOOKED_AT_FPS)
+    return max(1, int(fps / LOOKED_AT_FPS + 0.05)) if simple else 1
+
+
 class CutFinder:
     """Finds the cuts of a source while it is decoded.
 
-    `add` takes every frame in display order; `settle` returns the cuts that nothing later can change, each once and
-    in order, and forgets what is no longer needed, so that memory is bounded by the time between two calls.
+    `add` takes the decoded frames in display order; `settle` returns the cuts that nothing later can change, each once
+    and in order, and forgets what is no longer needed, so that memory is bounded by the time between two calls.
+    look_again: decodes frames that were left out: given pairs of frame numbers, it returns all frames from the first to
+    the second of each, pair after pair.
     """
 
-    def __init__(self, config: CutsConfig, fps: float) -> None:
+    def __init__(
+        self, config: CutsConfig, fps: float, look_again: Callable[[list[Step]], Iterable[list[Look]]] | None = None
+    ) -> None:
         self.config = config
         self.scorer = Scorer(config.passes, config.min_scene_seconds, fps)
+        self._look_again = look_again
         self._next = 0
         self._settled = 0
+        self._moved = 0  # camera motion is known up to this frame
         self._fps = max(fps, 1.0)
-        every_frame = [c for c in config.passes if c.fps is None or c.fps > LOOKED_AT_FPS]
-        # Where a pass compares all frames by content, a cut shows between every second frame as well: the score is a
-        # distance. The frames between are looked at when it exceeds a part of the threshold.
-        simple = all(c.detector == "content" for c in every_frame)
-        self._stride = max(1, int(self._fps / LOOKED_AT_FPS)) if simple else 1
-        self._look_again = LOOK_AGAIN * min((c.threshold for c in every_frame), default=255.0)
-        self._skipped: list[tuple[int, float, Picture]] = []
+        self._stride = looked_at_stride(config, fps)
+        every_frame = [c.threshold for c in config.passes if c.fps is None or c.fps > LOOKED_AT_FPS]
+        self._threshold = min(every_frame, default=DEFAULT_THRESHOLD)
+        self._waiting: list[tuple[int, float, Picture]] = []
 
-    def add(self, seconds: float, picture: Picture) -> None:
-        """Take the next frame."""
-        number = self._next
-        self._next += 1
-        if number and len(self._skipped) + 1 < self._stride:
-            self._skipped.append((number, seconds, picture))
-            return
-        if self._skipped and self.scorer.change(picture.small) >= self._look_again:
-            self._look_at_skipped()
-        self._skipped.clear()
+    def add(self, number: int, seconds: float, picture: Picture) -> bool:
+        """Take the next decoded frame; whether a cut may hide among frames left out before it."""
+        numbers = self.scorer.features.numbers
+        self._next = number + 1
+        if numbers and number - numbers[-1] < self._stride:
+            self._waiting.append((number, seconds, picture))
+            return False
+        change = self.scorer.change(picture.small)
+        if change >= LOOK_AGAIN * self._threshold:
+            self._look_at_waiting()
+        self._waiting.clear()
+        hidden = bool(numbers) and number - numbers[-1] > 1 and change >= self._threshold
         self.scorer.add(number, seconds, picture.small)
+        return hidden
 
-    def _look_at_skipped(self) -> None:
-        for number, seconds, picture in self._skipped:
+    def _look_at_waiting(self) -> None:
+        for number, seconds, picture in self._waiting:
             self.scorer.add(number, seconds, picture.small)
-        self._skipped.clear()
+        self._waiting.clear()
+
+    def settle(self, final: bool = False) -> tuple[list[Found], np.ndarray]:
+        """New cuts that are certain by now; with `final`, all that remain. With them the camera motion between
+        neighbouring frames, from where the last call ended to the last settled frame, (n, 4) as tracking.track.
+        """
+        if final:
+            self._look_at_waiting()
+        context = round(SETTLE_SECONDS * self._fps)
+        limit = self._next if final else self._next - context
+        if limit <= self._settled:
+            return [], np.zeros((0, 4), np.float32)
+        found = [c for c in self._examine(limit) if self._settled <= c.end < limit or (final and c.end >= limit)]
+        motion = self._motion(limit)
+        self._settled = limit
+        self.scorer.forget(limit - context)
+        return found, motion
 
     @property
     def settled(self) -> int:
         """All cuts before this frame are known."""
         return self._settled
 
-    def motion(self, start: int) -> np.ndarray:
-        """Camera motion between neighbouring frames from frame `start` on, as far as known, (n, 4) as tracking.track.
-
-        `start` is the first frame or where the last call ended; call before settle.
-        """
+    def _motion(self, limit: int) -> np.ndarray:
         features = self.scorer.features
-        first = bisect.bisect_left(features.numbers, start)
+        first = bisect.bisect_left(features.numbers, self._moved)
+        last = bisect.bisect_right(features.numbers, limit)
         height, width = features.thumb_size
-        pictures = np.stack(features.thumbs[first:])[:, : height * width].reshape(-1, height, width)
-        steps = np.diff(features.numbers[first:])
+        pictures = np.stack(features.thumbs[first:last])[:, : height * width].reshape(-1, height, width)
+        steps = np.diff(features.numbers[first:last])
+        self._moved = features.numbers[last - 1]
         # Motion over frames that were not looked at is spread evenly over them.
         return np.repeat(track(pictures) / np.maximum(steps, 1)[:, None], steps, axis=0)
 
-    def settle(self, final: bool = False) -> list[Found]:
-        """New cuts that are certain by now; with `final`, all that remain."""
-        if final:
-            self._look_at_skipped()
-        context = round(SETTLE_SECONDS * self._fps)
-        limit = self._next if final else self._next - context
-        if limit <= self._settled:
-            return []
-        found = [c for c in self._examine() if self._settled <= c.end < limit or (final and c.end >= self._settled)]
-        self._settled = limit
-        self.scorer.forget(limit - context)
-        return found
+    def _examine(self, limit: int) -> list[Found]:
+        """The cuts of the remembered stretch, after a second look at all steps before `limit` that need one."""
+        seen: set[Step] = set()
+        while True:
+            found, steps = self._judge()
+            steps = sorted({s for s in steps if self._settled <= s[1] <= limit} - seen)
+            if not steps or self._look_again is None:
+                return found
+            seen.update(steps)
+            for looks in self._look_again(steps):
+                self.scorer.insert(looks)
 
-    def _examine(self) -> list[Found]:
-        """The cuts of the remembered stretch. The judge counts the frames that were looked at; this converts."""
+    def _judge(self) -> tuple[list[Found], list[Step]]:
+        """The cuts of the remembered stretch, and the steps between frames looked at that hide where a cut is.
+
+        The judge counts the frames that were looked at; this converts.
+        """
         numbers = self.scorer.features.numbers
         if len(numbers) < 2:
-            return []
+            return [], []
+        scores = self._neighbour_scores()
         judge = _Judge(self.scorer.features)
         proposals = [p for cut_pass in self.config.passes for p in self._proposals(cut_pass)]
+        neighbours = [p for p in proposals if p.after - p.before == 1]
         judge.blanks()
-        judge.jumps([p for p in proposals if p.after - p.before == 1], self._neighbour_scores())
+        judge.jumps(neighbours, scores)
         judge.pairs([p for p in proposals if p.after - p.before > 1])
-        found = []
+        found, places = [], {p.after for p in neighbours if judge.prominent(p, scores, SUSPECT)}
         for cut in sorted(judge.found, key=lambda c: c.end):
-            start = numbers[cut.start - 1] + 1 if cut.start else numbers[0]
+            # The ends of a fade or dissolve are known to a frame or two in any case.
+            places |= {cut.start, cut.end} if cut.kind in ("hard", "black") else set()
             end = numbers[cut.end] if cut.end < len(numbers) else self._next
+            start = end if cut.kind == "hard" else numbers[cut.start - 1] + 1 if cut.start else numbers[0]
             found.append(replace(cut, start=min(start, end), end=end))
-        return found
+        inner = sorted(p for p in places if 0 < p < len(numbers) and self._differs(p))
+        return found, [(numbers[p - 1], numbers[p]) for p in inner]
+
+    def _differs(self, place: int) -> bool:
+        """Whether frames that were not looked at before this one may matter."""
+        features = self.scorer.features
+        apart = features.numbers[place] - features.numbers[place - 1] > 1
+        return apart and features.changes[place] >= LOOK_AGAIN * self._threshold
 
     def _neighbour_scores(self) -> dict[int, float]:
         """Content scores between neighbours, per frame between them, by the place of the second."""
@@ -296,20 +346,21 @@ class _Judge:
         first, last = group[0].before, group[-1].after
         others = [scores.get(p.after, p.score) for p in group if p is not peak]
         if not others or scores.get(peak.after, peak.score) >= 1.5 * max(others):
-            if self._prominent(peak, scores) and not self._same(peak.before, peak.after):
+            if self.prominent(peak, scores) and not self._same(peak.before, peak.after):
                 self._keep("hard", peak.after, peak.after, peak)
             return
         ramp = self._ramp(max(0, first - 2), min(len(self.pictures) - 1, last + 2))
         if ramp is not None and ramp.is_transition:
             self._keep("dissolve" if ramp.end > ramp.start else "hard", ramp.start, ramp.end, peak)
-        elif len(group) == 2 and all(self._prominent(p, scores) for p in group):
+        elif len(group) == 2 and all(self.prominent(p, scores) for p in group):
             for p in group:
                 self._keep("hard", p.after, p.after, p)
 
-    def _prominent(self, p: Proposal, scores: dict[int, float]) -> bool:
+    def prominent(self, p: Proposal, scores: dict[int, float], factor: float = MIN_PROMINENCE) -> bool:
+        """Whether a jump exceeds what happens around it by this factor."""
         near = [scores[f] for f in range(p.after - 3, p.after + 4) if f != p.after and f in scores]
         # The neighbours' median is not raised by a second cut or a flash nearby.
-        return not near or scores.get(p.after, p.score) >= MIN_PROMINENCE * float(np.median(near))
+        return not near or scores.get(p.after, p.score) >= factor * float(np.median(near))
 
     def _ramp(self, low: int, high: int) -> Ramp | None:
         ramp = fit_ramp(self.pictures[low : high + 1], self.pixels)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import array
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +27,7 @@ MAX_PACKETS = 20_000_000  # 92 hours at 60 fps
 REFUSED_FORMATS = ("hls", "dash", "concat", "tty", "image2", "_pipe", "lavfi", "ffmetadata", "webvtt", "srt", "ass")
 UNTRUSTED = "timestamps are missing, repeated or run backwards; times follow from the frame rate"
 NO_TIMESTAMP = np.iinfo(np.int64).min
+Opened = tuple[av.container.InputContainer, av.VideoStream]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def check_file(path: Path) -> None:
 
 
 @contextmanager
-def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(path: Path) -> Iterator[Opened]:
     """The container and its video stream, one decoding thread, closed at the end.
 
     Only local files are opened: a playlist can't lead elsewhere. Raises SourceFailure without a usable video stream.
@@ -197,3 +198,27 @@ def _trusted(pts: np.ndarray, dts: np.ndarray, hidden: np.ndarray, base: Fractio
         return False
     seconds = np.diff(shown).astype(np.float64) * float(base)
     return bool(seconds.max() < 3600 and shown[-1] - shown[0] < 1 << 53)
+
+
+def packets_from(
+    source: Path, keyframe: int | None, opened: Opened | None = None
+) -> Iterator[tuple[av.Packet, av.VideoStream]]:
+    """The packets in decoding order from the keyframe with this timestamp on; None: from the beginning.
+
+    Program and transport streams have no index, and a seek may land behind the wanted packet; they are read from the
+    beginning then. opened: the source, open already; opening costs as much as decoding four frames.
+    """
+    for seeking in (True, False) if keyframe is not None else (False,):
+        found = keyframe is None
+        with nullcontext(opened) if opened and seeking else open_video(source) as (container, stream):
+            if seeking and keyframe is not None:
+                container.seek(keyframe, stream=stream, backward=True, any_frame=False)
+            for packet in container.demux(stream):
+                if not found and packet.is_keyframe and packet.pts is not None and keyframe is not None:
+                    found = packet.pts == keyframe
+                    if seeking and packet.pts > keyframe:
+                        break
+                if found:
+                    yield packet, stream
+        if found:
+            return

@@ -39,6 +39,12 @@ class Pair:
     fit: GlobalFit
 
 
+def sampled_times(config: MotionConfig, pts: np.ndarray, time_base: float) -> list[int]:
+    """Which of the timestamps `pts`, ascending, a Sampler takes a sample at."""
+    clocks = Clock(FRAMES_PER_SECOND), Clock(config.fps)
+    return [t for t in pts.tolist() if any([clock.tick(t * time_base) for clock in clocks])]
+
+
 @dataclass(frozen=True)
 class ClipSamples:
     """The samples of one clip, as in ClipAnalysis."""

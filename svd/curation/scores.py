@@ -8,6 +8,7 @@ L1 norm.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from svd.curation.decode import Planes, halve
 
 THUMB_WIDTH = 48
 TRANSNET_SIZE = (48, 27)
+Look = tuple[int, float, Planes]  # number and time of a frame, and its small picture
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,17 @@ class _ContentPass:
     def wants(self, seconds: float) -> bool:
         return self.clock.tick(seconds)
 
-    def add(self, frame: int, hsv: np.ndarray) -> None:
+    def add(self, frame: int, hsv: np.ndarray, change: float) -> None:
+        """Compare with the last frame; change: the score against the last one that any pass has seen."""
         if self._last is not None:
-            self.jumps.append(Jump(self._last[0], frame, content_score(hsv, self._last[1])))
+            score = change if self.clock.fps is None else content_score(hsv, self._last[1])
+            self.jumps.append(Jump(self._last[0], frame, score))
         self._last = frame, hsv
+
+    def replace(self, steps: list[Jump]) -> None:
+        """Put the steps from a frame to a later one in place of the one comparison of both."""
+        place = bisect.bisect_left(self.jumps, steps[-1].after, key=lambda j: j.after)
+        self.jumps[place : place + 1] = steps
 
 
 def _library_detector(cut_pass: CutPass, min_seconds: float) -> SceneDetector:
@@ -153,13 +162,14 @@ class Features:
     numbers: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     thumbs: list[np.ndarray] = field(default_factory=list)
+    changes: list[float] = field(default_factory=list)  # content score against the frame before
     tiny: list[np.ndarray] = field(default_factory=list)  # TRANSNET_SIZE RGB, only with that detector
     thumb_size: tuple[int, int] = (0, 0)
 
     def forget(self, frame: int) -> None:
         """Drop everything before `frame`."""
         count = bisect.bisect_left(self.numbers, frame)
-        for values in (self.numbers, self.seconds, self.thumbs, self.tiny):
+        for values in (self.numbers, self.seconds, self.thumbs, self.changes, self.tiny):
             del values[:count]
 
 
@@ -177,11 +187,16 @@ class Scorer:
         self._tiny = any(c.detector == "transnetv2" for c in passes)
         self._last: np.ndarray | None = None
         self._ready: tuple[Planes, np.ndarray, np.ndarray] | None = None
+        self._change: tuple[Planes, np.ndarray, float] | None = None
 
     def change(self, small: Planes) -> float:
         """Content score of a picture against the last one that was added; 0 for the first."""
-        _, hsv = self._colours(small)
-        return content_score(hsv, self._last) if self._last is not None else 0.0
+        if self._last is None:
+            return 0.0
+        # Asked for twice for most pictures: before and while they are added.
+        if self._change is None or self._change[0] is not small or self._change[1] is not self._last:
+            self._change = small, self._last, content_score(self._colours(small)[1], self._last)
+        return self._change[2]
 
     def _colours(self, small: Planes) -> tuple[np.ndarray, np.ndarray]:
         """BGR and HSV of a picture, remembered for the call of `add` that follows `change`."""
@@ -192,10 +207,11 @@ class Scorer:
 
     def add(self, frame: int, seconds: float, small: Planes) -> None:
         """Score the frame with this number and time; small: Y (h, w), U and V (h/2, w/2) uint8."""
-        features = self.features
+        features, change = self.features, self.change(small)
         features.numbers.append(frame)
         features.seconds.append(seconds)
         features.thumbs.append(thumbnail(small))
+        features.changes.append(change)
         if not features.thumb_size[0]:
             features.thumb_size = thumbnail_size(small)
         content = [p for p in self.content.values() if p.wants(seconds)]
@@ -206,7 +222,25 @@ class Scorer:
         for other in library:
             other.add(frame, bgr)
         for own in content:
-            own.add(frame, self._last)
+            own.add(frame, self._last, change)
+
+    def insert(self, looks: list[Look]) -> None:
+        """Add the frames between two neighbours that were looked at: all from the first to the second.
+
+        Only where content is compared; slower passes keep the frames that they have compared.
+        """
+        colours = [to_hsv(small) for _, _, small in looks]
+        changes = [content_score(other, one) for one, other in itertools.pairwise(colours)]
+        features = self.features
+        place = bisect.bisect_left(features.numbers, looks[-1][0])
+        features.changes[place] = changes[-1]
+        features.changes[place:place] = changes[:-1]
+        features.numbers[place:place] = [number for number, _, _ in looks[1:-1]]
+        features.seconds[place:place] = [seconds for _, seconds, _ in looks[1:-1]]
+        features.thumbs[place:place] = [thumbnail(small) for _, _, small in looks[1:-1]]
+        if None in self.content:
+            pairs = itertools.pairwise(number for number, _, _ in looks)
+            self.content[None].replace([Jump(*pair, change) for pair, change in zip(pairs, changes, strict=True)])
 
     def forget(self, frame: int) -> None:
         """Drop the features and jumps before `frame`."""

@@ -16,7 +16,7 @@ import av.container
 import av.error
 import av.filter
 
-from svd.curation.probe import UNTRUSTED, open_video
+from svd.curation.probe import UNTRUSTED, Opened, open_video, packets_from
 from svd.curation.types import ClipFile, ClipSpan, SourceFacts, SourceFailure
 
 # x264's choice of instructions by machine leaves random bytes behind some slices; a fixed set gives equal bytes
@@ -38,26 +38,27 @@ def write_clips(source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan,
     with square pixels. Raises SourceFailure when the source no longer decodes to the frames of a span.
     """
     written = []
-    for span, target in jobs:
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            written.append(_write(source, span, facts, temporary))
-            with temporary.open("rb") as finished:
-                os.fsync(finished.fileno())
-            temporary.replace(target)
-        except (av.error.FFmpegError, ValueError) as error:
-            raise SourceFailure(f"clip at {span.start_seconds:.3f} s can't be written: {error}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+    with open_video(source) as opened:
+        for span, target in jobs:
+            temporary = target.with_name(f".{target.name}.tmp")
+            try:
+                written.append(_write(source, opened, span, facts, temporary))
+                with temporary.open("rb") as finished:
+                    os.fsync(finished.fileno())
+                temporary.replace(target)
+            except (av.error.FFmpegError, ValueError) as error:
+                raise SourceFailure(f"clip at {span.start_seconds:.3f} s can't be written: {error}") from None
+            finally:
+                temporary.unlink(missing_ok=True)
     return written
 
 
-def _write(source: Path, span: ClipSpan, facts: SourceFacts, target: Path) -> ClipFile:
+def _write(source: Path, opened: Opened, span: ClipSpan, facts: SourceFacts, target: Path) -> ClipFile:
     copy = span.method == "copy"
     options = {"fflags": "+bitexact", "movflags": "+faststart"}
     with av.open(str(target), "w", format="mp4", options=options) as output:
         if copy:
-            count, width, height = _copy(source, span, output), facts.width, facts.height
+            count, width, height = _copy(source, opened, span, output), facts.width, facts.height
         else:
             count = _encode(source, span, facts, output)
             width, height = upright_size(facts)
@@ -75,33 +76,11 @@ def upright_size(facts: SourceFacts) -> tuple[int, int]:
     return max(2, facts.display_width // 2 * 2), max(2, facts.display_height // 2 * 2)
 
 
-def _packets(source: Path, keyframe: int | None) -> Iterator[tuple[av.Packet, av.VideoStream]]:
-    """The packets in decoding order from the keyframe with this timestamp on; None: from the beginning.
-
-    Program and transport streams have no index, and a seek may land behind the wanted packet; they are read from the
-    beginning then.
-    """
-    for seeking in (True, False) if keyframe is not None else (False,):
-        found = keyframe is None
-        with open_video(source) as (container, stream):
-            if seeking and keyframe is not None:
-                container.seek(keyframe, stream=stream, backward=True, any_frame=False)
-            for packet in container.demux(stream):
-                if not found and packet.is_keyframe and packet.pts is not None and keyframe is not None:
-                    found = packet.pts == keyframe
-                    if seeking and packet.pts > keyframe:
-                        break
-                if found:
-                    yield packet, stream
-        if found:
-            return
-
-
-def _copy(source: Path, span: ClipSpan, output: av.container.OutputContainer) -> int:
+def _copy(source: Path, opened: Opened, span: ClipSpan, output: av.container.OutputContainer) -> int:
     track: av.VideoStream | None = None
     waiting: list[av.Packet] = []
     count = 0
-    for packet, stream in _packets(source, span.start_pts):
+    for packet, stream in packets_from(source, span.start_pts, opened):
         if packet.pts is None or packet.size == 0:
             continue
         if packet.pts >= span.end_pts:
@@ -137,7 +116,7 @@ def _mux(
 def _frames(source: Path, span: ClipSpan, facts: SourceFacts) -> Iterator[av.VideoFrame]:
     """The decoded frames of a span, decoded from the last keyframe before it."""
     earlier = [k for k in facts.keyframes if k <= span.start_pts]
-    for packet, _ in _packets(source, earlier[-1] if earlier else None):
+    for packet, _ in packets_from(source, earlier[-1] if earlier else None):
         for frame in _decoded(packet):
             if frame.pts is None or frame.pts < span.start_pts:
                 continue
@@ -149,7 +128,7 @@ def _frames(source: Path, span: ClipSpan, facts: SourceFacts) -> Iterator[av.Vid
 def _counted(source: Path, span: ClipSpan) -> Iterator[av.VideoFrame]:
     """The decoded frames of a span of a source without usable timestamps: counted from its beginning."""
     number = 0
-    for packet, _ in _packets(source, None):
+    for packet, _ in packets_from(source, None):
         for frame in _decoded(packet):
             if number >= span.end_frame:
                 return
