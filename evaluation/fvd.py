@@ -31,7 +31,10 @@ class Frechet:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Maximum mean discrepancy (squared) of the kernel (x·y/d)²: biased V-statistic and unbiased U-statistic."""
+    """Maximum mean discrepancy (squared): biased V-statistic and unbiased U-statistic.
+
+    The kernel (x·y/d)² is that of JEDi (Luo et al. 2024, "Beyond FVD"), who publish the biased value times 100.
+    """
 
     biased: float
     unbiased: float

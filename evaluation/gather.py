@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,11 @@ class ViewTable:
     names: tuple[str, ...]
     rows: tuple[tuple[str, tuple[str, ...]], ...]
     about: dict[str, str]
+
+    def of(self, metric: str, subjects: Sequence[str]) -> list[tuple[str, str]]:
+        """(subject, value) of one metric, for those of `subjects` that were scored."""
+        column = self.names.index(metric)
+        return [(subject, values[column]) for subject, values in self.rows if subject in subjects]
 
 
 @dataclass(frozen=True)
@@ -306,6 +311,8 @@ def _views(folder: Path | None, found: Gathered) -> None:
     rows = read_csv(folder / "results.csv")
     names = tuple(name for name in rows[0] if all(_finite(row[name]) for row in rows) and name not in _COUNTS)
     about = {name: rows[0][name] for name in rows[0] if name not in (*names, "subject")}
+    if (folder / "protocol.json").is_file():
+        about |= {f"{name} hash": value[:12] for name, value in read_json(folder / "protocol.json")["models"].items()}
     table = tuple((row["subject"], tuple(row[name] for name in names)) for row in rows)
     found.views = ViewTable(names, table, about)
 

@@ -114,9 +114,14 @@ def real_features(evaluation: Evaluation) -> FeatureSet:
     return evaluation.collector.collect("real", len(evaluation.dataset.clips), make, keep)
 
 
-def sampled_features(evaluation: Evaluation, models: Models, seed: int, name: str) -> FeatureSet:
-    """Features of one sampled clip a prompt (App. E.4); `name` is the cache's folder."""
+def sampled_features(
+    evaluation: Evaluation, models: Models, seed: int, name: str, guidance: float | None = None
+) -> FeatureSet:
+    """Features of one sampled clip a prompt (App. E.4); `name` is the cache's folder, `guidance` replaces the
+    configured one.
+    """
     config = evaluation.config
+    sampling = config.sampling if guidance is None else config.sampling.model_copy(update={"guidance": guidance})
 
     def make(numbers: list[int]) -> Tensor:
         clips = text_to_video(
@@ -127,7 +132,7 @@ def sampled_features(evaluation: Evaluation, models: Models, seed: int, name: st
             width=config.width,
             fps=config.fps,
             motion_bucket=config.motion_bucket,
-            sampling=config.sampling,
+            sampling=sampling,
             seed=[clip_seed(seed, number) for number in numbers],
             progress=False,
         )
@@ -179,7 +184,8 @@ def score_all(evaluation: Evaluation, models: Models, real: FeatureSet) -> tuple
         add("generated", seed, generated.state())
         first = first or generated
         if "untrained" in evaluation.config.controls:
-            random = sampled_features(evaluation, untrained(models, seed), seed, f"untrained-{seed}")
+            # A fresh network's last layer is zero whatever its condition: guidance would change nothing but the time.
+            random = sampled_features(evaluation, untrained(models, seed), seed, f"untrained-{seed}", guidance=1.0)
             add("untrained", seed, random.state())
         if "noise" in evaluation.config.controls:
             add("noise", seed, noise_features(evaluation, seed).state())

@@ -20,15 +20,34 @@ ADAM_EPS = 1e-8
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U·Vᵀ of the singular value decomposition U·S·Vᵀ of a (rows, columns) matrix."""
+    """About U·Vᵀ of the singular value decomposition U·S·Vᵀ of a (rows, columns) matrix X.
+
+    Every iteration multiplies X from the left by a polynomial of its Gram matrix G = X·Xᵀ. The short side being at most
+    half of the long one, it is cheaper to iterate on G, which stays small, and to multiply X once by the product.
+    """
     a, b, c = QUINTIC
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.t() if tall else matrix
     x = x / (x.norm() + 1e-7)
-    for _ in range(ITERATIONS):
-        gram = x @ x.t()
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    if 2 * x.shape[0] <= x.shape[1]:
+        x = _product_of_polynomials(x @ x.t()) @ x
+    else:
+        for _ in range(ITERATIONS):
+            gram = x @ x.t()
+            x = a * x + (b * gram + c * gram @ gram) @ x
     return x.t() if tall else x
+
+
+def _product_of_polynomials(gram: Tensor) -> Tensor:
+    """What all iterations together multiply X by, from X·Xᵀ alone (n, n): the factors commute."""
+    a, b, c = QUINTIC
+    total = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for iteration in range(ITERATIONS):
+        factor = b * gram + c * gram @ gram
+        factor.diagonal().add_(a)
+        total = factor @ total if iteration else factor
+        gram = factor @ gram @ factor
+    return total
 
 
 class Muon(torch.optim.Optimizer):

@@ -64,6 +64,8 @@ def test_every_part_is_there(page: str) -> None:
         "after motion",
         "Autoencoder reconstruction",
         "16.2 dB",
+        "mean view 14.4",
+        "real against real (half) 12.3 · mean frame 136.3",
         "-71 %",
         "contact sheet",
         "6 / 6",

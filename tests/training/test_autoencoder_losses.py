@@ -27,7 +27,7 @@ from svd.training.losses import (
     kl_divergence,
     psnr,
 )
-from svd.training.muon import Muon, orthogonalised
+from svd.training.muon import ITERATIONS, QUINTIC, Muon, orthogonalised
 from svd.video import write_mp4
 
 
@@ -132,6 +132,20 @@ def test_orthogonalised_has_singular_values_near_one(rows: int, columns: int, se
     well = given_values > 0.05 * given_values[0]
     assert values.max() < 1.3
     assert values[well].min() > 0.5
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (8, 216), (96, 12)])
+def test_iterating_on_the_gram_matrix_gives_what_iterating_on_the_matrix_gives(shape: tuple[int, int]) -> None:
+    """Ill-conditioned (singular values over five decades), as momenta of a network are."""
+    rank = min(shape)
+    u, v = (torch.linalg.qr(torch.randn(n, rank, generator=torch.Generator().manual_seed(n)))[0] for n in shape)
+    matrix = u * torch.logspace(0, -5, rank) @ v.T
+    a, b, c = QUINTIC
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    assert torch.allclose(orthogonalised(matrix).double(), x, atol=1e-3)  # the smallest values carry the rounding of G
 
 
 def test_muon_resumes_exactly() -> None:
