@@ -300,8 +300,8 @@ def check_single(out: Path, clips: int) -> None:
 
 
 def is_released(model: Path | None) -> bool:
-    """Whether the option names the folder of a whole pipeline, as Stability publishes it."""
-    return model is not None and (model / "model_index.json").is_file()
+    """Whether the option names a whole model as Stability publishes it: the folder of a pipeline, or a single file."""
+    return model is not None and (model.is_file() or (model / "model_index.json").is_file())
 
 
 def clip_size(networks: Networks, size: Size, phase: Phase) -> tuple[int, int, int]:
@@ -311,8 +311,13 @@ def clip_size(networks: Networks, size: Size, phase: Phase) -> tuple[int, int, i
     from svd.model.layout import read_config
 
     known = (phase.frames, phase.height, phase.width)
-    if networks.model is not None and is_released(networks.model):
-        known = (int(read_config(networks.model / "unet" / "config.json").get("num_frames", 14)), 576, 1024)
+    model = networks.model
+    if model is not None and is_released(model):
+        # A single file doesn't say how many frames it was trained on; only its published name does.
+        frames = 25 if "xt" in model.stem.lower() else 14
+        if model.is_dir():
+            frames = int(read_config(model / "unet" / "config.json").get("num_frames", frames))
+        known = (frames, 576, 1024)
     return size.frames or known[0], size.height or known[1], size.width or known[2]
 
 

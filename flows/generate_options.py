@@ -27,7 +27,7 @@ class Networks:
         str, typer.Option("--preset", "-p", help="Preset whose networks, sizes and sampling are the defaults.")
     ] = "tiny"
     model: Annotated[
-        Path | None, typer.Option("--model", "-m", help="U-Net folder, or the folder of a released pipeline.")
+        Path | None, typer.Option("--model", "-m", help="U-Net folder, or a released pipeline's folder or file.")
     ] = None
     autoencoder: Annotated[
         Path | None, typer.Option(help="Autoencoder folder.", show_default="the pipeline's or the preset's")

@@ -7,6 +7,7 @@ A folder of a stored CLIP holds `open_clip_config.json` and `model.safetensors`;
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transformer import VisionTransformer
 
 from svd.config import EncodersConfig
-from svd.model.checkpoint import fill, of_module, read_tensors, write_tensors
-from svd.model.clip_keys import to_open_clip
+from svd.model.checkpoint import Lazy, fill, of_module, read_tensors, write_tensors
+from svd.model.clip_keys import to_open_clip, transformers_config
+from svd.model.sgm import read_sgm
 from svd.model.weights import weights_file
 from svd.stage import UserError, write_json
 
@@ -114,23 +116,45 @@ def load_clip(folder: Path, config: EncodersConfig, device: torch.device | str =
     return clip.to(device).eval(), "toy-clip"
 
 
-def load_image_tower(folder: Path, device: torch.device | str = "cpu") -> VisionTransformer:
-    """open_clip's image tower from a folder in transformers' layout (CLIPVisionModelWithProjection), float32.
+def load_image_tower(path: Path, device: torch.device | str = "cpu") -> VisionTransformer:
+    """open_clip's image tower, float32: from a folder in transformers' layout (CLIPVisionModelWithProjection), or out
+    of a single file in Stability's layout.
 
     Raises UserError for missing, broken and unfitting files.
     """
-    config = _read_json(folder / "config.json", "give a folder with a CLIPVisionModelWithProjection")
+    if path.is_file():
+        parts = read_sgm(path)
+        tensors = {n.removeprefix("visual."): t for n, t in parts.clip.items() if n.startswith("visual.")}
+        if not tensors:
+            raise UserError(f"{path}: no image encoder in this file; give one with --encoders")
+        config = transformers_config(tensors, parts.config.get("clip_heads"))
+        return _image_tower(config, tensors, f"{path}: image encoder", device)
+    config = _read_json(path / "config.json", "give a folder with a CLIPVisionModelWithProjection")
     names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     missing = [name for name in (*names, "projection_dim") if not isinstance(config.get(name), int)]
     if missing:
-        raise UserError(f"{folder / 'config.json'}: {', '.join(missing)} missing or no number")
+        raise UserError(f"{path / 'config.json'}: {', '.join(missing)} missing or no number")
     if config.get("hidden_act") != "gelu":
-        raise UserError(f"{folder / 'config.json'}: hidden_act '{config.get('hidden_act')}', SVD's encoder has 'gelu'")
-    image, patch, width, layers, heads, mlp = (config[name] for name in names)
+        raise UserError(f"{path / 'config.json'}: hidden_act '{config.get('hidden_act')}', SVD's encoder has 'gelu'")
+    tensors = to_open_clip(read_tensors(weights_file(path, "model")))
+    return _image_tower(config, tensors, f"{path} doesn't fit its config.json", device)
+
+
+def _image_tower(
+    config: Mapping[str, Any], tensors: Mapping[str, Lazy], what: str, device: torch.device | str
+) -> VisionTransformer:
+    """The tower of transformers' configuration, filled; `what` begins the message about tensors that don't fit."""
     with torch.device("meta"):
-        tower = VisionTransformer(image, patch, width, layers, heads, mlp / width, output_dim=config["projection_dim"])
-    tensors = to_open_clip(read_tensors(weights_file(folder, "model")))
-    fill(tower, tensors, f"{folder} doesn't fit its config.json", device, torch.float32)
+        tower = VisionTransformer(
+            config["image_size"],
+            config["patch_size"],
+            config["hidden_size"],
+            config["num_hidden_layers"],
+            config["num_attention_heads"],
+            config["intermediate_size"] / config["hidden_size"],
+            output_dim=config["projection_dim"],
+        )
+    fill(tower, tensors, what, device, torch.float32)
     return tower.eval()
 
 

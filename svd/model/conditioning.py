@@ -1,7 +1,7 @@
 """Everything the U-Net is told besides the noisy latents (§2, D.2, D.4–D.6; released code where the paper is silent).
 
-Text and image encoders of CLIP, micro-conditioning ids, the noise-augmented conditioning frame, and the dropout that
-makes classifier-free guidance possible. Frames are (B, 3, H, W) in [-1, 1].
+Text and image encoders of CLIP, micro-conditioning ids and the noise-augmented conditioning frame; what classifier-free
+dropout takes away in training is drawn in svd.data.loader. Frames are (B, 3, H, W) in [-1, 1].
 """
 
 from __future__ import annotations
@@ -149,11 +149,12 @@ class Encoders:
 def load_encoders(folder: Path, config: EncodersConfig, device: torch.device | str = "cpu") -> Encoders:
     """The encoders that the stage `encoders` left in `folder`, frozen, float32.
 
-    A released pipeline in diffusers' layout is accepted too: its `image_encoder/` is taken, there is no text encoder
-    then. Raises UserError when the encoders can't be had.
+    A released model is accepted too, as a pipeline in diffusers' layout or as a single file: its image encoder is
+    taken, there is no text encoder then. Raises UserError when the encoders can't be had.
     """
-    if (folder / PIPELINE_PART / "config.json").is_file():
-        tower = load_image_tower(folder / PIPELINE_PART, device).requires_grad_(False)
+    released = folder if folder.is_file() else folder / PIPELINE_PART
+    if folder.is_file() or (released / "config.json").is_file():
+        tower = load_image_tower(released, device).requires_grad_(False)
         return Encoders(None, ImageEncoder(tower).to(device).eval(), f"image encoder of {folder.name}")
     clip, label = load_clip(folder, config, device)
     clip.requires_grad_(False)
@@ -228,20 +229,3 @@ def conditioned(unet: nn.Module, condition: Condition) -> Network:
         return unet(x.to(dtype), c_noise, context, condition.ids, time_context_BLD=time_context)
 
     return network
-
-
-def drop(signal: Tensor, probability: float, generators: Generators = None, null: Tensor | None = None) -> Tensor:
-    """Classifier-free dropout: each sample of `signal` (B, …) becomes `null` (zeros by default) with `probability`.
-
-    Call it once a signal; the draws are independent. null: of a sample's shape, such as the embedding of the empty
-    caption.
-    """
-    if isinstance(generators, Sequence):
-        draws = torch.cat([torch.rand(1, generator=g, device=g.device).cpu() for g in generators])
-    else:
-        device = generators.device if generators is not None else "cpu"
-        draws = torch.rand(len(signal), generator=generators, device=device)
-    dropped = expand((draws < probability).to(signal.device), signal)
-    return torch.where(
-        dropped, torch.zeros((), dtype=signal.dtype, device=signal.device) if null is None else null, signal
-    )

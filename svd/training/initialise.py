@@ -17,7 +17,7 @@ from svd.model.unet import UNet, UNetConfig
 from svd.stage import UserError
 from svd.training.tasks import Task
 
-# What an image model taken out of a video model leaves behind.
+# What only video models have: fresh in one that is made from an image model, left behind the other way round.
 VIDEO_PARTS = ("temporal_", "time_pos_embed", "time_mixer", "add_embedding")
 
 
@@ -62,10 +62,12 @@ def carry_over(source: UNet, target: UNet, origin: str) -> UNet:
     """Copy into `target` what `source` has, and return it.
 
     New input channels of the first convolution and new conditioning ids start at zero, so the model first ignores
-    them; layers that only the target has (temporal layers, learned mask) keep their initial values. Raises UserError
-    when other shapes differ.
+    them: 4 channels become 8 (D.4) or 9 (D.5). Temporal layers and the learned mask, where only the target has them,
+    keep their initial values; in image mode an inflated model computes what the image model does. Raises UserError when
+    the rest doesn't fit.
     """
     given, state = _names_of(target, source.state_dict()), target.state_dict()
+    _check_parts(given, state, target.config.temporal, origin)
     with torch.no_grad():
         for name, tensor in state.items():
             if name not in given:
@@ -76,12 +78,23 @@ def carry_over(source: UNet, target: UNet, origin: str) -> UNet:
                     f"{origin}: '{name}' is {tuple(given[name].shape)}, in the preset's model {tuple(tensor.shape)}; "
                     "make the sizes in 'model.unet' those of these weights"
                 )
+    return target
+
+
+def _check_parts(given: Mapping[str, Tensor], state: Mapping[str, Tensor], temporal: bool, origin: str) -> None:
+    """Raises UserError when one of the models has layers without a counterpart that the other one can do without."""
     lost = sorted(given.keys() - state.keys() - {"mask_latent"})
-    if not target.config.temporal:
+    if not temporal:
         lost = [name for name in lost if not any(part in name for part in VIDEO_PARTS)]
     if lost:
         raise UserError(f"{origin}: the preset's model has no place for '{lost[0]}' and {len(lost) - 1} more tensors")
-    return target
+    fresh = sorted(state.keys() - given.keys() - {"mask_latent"})
+    fresh = [name for name in fresh if not any(part in name for part in VIDEO_PARTS)]
+    if fresh:
+        raise UserError(
+            f"{origin}: lacks '{fresh[0]}' and {len(fresh) - 1} more tensors of the preset's model; make the sizes in "
+            "'model.unet' those of these weights"
+        )
 
 
 def _names_of(target: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

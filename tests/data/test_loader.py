@@ -16,6 +16,7 @@ from toy_training import FRAMES, write_cache
 
 from svd.data.cache import LatentCache
 from svd.data.loader import Batch, Draws, Examples, IndexedLoader, shuffled
+from svd.diffusion.edm import DiscreteSchedule
 from svd.stage import UserError
 
 DRAWS = Draws(
@@ -116,6 +117,38 @@ def test_draws_follow_their_distributions(cache: LatentCache) -> None:
         chosen[names[0] if names else "null"] += 1
     assert chosen["null"] / (count // 2) == pytest.approx(0.15, abs=0.03)
     assert chosen["motion"] / (chosen["motion"] + chosen["sidecar"]) == pytest.approx(0.25, abs=0.04)
+
+
+def test_each_signal_is_dropped_by_itself(cache: LatentCache) -> None:
+    """Text, image and conditioning latent at their own rates (D.1), independently of each other."""
+    data = examples(cache, Draws(7, -1.2, 1.0, text_dropout=0.3, image_dropout=0.2))
+    samples = [data[i] for i in range(1500)]
+    image, concat = (1 - torch.stack([s[name] for s in samples]) for name in ("keep_image", "keep_concat"))
+    text = torch.tensor([float(s["text"].equal(cache.null_text)) for s in samples])
+    for dropped, rate in ((text, 0.3), (image, 0.2), (concat, 0.2)):
+        assert dropped.mean().item() == pytest.approx(rate, abs=0.035)
+    for first, second, rate in ((image, concat, 0.04), (image, text, 0.06), (concat, text, 0.06)):
+        assert (first * second).mean().item() == pytest.approx(rate, abs=0.02)
+
+
+def test_the_conditioning_frames_noise_has_its_own_distribution(cache: LatentCache) -> None:
+    """ln sigma ~ N(-3, 0.5^2), unrelated to the clip's noise level (D.4)."""
+    data = examples(cache, Draws(7, 1.0, 1.6, pixels=True))
+    pairs = torch.stack([torch.stack([s["conditioning_sigma"], s["sigma"]]) for s in (data[i] for i in range(1000))])
+    logs = pairs.log()
+    assert logs[:, 0].mean().item() == pytest.approx(-3, abs=0.06)
+    assert logs[:, 0].std().item() == pytest.approx(0.5, abs=0.05)
+    assert abs(torch.corrcoef(logs.T)[0, 1].item()) < 0.1
+
+
+def test_the_ablations_draw_the_levels_of_stable_diffusion() -> None:
+    levels = DiscreteSchedule().sigmas
+    drawn = torch.stack([Draws(7, 0, 1, objective="discrete-v").sigma(i) for i in range(2000)])
+    index = torch.searchsorted(levels, drawn)
+    assert levels[index].equal(drawn)
+    assert index.float().mean().item() == pytest.approx(499.5, abs=25)
+    examined = torch.stack([Draws(7, 0, 1, objective="discrete-v", strata=8).sigma(i) for i in range(8)])
+    assert examined.equal(levels[62::125])
 
 
 def test_offset_noise_is_shared_by_the_frames(cache: LatentCache) -> None:

@@ -3,9 +3,11 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_models import released_layout
 from typer.testing import CliRunner
 
 from flows import generate_cli
@@ -14,7 +16,9 @@ from svd import watermark
 from svd.files import read_clip
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.clip import build, save_toy, toy_config
+from svd.model.convert import convert
 from svd.model.lora import add_lora, save_lora
+from svd.model.sgm import write_sgm
 from svd.model.unet import UNet, UNetConfig
 from svd.model.weights import save_autoencoder, save_unet
 from svd.stage import UserError
@@ -170,6 +174,21 @@ def test_a_released_pipeline_brings_its_own_defaults(tmp_path):
     (tmp_path / "unet/config.json").write_text(json.dumps({"num_frames": 25}))
     assert generate_cli.clip_size(networks, size, phase) == (25, 576, 1024)
     assert generate_cli.base_sampling(networks, generate_cli.Sampling(steps=3)).steps == 25
+
+
+def test_a_single_file_is_a_whole_model(run, tmp_path, picture):
+    """Its U-Net, autoencoder and image encoder; the same clip as from the folder that it is converted to."""
+    write_sgm(tmp_path / "svd_xt.safetensors", released_layout())
+    convert(tmp_path / "svd_xt.safetensors", tmp_path / "folder", "diffusers")
+    clips = []
+    for model in ("svd_xt.safetensors", "folder"):
+        (path,) = run("image", picture, "-m", model, "--out", model.split(".")[0], *SIZE, *QUICK)
+        clips.append(read_frames(tmp_path / path)[0])
+    assert clips[0].shape == (3, 64, 96, 3) and clips[0].std() > 10
+    assert np.abs(clips[0].astype(float) - clips[1]).mean() < 1
+    phase = generate_cli.load_preset("tiny").image_to_video.phases[-1]
+    networks = generate_cli.Networks(model=tmp_path / "svd_xt.safetensors")
+    assert generate_cli.clip_size(networks, generate_cli.Size(), phase) == (25, 576, 1024)
 
 
 @pytest.mark.parametrize("command", ["text", "image", "interpolate", "multiview"])

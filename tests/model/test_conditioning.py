@@ -1,12 +1,10 @@
-"""Encoders, micro-conditioning, noise augmentation and dropout."""
+"""Encoders, micro-conditioning and noise augmentation."""
 
 import math
 
 import open_clip
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from svd.config import EncodersConfig
 from svd.model import clip as clips
@@ -14,7 +12,6 @@ from svd.model.conditioning import (
     Encoders,
     ImageEncoder,
     TextEncoder,
-    drop,
     from_uint8,
     load_encoders,
     micro_conditioning,
@@ -211,31 +208,6 @@ def test_noise_augmentation_has_the_given_strength_and_is_per_sample():
     assert torch.equal(batch[2:], alone)
     with pytest.raises(ValueError, match="2 generators for a batch of 3"):
         noise_augment(frames, sigma, generators[:2])
-
-
-@settings(deadline=None, max_examples=30)
-@given(probability=st.floats(0, 1), seed=st.integers(0, 1000))
-def test_dropout_keeps_or_replaces_whole_samples(probability, seed):
-    signal = torch.randn(40, 2, 3) + 10
-    null = torch.full((2, 3), -7.0)
-    result = drop(signal, probability, torch.Generator().manual_seed(seed), null)
-    for before, after in zip(signal, result, strict=True):
-        assert torch.equal(after, before) or torch.equal(after, null)
-    again = drop(signal, probability, torch.Generator().manual_seed(seed), null)
-    assert torch.equal(result, again)
-
-
-def test_dropout_rate_zeros_and_per_sample_generators():
-    signal = torch.ones(4000, 1, 2)
-    share = (drop(signal, 0.15, torch.Generator().manual_seed(0)) == 0).float().mean()
-    assert share.item() == pytest.approx(0.15, abs=0.03)
-    assert torch.equal(drop(signal, 0.0), signal)
-    assert drop(signal, 1.0).abs().max() == 0
-    generators = [torch.Generator().manual_seed(seed) for seed in range(50)]
-    batch = drop(signal[:50], 0.5, generators)
-    alone = [drop(signal[:1], 0.5, [torch.Generator().manual_seed(seed)]) for seed in range(50)]
-    assert torch.equal(batch, torch.cat(alone))
-    assert 0 < batch.mean() < 1
 
 
 def test_from_uint8_covers_the_range():
