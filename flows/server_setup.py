@@ -1,12 +1,13 @@
-"""What a Prefect server needs besides deployments: the automations, and a block where runs keep their results.
+"""What a Prefect server needs besides deployments: automations, the queue of pipelines, a block for results of runs.
 
-`svd stack up` installs the automations; `python -m flows.server_setup` does all of it on any server (compose, cluster).
+`svd stack up` installs the first two; `python -m flows.server_setup` does all of it on any server (compose, cluster).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ import yaml
 from svd.stage import UserError
 
 AUTOMATIONS = Path(__file__).resolve().parent.parent / "infra" / "prefect" / "automations.yaml"
+PIPELINES = {"name": "pipelines", "concurrency_limit": 1}
 RESULTS_BLOCK = "results"
 
 
-def _post(url: str, value: dict[str, Any]) -> Any:
+def _send(url: str, value: dict[str, Any], method: str = "POST") -> Any:
     body = json.dumps(value).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method=method)
     with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)
+        return json.loads(response.read() or "null")
 
 
 def install_automations(api: str) -> list[str]:
@@ -31,10 +33,21 @@ def install_automations(api: str) -> list[str]:
     made = []
     for automation in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
         wanted = {"automations": {"name": {"any_": [automation["name"]]}}}
-        if not _post(f"{api}/automations/filter", wanted):
-            _post(f"{api}/automations/", automation)
+        if not _send(f"{api}/automations/filter", wanted):
+            _send(f"{api}/automations/", automation)
             made.append(automation["name"])
     return made
+
+
+def limit_pipelines(api: str) -> None:
+    """Make the queue `pipelines` of the pool `cpu`, which must exist, run one pipeline at a time."""
+    queues = f"{api}/work_pools/cpu/queues"
+    try:
+        _send(f"{queues}/", PIPELINES)
+    except urllib.error.HTTPError as error:
+        if error.code != 409:  # 409: the queue is there
+            raise
+        _send(f"{queues}/{PIPELINES['name']}", PIPELINES, "PATCH")
 
 
 def save_results_block(bucket: str) -> None:
@@ -56,6 +69,7 @@ def main() -> None:
     if missing:
         raise UserError(f"set {', '.join(missing)} first")
     install_automations(os.environ["PREFECT_API_URL"])
+    limit_pipelines(os.environ["PREFECT_API_URL"])
     save_results_block(os.environ["SVD_STORE"].removeprefix("s3://").split("/")[0])
 
 
