@@ -24,6 +24,7 @@ from svd.stage import UserError
 StageFlow = Callable[..., dict[str, Any]]
 POLL_SECONDS = 2
 SERVER_AWAY_SECONDS = 900
+RESTARTS = 2
 logger = logging.getLogger(__name__)
 
 
@@ -53,15 +54,31 @@ def dispatch(
 
 
 def _run_child(stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Start the deployment `<stage>/<stage>` and wait; a retried parent adopts the child that it started before."""
-    key = _idempotency_key(f"{flow_run.get_id()}:{stage}")
-    started = run_deployment(f"{stage}/{stage}", parameters=arguments, idempotency_key=key, timeout=0)
-    child = _wait(cast(FlowRun, started).id)
+    """Run the deployment `<stage>/<stage>` to its end; a retried parent adopts the child that it started before.
+
+    A child that crashed (its process, worker or node died; not an exception of the stage) is started again, at most
+    twice: the new one takes up the stage's work in progress.
+    """
+    child = _start_child(stage, arguments)
+    for _ in range(RESTARTS):
+        if child.state is None or not child.state.is_crashed():
+            break
+        logger.warning(
+            "stage '%s' crashed in flow run %s (%s); starting it again", stage, child.id, child.state.message
+        )
+        child = _start_child(stage, arguments)
     if child.state is None or not child.state.is_completed():
         state = child.state.name if child.state else "unknown"
         message = child.state.message if child.state else ""
         raise RuntimeError(f"stage '{stage}' ended {state} in flow run {child.id}: {message}")
     return cast(dict[str, Any], child.state.result())
+
+
+def _start_child(stage: str, arguments: dict[str, Any]) -> FlowRun:
+    """Start the child, or find the one that this parent started before, and wait for it."""
+    key = _idempotency_key(f"{flow_run.get_id()}:{stage}")
+    started = run_deployment(f"{stage}/{stage}", parameters=arguments, idempotency_key=key, timeout=0)
+    return _wait(cast(FlowRun, started).id)
 
 
 def _wait(child: UUID) -> FlowRun:

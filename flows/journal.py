@@ -7,6 +7,7 @@ MLflow may be away for a minute or for good: the stage goes on, the journal keep
 
 from __future__ import annotations
 
+import contextvars
 import json
 import logging
 import os
@@ -94,7 +95,9 @@ class Courier:
         self._waits = (first_wait, longest)
         self._failure: str | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mlflow-courier", daemon=True)
+        # in the caller's context, so that Prefect knows which flow run the warnings belong to
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._run,), name="mlflow-courier", daemon=True)
         self._thread.start()
 
     def _attempt(self) -> bool:

@@ -1,7 +1,7 @@
-"""What a Prefect server needs besides deployments: automations, a block for results of runs, the pools of a cluster.
+"""What a Prefect server needs besides deployments: automations, queues, a block for results of runs, a cluster's pools.
 
-`svd stack up` installs the automations; `python -m flows.server_setup` (compose) the block too, and with `--kubernetes`
-(a cluster) the pools `cpu` and `gpu` of infra/prefect/kubernetes-pools.yaml.
+`svd stack up` installs the first two; `python -m flows.server_setup` (compose) the block of results too, and with
+`--kubernetes` (a cluster) the pools `cpu` and `gpu` of infra/prefect/kubernetes-pools.yaml.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ import yaml
 INFRA = Path(__file__).resolve().parent.parent / "infra" / "prefect"
 AUTOMATIONS = INFRA / "automations.yaml"
 POOLS = INFRA / "kubernetes-pools.yaml"
+PIPELINES = {"name": "pipelines", "concurrency_limit": 1}
 RESULTS_BLOCK = "results"
 
 
-def _post(url: str, value: dict[str, Any]) -> Any:
+def _send(url: str, value: dict[str, Any], method: str = "POST") -> Any:
     body = json.dumps(value).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method=method)
     with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)
+        return json.loads(response.read() or "null")
 
 
 def install_automations(api: str) -> list[str]:
@@ -35,10 +37,21 @@ def install_automations(api: str) -> list[str]:
     made = []
     for automation in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
         wanted = {"automations": {"name": {"any_": [automation["name"]]}}}
-        if not _post(f"{api}/automations/filter", wanted):
-            _post(f"{api}/automations/", automation)
+        if not _send(f"{api}/automations/filter", wanted):
+            _send(f"{api}/automations/", automation)
             made.append(automation["name"])
     return made
+
+
+def limit_pipelines(api: str) -> None:
+    """Make the queue `pipelines` of the pool `cpu`, which must exist, run one pipeline at a time."""
+    queues = f"{api}/work_pools/cpu/queues"
+    try:
+        _send(f"{queues}/", PIPELINES)
+    except urllib.error.HTTPError as error:
+        if error.code != 409:  # 409: the queue is there
+            raise
+        _send(f"{queues}/{PIPELINES['name']}", PIPELINES, "PATCH")
 
 
 def save_results_block(bucket: str) -> None:
@@ -84,10 +97,11 @@ def main() -> None:
     missing = [n for n in ("PREFECT_API_URL", "SVD_STORE", "AWS_ACCESS_KEY_ID") if not os.environ.get(n)]
     if missing:
         sys.exit(f"set {', '.join(missing)} first")
-    install_automations(os.environ["PREFECT_API_URL"])
-    save_results_block(os.environ["SVD_STORE"].removeprefix("s3://").split("/")[0])
     if options.kubernetes:
         install_kubernetes_pools()
+    install_automations(os.environ["PREFECT_API_URL"])
+    limit_pipelines(os.environ["PREFECT_API_URL"])
+    save_results_block(os.environ["SVD_STORE"].removeprefix("s3://").split("/")[0])
 
 
 if __name__ == "__main__":

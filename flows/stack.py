@@ -21,7 +21,7 @@ from botocore.exceptions import ClientError
 from rich.console import Console
 
 from flows.processes import Process, Processes, check_port
-from flows.server_setup import install_automations
+from flows.server_setup import install_automations, limit_pipelines
 from svd.stage import UserError
 
 LOCAL = Path(".local")
@@ -201,6 +201,7 @@ def _prefect(*arguments: str, env: dict[str, str]) -> None:
 def _deploy(env: dict[str, str]) -> None:
     for pool in POOLS:
         _prefect("work-pool", "create", pool, "--type", "process", "--overwrite", env=env)
+    limit_pipelines(env["PREFECT_API_URL"])
     _prefect("deploy", "--all", env=env)
     install_automations(env["PREFECT_API_URL"])
 

@@ -142,3 +142,13 @@ class S3Server(Server):
                 if attempt == 39:
                     raise
                 time.sleep(0.25)
+
+
+def mlflow_server(folder: Path, port: int, artifacts: str, env: dict[str, str]) -> Server:
+    """A real MLflow server on SQLite that passes artifacts on to `artifacts`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", artifacts]
+    extra = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    extra["MLFLOW_S3_ENDPOINT_URL"] = env["AWS_ENDPOINT_URL"]
+    return Server(command, f"http://127.0.0.1:{port}/health", folder, env | extra)

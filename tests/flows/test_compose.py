@@ -45,6 +45,13 @@ def test_services_wait_for_ones_that_can_be_waited_for(name: str) -> None:
             assert condition["condition"] == "service_completed_successfully" and SERVICES[other]["restart"] == "no"
 
 
+def test_heartbeats_come_often_enough_for_the_automation_that_misses_them() -> None:
+    automations = yaml.safe_load((ROOT / "infra" / "prefect" / "automations.yaml").read_text())["automations"]
+    (within,) = [item["trigger"]["within"] for item in automations]
+    for name in ("worker-cpu", "worker-gpu"):
+        assert 4 * int(SERVICES[name]["environment"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) <= within
+
+
 def test_named_volumes_and_configs_are_declared() -> None:
     for service in SERVICES.values():
         assert all(volume.split(":")[0] in COMPOSE["volumes"] for volume in service.get("volumes", []))
