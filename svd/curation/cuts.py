@@ -285,16 +285,24 @@ class _Judge:
         start = before + fade_start(self.pictures[before : first + 1], self.pixels) if first else 0
         end = after - fade_start(self.pictures[last - 1 : after][::-1], self.pixels) if last < count else count
         start, end = min(start, first), max(end, last)
-        short = self.seconds[min(last, count - 1)] - self.seconds[first] <= FLASH_SECONDS
-        faded = start < first or end > last
-        if first and last < count and short and not faded and self._same(first - 1, last):
-            self.rejected.append((first - 1, last + 1))
+        if start and end < count and self._is_flash(start - 1, end):
+            self._reject(start - 1, end)
             return
         level = float(self.pictures[first:last, : self.pixels].mean())
-        self._keep("fade" if faded else "black", start, end, Proposal(first, last, "blank", level, 40.0))
+        kind: CutKind = "fade" if start < first or end > last else "black"
+        self._keep(kind, start, end, Proposal(first, last, "blank", level, 40.0))
 
     def _same(self, one: int, other: int) -> bool:
         return same_scene(self.pictures[one], self.pictures[other], self.pixels)
+
+    def _reject(self, before: int, after: int) -> None:
+        """What is between two frames of one shot is a flash: it is taken out of the pictures, so that it can't make
+        the motion around it look like a transition.
+        """
+        self.rejected.append((before, after))
+        weight = (np.arange(1, after - before) / (after - before))[:, None]
+        one, other = self.pictures[before].astype(np.float32), self.pictures[after].astype(np.float32)
+        self.pictures[before + 1 : after] = np.rint(one * (1 - weight) + other * weight)
 
     def _explained(self, before: int, after: int) -> bool:
         inside = any(c.start - 1 <= after and before <= c.end for c in self.found)
@@ -326,11 +334,11 @@ class _Judge:
                 continue
             first, last = group[0].before, group[-1].after
             if len(group) > 1 and self._same(first, last):
-                self.rejected.append((first, last))
+                self._reject(first, last)
                 continue
             following = groups[i + 1] if i + 1 < len(groups) else None
             if following is not None and self._is_flash(first, following[-1].after):
-                self.rejected.append((first, following[-1].after))
+                self._reject(first, following[-1].after)
                 skip = True
                 continue
             kept.append(group)
@@ -350,7 +358,7 @@ class _Judge:
                 self._keep("hard", peak.after, peak.after, peak)
             return
         ramp = self._ramp(max(0, first - 2), min(len(self.pictures) - 1, last + 2))
-        if ramp is not None and ramp.is_transition:
+        if ramp is not None and ramp.is_transition and self._is_exchange(ramp):
             self._keep("dissolve" if ramp.end > ramp.start else "hard", ramp.start, ramp.end, peak)
         elif len(group) == 2 and all(self.prominent(p, scores) for p in group):
             for p in group:

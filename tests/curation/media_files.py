@@ -63,7 +63,7 @@ class Kind:
     audio: bool = False
 
 
-def write(path: Path, frames: list[np.ndarray], fps: int = 24, kind: Kind = Kind()) -> Path:
+def write(path: Path, frames: list[np.ndarray], fps: int | Fraction = 24, kind: Kind = Kind()) -> Path:
     """Encode RGB frames; returns the path with the kind's suffix."""
     path = path.with_suffix(f".{kind.suffix}")
     with av.open(str(path), "w", options=kind.container_options) as container:
@@ -89,7 +89,7 @@ def write(path: Path, frames: list[np.ndarray], fps: int = 24, kind: Kind = Kind
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if sound is not None:
-            _silence(container, sound, len(frames) / fps)
+            _silence(container, sound, len(frames) / float(fps))
     return path
 
 
