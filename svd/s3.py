@@ -79,6 +79,7 @@ def _client(endpoint: str | None, s3_endpoint: str | None, _key: str | None, _se
         retries={"mode": "standard", "total_max_attempts": 1},
         connect_timeout=5,
         read_timeout=30,
+        signature_version="s3v4",  # signed links would use an older one otherwise
         max_pool_connections=4 * THREADS,
         s3={"addressing_style": "path"} if endpoint or s3_endpoint else {},
     )
@@ -266,6 +267,13 @@ def copy(source: Address, target: Address) -> None:
         return
     extra = {"Metadata": about.get("Metadata", {}), "MetadataDirective": "REPLACE"}
     call(lambda: client().copy(source.arguments(), target.bucket, target.key, ExtraArgs=extra), f"copy {source}")
+
+
+def link(address: Address, seconds: int, content_type: str) -> str:
+    """An http(s) address that reads the object without credentials for `seconds`; servers tell browsers the type."""
+    head(address)
+    arguments = {**address.arguments(), "ResponseContentType": content_type}
+    return str(client().generate_presigned_url("get_object", Params=arguments, ExpiresIn=seconds))
 
 
 def delete(address: Address) -> None:

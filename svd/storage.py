@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mimetypes
 import os
 import shutil
 import threading
@@ -247,6 +248,20 @@ def delete(location: Location) -> None:
         s3.delete(_address(location))
     else:
         local_path(location).unlink(missing_ok=True)
+
+
+def link(location: Location, seconds: int = 24 * 3600) -> str:
+    """An address that a browser opens: `file://`, or for an object a signed one that is valid for `seconds`.
+
+    Raises FileNotFoundError.
+    """
+    if is_remote(location):
+        kind = mimetypes.guess_type(str(location))[0] or "application/octet-stream"
+        return s3.link(_address(location), seconds, kind)
+    path = local_path(location).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"{location}: no such file")
+    return path.as_uri()
 
 
 def download_tree(location: Location, folder: Path) -> int:
