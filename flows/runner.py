@@ -157,9 +157,10 @@ def _run(stage: Stage, preset: Preset, link: RunLink, root: str | None) -> Repor
         context = StageContext(store.localise(preset, stage.name), inputs, output, work, tracker)
         tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
         report = stage.load()(context)
+        made = hash_folder(output)
         if uri:
-            store.publish(output, uri)
-        tracker.log_lineage("output", [hash_folder(output)])
+            store.publish(output, uri, made.md5)
+        tracker.log_lineage("output", [made])
         _log_outcome(tracker, stage, preset, report)
     shutil.rmtree(work.parent)
     return report
