@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from uuid import uuid4
 
+import httpx
 import pytest
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Completed, Crashed, Failed
@@ -41,3 +42,22 @@ def test_a_failed_child_is_not_started_again(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError, match=r"ended Failed in flow run .*: no mesh\.glb"):
         dispatch._run_child("orbits", {})
     assert len(started) == 1
+
+
+def test_a_server_that_is_away_is_waited_for_but_not_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "POLL_SECONDS", 0.01)
+    answers = iter([httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), "here"])
+
+    def ask() -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def refuse() -> None:
+        raise httpx.ConnectError("refused")
+
+    assert dispatch._patiently(ask) == "here"
+    monkeypatch.setattr(dispatch, "SERVER_AWAY_SECONDS", 0.05)
+    with pytest.raises(httpx.ConnectError, match="refused"):
+        dispatch._patiently(refuse)
