@@ -83,6 +83,20 @@ def pipeline(
     out.print(f"MLflow: mlflow ui --backend-store-uri {tracking_uri()}   (or: make ui)")
 
 
+@app.command()
+def report(preset: PresetOption = "tiny", store: StoreOption = None) -> None:
+    """Print an address of a preset's report for the browser; one in S3 is signed and valid for a day."""
+    from flows.runner import output_folder
+    from svd.storage import join, link
+
+    chosen = load_preset(preset)
+    folder = join(store, chosen.name, "report") if store else output_folder(chosen, "report")
+    try:
+        print(link(join(folder, "report.html")))
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; make it with `svd pipeline --preset {preset}`") from None
+
+
 @config_app.command("show")
 def config_show(preset: PresetOption = "tiny") -> None:
     """Print the resolved values of a preset, defaults included."""

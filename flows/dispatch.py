@@ -7,7 +7,8 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 from uuid import UUID
 
 import httpx
@@ -21,6 +22,7 @@ from prefect.runtime import deployment, flow_run
 from flows.stages import find_stage
 from svd.stage import UserError
 
+T = TypeVar("T")
 StageFlow = Callable[..., dict[str, Any]]
 POLL_SECONDS = 2
 SERVER_AWAY_SECONDS = 900
@@ -75,27 +77,36 @@ def _run_child(stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start_child(stage: str, arguments: dict[str, Any]) -> FlowRun:
-    """Start the child, or find the one that this parent started before, and wait for it."""
-    key = _idempotency_key(f"{flow_run.get_id()}:{stage}")
-    started = run_deployment(f"{stage}/{stage}", parameters=arguments, idempotency_key=key, timeout=0)
-    return _wait(cast(FlowRun, started).id)
+    """Start the child, or find the one that this parent started before, and wait until it has ended."""
+    key = _patiently(lambda: _idempotency_key(f"{flow_run.get_id()}:{stage}"))
+    started = _patiently(
+        lambda: run_deployment(f"{stage}/{stage}", parameters=arguments, idempotency_key=key, timeout=0)
+    )
+    child = cast(FlowRun, started)
+    while child.state is None or not child.state.is_final():
+        time.sleep(POLL_SECONDS)
+        child = _patiently(partial(_read, child.id))
+    return child
 
 
-def _wait(child: UUID) -> FlowRun:
-    """The child once it has ended. A server that is away for a while (a restart) is waited for, up to 15 minutes."""
-    last_answer = time.monotonic()
+def _read(run: UUID) -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(run)
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """What Prefect's server answers; one that is away for a while (a restart) is waited for, up to 15 minutes."""
+    deadline, told = time.monotonic() + SERVER_AWAY_SECONDS, False
     while True:
         try:
-            with get_client(sync_client=True) as client:
-                run = client.read_flow_run(child)
-            last_answer = time.monotonic()
-            if run.state is not None and run.state.is_final():
-                return run
+            return ask()
         except httpx.TransportError as error:
-            if time.monotonic() - last_answer > SERVER_AWAY_SECONDS:
+            if time.monotonic() > deadline:
                 raise
-            logger.warning("Prefect's server does not answer (%s), waiting for it", error)
-        time.sleep(POLL_SECONDS)
+            if not told:
+                logger.warning("Prefect's server does not answer (%s), waiting for it", error)
+                told = True
+            time.sleep(POLL_SECONDS)
 
 
 def _idempotency_key(stem: str) -> str:

@@ -70,7 +70,7 @@ class PipelineRun:
         if not force and not versioning.changed(name):
             _, outputs = versioning.lineage(name)
             self.known |= {item.path: item for item in outputs}
-            self._keep_in_store(name, outputs)
+            self._keep_in_store(name, outputs[0])
             logger.info("stage %s is unchanged", name)
             return
         inputs = self._inputs(name)
@@ -98,11 +98,14 @@ class PipelineRun:
                 found.append(self.known[str(folder)])
         return found
 
-    def _keep_in_store(self, name: str, outputs: list[Lineage]) -> None:
+    def _keep_in_store(self, name: str, output: Lineage) -> None:
         """The store holds what dvc.lock says, too, when the stage need not run: later stages read it there."""
-        if self.store:
-            versioning.pull(outputs)
-            results_store.publish(output_folder(self.preset, name), join(self.store, self.preset.name, name))
+        if not self.store:
+            return
+        uri = join(self.store, self.preset.name, name)
+        if results_store.stored_version(uri) != output.md5:
+            versioning.pull([output])
+            results_store.publish(output_folder(self.preset, name), uri, output.md5)
 
 
 @contextmanager

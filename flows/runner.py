@@ -174,9 +174,9 @@ def _run(
         context = StageContext(store.localise(preset, stage.name), inputs, output, work, tracker)
         tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
         report = republish(work, output) or stage.load()(context)
-        if uri:
-            store.publish(output, uri)
         made = hash_folder(output)
+        if uri:
+            store.publish(output, uri, made.md5)
         tracker.log_lineage("output", [made])
         _log_outcome(tracker, stage, preset, report)
     return report, made

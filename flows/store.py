@@ -1,7 +1,7 @@
 """Results of stages in a store: `s3://bucket/prefix/<preset>/<stage>/`, or the same layout in a shared folder.
 
 A folder there is whole when its `manifest.json` is: it holds the SHA-256 and the size of every file, is removed before
-anything changes, and written last. Only what differs travels, in both directions.
+anything changes, and written last; it also names the DVC hash of the folder. Only what differs travels, both ways.
 """
 
 from __future__ import annotations
@@ -40,39 +40,49 @@ def _describe(folder: Path) -> Files:
     }
 
 
-def read_manifest(uri: str) -> Files | None:
-    """What is stored at `uri`; None when nothing whole is there."""
+def _read_manifest(uri: str) -> dict[str, Any]:
+    """The manifest at `uri`; an empty one when nothing whole is there."""
     location = storage.join(uri, MANIFEST)
     try:
-        content = json.loads(storage.read_bytes(location))
+        content: dict[str, Any] = json.loads(storage.read_bytes(location))
     except FileNotFoundError:
-        return None
+        return {}
     except ValueError:
         raise UserError(f"{location}: not a manifest; delete the folder and publish the stage again") from None
-    files: Files = content["files"]
-    return files
+    return content
 
 
-def publish(folder: Path, uri: str) -> int:
-    """Make `uri` hold exactly the files of `folder`; returns the bytes that were sent.
+def read_manifest(uri: str) -> Files | None:
+    """What is stored at `uri`; None when nothing whole is there."""
+    return _read_manifest(uri).get("files")
+
+
+def stored_version(uri: str) -> str | None:
+    """The version (DVC hash) that was published at `uri`; None when nothing whole is there, or it has none."""
+    return _read_manifest(uri).get("version")
+
+
+def publish(folder: Path, uri: str, version: str | None = None) -> int:
+    """Make `uri` hold exactly the files of `folder`, named `version`; returns the bytes that were sent.
 
     A kill leaves a folder without manifest, which no reader takes; publishing again goes on with what is missing.
     """
-    wanted, stored = _describe(folder), read_manifest(uri)
-    if stored == wanted:
+    wanted, old = _describe(folder), _read_manifest(uri)
+    manifest: dict[str, Any] = {"files": wanted, "version": version}
+    if old == manifest:
         return 0
+    stored = old.get("files") or {}
     present = {entry.relative: entry for entry in storage.list_files(uri)}
     storage.delete(storage.join(uri, MANIFEST))
     sent = 0
     for relative, about in _with_progress(wanted, f"to {uri}"):
-        known = relative in present and (stored or {}).get(relative) == about
+        known = relative in present and stored.get(relative) == about
         if not (known or _same_object(present.get(relative), about)):
             storage.upload(folder / relative, storage.join(uri, relative))
             sent += about["size"]
     for relative in present.keys() - wanted.keys() - {MANIFEST}:
         storage.delete(present[relative].location)
-    text = json.dumps({"files": wanted}, indent=1, sort_keys=True)
-    storage.write_bytes(storage.join(uri, MANIFEST), text.encode())
+    storage.write_bytes(storage.join(uri, MANIFEST), json.dumps(manifest, indent=1, sort_keys=True).encode())
     return sent
 
 

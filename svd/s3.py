@@ -79,6 +79,7 @@ def _client(endpoint: str | None, s3_endpoint: str | None, _key: str | None, _se
         retries={"mode": "standard", "total_max_attempts": 1},
         connect_timeout=5,
         read_timeout=30,
+        signature_version="s3v4",  # signed links would use an older one otherwise
         max_pool_connections=4 * THREADS,
         s3={"addressing_style": "path"} if endpoint or s3_endpoint else {},
     )
@@ -237,25 +238,29 @@ def _complete(address: Address, upload: dict[str, Any], parts: list[dict[str, An
             raise
 
 
-def get_file(address: Address, path: Path) -> str | None:
-    """Write an object to `path`; returns the SHA-256 it was stored with, if any, which the caller compares.
+def get_file(address: Address, path: Path) -> bool:
+    """Write an object to `path`; returns whether it has the SHA-256 it was stored with (True for one stored without).
 
     Raises Transient when the object was replaced meanwhile: then all of it must be fetched again.
     """
     about = head(address)
-    size, etag = int(about["ContentLength"]), about["ETag"]
-    with path.open("wb") as stream, ThreadPoolExecutor(THREADS) as pool:
+    size, etag, expected = int(about["ContentLength"]), about["ETag"], about.get("Metadata", {}).get("sha256")
+    digest, written = hashlib.sha256(), 0
+    with path.open("wb+") as stream, ThreadPoolExecutor(THREADS) as pool:
 
-        def fetch(span: tuple[int, int]) -> int:
-            return os.pwrite(stream.fileno(), get_range(address, *span, etag), span[0])
+        def fetch(span: tuple[int, int]) -> tuple[int, int]:
+            return span[0], os.pwrite(stream.fileno(), get_range(address, *span, etag), span[0])
 
         try:
-            written = sum(pool.map(fetch, _parts(size)))
+            for start, length in pool.map(fetch, _parts(size)):
+                written += length
+                if expected:  # one part is hashed while the next ones are on their way
+                    digest.update(os.pread(stream.fileno(), length, start))
         except Replaced as error:
             raise Transient(str(error)) from error
     if written != size:
         raise Transient(f"{written} of {size} bytes arrived")
-    return about.get("Metadata", {}).get("sha256")
+    return not expected or digest.hexdigest() == expected
 
 
 def copy(source: Address, target: Address) -> None:
@@ -266,6 +271,13 @@ def copy(source: Address, target: Address) -> None:
         return
     extra = {"Metadata": about.get("Metadata", {}), "MetadataDirective": "REPLACE"}
     call(lambda: client().copy(source.arguments(), target.bucket, target.key, ExtraArgs=extra), f"copy {source}")
+
+
+def link(address: Address, seconds: int, content_type: str) -> str:
+    """An http(s) address that reads the object without credentials for `seconds`; servers tell browsers the type."""
+    head(address)
+    arguments = {**address.arguments(), "ResponseContentType": content_type}
+    return str(client().generate_presigned_url("get_object", Params=arguments, ExpiresIn=seconds))
 
 
 def delete(address: Address) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mimetypes
 import os
 import shutil
 import threading
@@ -207,8 +208,7 @@ def download(location: Location, path: Path) -> Path:
 def _download_object(location: Location, temporary: Path) -> None:
     """Fetch and verify; a checksum that differs is tried once more, in case the fault lies on the way."""
     for _ in range(2):
-        expected = retrying(lambda: s3.get_file(_address(location), temporary), str(location))
-        if not expected or sha256(temporary) == expected:
+        if retrying(lambda: s3.get_file(_address(location), temporary), str(location)):
             return
     raise Truncated(f"{location}: {temporary.stat().st_size} bytes whose SHA-256 differs from the stored one")
 
@@ -247,6 +247,20 @@ def delete(location: Location) -> None:
         s3.delete(_address(location))
     else:
         local_path(location).unlink(missing_ok=True)
+
+
+def link(location: Location, seconds: int = 24 * 3600) -> str:
+    """An address that a browser opens: `file://`, or for an object a signed one that is valid for `seconds`.
+
+    Raises FileNotFoundError.
+    """
+    if is_remote(location):
+        kind = mimetypes.guess_type(str(location))[0] or "application/octet-stream"
+        return s3.link(_address(location), seconds, kind)
+    path = local_path(location).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"{location}: no such file")
+    return path.as_uri()
 
 
 def download_tree(location: Location, folder: Path) -> int:

@@ -6,6 +6,7 @@ import http.server
 import os
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -238,6 +239,18 @@ def test_missing_buckets_objects_and_credentials(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(UserError, match="no S3 credentials; set AWS_ACCESS_KEY_ID"):
         storage.size(f"{bucket}/key")
+
+
+def test_a_link_opens_without_credentials(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<p>one</p>")
+    storage.upload(tmp_path / "page.html", f"{bucket}/a b/page.html")
+    for location in (f"{bucket}/a b/page.html", str(tmp_path / "page.html")):
+        with urllib.request.urlopen(storage.link(location)) as answer:
+            assert answer.read() == b"<p>one</p>"
+            assert answer.headers["Content-Type"] == "text/html"
+    for location in (f"{bucket}/missing.html", str(tmp_path / "missing.html")):
+        with pytest.raises(FileNotFoundError, match=location):
+            storage.link(location)
 
 
 @pytest.fixture
