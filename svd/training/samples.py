@@ -16,10 +16,11 @@ from svd.config import Sampling
 from svd.data.loader import Batch, Examples
 from svd.diffusion import edm
 from svd.diffusion.guidance import Condition, constant, guided, linear
-from svd.diffusion.sampler import karras_sigmas, sample
+from svd.diffusion.sampler import sample
 from svd.model.autoencoder import Autoencoder
 from svd.model.conditioning import conditioned
 from svd.model.unet import UNet
+from svd.pipeline import noise_levels
 from svd.training.tasks import Task, dropped
 from svd.video import Frames, filmstrip, to_uint8, write_mp4, write_png
 
@@ -61,7 +62,7 @@ class Preview:
         def denoise(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
             return edm.denoiser(conditioned(unet, condition), self.kind)(x, sigma)
 
-        sigmas = karras_sigmas(self.sampling.steps, self.sampling.sigma_min, self.sampling.sigma_max, self.sampling.rho)
+        sigmas = noise_levels(self.sampling, self.kind)
         return sample(guided(denoise, conditional, unconditional, scale), batch["noise"], sigmas, self.sampling.solver)
 
     @torch.no_grad()
