@@ -257,6 +257,8 @@ def _apply_loras(models: Models, values: list[str]) -> None:
     scales = {}
     for folder, scale in _lora_scales(values):
         name = re.sub(r"\W", "_", folder)
+        if name in scales:
+            raise UserError(f"--lora {folder} is given twice; give it once with the sum of the scales")
         load_lora(models.unet, Path(folder), name)
         scales[name] = scale
     if scales:

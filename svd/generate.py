@@ -269,10 +269,9 @@ def _windows(
 ) -> Tensor:
     """Denoise windows (W, 5, C, h, w) whose unscaled first and last latents are `ends` (W, 2, C, h, w)."""
     noisy = noise_augment(ends, torch.full((len(ends),), cond_aug, device=ends.device), sources)
-    with working(models, models.unet) as unet:
-        concat = unet.interpolation_channels(noisy[:, 0], noisy[:, 1], _WINDOW)
-        empty = torch.zeros_like(noisy[:, 0])
-        uncond_concat = unet.interpolation_channels(empty, empty, _WINDOW)
+    concat = models.unet.interpolation_channels(noisy[:, 0], noisy[:, 1], _WINDOW)
+    empty = torch.zeros_like(noisy[:, 0])
+    uncond_concat = models.unet.interpolation_channels(empty, empty, _WINDOW)
     noise = randn((len(ends), _WINDOW, *ends.shape[2:]), sources)
     cond = Condition(context, ids, concat)
     uncond = Condition(torch.zeros_like(context), ids, uncond_concat)

@@ -306,12 +306,27 @@ def test_bfloat16_stays_close_to_float32(models, folders):
     assert (text_to_video(half, ["a ball"], seed=0, **TEXT) - exact).abs().mean() < 0.02
 
 
-def test_offloading_moves_each_network_to_the_device_and_back(models, monkeypatch):
-    loaded = dataclasses.replace(models("image"), offload=True)
+def moved(loaded, monkeypatch):
+    """The moves of networks to the device and back, as they happen."""
     moves = []
     for name, module in (("image", loaded.encoders.image), ("vae", loaded.autoencoder), ("unet", loaded.unet)):
         real = module.to
         monkeypatch.setattr(module, "to", lambda where, n=name, r=real: moves.append((n, str(where))) or r(where))
+    return moves
+
+
+def test_interpolation_moves_the_unet_once_for_a_group_of_windows(models, monkeypatch):
+    loaded = dataclasses.replace(models("interpolation"), offload=True)
+    moves = moved(loaded, monkeypatch)
+    longer = interpolated(loaded, pictures(4), windows_at_once=2)
+    torch.testing.assert_close(longer, interpolated(models("interpolation"), pictures(4), windows_at_once=2))
+    there_and_back = [name for name, _ in moves][::2]
+    assert there_and_back == ["image", "vae", "unet", "unet", "vae"]
+
+
+def test_offloading_moves_each_network_to_the_device_and_back(models, monkeypatch):
+    loaded = dataclasses.replace(models("image"), offload=True)
+    moves = moved(loaded, monkeypatch)
     clips = image_to_video(loaded, pictures(1), seed=0, **TEXT)
     torch.testing.assert_close(clips, image_to_video(models("image"), pictures(1), seed=0, **TEXT))
     assert [name for name, _ in moves] == ["image", "image", "vae", "vae", "unet", "unet", "vae", "vae"]

@@ -7,9 +7,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,21 @@ class Machine:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+@cache
+def peer() -> Any | None:
+    """diffusers, or None, said once, where it is not installed or does not import."""
+    try:
+        import diffusers
+
+        # Imported when they are asked for.
+        _ = diffusers.UNetSpatioTemporalConditionModel, diffusers.AutoencoderKLTemporalDecoder
+    except Exception as error:  # a version that does not fit the rest fails with anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        print(f"no diffusers here, its rows are left out ({reason})", flush=True)
+        return None
+    return diffusers
 
 
 @dataclass(frozen=True)
@@ -71,17 +88,28 @@ class Results:
     def measure(
         self, section: str, case: str, variant: str, work: Callable[[], Any], teraflops: float | None = None
     ) -> None:
-        """Time `work` and add a row; an error of the device becomes the row's note, so that the run goes on."""
+        """Time `work` and add a row; an error of the device or compiler becomes its note, and the run goes on."""
         cuda = self.machine.device.type == "cuda"
         try:
             milliseconds, peak = self._run(work)
             self.add(Row(section, case, variant, milliseconds, teraflops, peak if cuda else None))
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            self.add(Row(section, case, variant, note=" ".join(str(error).split())[:160]))
+        except Exception as error:  # compilers of versions yet unseen fail with anything
+            note = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self.add(Row(section, case, variant, note=note[:160]))
         finally:
             gc.collect()
             if cuda:
                 torch.cuda.empty_cache()
+
+    def distance(
+        self, section: str, case: str, variant: str, got: Callable[[], Tensor], expected: Callable[[], Tensor]
+    ) -> None:
+        """A row with the largest difference between two ways to compute the same; errors as in `measure`."""
+        try:
+            note = f"largest difference {(got().float() - expected().float()).abs().max().item():.1e}"
+        except Exception as error:
+            note = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        self.add(Row(section, case, variant, note=note[:160]))
 
     def _run(self, work: Callable[[], Any]) -> tuple[float, float]:
         """Median milliseconds of the repeats after a first run, which compiles, and peak memory in GiB."""

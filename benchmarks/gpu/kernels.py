@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.harness import Machine, Results, Row
+from benchmarks.gpu.harness import Machine, Results
 
 BACKENDS = (
     SDPBackend.FLASH_ATTENTION,
@@ -41,10 +41,34 @@ def attention(results: Results) -> None:
             for layout, qkv in (("strided", strided), ("contiguous", packed)):
                 results.measure("attention", case, f"{backend.name}, {layout}", attend(backend, qkv), teraflops)
         results.measure("attention", case, "copies to contiguous", copies(strided))
+        if has_triton(machine):
+            triton_attention(results, case, strided, teraflops)
     if not machine.toy:
         limit = [randn(machine, 73_728, 5, 14, 64) for _ in range(3)]
         for backend in BACKENDS[:3]:
             results.measure("attention", "batch of 73,728", backend.name, attend(backend, limit))
+
+
+def has_triton(machine: Machine) -> bool:
+    """Whether Triton kernels run here."""
+    return machine.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def triton_attention(results: Results, case: str, strided: list[Tensor], teraflops: float) -> None:
+    """Rows of our kernel, which takes the model's tokens (1, T, S, C) as they are."""
+    from benchmarks.gpu.triton_attention import temporal_attention
+
+    heads = strided[0].shape[1]
+    q, k, v = (x.permute(2, 0, 1, 3).flatten(2)[None] for x in strided)
+
+    def fused() -> Tensor:
+        return temporal_attention(q, k, v, heads)
+
+    def exact() -> Tensor:
+        return F.scaled_dot_product_attention(*(x.float() for x in strided)).permute(2, 0, 1, 3).flatten(2)[None]
+
+    results.measure("attention", case, "Triton, strided", fused, teraflops)
+    results.distance("attention", case, "Triton against float32", fused, exact)
 
 
 def copies(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
@@ -128,13 +152,17 @@ def normalise(results: Results, rows: int, positions: int, channels: int) -> Non
     results.measure("norm", case, "eager, NCHW", lambda: norm_silu(first, weight, bias))
     results.measure("norm", case, "eager, channels last", lambda: norm_silu(last, weight, bias))
     results.measure("norm", case, "compiled, channels last", lambda: fused(last, weight, bias))
-    if machine.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if has_triton(machine):
         from benchmarks.gpu.triton_norm import group_norm_silu
 
-        expected = norm_silu(last, weight, bias)[..., 0].transpose(1, 2).float()
-        distance = (group_norm_silu(tokens, weight, bias, GROUPS, EPS).float() - expected).abs().max().item()
-        results.measure("norm", case, "Triton", lambda: group_norm_silu(tokens, weight, bias, GROUPS, EPS))
-        results.add(Row("norm", case, "Triton against eager", note=f"largest difference {distance:.1e}"))
+        def ours() -> Tensor:
+            return group_norm_silu(tokens, weight, bias, GROUPS, EPS)
+
+        def eager() -> Tensor:
+            return norm_silu(last, weight, bias)[..., 0].transpose(1, 2)
+
+        results.measure("norm", case, "Triton", ours)
+        results.distance("norm", case, "Triton against eager", ours, eager)
 
 
 def norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.harness import Machine, Results, Row
+from benchmarks.gpu.harness import Machine, Results, Row, peer
 from svd.diffusion.edm import denoiser
 from svd.diffusion.guidance import Condition, guided, linear
 from svd.diffusion.sampler import karras_sigmas, sample
@@ -86,15 +85,13 @@ def our_unet(machine: Machine, **changes: Any) -> UNet:
 
 
 def their_unet(machine: Machine, weights: dict[str, Tensor]) -> Any | None:
-    """diffusers' model with our weights, or None where diffusers is not installed."""
-    if importlib.util.find_spec("diffusers") is None:
+    """diffusers' model with our weights, or None where there is no diffusers."""
+    diffusers, config = peer(), unet_config(machine)
+    if diffusers is None:
         return None
-    from diffusers import UNetSpatioTemporalConditionModel
-
-    config = unet_config(machine)
     cross, plain = "CrossAttn{}BlockSpatioTemporal", "{}BlockSpatioTemporal"
     with machine.device:
-        unet: Any = UNetSpatioTemporalConditionModel(
+        unet: Any = diffusers.UNetSpatioTemporalConditionModel(
             in_channels=config.in_channels,
             block_out_channels=config.block_out_channels,
             down_block_types=tuple((cross if has else plain).format("Down") for has in config.attention_levels),
@@ -167,7 +164,8 @@ def precision(results: Results, unet: nn.Module, clip: Clip) -> None:
 def train(results: Results) -> None:
     """Forward, backward and fused AdamW. MFU counts three forward passes."""
     machine = results.machine
-    clips = [sized(machine, clip) for clip in (SMALL, replace(SMALL, batch=4), replace(SMALL, tokens=77))]
+    sizes = (SMALL, replace(SMALL, batch=4), replace(SMALL, tokens=77), LARGE)
+    clips = [sized(machine, clip) for clip in sizes]
     for name, run, module in contestants(machine):
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
         for clip in dict.fromkeys(clips):
@@ -251,6 +249,7 @@ def decode(results: Results) -> None:
     for chunk in (None, 14, 7):
         work = torch.no_grad()(lambda chunk=chunk: ours.decode(latents, chunk))
         results.measure("decode", case, f"ours, eager, chunk {chunk}", work)
+    profile_norms(results, case, lambda: ours.decode(latents, 14))
     theirs = their_decoder(machine, widths, ours)
     if theirs is not None:
         flat = latents[0]
@@ -266,14 +265,35 @@ def decode(results: Results) -> None:
     compare(results, "decode", case)
 
 
-def their_decoder(machine: Machine, widths: tuple[int, ...], ours: Autoencoder) -> Any | None:
-    """diffusers' autoencoder with our weights, or None where diffusers is not installed."""
-    if importlib.util.find_spec("diffusers") is None:
-        return None
-    from diffusers import AutoencoderKLTemporalDecoder
+NORMS = ("aten::native_group_norm", "aten::silu")
 
+
+@torch.no_grad()
+def profile_norms(results: Results, case: str, work: Callable[[], Any]) -> None:
+    """A row with the share of GroupNorm and SiLU in the time of all operations, what fusing them can save at most."""
+    cuda = results.machine.device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities={torch.profiler.ProfilerActivity.CPU, kind}) as profiler:
+        work()
+        results.machine.synchronize()
+    times = {
+        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+        for event in profiler.key_averages()
+        if event.key.startswith("aten::")
+    }
+    share = sum(times.get(name, 0.0) for name in NORMS) / max(sum(times.values()), 1e-9)
+    results.add(
+        Row("decode", case, "ours, eager: GroupNorm and SiLU", note=f"{share:.0%} of the time of all operations")
+    )
+
+
+def their_decoder(machine: Machine, widths: tuple[int, ...], ours: Autoencoder) -> Any | None:
+    """diffusers' autoencoder with our weights, or None where there is no diffusers."""
+    diffusers = peer()
+    if diffusers is None:
+        return None
     with machine.device:
-        theirs: Any = AutoencoderKLTemporalDecoder(
+        theirs: Any = diffusers.AutoencoderKLTemporalDecoder(
             block_out_channels=widths, layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * len(widths)
         )
     theirs.to(machine.device, machine.dtype).load_state_dict(ours.state_dict())

@@ -233,7 +233,7 @@ class UNet(nn.Module):
         The sequence {z_s, z_m, ..., z_m, z_e} and, as the last channel, a mask that is 1 where a frame is given.
         """
         B, _, H, W = first_BCHW.shape
-        middle = self.masked_latent(H, W).to(first_BCHW.dtype).expand(B, frames - 2, -1, -1, -1)
+        middle = self.masked_latent(H, W).to(first_BCHW).expand(B, frames - 2, -1, -1, -1)
         latents = torch.cat([first_BCHW[:, None], middle, last_BCHW[:, None]], dim=1)
         mask = torch.zeros(B, frames, 1, H, W, dtype=latents.dtype, device=latents.device)
         mask[:, [0, -1]] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal
@@ -24,7 +25,8 @@ from svd.training.parallel import parallelise
 from svd.training.tasks import Task
 
 TEMPORAL_PARTS = ("temporal_", "time_pos_embed", "time_mixer")
-DEAD_WITH_ONE_TOKEN = ("attn2.to_q", "attn2.to_k", "norm2")
+# Of the transformers alone: residual blocks have a norm2 too.
+DEAD_WITH_ONE_TOKEN = re.compile(r"transformer_blocks\.\d+\.(attn2\.to_[qk]|norm2)\.")
 
 
 def select_parameters(unet: UNet, task: Task, part: Literal["all", "time-embedding", "temporal"]) -> None:
@@ -37,7 +39,7 @@ def select_parameters(unet: UNet, task: Task, part: Literal["all", "time-embeddi
         wanted = part == "all"
         wanted |= part == "time-embedding" and name.startswith("time_embedding.")
         wanted |= part == "temporal" and any(word in name for word in TEMPORAL_PARTS)
-        dead = task.one_token and any(word in name for word in DEAD_WITH_ONE_TOKEN)
+        dead = task.one_token and DEAD_WITH_ONE_TOKEN.search(name) is not None
         parameter.requires_grad_(wanted and not dead)
 
 

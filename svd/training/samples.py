@@ -17,10 +17,11 @@ from svd.config import Sampling
 from svd.data.loader import Batch, Examples
 from svd.diffusion import edm
 from svd.diffusion.guidance import Condition, constant, guided, linear
-from svd.diffusion.sampler import karras_sigmas, sample
+from svd.diffusion.sampler import sample
 from svd.model.autoencoder import Autoencoder
 from svd.model.conditioning import conditioned
 from svd.model.unet import UNet
+from svd.pipeline import noise_levels
 from svd.training.tasks import Task, dropped
 from svd.video import Frames, filmstrip, to_uint8, write_mp4, write_png
 
@@ -62,7 +63,7 @@ class Preview:
         def denoise(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
             return edm.denoiser(conditioned(unet, condition), self.kind)(x, sigma)
 
-        sigmas = karras_sigmas(self.sampling.steps, self.sampling.sigma_min, self.sampling.sigma_max, self.sampling.rho)
+        sigmas = noise_levels(self.sampling, self.kind)
         guide = guided(denoise, conditional, unconditional, scale)
         silent = torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
         with tqdm(total=len(sigmas) - 1, desc="samples", unit="step", leave=False, delay=2, disable=silent) as bar:

@@ -143,6 +143,8 @@ def test_watermark_lora_and_offloading(run, tmp_path, trained):
     assert not torch.equal(read_clip(tmp_path / changed)[0], read_clip(tmp_path / before)[0])
     with pytest.raises(UserError, match="'much' is no number"):
         run(*lora, "--lora", "zoom:much")
+    with pytest.raises(UserError, match="zoom is given twice"):
+        run(*lora, "--lora", "zoom", "--lora", "zoom:0.5")
 
 
 @pytest.mark.parametrize(

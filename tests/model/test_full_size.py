@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import open_clip
@@ -14,6 +15,7 @@ from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.checkpoint import Lazy, of_module, read_header
 from svd.model.clip_keys import to_open_clip, to_transformers
 from svd.model.convert import convert
+from svd.model.layout import unet_to_json
 from svd.model.sgm import (
     SgmParts,
     autoencoder_from_sgm,
@@ -26,6 +28,7 @@ from svd.model.sgm import (
     unet_to_sgm,
 )
 from svd.model.unet import UNet, UNetConfig
+from svd.model.weights import WEIGHTS, load_unet, save_unet
 
 TABLES = Path(__file__).parent.parent / "data" / "state_dict_keys"
 LEFTOVERS = {
@@ -122,6 +125,24 @@ class MemoryWatch:
     def _now() -> int:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+
+
+def test_loading_and_saving_keep_no_second_copy_in_memory(tmp_path: Path) -> None:
+    """A U-Net of 69 M parameters: loading takes its size once, saving next to nothing."""
+    config = UNetConfig(in_channels=8, ids=3, block_out_channels=(64, 128, 256, 256))
+    with torch.device("meta"):
+        tensors = of_module(UNet(config))
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/config.json").write_text(json.dumps(unet_to_json(config)))
+    sparse_file(tmp_path / "unet" / WEIGHTS, shapes(tensors))
+    size = sum(tensor.nbytes // 2 for tensor in tensors.values())
+    with MemoryWatch() as loading:
+        unet = load_unet(tmp_path / "unet")
+        time.sleep(0.05)  # the watch looks every hundredth of a second
+    assert 0.9 * size < loading.most < 1.1 * size
+    with MemoryWatch() as saving:
+        save_unet(unet, tmp_path / "saved")
+    assert saving.most < 0.1 * size
 
 
 @pytest.mark.slow

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from torch.utils.data import default_collate
 from toy_training import toy_context, toy_preset
 
-from svd.config import Phase
+from svd.config import Phase, Sampling
 from svd.data.cache import LatentCache
 from svd.data.loader import Batch, Draws, Examples
 from svd.diffusion import edm
 from svd.model.autoencoder import Autoencoder
 from svd.model.conditioning import micro_conditioning
-from svd.model.unet import UNet
+from svd.model.unet import UNet, UNetConfig
 from svd.model.weights import load_autoencoder
 from svd.stage import UserError
 from svd.training.ema import Ema
 from svd.training.initialise import carry_over, fresh_unet, unet_config, with_checkpointing
 from svd.training.module import Diffusion, learning_rate_factor, select_parameters
+from svd.training.samples import Preview
 from svd.training.tasks import FRAME_INTERPOLATION, IMAGE, IMAGE_TO_VIDEO, MULTIVIEW, TEXT_TO_VIDEO, Task, dropped
 
 TASKS = (IMAGE, TEXT_TO_VIDEO, IMAGE_TO_VIDEO, FRAME_INTERPOLATION, MULTIVIEW)
@@ -80,8 +82,19 @@ def test_every_trainable_parameter_gets_a_gradient(task: Task, parts: tuple[Late
     # One number a channel that the following normalisation takes away again.
     assert [name for name in without if "bias" not in name] == []
     frozen = [name for name, p in module.unet.named_parameters() if not p.requires_grad]
-    assert all(any(word in name for word in ("to_q", "to_k", "norm2")) for name in frozen)
+    assert all(re.search(r"transformer_blocks\.0\.(attn2\.to_[qk]|norm2)\.", name) for name in frozen)
     assert bool(frozen) == task.one_token
+
+
+def test_what_one_token_leaves_without_effect_is_frozen_at_full_size() -> None:
+    """50,389,760 parameters: queries, keys and norms of the cross-attention of 16 spatial and 16 temporal blocks."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig(in_channels=8, ids=3))
+    select_parameters(unet, IMAGE_TO_VIDEO, "all")
+    frozen = {name: p.numel() for name, p in unet.named_parameters() if not p.requires_grad}
+    assert sum(frozen.values()) == 50_389_760 and len(frozen) == 32 * 4
+    select_parameters(unet, TEXT_TO_VIDEO, "all")
+    assert all(p.requires_grad for p in unet.parameters())
 
 
 def test_ids_are_those_of_generation(parts: tuple[LatentCache, Autoencoder]) -> None:
@@ -221,3 +234,15 @@ def test_phase_sizes_must_be_cached() -> None:
     phase = Phase(iterations=1, batch_size=1, height=24, width=16, frames=1, p_mean=0, p_std=1, learning_rate=1)
     with pytest.raises(ConfigError, match=r"latents\.geometries"):
         toy_preset(phases=[phase.model_dump()])
+
+
+def test_previews_of_discrete_models_keep_to_their_levels(parts: tuple[LatentCache, Autoencoder]) -> None:
+    """Their first level is the schedule's highest, not 700, which the network could not tell from it."""
+    cache, autoencoder = parts
+    draws = Draws(3, 0.0, 1.0, objective="discrete-v", strata=8)
+    examples = Examples(cache, cache.index.sort("sample_id").to_dicts(), 4, draws)
+    unet, levels = unet_of(TEXT_TO_VIDEO), []
+    unet.register_forward_pre_hook(lambda module, arguments: levels.append(arguments[1][0].item()))
+    films = Preview(TEXT_TO_VIDEO, examples, autoencoder, Sampling(steps=3), "v").films(unet)
+    assert films[0][0].shape == films[0][1].shape == (4, 16, 16, 3)
+    assert levels[0] == 999 and 100 < levels[1] < 900 and levels[2] == 0
