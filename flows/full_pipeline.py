@@ -51,8 +51,8 @@ class PipelineRun:
     def run(self, name: str, force: bool) -> None:
         """Bring one stage up to date: skip it when `dvc.lock` says that nothing changed, else run and record it."""
         logger = get_run_logger()
-        if not force and not versioning.changed(name):
-            _, outputs = versioning.lineage(name)
+        if not force and not versioning.changed(name, self.preset.name):
+            _, outputs = versioning.lineage(name, self.preset.name)
             self.known |= {item.path: item for item in outputs}
             self._keep_in_store(name, outputs)
             logger.info("stage %s is unchanged", name)
@@ -60,7 +60,7 @@ class PipelineRun:
         inputs = self._inputs(name)
         result = dispatch(name, self.preset.name, self.key, [asdict(item) for item in inputs], self.store)
         outputs = [Lineage(**item) for item in result["outputs"]]
-        versioning.record(name, outputs, self.known)
+        versioning.record(name, self.preset.name, outputs, self.known)
         self.known |= {item.path: item for item in outputs}
         self.results[name] = result
         self.tracker.log_lineage("input", inputs)
@@ -75,7 +75,8 @@ class PipelineRun:
         for stage in find_stage(name).inputs:
             folder = output_folder(self.preset, stage)
             if str(folder) not in self.known:
-                items = [versioning.hash_folder(folder)] if folder.is_dir() else versioning.lineage(stage)[1]
+                here = folder.is_dir()
+                items = [versioning.hash_folder(folder)] if here else versioning.lineage(stage, self.preset.name)[1]
                 self.known |= {item.path: item for item in items}
             if str(folder) in self.known:
                 found.append(self.known[str(folder)])
