@@ -1,15 +1,17 @@
 """What a stage is: a function that reads folders, writes its own folder and can be killed and run again at any moment.
 
-Work in progress lives in an untracked `work` folder; `publish` moves the finished result into the output folder in one
-rename, because DVC deletes a stage's outputs before it runs the command again.
+Work in progress lives in an untracked `work` folder; `publish` moves the finished result into the output folder by
+renames, because DVC deletes a stage's outputs before it runs the command again.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,15 +86,48 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def publish(finished: Path, output: Path, report: Report) -> Report:
-    """Write `metrics.json` into `finished`, then rename it to `output`; a kill leaves the old or the new folder."""
+    """Write `metrics.json` into `finished`, then make it `output`; a kill leaves the old or the new folder."""
     write_json(finished / "metrics.json", dict(report.metrics))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.exists():
-        old = output.with_name(f".{output.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        finished.rename(output)
-        shutil.rmtree(old)
-    else:
-        finished.rename(output)
+    replace_folder(finished, output)
     return report
+
+
+@contextmanager
+def exclusive(lock: Path) -> Iterator[None]:
+    """Wait until no other process of this machine holds the file `lock`, and hold it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def replace_folder(finished: Path, folder: Path) -> None:
+    """Make `finished` the new `folder`. Between two renames there is none; `recover` undoes a kill just there."""
+    with exclusive(_beside(folder, "lock")):
+        _settle(folder)
+        if folder.exists():
+            folder.rename(_beside(folder, "old"))
+        finished.rename(folder)
+        _settle(folder)
+
+
+def recover(folder: Path) -> None:
+    """After a kill inside `replace_folder`: bring the old folder back when there is no new one, else remove it."""
+    if _beside(folder, "old").exists() or _beside(folder, "removed").exists():
+        with exclusive(_beside(folder, "lock")):
+            _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """One folder instead of two. What goes is renamed first, because half of it must never be taken for the whole."""
+    old, removed = _beside(folder, "old"), _beside(folder, "removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    elif old.exists():
+        old.rename(removed)
+        shutil.rmtree(removed)
+
+
+def _beside(folder: Path, mark: str) -> Path:
+    return folder.with_name(f".{folder.name}.{mark}")
