@@ -14,6 +14,7 @@ from prefect.runtime import flow_run
 from flows import store as results_store
 from flows import versioning
 from flows.dispatch import dispatch
+from flows.inventory import take_and_record
 from flows.runner import git_commit, output_folder
 from flows.stages import PIPELINE, find_stage
 from flows.tracking import Lineage, MlflowTracker, RunInfo, send_pending, tracked_run
@@ -101,6 +102,7 @@ def full_pipeline(
     chosen = select_preset(preset)
     names = [find_stage(name).name for name in stages] if stages else list(PIPELINE)
     send_pending()
+    take_and_record(chosen)
     key = f"full-pipeline-{flow_run.get_id() or uuid4()}"
     tags = {"stage": "full-pipeline", "preset": chosen.name, "git.commit": git_commit()}
     tags |= {"prefect.flow_run_id": str(flow_run.get_id()), "seed": str(chosen.seed)}
