@@ -82,10 +82,8 @@ def pipeline(
 ) -> None:
     """Run all stages that changed as the Prefect flow `full-pipeline` in this process."""
     from flows.full_pipeline import full_pipeline
-    from flows.mistakes import hide_tracebacks
     from flows.tracking import tracking_uri
 
-    hide_tracebacks()
     result = full_pipeline(preset=preset, force=force, store=store)
     out = Console(soft_wrap=True)
     out.print(f"\nreport: {result['report']}")

@@ -11,7 +11,6 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 
 from flows import artifacts, versioning
-from flows.mistakes import hide_tracebacks
 from flows.runner import RunLink, input_folders, run_stage
 from flows.stages import find_stage
 from flows.store import fetch_inputs, store_root
@@ -55,7 +54,6 @@ def run_stage_flow(
     Returns the stage's metrics, summary and the hashes of its outputs, which are pushed when a DVC remote is set.
     Raises UserError for a mistake in the preset or a missing input.
     """
-    hide_tracebacks()
     _bring_inputs(stage, preset, [Lineage(**item) for item in inputs or []], store_root(store))
     result = _stage_task(stage, preset, parent, store)
     chosen = load_preset(preset)
