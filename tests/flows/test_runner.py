@@ -119,6 +119,11 @@ def test_a_stage_brings_its_inputs_and_output_back_first(monkeypatch: pytest.Mon
         make(name).rename(Path(".") / name)
         Path("outputs/tiny").mkdir(parents=True, exist_ok=True)
         (Path(".") / name).rename(Path("outputs/tiny") / f".{name}.old")
-    monkeypatch.setattr(runner, "_run", lambda *_: Report({}, ""))
-    runner.run_preset_stage("curation", preset)
+
+    def far_enough(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(runner, "stage_inputs", far_enough)
+    with pytest.raises(InterruptedError):
+        runner.run_preset_stage("curation", preset)
     assert [p.name for p in sorted(Path("outputs/tiny").glob("[a-z]*"))] == ["curation", "encoders", "sources"]
