@@ -44,8 +44,8 @@ from svd.curation.filters import AXES as FILTERS
 from svd.data.cache import digest
 from svd.model.conditioning import load_encoders
 from svd.model.weights import checkpoint_hash, load_autoencoder
-from svd.stage import Report, StageContext, publish, write_json
-from svd.training.runner import first_rank
+from svd.stage import Report, StageContext, exclusive, publish, write_json
+from svd.training.ranks import rank
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run(context: StageContext) -> Report:
     made = published(context.output, key)
     if made is None:
         made = make_models(context, axes, key)
-    if not first_rank():
+    if rank() != 0:
         return Report({}, "trained; the first rank publishes")
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
@@ -124,10 +124,11 @@ def make_models(context: StageContext, axes: Mapping[str, list[Candidate]], key:
     start = start_set(context.inputs["curation"], config, context.preset.seed)
     subsets = {model.name: subset(start, model) for model in models}
     prompts = choose_prompts(start, context.preset)
-    cache = encode_start_set(context, start)
+    with exclusive(context.work / ".lock"):  # the first rank makes it, the others find it
+        cache = encode_start_set(context, start)
     facts = train_models(context, models, subsets, cache)
     about = {"key": key, "prompts": prompts, "models": facts}
-    if first_rank():
+    if rank() == 0:
         samples = sample_models(context, facts, prompts, cache, device)
         (context.work / "losses").mkdir(exist_ok=True)
         for model in models:

@@ -32,6 +32,8 @@ from svd.model.unet import UNet
 from svd.model.weights import load_autoencoder, load_unet
 from svd.stage import StageContext, Tracker, UserError
 from svd.training.initialise import carry_over, fresh_unet, unet_config
+from svd.training.launch import on_all_ranks
+from svd.training.ranks import rank
 from svd.training.runner import Training, measured, run_phases
 from svd.training.tasks import TEXT_TO_VIDEO
 from svd.video import to_uint8, write_mp4
@@ -202,6 +204,7 @@ def model_training(context: StageContext, candidate: Candidate, clips: frozenset
     return Training(NAME, own, TEXT_TO_VIDEO, config, cache, autoencoder, rows, initial, work)
 
 
+@on_all_ranks("threshold_calibration")
 def train_models(
     context: StageContext, models: Sequence[Candidate], subsets: Mapping[str, Subset], cache: LatentCache
 ) -> dict[str, dict[str, Any]]:
@@ -211,7 +214,8 @@ def train_models(
         chosen = subsets[candidate.name]
         training = model_training(context, candidate, chosen.clips, cache)
         last, history = run_phases(training)
-        (training.work / "losses.csv").write_text(history.csv())
+        if rank() == 0:
+            (training.work / "losses.csv").write_text(history.csv())
         facts[candidate.name] = {
             **{key: value for key, value in measured(training, history).items() if key != "steps"},
             "axis": candidate.axis,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
@@ -51,6 +51,16 @@ def stage(
     from flows.runner import run_stage
 
     console.print(run_stage(name, preset, store_option=store).summary)
+
+
+@app.command()
+def inventory(preset: PresetOption = "tiny") -> None:
+    """List the files outside the project that a preset names, so that DVC and the flows see when they change."""
+    from flows.inventory import take
+
+    found = take(load_preset(preset))
+    count = len({str(row[0]) for lists in found.values() for listing in lists.values() for row in listing})
+    console.print(f"{count} files outside the project")
 
 
 @app.command()
@@ -181,17 +191,6 @@ def stack_status() -> None:
     Console().print(table if processes else "nothing is running")
     if processes and env:
         Console().print(_addresses(env))
-
-
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """`a.b=1` pairs as a mapping of dotted paths to YAML values; raises UserError for a pair without '='."""
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        path, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"'{pair}': expected KEY=VALUE, for example evaluation.ucf101.samples=256")
-        values[path] = yaml.safe_load(value)
-    return values
 
 
 def main() -> None:

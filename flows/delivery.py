@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from flows.datasets import dvc_dataset
+from svd.stage import exclusive
+from svd.storage import sha256
 
 KEY_TAG = "svd.run_key"
 # The courier tries again by itself; MLflow's own retries would hold up the end of a stage for minutes.
@@ -28,6 +31,12 @@ BAD_REQUEST = 400
 logger = logging.getLogger(__name__)
 
 
+def checkpoint_digest(folder: Path) -> str:
+    """Names the weights in a stage's output; the registered version carries it as its tag `checkpoint`."""
+    digests = [bytes.fromhex(sha256(path)) for path in sorted(folder.rglob("*.safetensors"))]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
 class Delivery:
     """Sends journal entries of one run to the MLflow server at `uri`."""
 
@@ -38,11 +47,13 @@ class Delivery:
         self._experiment = experiment
         self._client: mlflow.MlflowClient | None = None
         self._run_id = ""
+        self._lock = Path()
 
     def __call__(self, entry: dict[str, Any], files: Path) -> None:
         """Deliver one entry; raises what MLflow's client raises when the server can't be reached."""
         if self._client is None:
             self._client = mlflow.MlflowClient(self._uri)
+            self._lock = files.parents[1] / ".runs.lock"
         try:
             self._dispatch(entry, files)
         except MlflowException as error:
@@ -102,13 +113,14 @@ class Delivery:
         return str(run.info.run_id)
 
     def _start(self, entry: dict[str, Any]) -> None:
-        found = self.find_run(entry["key"])
+        with exclusive(self._lock):  # a stage and its pipeline may both be the first to name the pipeline's run
+            found = self.find_run(entry["key"])
+            if found is None:
+                self._run_id = self._create(entry["key"], entry["name"], entry["time"], entry["tags"], entry["parent"])
         if found:
             self._run_id = found
             self.client.update_run(found, status="RUNNING")
             self._tags(entry["tags"])
-        else:
-            self._run_id = self._create(entry["key"], entry["name"], entry["time"], entry["tags"], entry["parent"])
         params = [Param(name, str(value)[:6000]) for name, value in entry["params"].items()]
         for i in range(0, len(params), 100):
             self.client.log_batch(self._run_id, params=params[i : i + 100])
@@ -131,17 +143,20 @@ class Delivery:
         self._tags({f"dvc.{entry['context']}.{item['name']}": item["md5"] for item in entry["items"]})
 
     def _model(self, entry: dict[str, Any]) -> None:
-        name, digest = entry["name"], str(entry["settings"].get("checkpoint", ""))
+        name, folders, settings = entry["name"], entry["folders"], entry["settings"]
+        digest = str(settings["checkpoint"])
         version = self._registered(name, digest)
+        if version is None and checkpoint_digest(Path(folders["model"])) != digest:
+            logger.warning("%s does not hold checkpoint %s any more, it isn't registered", folders["model"], digest)
+            return
         if version is None:
-            version = self._register(name, entry["folders"], entry["settings"])
-            self.client.set_model_version_tag(name, version, "checkpoint", digest)
+            version = self._register(name, folders, settings)
         self.client.set_registered_model_alias(name, "candidate", version)
 
     def _registered(self, name: str, digest: str) -> str | None:
         """The version of `name` that was made from the same checkpoint, if there is one."""
         versions = self.client.search_model_versions(f"name = '{name}'")
-        return next((str(v.version) for v in versions if digest and v.tags.get("checkpoint") == digest), None)
+        return next((str(v.version) for v in versions if v.tags.get("checkpoint") == digest), None)
 
     def _register(self, name: str, folders: Mapping[str, str], settings: Mapping[str, Any]) -> str:
         mlflow.set_tracking_uri(self._uri)
@@ -151,10 +166,11 @@ class Delivery:
                 python_model=str(Path(__file__).with_name("served_model.py")),
                 artifacts=dict(folders),
                 model_config=dict(settings),
-                registered_model_name=name,
                 pip_requirements=["svd-platform"],
             )
-        return str(info.registered_model_version)
+            # With its tag from the start: a kill in between must not leave a version that nothing recognises.
+            made = mlflow.register_model(info.model_uri, name, tags={"checkpoint": settings["checkpoint"]})
+        return str(made.version)
 
     def _end(self, entry: dict[str, Any]) -> None:
         self.client.set_terminated(self._run_id, status=entry["status"], end_time=entry["time"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ StageFlow = Callable[..., dict[str, Any]]
 POLL_SECONDS = 2
 SERVER_AWAY_SECONDS = 900
 RESTARTS = 2
+MISTAKE = re.compile(r"exception: (User|Config)Error: ")  # as Prefect words a failed state
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +41,10 @@ def stage_flow(stage: str) -> StageFlow:
 def dispatch(
     stage: str, preset: str, parent: str, inputs: list[dict[str, Any]], store: str | None = None
 ) -> dict[str, Any]:
-    """Run `stage` where it belongs and return its flow's result; raises what the child raised.
+    """Run `stage` where it belongs and return its flow's result.
+
+    Raises what the child raised; for a deployment only UserError keeps its kind, everything else is a RuntimeError that
+    names the child's flow run.
 
     preset: its name; parent: MLflow key of the pipeline's run; inputs: DVC hashes; store: where results are kept.
 
@@ -72,7 +77,8 @@ def _run_child(stage: str, arguments: dict[str, Any]) -> dict[str, Any]:
     if child.state is None or not child.state.is_completed():
         state = child.state.name if child.state else "unknown"
         message = child.state.message if child.state else ""
-        raise RuntimeError(f"stage '{stage}' ended {state} in flow run {child.id}: {message}")
+        kind = UserError if MISTAKE.search(message or "") else RuntimeError
+        raise kind(f"stage '{stage}' ended {state} in flow run {child.id}: {message}")
     return cast(dict[str, Any], child.state.result())
 
 
@@ -124,9 +130,3 @@ def _idempotency_key(stem: str) -> str:
             if state is None or not state.is_final() or state.is_completed():
                 return key
             attempt += 1
-
-
-def run_id() -> UUID | None:
-    """The id of the Prefect flow run this code is in, if any."""
-    current = flow_run.get_id()
-    return UUID(current) if current else None

@@ -18,6 +18,7 @@ from prefect.runtime import flow_run
 from flows import store as results_store
 from flows import versioning
 from flows.dispatch import dispatch
+from flows.inventory import take_and_record
 from flows.logs import shorten_mistakes
 from flows.runner import git_commit, only_one, output_folder
 from flows.stages import PIPELINE, find_stage
@@ -67,8 +68,8 @@ class PipelineRun:
     def run(self, name: str, force: bool) -> None:
         """Bring one stage up to date: skip it when `dvc.lock` says that nothing changed, else run and record it."""
         logger = get_run_logger()
-        if not force and not versioning.changed(name):
-            _, outputs = versioning.lineage(name)
+        if not force and not versioning.changed(name, self.preset.name):
+            _, outputs = versioning.lineage(name, self.preset.name)
             self.known |= {item.path: item for item in outputs}
             self._keep_in_store(name, outputs[0])
             logger.info("stage %s is unchanged", name)
@@ -76,7 +77,7 @@ class PipelineRun:
         inputs = self._inputs(name)
         result = dispatch(name, self.preset.name, self.key, [asdict(item) for item in inputs], self.store)
         outputs = [Lineage(**item) for item in result["outputs"]]
-        versioning.record(name, outputs, self.known)
+        versioning.record(name, self.preset.name, outputs, self.known)
         clear_work(self.preset, name)
         self.known |= {item.path: item for item in outputs}
         self.results[name] = result
@@ -92,7 +93,8 @@ class PipelineRun:
         for stage in find_stage(name).inputs:
             folder = output_folder(self.preset, stage)
             if str(folder) not in self.known:
-                items = [versioning.hash_folder(folder)] if folder.is_dir() else versioning.lineage(stage)[1]
+                here = folder.is_dir()
+                items = [versioning.hash_folder(folder)] if here else versioning.lineage(stage, self.preset.name)[1]
                 self.known |= {item.path: item for item in items}
             if str(folder) in self.known:
                 found.append(self.known[str(folder)])
@@ -142,6 +144,7 @@ def full_pipeline(
     chosen = select_preset(preset)
     names = [find_stage(name).name for name in stages] if stages else list(PIPELINE)
     send_pending()
+    take_and_record(chosen)
     tags = {"stage": "full-pipeline", "preset": chosen.name, "git.commit": git_commit()}
     tags |= {"prefect.flow_run_id": str(flow_run.get_id()), "seed": str(chosen.seed)}
     values = chosen.model_dump(mode="json")

@@ -20,6 +20,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 REQUEST_SECONDS = 25
+UPLOAD_PATIENCE = 600.0  # for a server that does not answer, while weights wait that may be gone with this machine
 Deliver = Callable[[dict[str, Any], Path], None]
 
 
@@ -74,6 +75,14 @@ class Journal:
         """Whether something is left to deliver."""
         return self.path.exists() and self.delivered() < self.path.stat().st_size
 
+    def waiting(self, operation: str) -> bool:
+        """Whether an entry of this kind is left to deliver."""
+        if not self.pending():
+            return False
+        with self.path.open("rb") as stream:
+            stream.seek(self.delivered())
+            return any(json.loads(line)["op"] == operation for line in stream if line.endswith(b"\n"))
+
     def deliver(self, send: Deliver) -> None:
         """Deliver all complete entries in order; whatever `send` raises leaves the rest pending."""
         with self.path.open("rb") as stream:
@@ -123,19 +132,24 @@ class Courier:
         while not self._stop.wait(wait):
             wait = self._waits[0] if self._attempt() else min(2 * wait, self._waits[1])
 
-    def close(self, patience: float = 20) -> bool:
+    def close(self, patience: float = 20, upload_patience: float = UPLOAD_PATIENCE) -> bool:
         """Stop; try for `patience` seconds to deliver what is left. Returns whether everything was delivered.
 
         A delivery that hangs in a slow server is not waited for longer than that (but for one request's time at
-        least); what it may still deliver is recognised when the journal is sent again.
+        least); what it may still deliver is recognised when the journal is sent again. A model is waited for as long
+        as its upload goes on, and for `upload_patience` seconds when the server is away: it names weights that lie on
+        this machine, which may be a pod.
         """
-        deadline = time.monotonic() + patience
+        start = time.monotonic()
         self._stop.set()
         self._thread.join(max(patience, REQUEST_SECONDS))
+        while self._thread.is_alive() and self.journal.waiting("model"):
+            self._thread.join(REQUEST_SECONDS)
         if self._thread.is_alive():
             return False
         while not self._attempt():
-            if time.monotonic() + self._waits[0] > deadline:
+            allowed = max(patience, upload_patience) if patience and self.journal.waiting("model") else patience
+            if time.monotonic() - start + self._waits[0] > allowed:
                 return False
             time.sleep(self._waits[0])
         return True

@@ -16,7 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from evaluation.gate import gate
-from flows.runner import checkpoint_digest
+from flows.delivery import checkpoint_digest
 from flows.tracking import tracking_uri
 from svd.stage import UserError
 

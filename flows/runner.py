@@ -8,26 +8,29 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
-import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flows import store, versioning
-from flows.stages import Stage, find_stage
+from flows.delivery import checkpoint_digest
+from flows.stages import OUTPUTS, Stage, find_stage, preset_sections
 from flows.tracking import Lineage, MlflowTracker, RunInfo, tracked_run
 from flows.versioning import hash_folder
-from flows.work import WORK, clear_recorded, clear_work, dvc_records, mark_told, settle
+from flows.work import WORK, clear_recorded, clear_work, close_work, dvc_records, key_file, mark_told, settle
 from svd.config import Preset
 from svd.presets import load_preset
-from svd.stage import Report, StageContext, UserError, republish
+from svd.stage import Report, StageContext, UserError, recover, republish
 from svd.storage import join
+from svd.training import ranks
 
-OUTPUTS = Path("outputs")
+logger = logging.getLogger(__name__)
 OPTIONAL_INPUTS = ("report",)
 
 
@@ -64,14 +67,28 @@ def stage_inputs(stage: Stage, preset: Preset) -> dict[str, Path]:
 
 
 def work_digest(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> str:
-    """Names work in progress by what it is made from: the preset, and names, sizes and metrics of the input files."""
-    digest = hashlib.sha256(json.dumps(preset.model_dump(mode="json"), sort_keys=True).encode())
+    """Names work in progress by what it is made from: the parts of the preset's file that DVC watches for the stage,
+    and names, sizes and metrics of the input files.
+
+    An option that the file doesn't set is left out, so that a new version of the code goes on where the old one was.
+    """
+    values = preset.model_dump(mode="json", exclude_unset=True)
+    parts = {name: _part(values, name) for name in sorted({"name", "seed", *preset_sections(stage.name)})}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, folder in sorted(inputs.items()):
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             digest.update(f"{name}/{path.relative_to(folder)}:{path.stat().st_size}\n".encode())
         if (folder / "metrics.json").is_file():
             digest.update((folder / "metrics.json").read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _part(values: Mapping[str, Any], dotted: str) -> Any:
+    """The value at a dotted path; None where the file says nothing."""
+    found: Any = values
+    for name in dotted.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
 
 
 def git_commit() -> str:
@@ -82,13 +99,20 @@ def git_commit() -> str:
 
 
 def open_work(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> Path:
-    """The stage's work folder for exactly this preset and these inputs; leftovers of other ones are removed."""
+    """The stage's work folder for exactly these options and inputs.
+
+    Of work for others, which a killed run left, the newest is kept: changing an option back finds it again.
+    """
     parent = WORK / preset.name / stage.name
     work = parent / work_digest(stage, preset, inputs)
-    for stale in parent.glob("*/"):
-        if stale != work:
-            shutil.rmtree(stale)
+    others = sorted((p for p in parent.glob("*/") if p != work), key=lambda p: p.stat().st_mtime)
+    for other in others[:-1]:
+        logger.warning("%s: unfinished work for other options or inputs is removed, a newer one is kept", other)
+        close_work(other)
+    if others and not work.exists():
+        logger.warning("%s holds unfinished work for other options or inputs; this run starts anew", others[-1])
     work.mkdir(parents=True, exist_ok=True)
+    os.utime(work)
     return work
 
 
@@ -117,7 +141,7 @@ def only_one(name: str, preset: Preset) -> Iterator[None]:
 
 def run_key(work: Path) -> str:
     """The MLflow key of the run that works in `work`; a run that was killed is continued under its key."""
-    path = work.parent / f"{work.name}.run"
+    path = key_file(work)
     if not path.exists():
         path.write_text(f"{work.parent.name}-{uuid.uuid4().hex[:12]}")
     return path.read_text()
@@ -141,7 +165,11 @@ def run_preset_stage(
     repository, and when another process runs the stage.
     """
     stage, root = find_stage(name), store.store_root(store_option)
+    if ranks.rank() > 0:
+        return _follow(stage)
     with only_one(stage.name, preset):
+        for folder in (*input_folders(stage, preset).values(), output_folder(preset, stage.name)):
+            recover(folder)
         if root:
             store.fetch_inputs(root, preset.name, input_folders(stage, preset))
         inputs = stage_inputs(stage, preset)
@@ -156,6 +184,13 @@ def run_preset_stage(
         if not (keep or dvc_records()):
             clear_work(preset, stage.name)
     return report
+
+
+def _follow(stage: Stage) -> Report:
+    """What the other ranks of torchrun or srun do: they only train, beside the first one."""
+    if not stage.distributed:
+        return Report({}, f"stage '{stage.name}' runs in the first process alone")
+    return stage.load()(ranks.await_first_rank())
 
 
 def _run(
@@ -173,7 +208,10 @@ def _run(
     with tracked_run(info) as tracker:
         context = StageContext(store.localise(preset, stage.name), inputs, output, work, tracker)
         tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
-        report = republish(work, output) or stage.load()(context)
+        report = republish(work, output)
+        if report is None:
+            with ranks.announced(context) if stage.distributed else nullcontext():
+                report = stage.load()(context)
         made = hash_folder(output)
         if uri:
             store.publish(output, uri, made.md5)
@@ -193,12 +231,6 @@ def _log_outcome(tracker: MlflowTracker, stage: Stage, preset: Preset, report: R
         tracker.log_file(path, "pictures" if path.suffix == ".png" else "")
     if stage.model:
         _register(tracker, stage, preset, folder)
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """Names the weights in a stage's output; the registered version carries it as its tag `checkpoint`."""
-    digests = [hashlib.sha256(path.read_bytes()).digest() for path in sorted(folder.rglob("*.safetensors"))]
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 def _register(tracker: MlflowTracker, stage: Stage, preset: Preset, folder: Path) -> None:

@@ -6,6 +6,7 @@ State lies in `.local/`: run/ (one JSON file a process), log/, and the servers' 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -261,9 +262,11 @@ def _start_missing(ports: Ports, env: dict[str, str], alive: set[str], say: Call
     mlflow = None if "mlflow" in alive else _start_mlflow(ports, env)
     if prefect:
         processes.wait(prefect, f"{env['PREFECT_API_URL']}/health")
-    if not alive:
+    described, deployed = hashlib.sha256(Path("prefect.yaml").read_bytes()).hexdigest(), LOCAL / "prefect" / "deployed"
+    if not alive or not deployed.exists() or deployed.read_text() != described:
         say("creating pools and deployments")
         _deploy(env)
+        deployed.write_text(described)
     for pool in POOLS:
         if f"worker-{pool}" not in alive:
             _start_worker(pool, env)

@@ -60,12 +60,13 @@ def run_stage_flow(
     """
     _bring_inputs(stage, preset, [Lineage(**item) for item in inputs or []], store_root(store))
     result = _stage_task(stage, preset, parent, store)
-    outputs = versioning.save_outputs(stage)
+    chosen = load_preset(preset)
+    outputs = versioning.save_outputs(stage, chosen.name)
     if versioning.has_remote():
         versioning.push(outputs)
-    artifacts.publish(stage, load_preset(preset), result["metrics"], result["summary"])
+    artifacts.publish(stage, chosen, result["metrics"], result["summary"])
     if parent is None:  # else the parent does it, when it has recorded the output
-        clear_work(load_preset(preset), stage)
+        clear_work(chosen, stage)
     return {"stage": stage, **result, "outputs": [asdict(item) for item in outputs]}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +17,7 @@ import yaml
 from svd.stage import Report, StageContext, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+OUTPUTS = Path("outputs")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Stage:
     pool: Literal["cpu", "gpu"] = "gpu"
     model: str | None = None
 
+    @property
+    def distributed(self) -> bool:
+        """Whether it trains on all ranks of a launcher; other stages run in the first process alone."""
+        return self.module in (_TRAINING, _CALIBRATION)
+
     def load(self) -> Callable[[StageContext], Report]:
         """The function `run(context) -> Report`; imported late, because some stages import torch."""
         return cast(Callable[[StageContext], Report], getattr(importlib.import_module(self.module), self.function))
@@ -36,6 +43,7 @@ class Stage:
 
 _NETWORKS = ("autoencoder", "encoders")
 _TRAINING = "svd.training.stages"
+_CALIBRATION = "evaluation.calibration"
 _LIST = (
     Stage("sources", "svd.data.sources", pool="cpu"),
     Stage("encoders", "svd.training.encoders"),
@@ -100,11 +108,23 @@ _LIST = (
         "run_frame_interpolation",
         model="svd-frame-interpolation",
     ),
-    Stage("threshold-calibration", "evaluation.calibration", ("curation", *_NETWORKS, "image-pretraining")),
+    Stage("threshold-calibration", _CALIBRATION, ("curation", *_NETWORKS, "image-pretraining")),
 )
 STAGES = {stage.name: stage for stage in _LIST}
 BRANCHES = ("camera-lora", "frame-interpolation", "threshold-calibration")
 PIPELINE = tuple(name for name in STAGES if name not in BRANCHES)
+# Their options may name files outside the project; flows/inventory.py lists those for DVC.
+EXTERNAL = (
+    "sources",
+    "encoders",
+    "curation",
+    "autoencoder",
+    "image-pretraining",
+    "orbits",
+    "ucf101-evaluation",
+    "multiview-benchmark",
+    "threshold-calibration",
+)
 NIGHTLY = ("ucf101-evaluation", "multiview-benchmark", "report")
 
 
@@ -115,7 +135,13 @@ def find_stage(name: str) -> Stage:
     return STAGES[name]
 
 
+@cache
 def described(name: str) -> dict[str, Any]:
     """The entry of a stage in dvc.yaml or branches/dvc.yaml."""
     file = ROOT / ("branches/dvc.yaml" if name in BRANCHES else "dvc.yaml")
     return cast(dict[str, Any], yaml.safe_load(file.read_text())["stages"][name])
+
+
+def preset_sections(stage: str) -> tuple[str, ...]:
+    """The parts of a preset that a stage depends on, as dotted paths, as dvc.yaml lists them."""
+    return tuple(key for group in described(stage).get("params", []) for keys in group.values() for key in keys)

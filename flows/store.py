@@ -16,14 +16,17 @@ from typing import Any
 
 from rich.progress import Progress
 
-from flows.stages import described
+from flows.stages import preset_sections
 from svd import storage
 from svd.config import Preset
-from svd.stage import UserError
+from svd.retries import Transient, Unreachable, retrying
+from svd.stage import UserError, exclusive, recover, replace_folder
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+PUBLISH_ATTEMPTS = 4
 CACHE = Path(".cache") / "s3"
+VERSIONS = Path(".cache") / "s3-versions"
 Files = dict[str, dict[str, Any]]
 
 
@@ -65,13 +68,27 @@ def stored_version(uri: str) -> str | None:
 def publish(folder: Path, uri: str, version: str | None = None) -> int:
     """Make `uri` hold exactly the files of `folder`, named `version`; returns the bytes that were sent.
 
-    A kill leaves a folder without manifest, which no reader takes; publishing again goes on with what is missing.
+    A kill leaves a folder without manifest, which no reader takes; publishing again goes on with what is missing. Two
+    runs that publish there at once can mix their files, so what is stored is looked at again at the end. Raises
+    svd.retries.Unreachable when another run keeps changing it.
     """
-    wanted, old = _describe(folder), _read_manifest(uri)
-    manifest: dict[str, Any] = {"files": wanted, "version": version}
-    if old == manifest:
-        return 0
-    stored = old.get("files") or {}
+    manifest: dict[str, Any] = {"files": _describe(folder), "version": version}
+    wanted, sent = manifest["files"], 0
+    for _ in range(PUBLISH_ATTEMPTS):
+        if _read_manifest(uri) != manifest:
+            sent += _send(folder, uri, manifest)
+        elif not sent:
+            return 0
+        stored = {entry.relative: entry for entry in storage.list_files(uri)}
+        if _read_manifest(uri) == manifest and all(_same_object(stored.get(name), wanted[name]) for name in wanted):
+            return sent
+        storage.delete(storage.join(uri, MANIFEST))
+    raise Unreachable(f"{uri}: another run publishes there at the same time; let one of them finish first")
+
+
+def _send(folder: Path, uri: str, manifest: dict[str, Any]) -> int:
+    """One pass of `publish`: withdraw the manifest, send what differs, write the manifest."""
+    wanted, stored = manifest["files"], _read_manifest(uri).get("files") or {}
     present = {entry.relative: entry for entry in storage.list_files(uri)}
     storage.delete(storage.join(uri, MANIFEST))
     sent = 0
@@ -96,12 +113,21 @@ def _same_object(entry: storage.Entry | None, about: Mapping[str, Any]) -> bool:
 def fetch(uri: str, folder: Path) -> int:
     """Bring `folder` to exactly what is stored at `uri`, in one rename; returns the bytes that were fetched.
 
-    A fetch that was interrupted goes on. Raises UserError when nothing whole is stored there, svd.storage.Truncated
-    when a file isn't what the manifest says.
+    A fetch that was interrupted goes on; of several processes that want the folder one fetches. What is published anew
+    meanwhile is fetched again. Raises UserError when nothing whole is stored there, svd.storage.Truncated when a file
+    isn't what the manifest says.
     """
+    if read_manifest(uri) is None:
+        raise UserError(f"{uri}: nothing whole is stored there ({MANIFEST} is missing); run the stage that makes it")
+    recover(folder)
+    with exclusive(folder.with_name(f".{folder.name}.fetching.lock")):
+        return retrying(lambda: _fetch(uri, folder), uri)
+
+
+def _fetch(uri: str, folder: Path) -> int:
     files = read_manifest(uri)
     if files is None:
-        raise UserError(f"{uri}: nothing whole is stored there ({MANIFEST} is missing); run the stage that makes it")
+        raise Transient("is being published anew")
     if folder.is_dir() and _describe(folder) == files:
         return 0
     staging = folder.with_name(f".{folder.name}.fetching")
@@ -114,32 +140,33 @@ def fetch(uri: str, folder: Path) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / relative, target)
             continue
-        storage.download(storage.join(uri, relative), target)
-        if not _matches(target, about):
-            target.unlink()
-            raise storage.Truncated(
-                f"{storage.join(uri, relative)}: not the file of {MANIFEST}; publish the stage again"
-            )
+        _fetch_file(uri, relative, target, files)
         fetched += about["size"]
     staging.mkdir(parents=True, exist_ok=True)
     for entry in list(storage.list_files(staging)):
         if entry.relative not in files:
             Path(entry.location).unlink()
-    _swap(staging, folder)
+    replace_folder(staging, folder)
     return fetched
+
+
+def _fetch_file(uri: str, relative: str, target: Path, files: Files) -> None:
+    """Raises Transient when the file isn't the manifest's because another manifest is being made or has been."""
+    location = storage.join(uri, relative)
+    try:
+        storage.download(location, target)
+        if _matches(target, files[relative]):
+            return
+        target.unlink()
+    except FileNotFoundError:
+        pass
+    if read_manifest(uri) != files:
+        raise Transient("is being published anew")
+    raise storage.Truncated(f"{location}: not the file of {MANIFEST}; publish the stage again")
 
 
 def _matches(path: Path, about: Mapping[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == about["size"] and storage.sha256(path) == about["sha256"]
-
-
-def _swap(staging: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _with_progress(files: Files, title: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -160,18 +187,13 @@ def fetch_inputs(root: str, preset: str, folders: Mapping[str, Path]) -> None:
             logger.info("%s: %.1f MB fetched", uri, moved / 1e6)
 
 
-def _sections(stage: str) -> list[str]:
-    """The parts of a preset that a stage depends on, as dvc.yaml lists them."""
-    return [key for group in described(stage).get("params", []) for keys in group.values() for key in keys]
-
-
 def localise(preset: Preset, stage: str) -> Preset:
     """The preset with the `s3://` paths that `stage` reads replaced by local copies, so that every path may be remote.
 
     Addresses of sources stay: curation reads those one at a time.
     """
     values = preset.model_dump(mode="json")
-    for section in _sections(stage):
+    for section in preset_sections(stage):
         *parents, last = section.split(".")
         place = values
         for name in parents:
@@ -190,17 +212,29 @@ def _local_copies(value: Any) -> Any:
 
 
 def local_copy(uri: str) -> Path:
-    """The file or folder at `uri` under .cache/s3, brought there when it is missing or has another size.
+    """The file or folder at `uri` under .cache/s3, brought there when it is missing or another version is stored.
 
     Raises UserError when there is neither an object nor a prefix of that name.
     """
     bucket, key = storage.split_uri(uri)
     target = CACHE / bucket / key
     if storage.exists(uri):
-        if not (target.is_file() and target.stat().st_size == storage.size(uri)):
-            storage.download(uri, target)
+        _bring(uri, storage.version(uri), target)
         return target
-    if not any(True for _ in storage.list_files(uri)):
+    entries = list(storage.list_files(uri))
+    if not entries:
         raise UserError(f"{uri}: no such object or folder; correct the preset or put it there")
-    storage.download_tree(uri, target)
+    for entry in entries:
+        _bring(entry.location, entry.version, target / entry.relative)
     return target
+
+
+def _bring(uri: str, version: str, target: Path) -> None:
+    """Download an object unless `target` is this version of it, which is noted under .cache/s3-versions."""
+    note = VERSIONS / target.relative_to(CACHE)
+    with exclusive(note.with_name(f".{note.name}.lock")):
+        if target.is_file() and note.is_file() and note.read_text() == version:
+            return
+        note.unlink(missing_ok=True)
+        storage.download(uri, target)
+        note.write_text(version)

@@ -1,6 +1,7 @@
 """DVC from Python: whether a stage changed, its hashes in `dvc.lock`, and pulling inputs by their hashes.
 
 `dvc repro` and the flows keep the same `dvc.lock`: the stage entry that `commit` writes is the one `dvc repro` writes.
+`preset` is always the preset's name; only `dvc repro` itself takes it from params.yaml.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dvc.dvcfile import load_file
 from dvc.exceptions import CollectCacheError, DvcException
+from dvc.parsing.context import Context
 from dvc.repo import Repo
 from dvc.ui import ui
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
 
-from flows.stages import BRANCHES
+from flows.stages import BRANCHES, STAGES
 from flows.tracking import Lineage
 from svd.stage import UserError
 
@@ -36,8 +39,11 @@ def open_repo() -> Repo:
         raise UserError(f"{folder}: not a DVC repository ({error}); run the command in the project's folder") from None
 
 
-def _stage(repo: Repo, name: str) -> Any:
-    return repo.stage.load_one("branches/dvc.yaml" if name in BRANCHES else "dvc.yaml", name)
+def _stage(repo: Repo, name: str, preset: str) -> Any:
+    """DVC's stage `name` of `preset`, whichever preset params.yaml names: other runs in this folder may use another."""
+    file = load_file(repo, "branches/dvc.yaml" if name in BRANCHES else "dvc.yaml")
+    file.resolver.context.merge_update(Context({"preset": preset}), overwrite=True)
+    return file.stages[name]
 
 
 def _lineage(entry: Any) -> Lineage:
@@ -46,23 +52,23 @@ def _lineage(entry: Any) -> Lineage:
     return Lineage(Path(path).name, path, entry.hash_info.value, size, files)
 
 
-def changed(name: str) -> bool:
+def changed(name: str, preset: str) -> bool:
     """Whether the stage's command, dependencies, parameters or outputs differ from `dvc.lock`.
 
     A folder that is recorded there but not on this machine counts as unchanged: whoever needs it pulls it.
     """
     with open_repo() as repo, repo.lock:
-        return bool(_stage(repo, name).changed(allow_missing=True))
+        return bool(_stage(repo, name, preset).changed(allow_missing=True))
 
 
-def record(name: str, outputs: list[Lineage], known: Mapping[str, Lineage]) -> None:
+def record(name: str, preset: str, outputs: list[Lineage], known: Mapping[str, Lineage]) -> None:
     """Write the stage's entry in `dvc.lock`, as `dvc repro` would, from hashes alone: the data may be on another node.
 
     `known` holds the hashes of data inputs by path; code and parameters are hashed here.
     """
     made = {item.path: item for item in outputs}
     with open_repo() as repo, repo.lock:
-        stage = _stage(repo, name)
+        stage = _stage(repo, name, preset)
         for dep in stage.deps:
             if str(dep.def_path) in known:
                 _set_hash(dep, known[str(dep.def_path)])
@@ -80,10 +86,10 @@ def _set_hash(entry: Any, item: Lineage) -> None:
     entry.meta = Meta(size=item.size, nfiles=item.files, isdir=item.md5.endswith(".dir"))
 
 
-def lineage(name: str) -> tuple[list[Lineage], list[Lineage]]:
+def lineage(name: str, preset: str) -> tuple[list[Lineage], list[Lineage]]:
     """Hashes of the stage's inputs (data only, no code) and outputs as `dvc.lock` has them."""
     with open_repo() as repo:
-        stage = _stage(repo, name)
+        stage = _stage(repo, name, preset)
         inputs = [d for d in stage.deps if d.hash_info and str(d.def_path).startswith("outputs/")]
         return [_lineage(d) for d in inputs], [_lineage(out) for out in stage.outs if out.hash_info]
 
@@ -97,10 +103,10 @@ def hash_folder(path: Path) -> Lineage:
         return Lineage(path.name, str(path), str(obj.hash_info.value), meta.size, meta.nfiles)
 
 
-def save_outputs(name: str) -> list[Lineage]:
+def save_outputs(name: str, preset: str) -> list[Lineage]:
     """Hash the stage's outputs into DVC's cache without touching `dvc.lock`; what a stage on another node returns."""
     with open_repo() as repo, repo.lock:
-        stage = _stage(repo, name)
+        stage = _stage(repo, name, preset)
         stage.save_outs()
         stage.commit()
         return [_lineage(out) for out in stage.outs]
@@ -138,8 +144,11 @@ def push(items: list[Lineage]) -> int:
 
 
 def _at_hash(repo: Repo, item: Lineage) -> Any:
-    """DVC's output for the path of `item`, set to the hash of `item`."""
-    out = next(o for stage in repo.index.stages for o in stage.outs if str(o.def_path) == item.path)
+    """DVC's output for the path of `item`, outputs/<preset>/<stage>, set to the hash of `item`."""
+    parts = Path(item.path).parts
+    if len(parts) != 3 or parts[0] != "outputs" or parts[2] not in STAGES:
+        raise UserError(f"'{item.path}' is no output of a stage; expected outputs/<preset>/<stage>")
+    out = _stage(repo, parts[2], parts[1]).outs[0]
     _set_hash(out, item)
     out.obj = None
     return out

@@ -51,11 +51,10 @@ def settle(stage: Stage, work: Path) -> bool:
     """
     code, told = code_digest(stage), (work / TOLD).is_file()
     same = (work / CODE).is_file() and (work / CODE).read_text() == code
-    if told and same and not _recorded(stage.name, work):
+    if told and same and not _recorded(work):
         return True
     if told:
-        shutil.rmtree(work)
-        work.with_name(f"{work.name}.run").unlink(missing_ok=True)
+        close_work(work)
         work.mkdir()
     elif not same:
         discard_published(work)
@@ -63,20 +62,33 @@ def settle(stage: Stage, work: Path) -> bool:
     return False
 
 
-def _recorded(name: str, work: Path) -> bool:
+def key_file(work: Path) -> Path:
+    """Where the MLflow key of the run that works in `work` is kept."""
+    return work.with_name(f"{work.name}.run")
+
+
+def close_work(work: Path) -> None:
+    """Remove a work folder and the key of its run."""
+    shutil.rmtree(work, ignore_errors=True)
+    key_file(work).unlink(missing_ok=True)
+
+
+def _recorded(work: Path) -> bool:
+    """Whether `dvc.lock` has the output that was made in work/<preset>/<stage>/<digest>."""
     if not (work / TOLD).is_file():
         return False
-    made = json.loads((work / TOLD).read_text())
-    return any((item.path, item.md5) == (made["path"], made["md5"]) for item in versioning.lineage(name)[1])
+    made, (preset, stage) = json.loads((work / TOLD).read_text()), work.parts[-3:-1]
+    return any((item.path, item.md5) == (made["path"], made["md5"]) for item in versioning.lineage(stage, preset)[1])
 
 
 def clear_work(preset: Preset, stage: str) -> None:
-    """Remove the stage's work, which its recorded output makes needless."""
-    shutil.rmtree(WORK / preset.name / stage, ignore_errors=True)
+    """Remove the stage's finished work, which its recorded output makes needless; what others left unfinished stays."""
+    for told in (WORK / preset.name / stage).glob(f"*/{TOLD}"):
+        close_work(told.parent)
 
 
 def clear_recorded(preset: Preset) -> None:
     """Remove the work of stages that `dvc repro` has recorded after their end."""
     for told in (WORK / preset.name).glob(f"*/*/{TOLD}"):
-        if _recorded(told.parts[-3], told.parent):
-            clear_work(preset, told.parts[-3])
+        if _recorded(told.parent):
+            close_work(told.parent)

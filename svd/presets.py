@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from svd.config import Preset
 from svd.stage import UserError
 
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
+
 
 class ConfigError(UserError):
     """A preset that can't be used; the message is one readable line a mistake."""
@@ -61,7 +63,8 @@ def parse_preset(values: dict[str, Any], source: str) -> Preset:
 def load_preset(name_or_path: str, overrides: dict[str, Any] | None = None) -> Preset:
     """Load `presets/<name>.yaml` or a YAML file; `overrides` maps dotted paths to values.
 
-    Raises ConfigError for a missing file, broken YAML, and unknown or out-of-range keys.
+    Raises ConfigError for a missing file, broken YAML, unknown or out-of-range keys, and for a file in presets/ whose
+    `name` isn't its file's: it would run under the name, and into the outputs, of another preset.
     """
     path = preset_path(name_or_path)
     try:
@@ -70,6 +73,10 @@ def load_preset(name_or_path: str, overrides: dict[str, Any] | None = None) -> P
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    if path.resolve().parent == PRESETS and values.get("name", path.stem) != path.stem:
+        raise ConfigError(
+            f"{path}: 'name' is '{values['name']}', but presets/ is searched by file name; write `name: {path.stem}`"
+        )
     for dotted, value in (overrides or {}).items():
         _assign(values, dotted.split("."), value)
     return parse_preset(values, str(path))
@@ -77,11 +84,10 @@ def load_preset(name_or_path: str, overrides: dict[str, Any] | None = None) -> P
 
 def preset_path(name_or_path: str) -> Path:
     """The file of a preset; raises ConfigError that lists the presets when there is none."""
-    folder = Path(__file__).resolve().parent.parent / "presets"
-    for candidate in (Path(name_or_path), folder / f"{name_or_path}.yaml"):
+    for candidate in (Path(name_or_path), PRESETS / f"{name_or_path}.yaml"):
         if candidate.is_file():
             return candidate
-    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+    known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
     raise ConfigError(f"no preset '{name_or_path}': give a YAML file or one of: {known}")
 
 

@@ -126,13 +126,13 @@ def _classify(error: ClientError, what: str) -> Exception:
     return UserError(f"{what}: the server refuses: {status} {code}: {error.response.get('Error', {}).get('Message')}")
 
 
-def listing(prefix: Address) -> Iterator[tuple[str, int]]:
-    """(key, size) of the objects whose keys begin with the prefix, page by page."""
+def listing(prefix: Address) -> Iterator[tuple[str, int, str]]:
+    """(key, size, ETag) of the objects whose keys begin with the prefix, page by page."""
     token: dict[str, str] = {}
     while True:
         arguments = {"Bucket": prefix.bucket, "Prefix": prefix.key, "MaxKeys": PAGE, **token}
         page = call(functools.partial(client().list_objects_v2, **arguments), f"list {prefix}")
-        yield from ((item["Key"], int(item["Size"])) for item in page.get("Contents", []))
+        yield from ((item["Key"], int(item["Size"]), str(item["ETag"])) for item in page.get("Contents", []))
         if not page.get("IsTruncated"):
             return
         token = {"ContinuationToken": page["NextContinuationToken"]}

@@ -1,15 +1,17 @@
 """What a stage is: a function that reads folders, writes its own folder and can be killed and run again at any moment.
 
-Work in progress lives in an untracked `work` folder; `publish` moves the finished result into the output folder in one
-rename, because DVC deletes a stage's outputs before it runs the command again.
+Work in progress lives in an untracked `work` folder; `publish` moves the finished result into the output folder by
+renames, because DVC deletes a stage's outputs before it runs the command again.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,10 +88,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def publish(finished: Path, output: Path, report: Report) -> Report:
-    """Write `metrics.json` into `finished`, then rename it to `output`.
-
-    A kill leaves the old or the new folder complete under the name, or, between two renames, none; run again, the stage
-    publishes what it has finished.
+    """Write `metrics.json` into `finished`, then make it `output`; a kill leaves the old or the new folder.
 
     Until the work folder is removed, hard links beside `finished` keep what was published: see `republish`.
     """
@@ -101,7 +100,7 @@ def publish(finished: Path, output: Path, report: Report) -> Report:
         write_json(kept.with_suffix(".json"), {"metrics": dict(report.metrics), "summary": report.summary})
     except OSError:  # a file system without hard links: the stage is done again when the recording is killed
         discard_published(finished.parent)
-    _swap(finished, output)
+    replace_folder(finished, output)
     return report
 
 
@@ -119,7 +118,7 @@ def republish(work: Path, output: Path) -> Report | None:
     again = work / f".{KEPT}.again"
     shutil.rmtree(again, ignore_errors=True)
     shutil.copytree(kept, again, copy_function=os.link)
-    _swap(again, output)
+    replace_folder(again, output)
     return report
 
 
@@ -129,11 +128,42 @@ def discard_published(work: Path) -> None:
     shutil.rmtree(work / KEPT, ignore_errors=True)
 
 
-def _swap(finished: Path, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    old = output.with_name(f".{output.name}.old")
-    if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-    finished.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def exclusive(lock: Path) -> Iterator[None]:
+    """Wait until no other process of this machine holds the file `lock`, and hold it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def replace_folder(finished: Path, folder: Path) -> None:
+    """Make `finished` the new `folder`. Between two renames there is none; `recover` undoes a kill just there."""
+    with exclusive(_beside(folder, "lock")):
+        _settle(folder)
+        if folder.exists():
+            folder.rename(_beside(folder, "old"))
+        finished.rename(folder)
+        _settle(folder)
+
+
+def recover(folder: Path) -> None:
+    """After a kill inside `replace_folder`: bring the old folder back when there is no new one, else remove it."""
+    if _beside(folder, "old").exists() or _beside(folder, "removed").exists():
+        with exclusive(_beside(folder, "lock")):
+            _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """One folder instead of two. What goes is renamed first, because half of it must never be taken for the whole."""
+    old, removed = _beside(folder, "old"), _beside(folder, "removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    elif old.exists():
+        old.rename(removed)
+        shutil.rmtree(removed)
+
+
+def _beside(folder: Path, mark: str) -> Path:
+    return folder.with_name(f".{folder.name}.{mark}")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from svd import s3
-from svd.retries import retrying
+from svd.retries import Transient, retrying
 from svd.stage import UserError
 from svd.web import download_address
 
@@ -31,11 +31,14 @@ Location = str | Path
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or object: where it is, its size in bytes, and its path relative to the folder that was listed."""
+    """A file or object: where it is, its size in bytes, its path relative to the folder that was listed, and for an
+    object its ETag, which changes with its content.
+    """
 
     location: str
     size: int
     relative: str
+    version: str = ""
 
 
 class Truncated(UserError, OSError):
@@ -89,9 +92,9 @@ def list_files(location: Location) -> Iterator[Entry]:
 def _list_objects(location: Location) -> Iterator[Entry]:
     bucket, prefix = split_uri(str(location).rstrip("/"))
     prefix = f"{prefix}/" if prefix else ""
-    for key, size in s3.listing(s3.Address(bucket, prefix)):
+    for key, size, version in s3.listing(s3.Address(bucket, prefix)):
         if not key.endswith("/"):
-            yield Entry(f"s3://{bucket}/{key}", size, key[len(prefix) :])
+            yield Entry(f"s3://{bucket}/{key}", size, key[len(prefix) :], version)
 
 
 def exists(location: Location) -> bool:
@@ -112,6 +115,11 @@ def size(location: Location) -> int:
     return local_path(location).stat().st_size
 
 
+def version(uri: str) -> str:
+    """The ETag of an object, which changes with its content; raises FileNotFoundError."""
+    return str(s3.head(_address(uri))["ETag"])
+
+
 def stored_sha256(location: Location) -> str | None:
     """The SHA-256 that an object was put with, or that a local file has; None for an object without one."""
     if is_remote(location):
@@ -126,15 +134,34 @@ def read_range(location: Location, start: int = 0, length: int | None = None) ->
         with local_path(location).open("rb") as stream:
             stream.seek(start)
             return stream.read(-1 if length is None else length)
-    # an empty range or one behind the end is an error in S3, and no bytes here
-    available = max(0, size(location) - start)
-    wanted = available if length is None else min(length, available)
-    return s3.get_range(_address(location), start, wanted) if wanted else b""
+    return _read_object(location, start, length)[0]
+
+
+def _read_object(location: Location, start: int = 0, length: int | None = None) -> tuple[bytes, str | None]:
+    """Bytes of one version of an object, and the SHA-256 that this version was put with."""
+
+    def attempt() -> tuple[bytes, str | None]:
+        about = s3.head(_address(location))
+        # an empty range or one behind the end is an error in S3, and no bytes here
+        available = max(0, int(about["ContentLength"]) - start)
+        wanted = available if length is None else min(length, available)
+        try:
+            data = s3.get_range(_address(location), start, wanted, str(about["ETag"])) if wanted else b""
+        except s3.Replaced as error:
+            raise Transient(str(error)) from error
+        return data, about.get("Metadata", {}).get("sha256")
+
+    return retrying(attempt, str(location))
 
 
 def read_bytes(location: Location) -> bytes:
-    """The whole of a small file or object; raises FileNotFoundError."""
-    return read_range(location)
+    """The whole of a small file or object; raises FileNotFoundError, and Truncated when the checksum differs."""
+    if not is_remote(location):
+        return read_range(location)
+    data, expected = _read_object(location)
+    if expected and hashlib.sha256(data).hexdigest() != expected:
+        raise Truncated(f"{location}: {len(data)} bytes whose SHA-256 differs from the stored one")
+    return data
 
 
 class RangedReader(io.RawIOBase):
@@ -261,17 +288,3 @@ def link(location: Location, seconds: int = 24 * 3600) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{location}: no such file")
     return path.as_uri()
-
-
-def download_tree(location: Location, folder: Path) -> int:
-    """Bring a folder or prefix to `folder`; files that are there with the right size are kept. Returns bytes moved.
-
-    For folders whose files don't change under their names (videos, weights); results of stages: flows/store.py.
-    """
-    moved = 0
-    for entry in list_files(location):
-        path = folder / entry.relative
-        if not (path.is_file() and path.stat().st_size == entry.size):
-            download(entry.location, path)
-            moved += entry.size
-    return moved

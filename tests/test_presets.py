@@ -1,7 +1,10 @@
 """Presets: all valid, the paper's numbers in place, mistakes named by file, path and nearest name."""
 
+from pathlib import Path
+
 import pytest
 
+from svd import presets
 from svd.presets import ConfigError, load_preset
 
 
@@ -112,3 +115,17 @@ def test_mistakes_are_named(path: str, value: object, said: str) -> None:
 def test_a_missing_preset_lists_what_there_is() -> None:
     with pytest.raises(ConfigError, match=r"finetune, paper, tiny"):
         load_preset("nothing")
+
+
+def test_a_copy_in_presets_needs_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (presets.PRESETS / "tiny.yaml").read_text()
+    monkeypatch.setattr(presets, "PRESETS", tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    for given in ("mine", str(tmp_path / "mine.yaml")):
+        with pytest.raises(ConfigError, match=r"mine.yaml: 'name' is 'tiny', .*write `name: mine`$"):
+            load_preset(given)
+    (tmp_path / "mine.yaml").write_text(text.replace("name: tiny", "name: mine"))
+    assert load_preset("mine").name == "mine"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "other.yaml").write_text(text)
+    assert load_preset(str(tmp_path / "elsewhere" / "other.yaml")).name == "tiny"

@@ -17,8 +17,9 @@ from svd.data.cache import LatentCache
 from svd.model.hub import UNET_FILES, resolve
 from svd.model.unet import UNet
 from svd.model.weights import load_autoencoder, load_unet
-from svd.stage import Report, StageContext, UserError
+from svd.stage import Report, StageContext, UserError, exclusive
 from svd.training.initialise import carry_over, fresh_unet, unet_config
+from svd.training.launch import on_all_ranks
 from svd.training.lora import train_loras
 from svd.training.orbit_latents import cache_orbits
 from svd.training.runner import Training, run_training
@@ -27,6 +28,7 @@ from svd.training.tasks import FRAME_INTERPOLATION, IMAGE, IMAGE_TO_VIDEO, MULTI
 Rows = Callable[[Phase, str], Sequence[Mapping[str, Any]]]
 
 
+@on_all_ranks("image_pretraining")
 def run_image_pretraining(context: StageContext) -> Report:
     """Stage I: SD 2.1, or a fresh U-Net of its structure, learns EDM's noise schedule on single frames (§3.2, D.2).
 
@@ -36,6 +38,7 @@ def run_image_pretraining(context: StageContext) -> Report:
     return run_training(training)
 
 
+@on_all_ranks("video_pretraining")
 def run_video_pretraining(context: StageContext) -> Report:
     """Stage II: temporal layers are put between the image layers and all train on the curated clips (§3.3, D.2).
 
@@ -45,6 +48,7 @@ def run_video_pretraining(context: StageContext) -> Report:
     return run_training(_training(context, "video-pretraining", TEXT_TO_VIDEO, config, "image-pretraining"))
 
 
+@on_all_ranks("high_quality_finetuning")
 def run_high_quality_finetuning(context: StageContext) -> Report:
     """Stage III: text-to-video at high resolution on the best clips (§3.4, §4.2, D.3); `subset` says which those are.
 
@@ -54,6 +58,7 @@ def run_high_quality_finetuning(context: StageContext) -> Report:
     return run_training(_training(context, "high-quality-finetuning", TEXT_TO_VIDEO, config, "video-pretraining"))
 
 
+@on_all_ranks("image_to_video")
 def run_image_to_video(context: StageContext) -> Report:
     """Image-to-video: text becomes the CLIP embedding of the first frame, whose noise-augmented latent joins the
     input (§4.2, D.4).
@@ -64,6 +69,7 @@ def run_image_to_video(context: StageContext) -> Report:
     return run_training(_training(context, "image-to-video", IMAGE_TO_VIDEO, config, "video-pretraining"))
 
 
+@on_all_ranks("frame_interpolation")
 def run_frame_interpolation(context: StageContext) -> Report:
     """Four times the frame rate: three frames between two given ones (§4.4, D.5).
 
@@ -74,6 +80,7 @@ def run_frame_interpolation(context: StageContext) -> Report:
     return run_training(training)
 
 
+@on_all_ranks("camera_lora")
 def run_camera_lora(context: StageContext) -> Report:
     """One LoRA on the temporal attention for each camera motion, trained on the clips that have it (§4.3.1, D.4.2).
 
@@ -83,6 +90,7 @@ def run_camera_lora(context: StageContext) -> Report:
     return train_loras(training, context.preset.camera_lora)
 
 
+@on_all_ranks("multiview_finetuning")
 def run_multiview_finetuning(context: StageContext) -> Report:
     """SVD-MV: orbits around objects from one view (§4.5, D.6); `initialisation` gives the paper's SD2.1-MV and
     Scratch-MV.
@@ -91,7 +99,8 @@ def run_multiview_finetuning(context: StageContext) -> Report:
     """
     config = context.preset.multiview_finetuning
     previous = {"image-to-video": "image-to-video", "image-model": "image-pretraining", "scratch": None}
-    cache = LatentCache(cache_orbits(context, context.work / "latents"))
+    with exclusive(context.work / ".lock"):  # the first rank makes it, the others find it
+        cache = LatentCache(cache_orbits(context, context.work / "latents"))
     return run_training(
         _training(context, "multiview-finetuning", MULTIVIEW, config, previous[config.initialisation], cache)
     )

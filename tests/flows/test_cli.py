@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import app, parse_overrides
-from svd.stage import UserError
+from flows.cli import app
 
 SVD = str(Path(sys.executable).parent / "svd")
 
@@ -57,9 +56,3 @@ def test_a_mistake_is_one_line(arguments: tuple[str, ...], said: str, tmp_path: 
     assert result.returncode == 1
     assert said in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) <= 2
-
-
-def test_overrides_are_yaml() -> None:
-    assert parse_overrides(["a.b=1e-3", "c=[1, 2]", "d=null"]) == {"a.b": "1e-3", "c": [1, 2], "d": None}
-    with pytest.raises(UserError, match="KEY=VALUE"):
-        parse_overrides(["a"])

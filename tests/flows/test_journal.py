@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,49 @@ def test_the_offset_survives_a_restart(tmp_path: Path) -> None:
     server = FlakyServer(down=set())
     Journal(tmp_path).deliver(server)
     assert server.accepted == [1]
+
+
+class SlowServer:
+    """Takes a while for each entry."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.accepted: list[str] = []
+
+    def __call__(self, entry: dict, files: Path) -> None:
+        time.sleep(self.seconds)
+        self.accepted.append(entry["op"])
+
+
+def test_a_model_is_waited_for_while_it_is_sent_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.journal.REQUEST_SECONDS", 0.05)
+    for operation, done in (("model", True), ("metrics", False)):
+        journal = Journal(tmp_path / operation)
+        journal.append({"op": operation})
+        server = SlowServer(1)
+        courier = Courier(journal, server, "server", first_wait=0.01)
+        time.sleep(0.2)
+        assert courier.close(patience=0.1) is done
+        assert server.accepted == [operation] * done
+
+
+def test_a_model_waits_longer_for_a_server_that_is_away(tmp_path: Path) -> None:
+    for operation, done in (("model", True), ("metrics", False)):
+        journal = Journal(tmp_path / operation)
+        journal.append({"op": operation, "n": 0})
+        server = FlakyServer(down=set(range(1, 20)))
+        courier = Courier(journal, server, "server", first_wait=0.05, longest=0.05)
+        assert courier.close(patience=0.1, upload_patience=30) is done
+
+
+def test_which_kinds_of_entries_wait(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    assert not journal.waiting("model")
+    journal.append({"op": "model", "n": 0})
+    journal.append({"op": "metrics", "n": 1})
+    assert journal.waiting("model")
+    with pytest.raises(ConnectionError):
+        journal.deliver(FlakyServer(down={2}))
+    assert not journal.waiting("model") and journal.waiting("metrics")

@@ -8,8 +8,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from flows.delivery import checkpoint_digest
 from flows.promotion import promote
-from flows.runner import checkpoint_digest
 from flows.tracking import tracking_uri
 from svd.stage import UserError, write_json
 

@@ -1,18 +1,32 @@
 """One table of stages: dvc.yaml, prefect.yaml, the flows and the code agree with it."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import yaml
+from closure import PACKAGES, ROOT, data_files, reachable
 
 from flows.dispatch import stage_flow
-from flows.stages import BRANCHES, PIPELINE, STAGES, find_stage
+from flows.stages import BRANCHES, EXTERNAL, PIPELINE, STAGES, find_stage
 from svd.stage import UserError
 
-ROOT = Path(__file__).parents[2]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 DVC |= yaml.safe_load((ROOT / "branches" / "dvc.yaml").read_text())["stages"]
+# Code that can't change a result: options (DVC watches their values), transport, where processes run, previews.
+WITHOUT_EFFECT = frozenset(
+    {
+        "svd/config.py",
+        "svd/config_data.py",
+        "svd/retries.py",
+        "svd/s3.py",
+        "svd/stage.py",
+        "svd/storage.py",
+        "svd/training/launch.py",
+        "svd/training/ranks.py",
+        "svd/training/samples.py",
+        "svd/web.py",
+    }
+)
 PREFECT = {d["name"]: d for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
 
 
@@ -20,7 +34,9 @@ PREFECT = {d["name"]: d for d in yaml.safe_load((ROOT / "prefect.yaml").read_tex
 def test_dvc_lists_the_stage_with_its_inputs_and_output(name: str) -> None:
     entry = DVC[name]
     data = {dep for dep in entry["deps"] if dep.startswith("outputs/")}
-    assert data == {f"outputs/${{preset}}/{stage}" for stage in STAGES[name].inputs}
+    made = {f"outputs/${{preset}}/{stage}" for stage in STAGES[name].inputs}
+    made |= {f"outputs/${{preset}}/inventory/{name}.json"} if name in EXTERNAL else set()
+    assert data == made
     outs = [next(iter(out)) if isinstance(out, dict) else out for out in entry["outs"]]
     assert outs == [f"outputs/${{preset}}/{name}"]
     assert entry["cmd"] == f"svd stage {name} --preset ${{preset}}"
@@ -29,9 +45,34 @@ def test_dvc_lists_the_stage_with_its_inputs_and_output(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_dvc_depends_on_the_module_that_runs_the_stage(name: str) -> None:
-    module = STAGES[name].module.replace(".", "/")
-    assert any(f"{module}.py".startswith(dep.removesuffix("/")) for dep in DVC[name]["deps"])
+def test_dvc_depends_on_exactly_the_code_that_the_stage_can_reach(name: str) -> None:
+    needed = reachable(STAGES[name].module, STAGES[name].function, skip=WITHOUT_EFFECT)
+    needed |= data_files(needed)
+    listed = [dep for dep in DVC[name]["deps"] if dep.split("/")[0] in PACKAGES]
+    missing = {file for file in needed if not any(file == dep or file.startswith(f"{dep}/") for dep in listed)}
+    assert not missing, f"add to the deps of {name}: {sorted(missing)}"
+    unneeded = {dep for dep in listed if dep.endswith(".py")} - needed
+    assert not unneeded, f"a change of these would run {name} again for nothing: {sorted(unneeded)}"
+    for folder in (ROOT / dep for dep in listed if (ROOT / dep / "__init__.py").exists()):
+        modules = {p.relative_to(ROOT).as_posix() for p in folder.rglob("*.py") if p.name != "__init__.py"}
+        assert len(modules & needed) > 0.75 * len(modules), f"{name}: list the files of {folder.name} one by one"
+
+
+def test_reach_follows_names_and_not_whole_files() -> None:
+    image = reachable("svd.training.stages", "run_image_pretraining")
+    assert {"svd/training/muon.py", "svd/training/runner.py", "svd/model/weights.py", "svd/training/ema.py"} <= image
+    assert not {"svd/training/orbit_latents.py", "svd/training/lora.py", "svd/model/convert.py"} & image
+    assert "svd/training/orbit_latents.py" in reachable("svd.training.stages", "run_multiview_finetuning")
+    assert "svd/video.py" in image - reachable("svd.training.stages", "run_image_pretraining", skip=WITHOUT_EFFECT)
+
+
+def test_the_inventory_lists_for_every_stage_that_reads_it() -> None:
+    assert DVC["inventory"]["always_changed"]
+    assert [next(iter(out)) for out in DVC["inventory"]["outs"]] == [
+        f"outputs/${{preset}}/inventory/{name}.json" for name in EXTERNAL
+    ]
+    files = {f"outputs/${{preset}}/inventory/{name}.json" for name in EXTERNAL}
+    assert {dep for entry in DVC.values() for dep in entry.get("deps", []) if "/inventory/" in dep} == files
 
 
 @pytest.mark.parametrize("name", STAGES)

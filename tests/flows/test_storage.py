@@ -379,3 +379,23 @@ def test_local_writes_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mo
         storage.write_bytes(target, b"new")
     assert target.read_bytes() == b"old"
     assert [p.name for p in target.parent.iterdir()] == ["file"]
+
+
+def test_small_objects_are_read_in_one_version_and_checked(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    location = f"{bucket}/manifest"
+    storage.write_bytes(location, b"x" * 100)
+    real, asked = s3.head, []
+
+    def replaced_meanwhile(address: s3.Address) -> dict[str, object]:
+        about = real(address)
+        asked.append(address)
+        if len(asked) == 1:
+            storage.write_bytes(location, b"y" * 150)
+        return about
+
+    monkeypatch.setattr(s3, "head", replaced_meanwhile)
+    assert storage.read_bytes(location) == b"y" * 150
+    assert len(asked) == 2
+    put_raw(location, b"damaged", "0" * 64)
+    with pytest.raises(storage.Truncated, match="SHA-256 differs"):
+        storage.read_bytes(location)

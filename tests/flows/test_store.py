@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from flows import runner, store
 from flows.stages import find_stage
 from svd import storage
 from svd.presets import load_preset
+from svd.retries import Unreachable
 from svd.stage import Report, StageContext, UserError, publish, write_json
 
 
@@ -83,6 +85,82 @@ def test_a_fetch_of_something_else_keeps_the_old_folder(root: str, tmp_path: Pat
     with pytest.raises(storage.Truncated, match="not the file of"):
         store.fetch(uri, tmp_path / "got")
     assert contents(tmp_path / "got") == {"a": "0"}
+
+
+def test_two_runs_that_publish_at_once_leave_one_whole_result(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = storage.join(root, "stage")
+    first, second = fill(tmp_path / "1", a="one", b="one"), fill(tmp_path / "2", a="two", b="two")
+    real, sent = storage.upload, []
+
+    def joined_after_the_first_file(path: Path, location: str) -> None:
+        real(path, location)
+        sent.append(location)
+        if len(sent) == 1:
+            store.publish(second, uri)
+
+    monkeypatch.setattr(storage, "upload", joined_after_the_first_file)
+    store.publish(first, uri)
+    store.fetch(uri, tmp_path / "got")
+    assert contents(tmp_path / "got") == contents(first)
+
+
+def test_a_run_that_keeps_publishing_there_is_told_of(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = storage.join(root, "stage")
+    folder = fill(tmp_path / "1", a="one", b="one")
+    real = storage.write_bytes
+
+    def spoilt(location: str, data: bytes) -> None:
+        real(location, data)
+        real(storage.join(uri, "a"), b"two")
+
+    monkeypatch.setattr(storage, "write_bytes", spoilt)
+    with pytest.raises(Unreachable, match="another run publishes there"):
+        store.publish(folder, uri)
+    with pytest.raises(UserError, match="nothing whole is stored there"):
+        store.fetch(uri, tmp_path / "got")
+
+
+def test_a_fetch_that_meets_a_publish_brings_the_new_result(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = storage.join(root, "stage")
+    store.publish(fill(tmp_path / "old", a="old", b="old", c="old"), uri)
+    fill(tmp_path / "new", a="new", b="new")
+    real, asked = storage.download, []
+
+    def published_after_the_first_file(location: str, path: Path) -> Path:
+        real(location, path)
+        asked.append(location)
+        if len(asked) == 1:
+            store.publish(tmp_path / "new", uri)
+        return path
+
+    monkeypatch.setattr(storage, "download", published_after_the_first_file)
+    store.fetch(uri, tmp_path / "got")
+    assert contents(tmp_path / "got") == {"a": "new", "b": "new"}
+
+
+def test_of_two_that_want_a_folder_one_fetches(root: str, tmp_path: Path) -> None:
+    uri = storage.join(root, "stage")
+    store.publish(fill(tmp_path / "made", **{name: "0123456789" for name in "abcdefgh"}), uri)
+    with ThreadPoolExecutor(2) as pool:
+        moved = list(pool.map(lambda _: store.fetch(uri, tmp_path / "got"), range(2)))
+    assert sorted(moved) == [0, 80]
+
+
+def test_a_local_copy_follows_what_is_stored(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in ("first", "other"):  # of equal size, as a retrained checkpoint
+        for name in ("model.safetensors", "folder/a", "folder/b"):
+            storage.write_bytes(f"{bucket}/{name}", text.encode())
+        assert store.local_copy(f"{bucket}/model.safetensors").read_text() == text
+        assert contents(store.local_copy(f"{bucket}/folder")) == {"a": text, "b": text}
+    monkeypatch.setattr(storage, "download", None)  # nothing is fetched twice
+    assert store.local_copy(f"{bucket}/folder").is_dir() and store.local_copy(f"{bucket}/model.safetensors").is_file()
 
 
 def make_outputs(context: StageContext) -> Report:

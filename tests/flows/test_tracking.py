@@ -1,12 +1,18 @@
 """Runs in a real MLflow store (SQLite): nesting, params, metrics, pictures, lineage, and resumption without doubles."""
 
+import hashlib
+import shutil
+import time
+import tracemalloc
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 
-from flows.tracking import Lineage, RunInfo, flat_params, send_pending, tracked_run
+from flows.delivery import Delivery, checkpoint_digest
+from flows.journal import Journal
+from flows.tracking import Lineage, MlflowTracker, RunInfo, flat_params, send_pending, tracked_run
 
 
 @pytest.fixture
@@ -50,6 +56,23 @@ def test_a_nested_run_with_everything_in_it(client: mlflow.MlflowClient, tmp_pat
     assert sum(name.startswith("images/samples~grid+step+2") for name in names) == 2
 
 
+def test_stage_and_pipeline_make_the_pipelines_run_once(
+    client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both look for it at the same moment and find nothing."""
+    real = Delivery.find_run
+
+    def slow(self: Delivery, key: str) -> str | None:
+        found = real(self, key)
+        time.sleep(1 if key == "parent" else 0)
+        return found
+
+    monkeypatch.setattr(Delivery, "find_run", slow)
+    with tracked_run(RunInfo("parent", "full-pipeline")), tracked_run(RunInfo("child", "curation", "parent")):
+        pass
+    assert find(client, "child").data.tags["mlflow.parentRunId"] == find(client, "parent").info.run_id
+
+
 def test_a_resumed_run_logs_no_step_twice(client: mlflow.MlflowClient) -> None:
     with pytest.raises(RuntimeError), tracked_run(RunInfo("stage-1", "stage"), patience=0) as tracker:
         # what a kill leaves behind: an undelivered journal that already holds these steps
@@ -79,6 +102,76 @@ def test_what_could_not_be_sent_is_sent_later_once(
     assert send_pending() == (0, 0)
     run = find(client, "offline")
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(3, 1.0)]
+
+
+def weights(folder: Path, text: str) -> Path:
+    (folder / "unet").mkdir(parents=True, exist_ok=True)
+    (folder / "unet" / "model.safetensors").write_text(text)
+    return folder
+
+
+def register(tracker: MlflowTracker, folder: Path) -> str:
+    """Register what lies in `folder` as the runner does; returns its digest."""
+    digest = checkpoint_digest(folder)
+    tracker.register_model("svd-test", {"model": folder}, {"checkpoint": digest})
+    return digest
+
+
+def versions(client: mlflow.MlflowClient) -> dict[str, str]:
+    return {str(v.version): v.tags["checkpoint"] for v in client.search_model_versions("name = 'svd-test'")}
+
+
+def test_a_model_is_registered_once_under_the_weights_it_holds(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    folder = weights(tmp_path / "model", "A")
+    for key in ("first", "again"):
+        with tracked_run(RunInfo(key, "stage")) as tracker:
+            digest = register(tracker, folder)
+    assert versions(client) == {"1": digest}
+    assert str(client.get_model_version_by_alias("svd-test", "candidate").version) == "1"
+
+
+@pytest.mark.parametrize("later", ["retrained", "removed"])
+def test_weights_that_are_gone_are_not_registered_and_block_nothing(
+    client: mlflow.MlflowClient, tmp_path: Path, later: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = weights(tmp_path / "model", "A")
+    with monkeypatch.context() as away:
+        away.setattr(Journal, "deliver", lambda self, send: _unreachable(send))
+        with tracked_run(RunInfo("late", "stage"), patience=0) as tracker:
+            register(tracker, folder)
+            tracker.log_metrics({"loss": 1.0}, step=3)
+    weights(folder, "B") if later == "retrained" else shutil.rmtree(folder)
+    assert send_pending() == (1, 0)
+    assert versions(client) == {}
+    run = find(client, "late")
+    assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 1.0)
+
+
+def test_a_kill_right_after_the_version_was_made_makes_no_second_one(
+    client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = weights(tmp_path / "model", "A")
+    with monkeypatch.context() as killed:
+        killed.setattr(mlflow.MlflowClient, "set_registered_model_alias", lambda *_: _unreachable(None))
+        killed.setattr(mlflow.MlflowClient, "set_model_version_tag", lambda *_: _unreachable(None))
+        with tracked_run(RunInfo("killed", "stage"), patience=0) as tracker:
+            digest = register(tracker, folder)
+    assert send_pending() == (1, 0)
+    assert versions(client) == {"1": digest}
+
+
+def test_the_digest_reads_large_weights_piece_by_piece(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.truncate(300 << 20)
+    tracemalloc.start()
+    digest = checkpoint_digest(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 << 20
+    whole = hashlib.sha256((folder / "model.safetensors").read_bytes()).digest()
+    assert digest == hashlib.sha256(whole).hexdigest()[:32]
 
 
 def _unreachable(send: object) -> None:

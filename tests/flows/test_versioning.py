@@ -56,7 +56,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def outputs(project: Path, name: str) -> list[Lineage]:
     run("bash", "-c", f"mkdir -p outputs/tiny/{name} && cp code.py outputs/tiny/{name}/x", cwd=project)
-    return versioning.save_outputs(name)
+    return versioning.save_outputs(name, "tiny")
 
 
 def test_record_writes_the_lock_that_repro_writes(project: Path) -> None:
@@ -65,9 +65,9 @@ def test_record_writes_the_lock_that_repro_writes(project: Path) -> None:
     (project / "dvc.lock").unlink()
     known: dict[str, Lineage] = {}
     for name in ("sources", "curation"):
-        assert versioning.changed(name)
-        made = versioning.save_outputs(name)
-        versioning.record(name, made, known)
+        assert versioning.changed(name, "tiny")
+        made = versioning.save_outputs(name, "tiny")
+        versioning.record(name, "tiny", made, known)
         known |= {item.path: item for item in made}
     assert (project / "dvc.lock").read_text() == expected
     assert "didn't change" in run(DVC, "repro", cwd=project)
@@ -75,11 +75,11 @@ def test_record_writes_the_lock_that_repro_writes(project: Path) -> None:
 
 def test_only_what_depends_on_a_parameter_changes(project: Path) -> None:
     run(DVC, "repro", "-q", cwd=project)
-    assert not versioning.changed("sources")
+    assert not versioning.changed("sources", "tiny")
     (project / "presets" / "tiny.yaml").write_text("curation: {a: 1}\nother: 3\n")
-    assert not versioning.changed("curation")
+    assert not versioning.changed("curation", "tiny")
     (project / "presets" / "tiny.yaml").write_text("curation: {a: 2}\nother: 3\n")
-    assert versioning.changed("curation") and not versioning.changed("sources")
+    assert versioning.changed("curation", "tiny") and not versioning.changed("sources", "tiny")
 
 
 def test_an_empty_machine_pulls_by_hash(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_hash_that_is_nowhere_is_one_clear_error(project: Path) -> None:
 def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not a DVC repository"):
-        versioning.changed("sources")
+        versioning.changed("sources", "tiny")
 
 
 def test_another_preset_after_the_first_is_recorded_as_repro_would(project: Path) -> None:
@@ -113,8 +113,32 @@ def test_another_preset_after_the_first_is_recorded_as_repro_would(project: Path
     (project / "params.yaml").write_text("preset: mine\n")
     (project / "outputs/mine/sources").mkdir(parents=True)
     (project / "outputs/mine/sources/a").write_text((project / "code.py").read_text())
-    made = versioning.save_outputs("sources")
-    versioning.record("sources", made, {})
-    assert not versioning.changed("sources")
+    made = versioning.save_outputs("sources", "mine")
+    versioning.record("sources", "mine", made, {})
+    assert not versioning.changed("sources", "mine")
     assert versioning.pull(made) == 0
     assert "hash: md5" in (project / "dvc.lock").read_text().split("path: outputs/mine/sources")[1][:40]
+
+
+def test_a_stage_belongs_to_its_own_preset_whatever_params_says(project: Path) -> None:
+    run(DVC, "repro", "-q", cwd=project)
+    (project / "presets" / "mine.yaml").write_text("curation: {a: 3}\n")
+    (project / "outputs/mine/sources").mkdir(parents=True)
+    (project / "outputs/mine/sources/a").write_text("another preset's\n")
+    tiny, mine = (versioning.save_outputs("sources", name)[0] for name in ("tiny", "mine"))
+    assert (tiny.path, mine.path) == ("outputs/tiny/sources", "outputs/mine/sources")
+    assert tiny.md5 != mine.md5
+    assert not versioning.changed("sources", "tiny") and versioning.changed("sources", "mine")
+    assert versioning.lineage("sources", "mine") == ([], [])
+    run("rm", "-rf", "outputs/mine", cwd=project)
+    assert versioning.pull([mine]) == 1
+    assert (project / "outputs/mine/sources/a").read_text() == "another preset's\n"
+    versioning.record("sources", "mine", [mine], {})
+    assert "outputs/mine/sources" in (project / "dvc.lock").read_text()
+    assert (project / "params.yaml").read_text() == "preset: tiny\n"
+
+
+@pytest.mark.parametrize("path", ["outputs/tiny/nothing", "elsewhere/tiny/sources", "outputs/sources"])
+def test_a_path_that_no_stage_makes_is_one_clear_error(project: Path, path: str) -> None:
+    with pytest.raises(UserError, match=f"'{path}' is no output of a stage"):
+        versioning.pull([Lineage("x", path, "0" * 32 + ".dir")])

@@ -1,0 +1,151 @@
+"""Starts the processes of a training on this machine, one for each device; on several nodes torchrun or srun does.
+
+This process stays outside: it holds the tracker, watches the ranks and takes what the first one answers.
+A rank that fails ends the others; SIGTERM is passed on, so that they save the step they are in. Lightning's own
+launcher would run the command line again instead, which may be a whole pipeline or a Prefect worker's.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from torch.multiprocessing.spawn import ProcessContext, start_processes
+
+from svd.config import TrainingConfig
+from svd.stage import NoTracker, StageContext, UserError
+from svd.training.ranks import launched
+
+T = TypeVar("T")
+SAVING_SECONDS = 120
+
+
+def on_all_ranks(section: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Make a function of a stage, `f(context, ...)`, run once for each device that the preset's `section` names.
+
+    The function must be one of a module, its arguments and result must be picklable; the result is the first rank's.
+    Raises UserError when the section wants several nodes and no launcher started this process.
+    """
+
+    def decorate(run: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(run)
+        def launching(context: StageContext, *arguments: Any) -> T:
+            config: TrainingConfig = getattr(context.preset, section)
+            count = max(1, torch.cuda.device_count()) if config.devices == "auto" else config.devices
+            if launched() or (count == 1 and config.nodes == 1):
+                return run(context, *arguments)
+            if config.nodes > 1:
+                raise UserError(
+                    f"{section}.nodes is {config.nodes}: start this command on every node with `srun`, or with "
+                    f"`torchrun --nnodes {config.nodes} --nproc-per-node {count} … -m flows.cli`"
+                )
+            result: T = _launch(count, launching, context, arguments)
+            return result
+
+        return launching
+
+    return decorate
+
+
+def _launch(count: int, run: Callable[..., Any], context: StageContext, arguments: tuple[Any, ...]) -> Any:
+    """Run on `count` processes of this machine; returns the first one's result, raises a rank's UserError as its own.
+
+    Raises torch.multiprocessing.ProcessException for a rank that died otherwise.
+    """
+    messages = multiprocessing.get_context("spawn").SimpleQueue()
+    heard: dict[str, Any] = {}
+    listener = threading.Thread(target=_listen, args=(messages, context.tracker, heard), daemon=True)
+    listener.start()
+    work = _Work(run, replace(context, tracker=NoTracker()), arguments, count, find_free_network_port())
+    with _sigterm_raises():
+        ranks = start_processes(_run_rank, (work, messages), count, join=False)
+        try:
+            while not ranks.join():
+                pass
+        except BaseException:
+            _stop(ranks)
+            listener.join(1)
+            if "mistake" in heard:
+                raise UserError(heard["mistake"]) from None
+            raise
+    listener.join()
+    return heard["result"]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the started processes do, and where they meet."""
+
+    run: Callable[..., Any]
+    context: StageContext
+    arguments: tuple[Any, ...]
+    ranks: int
+    port: int
+
+
+def _run_rank(number: int, work: _Work, messages: Any) -> None:
+    """A started process; Lightning reads its place from these variables."""
+    os.environ.pop("SLURM_NTASKS", None)  # Slurm started the first process, not these
+    os.environ |= {"LOCAL_RANK": str(number), "NODE_RANK": "0", "WORLD_SIZE": str(work.ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(work.port)}
+    context = replace(work.context, tracker=_Relay(messages)) if number == 0 else work.context
+    try:
+        result = work.run(context, *work.arguments)
+    except UserError as error:
+        messages.put(("mistake", str(error)))
+        raise
+    if number == 0:
+        messages.put(("result", result))
+
+
+class _Relay:
+    """The first rank's tracker: hands every call to the process outside. Logged files must outlive the stage's step."""
+
+    def __init__(self, messages: Any) -> None:
+        self._messages = messages
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self._messages.put((name, args, kwargs))
+
+
+def _listen(messages: Any, tracker: Any, heard: dict[str, Any]) -> None:
+    while not heard:
+        match messages.get():
+            case (kind, value):
+                heard[kind] = value
+            case (name, args, kwargs):
+                getattr(tracker, name)(*args, **kwargs)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends this process through an exception, unless somebody else (Prefect) handles it already."""
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop(ranks: ProcessContext) -> None:
+    """Let the ranks save the step they are in; kill those that can't."""
+    for process in ranks.processes:
+        process.terminate()
+    for process in ranks.processes:
+        process.join(SAVING_SECONDS)
+        process.kill()

@@ -1,0 +1,80 @@
+"""This process' place among the ranks of a training, and how those of an outside launcher (torchrun, srun) meet.
+
+All of them run the same command. Only the first one takes the stage's lock, fetches its inputs, reports and publishes;
+the others wait until it says with what the stage runs. Nothing here imports torch before it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from svd.config import Preset
+from svd.stage import StageContext
+
+FIRST_RANK_PATIENCE = timedelta(hours=6)  # it may have to fetch the inputs of the stage
+BESIDE_LIGHTNING = 10_000  # Slurm has no store of its own; Lightning takes the main port later
+
+
+def launched() -> bool:
+    """Whether this process is one of several ranks that a launcher started: torchrun, srun, or this module."""
+    return "LOCAL_RANK" in os.environ or _of_srun()
+
+
+def _of_srun() -> bool:
+    """A step of several tasks; in a batch script itself Slurm sets the other variables as well."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def rank() -> int:
+    """This process' number over all nodes; 0 when no launcher started it."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ.get("RANK", os.environ["LOCAL_RANK"]))
+    return int(os.environ["SLURM_PROCID"]) if _of_srun() else 0
+
+
+def _store() -> Any:
+    """Where the ranks meet before Lightning lets them: torchrun's store, else one that lives and dies with the first.
+
+    Returns a torch.distributed.TCPStore.
+    """
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from torch.distributed import TCPStore
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=FIRST_RANK_PATIENCE
+        )
+    place = SLURMEnvironment() if _of_srun() else None
+    host = place.main_address if place else os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = (place.main_port if place else int(os.environ["MASTER_PORT"])) + BESIDE_LIGHTNING
+    return TCPStore(host, port, is_master=rank() == 0, wait_for_workers=False, timeout=FIRST_RANK_PATIENCE)
+
+
+def _key() -> str:
+    return f"svd/context/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+@contextmanager
+def announced(context: StageContext) -> Iterator[None]:
+    """Tell the other ranks of an outside launcher, which wait in `await_first_rank`, with what the stage runs."""
+    if not launched():
+        yield
+        return
+    store = _store()
+    inputs = {name: str(path) for name, path in context.inputs.items()}
+    values = {"preset": context.preset.model_dump(mode="json"), "inputs": inputs}
+    store.set(_key(), json.dumps(values | {"output": str(context.output), "work": str(context.work)}))
+    yield
+
+
+def await_first_rank() -> StageContext:
+    """The context that the first rank announces once the inputs are there, without a tracker."""
+    values = json.loads(_store().get(_key()))
+    inputs = {name: Path(path) for name, path in values["inputs"].items()}
+    return StageContext(Preset.model_validate(values["preset"]), inputs, Path(values["output"]), Path(values["work"]))
