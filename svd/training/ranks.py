@@ -1,7 +1,8 @@
 """This process' place among the ranks of a training, and how those of an outside launcher (torchrun, srun) meet.
 
 All of them run the same command. Only the first one takes the stage's lock, fetches its inputs, reports and publishes;
-the others wait until it says with what the stage runs. Nothing here imports torch before it is needed.
+the others wait until it says with what the stage runs. On several nodes they share the project's folder. Nothing here
+imports torch before it is needed.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -198,6 +199,18 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
         fail_on_the_second(context_of(tmp_path, 2), "mistake")
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
         fail_on_the_second(context_of(tmp_path, 2), "death")
+
+
+class Full(Numbers):
+    """A tracker whose disk is full."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        raise OSError("no space left")
+
+
+def test_a_tracker_that_fails_ends_the_ranks(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no space left"):
+        report_place(replace(context_of(tmp_path, 2), tracker=Full()), "")  # type: ignore[arg-type]
 
 
 def test_several_nodes_need_a_launcher(tmp_path: Path) -> None:
