@@ -173,7 +173,7 @@ def run_preset_stage(name: str, preset: Preset, link: RunLink | None = None, sto
     stage, root = find_stage(name), store.store_root(store_option)
     if ranks.rank() > 0:
         return _follow(stage)
-    with only_one(stage, preset):
+    with only_one(stage, preset), ranks.leading() if stage.distributed else nullcontext():
         for folder in (*input_folders(stage, preset).values(), output_folder(preset, stage.name)):
             recover(folder)
         if root:
@@ -185,7 +185,8 @@ def _follow(stage: Stage) -> Report:
     """What the other ranks of torchrun or srun do: they only train, beside the first one."""
     if not stage.distributed:
         return Report({}, f"stage '{stage.name}' runs in the first process alone")
-    return stage.load()(ranks.await_first_rank())
+    context = ranks.await_first_rank()
+    return stage.load()(context) if context else Report({}, f"stage '{stage.name}' has nothing to train")
 
 
 def _run(stage: Stage, preset: Preset, link: RunLink, root: str | None) -> Report:
@@ -202,8 +203,9 @@ def _run(stage: Stage, preset: Preset, link: RunLink, root: str | None) -> Repor
     with tracked_run(info) as tracker:
         context = StageContext(store.localise(preset, stage.name), inputs, output, work, tracker)
         tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
-        with ranks.announced(context) if stage.distributed else nullcontext():
-            report = stage.load()(context)
+        if stage.distributed:
+            ranks.announce(context)
+        report = stage.load()(context)
         if uri:
             store.publish(output, uri)
         tracker.log_lineage("output", [hash_folder(output)])
