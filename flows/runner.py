@@ -167,7 +167,7 @@ def run_preset_stage(
     stage, root = find_stage(name), store.store_root(store_option)
     if ranks.rank() > 0:
         return _follow(stage)
-    with only_one(stage.name, preset):
+    with only_one(stage.name, preset), ranks.leading() if stage.distributed else nullcontext():
         for folder in (*input_folders(stage, preset).values(), output_folder(preset, stage.name)):
             recover(folder)
         if root:
@@ -190,7 +190,8 @@ def _follow(stage: Stage) -> Report:
     """What the other ranks of torchrun or srun do: they only train, beside the first one."""
     if not stage.distributed:
         return Report({}, f"stage '{stage.name}' runs in the first process alone")
-    return stage.load()(ranks.await_first_rank())
+    context = ranks.await_first_rank()
+    return stage.load()(context) if context else Report({}, f"stage '{stage.name}' has nothing to train")
 
 
 def _run(
@@ -210,8 +211,9 @@ def _run(
         tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
         report = republish(work, output)
         if report is None:
-            with ranks.announced(context) if stage.distributed else nullcontext():
-                report = stage.load()(context)
+            if stage.distributed:
+                ranks.announce(context)
+            report = stage.load()(context)
         made = hash_folder(output)
         if uri:
             store.publish(output, uri, made.md5)

@@ -70,8 +70,9 @@ def _launch(count: int, run: Callable[..., Any], context: StageContext, argument
     with _sigterm_raises():
         ranks = start_processes(_run_rank, (work, messages), count, join=False)
         try:
-            while not ranks.join():
-                pass
+            while not ranks.join(timeout=1):
+                if "broken" in heard:
+                    raise heard["broken"]
         except BaseException:
             _stop(ranks)
             listener.join(1)
@@ -79,6 +80,8 @@ def _launch(count: int, run: Callable[..., Any], context: StageContext, argument
                 raise UserError(heard["mistake"]) from None
             raise
     listener.join()
+    if "broken" in heard:
+        raise heard["broken"]
     return heard["result"]
 
 
@@ -121,12 +124,16 @@ class _Relay:
 
 
 def _listen(messages: Any, tracker: Any, heard: dict[str, Any]) -> None:
+    """Until the ranks answer, or the tracker fails: then they are ended, because nobody hears them any more."""
     while not heard:
         match messages.get():
             case (kind, value):
                 heard[kind] = value
             case (name, args, kwargs):
-                getattr(tracker, name)(*args, **kwargs)
+                try:
+                    getattr(tracker, name)(*args, **kwargs)
+                except Exception as error:
+                    heard["broken"] = error
 
 
 @contextmanager

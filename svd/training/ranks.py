@@ -1,7 +1,8 @@
 """This process' place among the ranks of a training, and how those of an outside launcher (torchrun, srun) meet.
 
 All of them run the same command. Only the first one takes the stage's lock, fetches its inputs, reports and publishes;
-the others wait until it says with what the stage runs. Nothing here imports torch before it is needed.
+the others wait until it says with what the stage runs. On several nodes they share the project's folder. Nothing here
+imports torch before it is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def rank() -> int:
     return int(os.environ["SLURM_PROCID"]) if _of_srun() else 0
 
 
+@cache
 def _store() -> Any:
     """Where the ranks meet before Lightning lets them: torchrun's store, else one that lives and dies with the first.
 
@@ -61,20 +64,27 @@ def _key() -> str:
 
 
 @contextmanager
-def announced(context: StageContext) -> Iterator[None]:
-    """Tell the other ranks of an outside launcher, which wait in `await_first_rank`, with what the stage runs."""
-    if not launched():
+def leading() -> Iterator[None]:
+    """The first rank's part of a stage; when it ends without `announce`, by a mistake for example, the others go on."""
+    try:
         yield
-        return
-    store = _store()
-    inputs = {name: str(path) for name, path in context.inputs.items()}
-    values = {"preset": context.preset.model_dump(mode="json"), "inputs": inputs}
-    store.set(_key(), json.dumps(values | {"output": str(context.output), "work": str(context.work)}))
-    yield
+    finally:
+        if launched():
+            _store().compare_set(_key(), "", "null")
 
 
-def await_first_rank() -> StageContext:
-    """The context that the first rank announces once the inputs are there, without a tracker."""
+def announce(context: StageContext) -> None:
+    """Tell the other ranks, which wait in `await_first_rank`, with what the stage runs."""
+    if launched():
+        inputs = {name: str(path) for name, path in context.inputs.items()}
+        values = {"preset": context.preset.model_dump(mode="json"), "inputs": inputs}
+        _store().set(_key(), json.dumps(values | {"output": str(context.output), "work": str(context.work)}))
+
+
+def await_first_rank() -> StageContext | None:
+    """The context that the first rank announces once the inputs are there, without a tracker; None: nothing to do."""
     values = json.loads(_store().get(_key()))
+    if values is None:
+        return None
     inputs = {name: Path(path) for name, path in values["inputs"].items()}
     return StageContext(Preset.model_validate(values["preset"]), inputs, Path(values["output"]), Path(values["work"]))

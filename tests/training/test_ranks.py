@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import mlflow
@@ -200,9 +203,48 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
         fail_on_the_second(context_of(tmp_path, 2), "death")
 
 
+class Full(Numbers):
+    """A tracker whose disk is full."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        raise OSError("no space left")
+
+
+def test_a_tracker_that_fails_ends_the_ranks(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no space left"):
+        report_place(replace(context_of(tmp_path, 2), tracker=Full()), "")  # type: ignore[arg-type]
+
+
 def test_several_nodes_need_a_launcher(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"video_pretraining.nodes is 4: .*torchrun --nnodes 4 --nproc-per-node 8"):
         report_place(context_of(tmp_path, 8, nodes=4), "")
+
+
+FOLLOWER = """
+from svd.training.ranks import await_first_rank
+context = await_first_rank()
+print(context and context.work, flush=True)
+"""
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_other_ranks_wait_for_the_first_or_are_let_go(
+    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "_store", cache(ranks._store.__wrapped__))
+    port = str(free_port())
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "1", "RANK": "1"}
+    follower = subprocess.Popen(
+        [sys.executable, "-c", FOLLOWER], env=os.environ | place, stdout=subprocess.PIPE, text=True
+    )
+    for name, value in (place | {"LOCAL_RANK": "0", "RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    context = context_of(tmp_path, 2)
+    with contextlib.suppress(UserError), ranks.leading():
+        if not told:
+            raise UserError("an input is missing")
+        ranks.announce(context)
+    assert follower.communicate(timeout=PATIENCE)[0].strip() == str(context.work if told else None)
 
 
 @pytest.mark.parametrize(
