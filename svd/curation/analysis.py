@@ -8,6 +8,7 @@ source.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,11 +25,14 @@ from svd.curation.types import Analysis, ClipAnalysis, Cut, DroppedSpan, SourceF
 
 CHUNK_SECONDS = 20.0
 COPY_CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video", "av1", "vp9")
+Taken = Callable[[ClipAnalysis], ClipAnalysis]
 
 
-def analyse(path: Path, config: CurationConfig) -> Analysis:
+def analyse(path: Path, config: CurationConfig, taken: Taken = lambda clip: clip) -> Analysis:
     """Decode `path` once and find its cuts, clips, motion and sampled frames.
 
+    taken: called with each clip once it is complete; the analysis holds what it returns. Frames that it puts elsewhere
+    take no memory, however long the source is. A source that has to be begun again begins again with its first clip.
     Raises SourceFailure, with a readable reason, for anything that can't be decoded as video. It trusts the decoder
     with the file: for untrusted files use worker.analyse_guarded.
     """
@@ -36,19 +40,19 @@ def analyse(path: Path, config: CurationConfig) -> Analysis:
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # one source, one thread: sources run side by side
     try:
-        return _analyse(path, config, started)
+        return _analyse(path, config, started, taken)
     finally:
         cv2.setNumThreads(threads)
 
 
-def _analyse(path: Path, config: CurationConfig, started: float) -> Analysis:
+def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken) -> Analysis:
     info, index = read_source(path), read_packets(path)
     demuxed = time.process_time()
-    run = _Pass(path, config, info, index)
+    run = _Pass(path, config, info, index, taken)
     try:
         run.decode()
     except _DisorderError:
-        run = _Pass(path, config, info, index.without_timestamps())
+        run = _Pass(path, config, info, index.without_timestamps(), taken)
         run.decode()
     analysis = run.finish()
     timing = {"demux": demuxed - started, "decode_and_analyse": time.process_time() - demuxed}
@@ -62,8 +66,8 @@ class _DisorderError(Exception):
 class _Pass:
     """The state of one decode pass."""
 
-    def __init__(self, path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex) -> None:
-        self.config, self.info, self.index = config, info, index
+    def __init__(self, path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, taken: Taken) -> None:
+        self.config, self.info, self.index, self.taken = config, info, index, taken
         self.decoder = Decoder(path)
         self.rate = info.fps(index)
         # Without usable timestamps frames are counted: the clock ticks once a frame.
@@ -169,7 +173,7 @@ class _Pass:
                     )
                 )
                 continue
-            self.clips.append(ClipAnalysis(span=span, **vars(samples)))
+            self.clips.append(self.taken(ClipAnalysis(span=span, **vars(samples))))
 
     def finish(self) -> Analysis:
         """Close the last shot and put everything together."""
