@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import mimetypes
+import math
 import os
 import shutil
 import threading
@@ -217,16 +218,17 @@ def _atomic(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def download(location: Location, path: Path) -> Path:
+def download(location: Location, path: Path, most: float = math.inf, seconds: float = math.inf) -> Path:
     """Bring a file, object or http(s) address to `path`; complete and verified, or not there at all.
 
+    most, seconds: bytes and time after which a transfer from an http(s) address is given up (UserError).
     Raises FileNotFoundError, UserError (denied), Truncated (the checksum differs) and svd.retries.Unreachable.
     """
     with _atomic(path) as temporary:
         if is_remote(location):
             _download_object(location, temporary)
         elif str(location).startswith(("http://", "https://")):
-            download_address(str(location), temporary)
+            download_address(str(location), temporary, most, seconds)
         else:
             shutil.copyfile(local_path(location), temporary)
     return path

@@ -219,7 +219,7 @@ def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
             if a.name in data.histograms
         ]
         return page.render(
-            folder=folder.name,
+            folder=f"{folder.resolve().parent.name}/{folder.name}",
             preset=preset.name if preset else "",
             state={"axes": axes, "thresholds": used, "total": len(data.clips), "page": PAGE, "sorts": SORTABLE},
         )

@@ -12,7 +12,7 @@ import shutil
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from svd.stage import UserError
 log = logging.getLogger(__name__)
 JPEG_QUALITY = 90
 THUMBNAIL_WIDTH = 192
+LEAST_FREE = 16 << 20  # bytes; below, a failure is taken for one of the disk
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class _UnitWork:
         self.dropped: list[dict[str, Any]] = []
         self.flow: dict[str, np.ndarray] = {}
         self.captions: dict[str, dict[str, str]] = {}
+        self.areas: dict[str, list[float]] = {}
         self.detector: TextDetector = make_detector(config.text)
         self.analyst = analyst
 
@@ -140,9 +142,16 @@ class _UnitWork:
             # One hostile file must not end a run over millions; the trace goes to the log, the fact into the row.
             log.error("%s: %s", identified.source.uri, traceback.format_exc())
             row.update(verdict="failed", reason=f"internal error: {type(error).__name__}: {error}")
+        if row["verdict"] == "failed":
+            self._check_space()
+
+    def _check_space(self) -> None:
+        """A full disk is no fault of the source that was at work."""
+        if shutil.disk_usage(self.folder).free < LEAST_FREE:
+            raise WorkerError(f"{self.folder.parent}: the disk is full; free some space and run the stage again")
 
     def _analyse(self, path: Path, source: Source, row: dict[str, Any]) -> None:
-        analysis = self.analyst.analyse(path, self.config)
+        analysis = self.analyst.analyse(path, self.config, lambda clip: self._take(clip, row["source_id"]))
         row.update(_facts(analysis))
         targets = [catalog.clip_id(row["source_id"], clip.span.start_pts, clip.span.end_pts) for clip in analysis.clips]
         files = self.analyst.write_clips(
@@ -165,6 +174,17 @@ class _UnitWork:
         if not rows:
             row["reason"] = "no clip: " + ("; ".join(sorted({d.reason for d in analysis.dropped})) or "no frames")
 
+    def _take(self, clip: ClipAnalysis, source_id: str) -> ClipAnalysis:
+        """Look for text in a clip's frames and write them, while the source is still being decoded; returns the rest.
+
+        Frames of a whole film would not fit into memory.
+        """
+        name = catalog.clip_id(source_id, clip.span.start_pts, clip.span.end_pts)
+        self.areas[name] = text_areas(list(clip.frames), self.detector)
+        for position, frame in enumerate(clip.frames):
+            _write_jpeg(self.folder / "frames" / f"{name}-{position}.jpg", frame)
+        return replace(clip, frames=clip.frames[:0])
+
     def _clip(
         self,
         name: str,
@@ -174,9 +194,7 @@ class _UnitWork:
         source: Source,
         row: Mapping[str, Any],
     ) -> dict[str, Any]:
-        areas = text_areas(list(clip.frames), self.detector)
-        for position, frame in enumerate(clip.frames):
-            _write_jpeg(self.folder / "frames" / f"{name}-{position}.jpg", frame)
+        areas = self.areas[name]
         self.flow[name] = np.ascontiguousarray(clip.flow, np.float16)
         span, facts = clip.span, analysis.facts
         self.captions[name] = captions.own_captions(

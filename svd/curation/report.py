@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from svd.curation import catalog, filters
 from svd.stage import UserError
 
+REASONS = 20
+YEAR_HOURS = 365.25 * 24
 # Tab. 1 of the paper, for comparison only: another data set, never measured here.
 PAPER_TABLE = {
     "LVD": ("577M", "11.58", "212.09", "325", "11.09"),
@@ -25,7 +28,7 @@ PAPER_TABLE = {
 ROWS = (
     ("clips", "clips", "{:,}"),
     ("clip_duration_seconds", "clip duration (s)", "{:.2f}"),
-    ("total_duration_years", "total duration (years)", "{:.6g}"),
+    ("total_duration_years", "total duration (years)", "{:.4g}"),
     ("mean_frames", "mean frames", "{:.1f}"),
     ("mean_clips_per_video", "mean clips / video", "{:.2f}"),
 )
@@ -40,6 +43,9 @@ class Column:
     kept: list[str]
     sources: Mapping[str, int]
     steps: Sequence[Mapping[str, Any]]
+    cameras: Mapping[str, int]
+    unusable: Sequence[Mapping[str, Any]]
+    models: Mapping[str, str]
     plots: Mapping[str, str]
     sheets: Mapping[str, str]
 
@@ -78,13 +84,26 @@ def _column(folder: Path, name: str) -> Column:
         kept=_cells(statistics["kept"]),
         sources=statistics["sources"],
         steps=funnel["steps"],
+        cameras=statistics["cameras"],
+        unusable=_unusable(folder),
+        models=json.loads(models.read_text()) if (models := folder / "models.json").is_file() else {},
         plots=_pictures(folder / "plots", "png"),
         sheets=_pictures(folder / "contact", "jpg"),
     )
 
 
 def _cells(values: Mapping[str, Any]) -> list[str]:
-    return ["–" if values[key] is None else form.format(values[key]) for key, _, form in ROWS]
+    cells = ["–" if values[key] is None else form.format(values[key]) for key, _, form in ROWS]
+    years = [key for key, _, _ in ROWS].index("total_duration_years")
+    cells[years] += f" ({values['total_duration_years'] * YEAR_HOURS:,.2f} h)"  # a small set is nothing in years
+    return cells
+
+
+def _unusable(folder: Path) -> list[dict[str, Any]]:
+    """Why sources gave no clip, the most frequent reasons first: reason, count, and the first source as an example."""
+    sources = catalog.read_sources(folder).filter(pl.col("verdict").is_in(["failed", "no-clips"]))
+    groups = sources.group_by("reason").agg(pl.len().alias("count"), pl.col("source_uri").min().alias("example"))
+    return groups.sort("count", "reason", descending=[True, False]).head(REASONS).to_dicts()
 
 
 def _pictures(folder: Path, suffix: str) -> dict[str, str]:

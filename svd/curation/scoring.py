@@ -24,7 +24,8 @@ from svd.curation.captions import Captioner, CaptionRequest, describe_all
 from svd.curation.measure import JPEG_QUALITY, THUMBNAIL_WIDTH, read_frames
 from svd.data.shards import Member, ShardWriter
 
-GROUP = 64  # clips that are in memory at a time
+GROUP = 32  # clips whose frames are in memory at a time
+BATCH = {"cpu": 8, "cuda": 64}  # frames that go through the image encoder together
 # Kept in the shard's JSON: what is true of the clip whatever the filters say.
 SAMPLE_COLUMNS = (
     "clip_id",
@@ -56,7 +57,11 @@ class Scorer:
     head: embeddings.AestheticsHead | None = None
     nsfw: embeddings.NsfwScorer | None = None
     device: str = "cpu"
-    batch: int = 64
+
+    @property
+    def batch(self) -> int:
+        """Frames or texts that go through a network together."""
+        return BATCH[self.device]
 
     def score_unit(self, measured: Path, folder: Path, shard_bytes: int) -> Path:
         """Score and pack the unit in `measured`; returns `folder`/<unit name>: scores.parquet, embeddings, shards.

@@ -13,6 +13,7 @@ import csv
 import glob
 import itertools
 import json
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ from svd import storage
 from svd.data.shards import read_range
 from svd.stage import UserError
 
+MAX_BYTES = 100 << 30
+MAX_SECONDS = 6 * 3600.0
 REMOTE = ("s3://", "http://", "https://", "ytdl:")
 LISTS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 # Everything else that lies in a folder of videos is taken for a video, so that a broken one gets its row.
@@ -285,13 +288,19 @@ def local_file(source: Source, folder: Path) -> Iterator[Path]:
 
 def _fetch(uri: str, target: Path) -> None:
     if not uri.startswith("ytdl:"):
-        storage.download(uri, target)
+        # A stream that never ends must not fill the disk.
+        storage.download(uri, target, min(MAX_BYTES, shutil.disk_usage(target.parent).free / 2), MAX_SECONDS)
         return
     try:
         import yt_dlp
     except ModuleNotFoundError:
-        raise UserError(f"sources: '{uri}' needs yt-dlp: pip install yt-dlp, or remove the source") from None
-    options = {"outtmpl": str(target), "format": "bv*[height<=1080]/b", "quiet": True, "noprogress": True}
+        raise UserError(
+            f"sources: '{uri}' needs yt-dlp: pip install 'svd-platform[youtube]', or remove the source"
+        ) from None
+    options = {
+        **{"outtmpl": str(target).replace("%", "%%"), "format": "bv*[height<=1080]/b", "max_filesize": MAX_BYTES},
+        **{"quiet": True, "noprogress": True, "no_warnings": True, "noplaylist": True},
+    }
     try:
         with yt_dlp.YoutubeDL(options) as downloader:
             downloader.download([uri.removeprefix("ytdl:")])

@@ -30,7 +30,7 @@ from svd.curation.sources import Source, list_sources
 from svd.curation.statistics import write_statistics
 from svd.curation.summary import metrics, summary
 from svd.curation.worker import Analyst
-from svd.stage import Report, StageContext, UserError, publish
+from svd.stage import Report, StageContext, UserError, publish, write_json
 
 SPLITS = ("train", "test", "footage")
 
@@ -56,6 +56,7 @@ def run(context: StageContext) -> Report:
         merged = merge(measured, scored, finished, config)
         _check_usable(merged, folder)
         values = metrics(merged, folder)
+        write_json(finished / "models.json", scored_by(config, context.preset.encoders))
         bar.advance(task)
         write_statistics(finished, merged.thresholds)
         bar.advance(task)
@@ -99,6 +100,22 @@ def make_scorer(config: CurationConfig, encoders: EncodersConfig, folder: Path) 
         nsfw=embeddings.load_nsfw(Path(config.nsfw_weights)) if config.nsfw_weights else None,
         device=device,
     )
+
+
+def scored_by(config: CurationConfig, encoders: EncodersConfig) -> dict[str, str]:
+    """What made each score, for people who read the report."""
+    toy = "toy-clip, a small model trained here on synthetic captions"
+    models = {
+        "similarity": toy if encoders.kind == "toy-clip" else f"open_clip {encoders.model} {encoders.weights}",
+        "motion": f"{config.motion.algorithm} at {config.motion.fps:g} fps",
+        "text": config.text.detector,
+        "captions": ", ".join(config.captions.captioners),
+    }
+    if encoders.aesthetics_weights:
+        models["aesthetics"] = Path(encoders.aesthetics_weights).name
+    if config.nsfw_weights:
+        models["nsfw"] = Path(config.nsfw_weights).name
+    return models
 
 
 def process(

@@ -11,16 +11,21 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from svd.config import CurationConfig, MotionConfig
-from svd.curation.types import Analysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
+from svd.curation.types import Analysis, ClipAnalysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
 from svd.stage import UserError
+
+if TYPE_CHECKING:
+    from svd.curation.analysis import Taken
 
 DEFAULT_TIMEOUT = 3600.0  # seconds for one source
 DEFAULT_MEMORY = 2 << 30  # bytes that analysing may add to a fresh process
@@ -40,14 +45,19 @@ def _limit_memory(extra: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def _answer(request: tuple[Any, ...]) -> Any:
-    """What a request leads to: a result, or the reason why there is none."""
+def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
+    """What a request leads to: a result, or the reason why there is none. Clips are sent as soon as they are there."""
     from svd.curation.analysis import analyse
     from svd.curation.writing import write_clips
 
+    def taken(clip: ClipAnalysis) -> ClipAnalysis:
+        connection.send(clip)
+        return replace(clip, frames=clip.frames[:0])
+
     try:
         if request[0] == "analyse":
-            return analyse(*request[1:])
+            _, path, config = request
+            return analyse(path, config, taken)
         return write_clips(*request[1:])
     except SourceFailure as failure:
         return failure.reason
@@ -86,7 +96,7 @@ def _serve(connection: Connection, memory: int, motion: MotionConfig) -> None:
             request = connection.recv()
         except EOFError:
             return
-        connection.send(_answer(request))
+        connection.send(_answer(connection, request))
 
 
 class Analyst:
@@ -103,25 +113,30 @@ class Analyst:
         self._connection: Connection | None = None
         self._stopped = False
 
-    def analyse(self, path: Path, config: CurationConfig) -> Analysis:
-        """As analysis.analyse; a hang, a crash and a lack of memory are SourceFailures too."""
-        analysis: Analysis = self._ask(config.motion, "analyse", path, config)
-        return analysis
+    def analyse(self, path: Path, config: CurationConfig, taken: Taken = lambda clip: clip) -> Analysis:
+        """As analysis.analyse, `taken` runs here; a hang, a crash and a lack of memory are SourceFailures too."""
+        clips: dict[ClipSpan, ClipAnalysis] = {}
+
+        def take(clip: ClipAnalysis) -> None:
+            clips[clip.span] = taken(clip)
+
+        analysis: Analysis = self._ask(config.motion, take, "analyse", path, config)
+        return replace(analysis, clips=[clips[clip.span] for clip in analysis.clips])
 
     def write_clips(self, source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:
         """As writing.write_clips, with the same guards; unfinished files are removed."""
         try:
-            written: list[ClipFile] = self._ask(None, "write", source, facts, list(jobs))
+            written: list[ClipFile] = self._ask(None, None, "write", source, facts, list(jobs))
         finally:
             for _, target in jobs:
                 target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
         return written
 
-    def _ask(self, motion: MotionConfig | None, *request: Any) -> Any:
+    def _ask(self, motion: MotionConfig | None, take: Callable[[ClipAnalysis], None] | None, *request: Any) -> Any:
         for attempt in range(ATTEMPTS):
             connection = self._start(motion)
             try:
-                answer = self._exchange(connection, request)
+                answer = self._exchange(connection, request, take)
                 break
             except (EOFError, ConnectionResetError, BrokenPipeError):
                 name = _exit_name(self._reap())
@@ -135,12 +150,21 @@ class Analyst:
             self.close()  # the next source starts with a fresh heap
         raise SourceFailure(answer)
 
-    def _exchange(self, connection: Connection, request: tuple[Any, ...]) -> Any:
+    def _exchange(
+        self, connection: Connection, request: tuple[Any, ...], take: Callable[[ClipAnalysis], None] | None
+    ) -> Any:
+        left = self.timeout
         try:
             connection.send(request)
-            if not connection.poll(self.timeout):
-                raise SourceFailure(f"not finished after {self.timeout:g} s")
-            return connection.recv()
+            while True:
+                started = time.monotonic()
+                if left <= 0 or not connection.poll(left):
+                    raise SourceFailure(f"not finished after {self.timeout:g} s")
+                left -= time.monotonic() - started
+                answer = connection.recv()
+                if take is None or not isinstance(answer, ClipAnalysis):
+                    return answer
+                take(answer)
         except (EOFError, ConnectionResetError, BrokenPipeError):
             raise
         except BaseException:

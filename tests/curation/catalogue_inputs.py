@@ -60,5 +60,7 @@ def write_catalogue(folder: Path, count: int = 12, config: dict | None = None, c
         {"source_uri": uri, "split": "train", "verdict": "ok", "reason": ""}
         for uri in frame["source_uri"].unique(maintain_order=True)
     ]
+    for name, reason in (("a", "the file is empty"), ("b", "the file is empty"), ("c", "no video stream")):
+        sources.append({"source_uri": f"train/{name}.mp4", "split": "train", "verdict": "failed", "reason": reason})
     catalog.write_rows(folder / "catalogue" / "sources.parquet", sources, catalog.SOURCES_SCHEMA)
     return folder

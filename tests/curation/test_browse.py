@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import threading
@@ -21,6 +22,7 @@ from svd.curation.browse import create_app, transcode
 from svd.presets import preset_path
 from svd.stage import UserError
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CONFIG = {"min_motion": {"absolute": 0.35}}
 
 
@@ -130,9 +132,9 @@ def test_mistakes_are_explained(client, folder, preset, tmp_path):
         create_app(tmp_path)
 
 
-@pytest.fixture
-def address(folder, preset):
-    server = uvicorn.Server(uvicorn.Config(create_app(folder, preset), port=0, log_level="error"))
+@contextlib.contextmanager
+def serve(app):
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -142,14 +144,37 @@ def address(folder, preset):
     thread.join()
 
 
+@pytest.fixture
+def address(folder, preset):
+    with serve(create_app(folder, preset)) as address:
+        yield address
+
+
+@pytest.mark.slow
+def test_the_page_first_shows_what_the_catalogue_says(tmp_path):
+    """A threshold is that of a clip to the last bit; sliders round, and must not drop that clip."""
+    from playwright.sync_api import expect, sync_playwright
+
+    out = write_catalogue(
+        tmp_path / "out", config={"min_aesthetics": {"quantile": 0.3}, "min_motion": {"quantile": 0.3}}
+    )
+    clips = catalog.read_clips(out)
+    with serve(create_app(out)) as address, sync_playwright() as play:
+        page = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
+        page.goto(address)
+        expect(page.locator("#kept")).to_have_text(str(int(clips["keep"].sum())))
+        for axis in ("motion", "aesthetics"):
+            dropped = int((~clips[f"pass_{axis}"]).sum())
+            expect(page.locator(f"#drops-{axis}")).to_have_text(f"drops {dropped} on its own")
+
+
 @pytest.mark.slow
 def test_dragging_a_threshold_in_a_browser(address, preset, folder):
     """Needs a Chromium: playwright's own or the system's (`apt-get install chromium`)."""
     from playwright.sync_api import expect, sync_playwright
 
-    system = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))

@@ -30,6 +30,7 @@ KINDS = {
     "vp9": Kind(suffix="webm", codec="libvpx-vp9", options={"deadline": "realtime", "cpu-used": "8"}),
     "avi": Kind(suffix="avi", codec="mpeg4"),
     "avi with b-frames": Kind(suffix="avi", b_frames=2),
+    "elementary stream, no timestamps": Kind(suffix="h264", b_frames=2),
     "mjpeg": Kind(suffix="mov", codec="mjpeg", pixel_format="yuvj420p"),
     "10 bit": Kind(codec="libx265", pixel_format="yuv420p10le", options={"x265-params": "log-level=none"}),
     "4:4:4": Kind(pixel_format="yuv444p"),
@@ -169,6 +170,12 @@ def test_non_square_pixels_are_shown_square(tmp_path: Path) -> None:
     write_clip(source, analysis.clips[0].span, analysis.facts, tmp_path / "clip.mp4")
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert container.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
+    span = replace(analysis.clips[0].span, method="reencode")
+    written = write_clip(source, span, analysis.facts, tmp_path / "square.mp4")
+    assert (written.width, written.height, written.frames) == (170, 96, 40)
+    with av.open(str(tmp_path / "square.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height) == (170, 96) and (stream.sample_aspect_ratio or 1) == 1
 
 
 def test_interlaced_sources_are_noticed_and_deinterlaced_when_reencoded(tmp_path: Path) -> None:

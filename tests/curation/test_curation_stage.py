@@ -160,7 +160,7 @@ def test_equal_bytes_behind_two_addresses_count_once(inputs, tmp_path):
     address = f"http://127.0.0.1:{server.server_address[1]}"
     (tmp_path / "in" / "footage").mkdir(parents=True)
     uris = [f"{address}/train_0000.mp4", f"{address}/train_0000.mp4?again", f"{address}/gone.mp4"]
-    rows = "".join(json.dumps({"uri": uri, "licence": "CC0-1.0"}) + "\n" for uri in uris)
+    rows = "".join(json.dumps({"uri": uri, "licence": "CC0-1.0", "views": 7}) + "\n" for uri in uris)
     (tmp_path / "in" / "footage" / "sources.jsonl").write_text(rows)
     run = context(tiny(sources__sources_per_shard=1), tmp_path / "in", encoders, tmp_path)
     stage.run(run)
@@ -171,3 +171,5 @@ def test_equal_bytes_behind_two_addresses_count_once(inputs, tmp_path):
     clips = catalog.read_clips(run.output)
     assert set(clips["source_uri"]) == {uris[0]} and clips["clip_id"].n_unique() == len(clips) > 0
     assert set(clips["split"]) == {"footage"} and set(clips["licence"]) == {"CC0-1.0"}
+    assert {json.loads(text)["views"] for text in clips["metadata"]} == {7}
+    assert json.loads(found[uris[2]]["metadata"]) == {"views": 7}

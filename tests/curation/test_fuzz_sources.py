@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import random
 import struct
+import tarfile
 import threading
 from pathlib import Path
 
+import polars as pl
 import pytest
 from media_files import Kind, shots, tiny_config, write
 
 from svd.config import CurationConfig
+from svd.curation.measure import identify, measure_unit, units_of
+from svd.curation.sources import list_sources
 from svd.curation.types import Analysis, SourceFailure
 from svd.curation.worker import Analyst, analyse_guarded
 from svd.curation.writing import write_clips
@@ -155,6 +159,29 @@ def test_a_crash_and_a_lack_of_memory_become_reasons(good: Path, config: Curatio
         assert analyst.analyse(good, config).facts.frames == 60
     with pytest.raises(SourceFailure, match=r"memory|crashed"):
         analyse_guarded(good, config, timeout=60, memory=1 << 20)
+
+
+def test_names_that_lead_out_of_the_folder(good: Path, config: CurationConfig, tmp_path: Path) -> None:
+    """`../` in a list and in a tar: the sources are read or refused, and nothing is written outside the unit."""
+    inside = tmp_path / "work" / "deep"
+    inside.mkdir(parents=True)
+    (inside / "list.csv").write_text(f"uri\n../../stolen.mp4\n{os.path.relpath(good, inside)}\n")
+    with tarfile.open(inside / "shard.tar", "w") as tar:
+        for name in ("../../outside.mp4", f"{tmp_path}/absolute.mp4"):
+            info = tarfile.TarInfo(name)
+            info.size = good.stat().st_size
+            with good.open("rb") as stream:
+                tar.addfile(info, stream)
+    sources = list_sources([str(inside / "list.csv"), str(inside / "shard.tar")])
+    (unit,) = units_of([identify(source) for source in sources], 9)
+    before = sorted(p for p in tmp_path.rglob("*"))
+    with Analyst(**LIMITS) as analyst:
+        measure_unit(unit, config, inside / "measured", analyst)
+    written = [p for p in tmp_path.rglob("*") if p not in before]
+    assert written and all(p.is_relative_to(inside / "measured") for p in written)
+    rows = pl.read_parquet(inside / "measured" / unit.name / "sources.parquet")
+    verdicts = dict(zip(rows["source_uri"], rows["verdict"], strict=True))
+    assert verdicts.pop("../../stolen.mp4") == "failed" and set(verdicts.values()) == {"ok"} and len(verdicts) == 3
 
 
 def test_clips_are_written_behind_the_same_guard(good: Path, config: CurationConfig, tmp_path: Path) -> None:

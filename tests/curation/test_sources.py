@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
 import json
+import sys
 import tarfile
 import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
 
+from svd import storage
 from svd.curation.sources import SceneCaption, list_sources, local_file
 from svd.stage import UserError
 
@@ -150,8 +155,75 @@ def test_http_addresses_and_lists_are_fetched(server, tmp_path):
         list_sources([f"{server}/nothing.csv"])
 
 
-def test_yt_dlp_is_an_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "yt_dlp", None)
-    (source,) = list_sources(["ytdl:https://example.org/watch?v=1"])
-    with pytest.raises(UserError, match="pip install yt-dlp"), local_file(source, tmp_path):
+def test_an_endless_stream_is_given_up(tmp_path, monkeypatch):
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(1 << 16))
+
+        def log_message(self, *args):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    (source,) = list_sources([f"http://127.0.0.1:{httpd.server_address[1]}/live.mp4"])
+    with monkeypatch.context() as patched:
+        patched.setattr("svd.curation.sources.MAX_BYTES", 3_000_000)
+        with pytest.raises(UserError, match="more than 3 MB"), local_file(source, tmp_path):
+            pass
+    monkeypatch.setattr("svd.curation.sources.MAX_SECONDS", 0.1)
+    with pytest.raises(UserError, match="does not come to an end"), local_file(source, tmp_path):
         pass
+    httpd.shutdown()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prefix_and_a_list_in_s3(bucket, tmp_path):
+    storage.write_bytes(f"{bucket}/raw/a.mp4", b"first")
+    storage.write_bytes(f"{bucket}/raw/deep/b.webm", b"second")
+    storage.write_bytes(f"{bucket}/raw/a.json", b"{}")
+    row = {"url": f"{bucket}/raw/a.mp4", "caption": "a dog", "score": 0.5}
+    storage.write_bytes(f"{bucket}/list.jsonl", json.dumps(row).encode())
+    found = list_sources([f"{bucket}/raw"])
+    assert [s.uri for s in found] == [f"{bucket}/raw/a.mp4", f"{bucket}/raw/deep/b.webm"]
+    with local_file(found[1], tmp_path) as file:
+        assert file.read_bytes() == b"second"
+    (listed,) = list_sources([f"{bucket}/list.jsonl"])
+    assert (listed.uri, listed.captions) == (f"{bucket}/raw/a.mp4", (SceneCaption("a dog"),))
+    assert listed.metadata == {"score": 0.5}
+
+
+def test_yt_dlp_is_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yt_dlp", None)
+    (source,) = list_sources(["ytdl:https://example.org/watch?v=1"])
+    with pytest.raises(UserError, match=r"svd-platform\[youtube\]"), local_file(source, tmp_path):
+        pass
+
+
+def test_yt_dlp_fetches_into_the_work_folder(tmp_path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    class Downloader:
+        def __init__(self, options):
+            self.target = options["outtmpl"] % {}
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *error: None  # noqa: E731
+
+        def download(self, addresses):
+            if "gone" in addresses[0]:
+                raise Error("Video unavailable")
+            Path(self.target).write_bytes(addresses[0].encode())
+
+    module = SimpleNamespace(YoutubeDL=Downloader, utils=SimpleNamespace(DownloadError=Error))
+    monkeypatch.setitem(sys.modules, "yt_dlp", module)
+    good, gone = list_sources(["ytdl:https://example.org/a", "ytdl:https://example.org/gone"])
+    with local_file(good, tmp_path / "50%") as file:
+        assert file.read_bytes() == b"https://example.org/a"
+    with pytest.raises(OSError, match="yt-dlp: Video unavailable"), local_file(gone, tmp_path / "50%"):
+        pass
+    assert not list((tmp_path / "50%").iterdir())

@@ -55,6 +55,12 @@ def test_a_report_of_two_catalogues_is_one_file_with_everything_in_it(folder, tm
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "motion, dropped" in page and "text area, kept" in page
     assert page.count("data:image/jpeg") == 4
+    assert "3 static, 9 pan-left" in page.replace("9 pan-left, 3 static", "3 static, 9 pan-left")
+    empty = r"<td>the file is empty</td><td>2</td><td>train/a.mp4</td>"
+    assert len(re.findall(empty, page)) == 2 and page.index("the file is empty") < page.index("no video stream")
+    assert "Scores by" not in page
+    (folder / "models.json").write_text('{"similarity": "some network"}')
+    assert "similarity: some network" in write_report([folder], tmp_path / "one.html").read_text()
     with pytest.raises(UserError, match=r"statistics\.json: missing"):
         write_report([write_catalogue(tmp_path / "bare", count=1)], tmp_path / "x.html")
 

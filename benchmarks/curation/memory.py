@@ -1,0 +1,116 @@
+"""Peak memory of each process while a long 1080p video is curated.
+
+    python -m benchmarks.curation.memory [--minutes 15 60] [--seconds 20]
+
+The stage runs as it does in a pipeline, with the tiny preset and one worker: the run itself (networks of scoring, text
+detection, tables) and the process that decodes. Resident memory of each is sampled ten times a second. The video is a
+clip of the sample trailer, scaled to 1080p30 by x264 and repeated by copying packets, so every repetition has the
+trailer's cuts. Prints a line for each length: memory must not grow with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import psutil
+import torch
+
+from benchmarks.curation.speed import make
+from svd.config import Preset
+from svd.curation import stage
+from svd.model import clip
+from svd.presets import load_preset
+from svd.stage import StageContext
+
+LIMIT_MB = 600
+
+
+def repeat(source: Path, target: Path, seconds: float) -> Path:
+    """Repeat a video by copying its packets until it is `seconds` long, with timestamps that go on rising."""
+    with av.open(str(source)) as probe:
+        length = int(probe.streams.video[0].duration or 0)
+        base = probe.streams.video[0].time_base
+        assert base is not None
+    with av.open(str(target), "w") as output:
+        track = None
+        for number in range(max(1, round(seconds / float(length * base)))):
+            with av.open(str(source)) as container:
+                stream = container.streams.video[0]
+                if track is None:
+                    track = output.add_stream_from_template(stream)
+                for packet in container.demux(stream):
+                    if packet.pts is None or packet.dts is None:
+                        continue
+                    packet.pts, packet.dts = packet.pts + number * length, packet.dts + number * length
+                    packet.stream = track
+                    output.mux(packet)
+    return target
+
+
+def write_encoders(folder: Path, preset: Preset) -> None:
+    """An untrained toy CLIP: memory does not depend on what it has learnt."""
+    config = clip.toy_config(preset.encoders.toy_width, preset.model.unet.cross_attention_dim)
+    clip.save_toy(clip.build(config, "toy"), config, folder)
+
+
+def curate(folder: Path) -> None:
+    """Run the stage on `folder`/sources."""
+    torch.set_num_threads(1)
+    os.environ["SVD_NO_PROGRESS"] = "1"
+    preset = load_preset("tiny", {"curation.workers": 1})
+    write_encoders(folder / "encoders", preset)
+    inputs = {"sources": folder / "sources", "encoders": folder / "encoders"}
+    print("  " + stage.run(StageContext(preset, inputs, folder / "output", folder / "work")).summary)
+
+
+def watch(process: psutil.Process) -> dict[str, float]:
+    """Peak resident memory in MB of a process and of its decoding children, sampled until it ends."""
+    peaks: dict[str, float] = {}
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        for one in [process, *process.children(recursive=True)]:
+            try:
+                name = "run" if one.pid == process.pid else "decoding"
+                peaks[name] = max(peaks.get(name, 0.0), one.memory_info().rss / 1e6)
+            except psutil.Error:
+                continue
+        time.sleep(0.1)
+    return peaks
+
+
+def measure(short: Path, folder: Path, minutes: float) -> None:
+    """Curate the clip repeated to this length; print the peaks."""
+    (folder / "sources" / "footage").mkdir(parents=True)
+    video = repeat(short, folder / "sources" / "footage" / "long.mp4", 60 * minutes)
+    process = multiprocessing.get_context("spawn").Process(target=curate, args=(folder,))
+    started = time.monotonic()
+    process.start()
+    assert process.pid is not None
+    peaks = watch(psutil.Process(process.pid))
+    process.join()
+    size = video.stat().st_size / 1e6
+    shown = ", ".join(f"{name} {value:.0f} MB" for name, value in peaks.items())
+    verdict = "ok" if max(peaks.values()) < LIMIT_MB and process.exitcode == 0 else f"NOT under {LIMIT_MB} MB"
+    print(f"{minutes:g} min, {size:.0f} MB, {time.monotonic() - started:.0f} s: {shown}  {verdict}", flush=True)
+
+
+def main() -> None:
+    """Make the clip, measure every length."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[15, 60])
+    parser.add_argument("--seconds", type=int, default=20, help="length of the clip that is repeated")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        short = make(Path(folder) / "short.mp4", 1920, 1080, "libx264", options.seconds)
+        for minutes in options.minutes:
+            with tempfile.TemporaryDirectory(dir=folder) as one:
+                measure(short, Path(one), minutes)
+
+
+if __name__ == "__main__":
+    main()
