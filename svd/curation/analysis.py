@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import av.error
 import cv2
 import numpy as np
 
 from svd.config import CurationConfig
 from svd.curation.clips import Shot, SpanPlanner, Timeline
-from svd.curation.cuts import CutFinder, Found, Step, looked_at_stride
+from svd.curation.cuts import CutFinder, Step, looked_at_stride
 from svd.curation.decode import Decoder, Picture
+from svd.curation.judge import Found
 from svd.curation.probe import PacketIndex, SourceInfo, read_packets, read_source
 from svd.curation.sampling import Geometry, Sampler, sampled_times
 from svd.curation.scores import Look
@@ -29,11 +31,14 @@ from svd.curation.types import Analysis, ClipAnalysis, Cut, DroppedSpan, SourceF
 
 CHUNK_SECONDS = 20.0
 COPY_CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video", "av1", "vp9")
+Taken = Callable[[ClipAnalysis], ClipAnalysis]
 
 
-def analyse(path: Path, config: CurationConfig) -> Analysis:
+def analyse(path: Path, config: CurationConfig, taken: Taken = lambda clip: clip) -> Analysis:
     """Decode `path` once and find its cuts, clips, motion and sampled frames.
 
+    taken: called with each clip once it is complete; the analysis holds what it returns. Frames that it puts elsewhere
+    take no memory, however long the source is. A source that has to be begun again begins again with its first clip.
     Raises SourceFailure, with a readable reason, for anything that can't be decoded as video. It trusts the decoder
     with the file: for untrusted files use worker.analyse_guarded.
     """
@@ -41,29 +46,29 @@ def analyse(path: Path, config: CurationConfig) -> Analysis:
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # one source, one thread: sources run side by side
     try:
-        return _analyse(path, config, started)
+        return _analyse(path, config, started, taken)
     finally:
         cv2.setNumThreads(threads)
 
 
-def _analyse(path: Path, config: CurationConfig, started: float) -> Analysis:
+def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken) -> Analysis:
     info, index = read_source(path), read_packets(path)
     demuxed = time.process_time()
-    analysis = _decode(path, config, info, index)
+    analysis = _decode(path, config, info, index, taken)
     timing = {"demux": demuxed - started, "decode_and_analyse": time.process_time() - demuxed}
     return replace(analysis, timing=timing)
 
 
-def _decode(path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex) -> Analysis:
+def _decode(path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, taken: Taken) -> Analysis:
     """Try the cheapest pass first: without frames that nothing depends on; every frame; without timestamps."""
     try:
-        return _Pass(path, config, info, index, skipping=info.codec in SKIPPING_CODECS).run()
+        return _Pass(path, config, info, index, taken, skipping=info.codec in SKIPPING_CODECS).run()
     except _UnexpectedError:
         pass
     try:
-        return _Pass(path, config, info, index, skipping=False).run()
+        return _Pass(path, config, info, index, taken, skipping=False).run()
     except _UnexpectedError:
-        return _Pass(path, config, info, index.without_timestamps(), skipping=False).run()
+        return _Pass(path, config, info, index.without_timestamps(), taken, skipping=False).run()
 
 
 class _UnexpectedError(Exception):
@@ -75,9 +80,9 @@ class _Pass:
     """The state of one decode pass."""
 
     def __init__(
-        self, path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, skipping: bool
+        self, path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, taken: Taken, skipping: bool
     ) -> None:
-        self.config, self.info, self.index = config, info, index
+        self.config, self.info, self.index, self.taken = config, info, index, taken
         self.rate = info.fps(index)
         # Without usable timestamps frames are counted: the clock ticks once a frame.
         self.base = index.time_base if index.trusted else 1 / self.rate
@@ -138,7 +143,10 @@ class _Pass:
             together = list(group)
             wanted = {pts[n]: n for before, after in together for n in range(before, after + 1)}
             pictures = self.decoder.again(pts[keyframes[max(place, 0)]], wanted)
-            looks = {wanted[p.pts]: p.small for p in pictures if p.pts is not None}
+            try:
+                looks = {wanted[p.pts]: p.small for p in pictures if p.pts is not None}
+            except (av.error.FFmpegError, OSError):
+                raise _UnexpectedError from None
             if len(looks) < len(wanted):
                 raise _UnexpectedError
             for before, after in together:
@@ -217,7 +225,7 @@ class _Pass:
                     )
                 )
                 continue
-            self.clips.append(ClipAnalysis(span=span, **vars(samples)))
+            self.clips.append(self.taken(ClipAnalysis(span=span, **vars(samples))))
 
     def _finish(self) -> Analysis:
         """Close the last shot and put everything together."""
