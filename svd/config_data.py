@@ -81,8 +81,8 @@ class TextConfig(Section):
 
     detector: Literal["rapidocr", "craft"] = "rapidocr"
     craft_weights: str | None = None
-    width: PositiveInt = 640
-    height: PositiveInt = 352
+    width: PositiveInt = 736
+    height: PositiveInt = 416
     box_threshold: Fraction = 0.5
 
 

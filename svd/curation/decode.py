@@ -20,7 +20,7 @@ from svd.curation.probe import open_video, packets_from
 from svd.curation.types import SourceFailure
 
 SCORE_WIDTH = 320  # pictures are halved until they are narrower than this
-FRAME_WIDTH = 640  # sampled frames are at most this wide
+FRAME_WIDTH = 768  # sampled frames are at most this wide: subtitles of 24 px at 720p stay readable
 MAX_ERROR_SHARE = 0.5
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 _PLANAR_420 = ("yuv420p", "yuvj420p")

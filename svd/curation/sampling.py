@@ -16,12 +16,13 @@ from svd.curation.types import CameraMotion, ClipSpan
 
 FRAMES_PER_SECOND = 4.0
 KEY_SPACING = 0.12  # seconds from a kept frame within which a keyframe need not be kept too
-MAX_KEPT = 320  # kept frames of one shot; beyond, every second of its middle is forgotten
+KEPT_WIDTH = 1280  # wider frames are halved before they are kept
+MAX_KEPT = 120_000_000  # bytes of kept frames of one shot; beyond, every second of its middle is forgotten
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A sampled frame: number, time, and planes at most FRAME_WIDTH wide, as coded (not yet turned upright)."""
+    """A sampled frame: number, time, and planes at most KEPT_WIDTH wide, as coded (not yet turned upright)."""
 
     frame: int
     seconds: float
@@ -127,7 +128,7 @@ class Sampler:
 
     def thin(self, before: int) -> None:
         """Bound the memory of a long shot: forget every second kept frame but the newest ones."""
-        if len(self.kept) > MAX_KEPT:
+        if sum(plane.nbytes for k in self.kept for plane in k.planes) > MAX_KEPT:
             self.kept = [k for i, k in enumerate(self.kept) if i % 2 == 0 or k.frame >= before]
 
     def forget(self, frame: int) -> None:
@@ -167,7 +168,8 @@ class Sampler:
         )
 
     def _rgb(self, planes: Planes) -> np.ndarray:
-        rgb = self.geometry.upright(to_rgb(planes, self.facts))
+        # Planes are scaled before they become RGB, which costs more than scaling.
+        rgb = self.geometry.upright(to_rgb(_scaled(planes), self.facts))
         width, height = self.geometry.display
         scale = min(1.0, FRAME_WIDTH / width)
         size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -191,18 +193,24 @@ def _for_fit(flow: np.ndarray, picture: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _frame_planes(picture: Picture) -> Planes:
-    """Planes at most FRAME_WIDTH wide (for upright pictures of usual shapes): copies that outlive the decoder's
-    memory.
-    """
+    """Planes at most KEPT_WIDTH wide: copies that outlive the decoder's memory."""
     luma, blue, red = picture.full
-    while luma.shape[1] >= 2 * FRAME_WIDTH:
+    if luma.shape[1] <= KEPT_WIDTH:
+        return luma.copy(), blue.copy(), red.copy()
+    while luma.shape[1] > KEPT_WIDTH:
         luma, blue, red = halve(luma), halve(blue), halve(red)
-    if luma.shape[1] > FRAME_WIDTH:
-        height = max(2, round(luma.shape[0] * FRAME_WIDTH / luma.shape[1] / 2) * 2)
-        chroma = (FRAME_WIDTH // 2, height // 2)
-        return (
-            cv2.resize(luma, (FRAME_WIDTH, height), interpolation=cv2.INTER_LINEAR),
-            cv2.resize(blue, chroma, interpolation=cv2.INTER_LINEAR),
-            cv2.resize(red, chroma, interpolation=cv2.INTER_LINEAR),
-        )
-    return luma.copy(), blue.copy(), red.copy()
+    return luma, blue, red
+
+
+def _scaled(planes: Planes) -> Planes:
+    """Planes at most FRAME_WIDTH wide (for upright pictures of usual shapes). Luma by area: text stays sharp."""
+    luma, blue, red = planes
+    if luma.shape[1] <= FRAME_WIDTH:
+        return planes
+    height = max(2, round(luma.shape[0] * FRAME_WIDTH / luma.shape[1] / 2) * 2)
+    chroma = (FRAME_WIDTH // 2, height // 2)
+    return (
+        cv2.resize(luma, (FRAME_WIDTH, height), interpolation=cv2.INTER_AREA),
+        cv2.resize(blue, chroma, interpolation=cv2.INTER_LINEAR),
+        cv2.resize(red, chroma, interpolation=cv2.INTER_LINEAR),
+    )

@@ -30,6 +30,9 @@ MIN_SIDE = 3.0
 # A line of text is longer than high. What the network takes for text on clean frames is mostly not: faces, buttons,
 # patterned shapes look to it like one big character. Lone characters are given up for that.
 ELONGATION = 1.5
+# Written lines are level. What stands at an angle (facades, hands, leaves) must be a longer line to count.
+MAX_TILT = 5.0  # degrees
+TILTED_ELONGATION = 6.0
 
 
 class TextDetector(Protocol):
@@ -48,7 +51,7 @@ class DBTextDetector:
     """
 
     def __init__(
-        self, width: int = 640, height: int = 352, box_threshold: float = 0.5, max_upscale: float = 1.0
+        self, width: int = 736, height: int = 416, box_threshold: float = 0.5, max_upscale: float = 1.0
     ) -> None:
         import onnxruntime
 
@@ -88,8 +91,7 @@ class DBTextDetector:
         found = []
         for contour in contours:
             rectangle = cv2.minAreaRect(contour)
-            short, long = sorted(rectangle[1])
-            if short < MIN_SIDE or long < ELONGATION * short or _score(probability, contour) < self.box_threshold:
+            if not _is_line(rectangle) or _score(probability, contour) < self.box_threshold:
                 continue
             found.append(_unclip(rectangle) * scale)
         return found
@@ -105,6 +107,14 @@ def _rapidocr_model() -> Path:
 
 def _multiple(value: float, limit: int) -> int:
     return int(np.clip(round(value / MULTIPLE), 1, max(1, limit // MULTIPLE))) * MULTIPLE
+
+
+def _is_line(rectangle: tuple) -> bool:
+    """Whether a rectangle (centre, size, angle) is shaped like a line of text."""
+    short, long = sorted(rectangle[1])
+    tilt = rectangle[2] % 90
+    tilted = min(tilt, 90 - tilt) > MAX_TILT
+    return bool(short >= MIN_SIDE and long >= (TILTED_ELONGATION if tilted else ELONGATION) * short)
 
 
 def _score(probability: np.ndarray, contour: np.ndarray) -> float:

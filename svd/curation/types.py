@@ -131,7 +131,7 @@ class CameraMotion:
 @dataclass(frozen=True)
 class ClipAnalysis:
     """One clip. flow: (P, h, w, 2) float16, dx and dy in pixels of the stored map between samples, short side 16 px;
-    frames: first, middle and last sampled frame, (3, H, W, 3) RGB uint8, upright, square pixels, at most 640 px wide;
+    frames: first, middle and last sampled frame, (3, H, W, 3) RGB uint8, upright, square pixels, at most 768 px wide;
     motion_score: mean magnitude of the flow over time and space (§3.1), pixels of the stored map a sample step."""
 
     span: ClipSpan

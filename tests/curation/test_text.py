@@ -67,8 +67,8 @@ def test_subtitles_are_found_where_they_are_and_clean_frames_stay_clean(detector
 
 def test_small_videos_are_not_enlarged(detector):
     assert detector.input_size(128, 192) == (128, 192)
-    assert detector.input_size(720, 1280) == (352, 640)
-    assert detector.input_size(1280, 720) == (640, 352)
+    assert detector.input_size(720, 1280) == (416, 736)
+    assert detector.input_size(1280, 720) == (736, 416)
     assert all(side % 32 == 0 and side > 0 for side in (*detector.input_size(1, 1), *detector.input_size(2000, 10)))
     text = subtitled(np.full((128, 192, 3), 90, np.uint8), "hello", 14)
     assert area_ratio(detector.polygons(text), 128, 192) > 0.02
@@ -82,6 +82,17 @@ def test_what_looks_like_one_big_character_is_no_text(detector):
     assert detector.probability(drawn("8")).max() > 0.5, "the network itself sees a character"
     assert detector.polygons(drawn("8")) == []
     assert len(detector.polygons(drawn("8 dogs"))) >= 1
+
+
+def test_what_stands_at_an_angle_must_be_a_long_line(detector):
+    def turned(text: str, angle: float) -> np.ndarray:
+        frame = subtitled(np.full((416, 736, 3), (60, 110, 40), np.uint8), text, 22)
+        turn = cv2.getRotationMatrix2D((92 + 12 * len(text), 375), angle, 1.0)
+        return cv2.warpAffine(frame, turn, (736, 416), borderMode=cv2.BORDER_REPLICATE)
+
+    assert len(detector.polygons(turned("small", 0))) == 1
+    assert detector.polygons(turned("small", 15)) == []
+    assert len(detector.polygons(turned("this is what they say today", 8))) >= 1
 
 
 def test_craft_has_the_published_names_and_loads_them(tmp_path):
