@@ -3,6 +3,7 @@ stopped."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ Pictures = NDArray[np.uint8]
 @dataclass(frozen=True)
 class FeatureSet:
     """Features (N, d) float32 of N clips in the order of their numbers, the digests of what the network saw, the
-    kept clips
-    (T, H, W, 3) uint8 by number, and the sum of all pictures over clips and frames (3, H, W).
+    kept clips (T, H, W, 3) uint8 by number, and the sum of all pictures over clips and frames (3, H, W).
+
+    groups: the number of each clip's group; clips of one group are no independent draws, so they share a block.
     """
 
     features: NDArray[np.float32]
@@ -35,14 +37,22 @@ class FeatureSet:
     clips: dict[int, Pictures]
     pixel_sum: NDArray[np.float64]
     frames: int
+    groups: tuple[int, ...]
 
     def state(self) -> MomentState:
-        """Moments of all clips."""
-        return MomentState.of(self.features)
+        """Moments of all clips, in blocks of whole groups."""
+        return MomentState.of(self.features, self.groups)
 
-    def part(self, numbers: Sequence[int]) -> MomentState:
-        """Moments of some clips, numbered anew from 0."""
-        return MomentState.of(self.features[list(numbers)])
+    def halves(self) -> tuple[MomentState, MomentState]:
+        """Moments of every other group, and of the rest."""
+        groups = np.asarray(self.groups)
+        chosen = [groups % 2 == parity for parity in (0, 1)]
+        first, second = (MomentState.of(self.features[which], groups[which] // 2) for which in chosen)
+        return first, second
+
+    def identity(self) -> str:
+        """Names the set (16 hex digits): what the network saw, in order, and the groups."""
+        return hashlib.sha256(json.dumps([self.digests, self.groups]).encode()).hexdigest()[:16]
 
     def mean_picture(self) -> NDArray[np.float64]:
         """The mean over all clips and frames, (3, H, W), 0..255."""
@@ -59,11 +69,17 @@ class Collector:
     batch_size: int
 
     def collect(
-        self, name: str, total: int, make: Callable[[list[int]], Tensor], keep: Sequence[int] = ()
+        self,
+        name: str,
+        total: int,
+        make: Callable[[list[int]], Tensor],
+        keep: Sequence[int] = (),
+        groups: Sequence[int] | None = None,
     ) -> FeatureSet:
         """Features of clips 0..total-1. `make(numbers)` gives their pictures (B, T, 3, H, W), values 0..255, at the
         size of
-        the comparison; it is called only for batches that aren't on disk yet. `keep`: numbers of the clips to keep.
+        the comparison; it is called only for batches that aren't on disk yet. `keep`: numbers of the clips to keep;
+        `groups`: of each clip (None: every clip is one).
         """
         starts = range(0, total, self.batch_size)
         parts: list[_Batch] = []
@@ -75,7 +91,7 @@ class Collector:
                 batch = _read(path) or self._compute(path, numbers, make, set(keep))
                 parts.append(batch)
                 progress.advance(task, len(numbers))
-        return _joined(parts)
+        return _joined(parts, range(total) if groups is None else groups)
 
     def _compute(self, path: Path, numbers: list[int], make: Callable[[list[int]], Tensor], keep: set[int]) -> _Batch:
         pictures = make(numbers)
@@ -123,13 +139,14 @@ def _read(path: Path) -> _Batch | None:
     return _Batch(tensors["features"], tuple(about["digests"]), clips, tensors["pixel_sum"], about["frames"])
 
 
-def _joined(parts: Sequence[_Batch]) -> FeatureSet:
+def _joined(parts: Sequence[_Batch], groups: Sequence[int]) -> FeatureSet:
     return FeatureSet(
         features=np.concatenate([part.features for part in parts]),
         digests=tuple(digest for part in parts for digest in part.digests),
         clips={number: clip for part in parts for number, clip in part.clips.items()},
         pixel_sum=np.sum([part.pixel_sum for part in parts], axis=0),
         frames=parts[0].frames,
+        groups=tuple(groups),
     )
 
 

@@ -4,18 +4,18 @@
 For each axis, models trained without the worst 0, 12.5, 25 and 50 % of one start set are compared in pairs on fixed
 prompts, by two questions; the captions axis compares one model a captioner. Elo ranks them, and the paper's rule
 chooses. With `judge: people` the stage leaves a study for each axis and says how many votes are missing; after
-`svd vote serve <output>/studies/<axis>` run the stage again: it takes the votes and the clips from its own output and
-trains nothing. With `judge: encoders` rules vote (evaluation/calibration_judge.py), and everything says `automatic`.
+`svd vote serve <output>/studies/<axis>` run the stage again: it takes the votes and its clips and trains nothing. The
+page may go on: votes are cast into files beside the output, which holds copies of them. With `judge: encoders` rules
+vote (evaluation/calibration_judge.py), and everything says `automatic`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-import sqlite3
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from evaluation.calibration_results import Outcome, conclude, metrics_of, plot, 
 from evaluation.preference.clips import Source
 from evaluation.preference.pairs import AXES, schedule
 from evaluation.preference.ratings import Vote
+from evaluation.preference.store import copy_votes
 from evaluation.preference.study import create_study, open_store
 from svd.curation.catalog import clips_path
 from svd.curation.filters import AXES as FILTERS
@@ -192,25 +193,33 @@ def automatic_votes(context: StageContext, names: list[str], made: Made) -> list
 
 
 def human_votes(context: StageContext, axis: str, names: list[str], made: Made, finished: Path) -> list[Vote]:
-    """Make the study of an axis with the votes that the output's study holds; returns those of attentive raters."""
-    study = finished / "studies" / axis
-    study.mkdir(parents=True)
-    old = context.output / "studies" / axis / "votes.db"
-    if made.folder == context.output and old.is_file():
-        copy_database(old, study / "votes.db")
+    """Make the study of an axis with a copy of the votes that were cast so far; returns those of attentive raters.
+
+    Publishing replaces the folder that people may be voting on, so its `study.json` names a file outside. It belongs to
+    these models: others have another key and other votes.
+    """
+    study, published_study = finished / "studies" / axis, context.output / "studies" / axis
+    live = context.output.parent / f"{NAME}-votes" / f"{axis}-{made.about['key'][:16]}.db"
+    if made.folder == context.output:
+        copy_votes(published_study / "votes.db", live)
+    live.parent.mkdir(parents=True, exist_ok=True)
+    url = f"sqlite:///{live.resolve()}"
     sources = [Source(name, finished / "samples" / name) for name in names]
     config = context.preset.threshold_calibration
-    create_study(study, sources, made.prompts, votes=config.votes, seed=context.preset.seed)
-    store = open_store(study)
+    create_study(
+        study,
+        sources,
+        made.prompts,
+        votes=config.votes,
+        seed=context.preset.seed,
+        database=url,
+        votes_file=os.path.relpath(live, published_study),
+    )
+    store = open_store(study, url)
     votes = store.votes()
     store.engine.dispose()
+    copy_votes(live, study / "votes.db")
     return votes
-
-
-def copy_database(source: Path, target: Path) -> None:
-    """Copy an SQLite file with everything that is committed, though its server may be running."""
-    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
-        old.backup(new)
 
 
 def choice(outcome: Outcome, models: Mapping[str, Mapping[str, Any]], judge: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from evaluation.calibration_models import Candidate
 from evaluation.moments import write_bytes
 from evaluation.preference.pairs import AXES
-from evaluation.preference.ratings import Rating, Vote, aggregated, elo
+from evaluation.preference.ratings import Rating, Vote, aggregated_elo, elo
 
 # E.2.2: on these axes visual quality counts more than prompt following.
 BY_QUALITY = ("motion", "aesthetics")
@@ -34,8 +34,9 @@ class Outcome:
 def rate(votes: Sequence[Vote]) -> dict[str, list[Rating]]:
     """The paper's Elo for each question, and its mean over both (E.1.2). Raises ValueError for a question without
     votes."""
-    found = {axis: elo([vote for vote in votes if vote.axis == axis]) for axis in AXES}
-    return {**found, AGGREGATED: aggregated(list(found.values()))}
+    by_axis = {axis: [vote for vote in votes if vote.axis == axis] for axis in AXES}
+    found = {axis: elo(part) for axis, part in by_axis.items()}
+    return {**found, AGGREGATED: aggregated_elo(list(by_axis.values()))}
 
 
 def rule(axis: str) -> str:

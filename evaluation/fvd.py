@@ -57,33 +57,15 @@ class Distance:
     warnings: tuple[str, ...]
 
 
-def _square_root(matrix: Array) -> Array:
-    """Symmetric square root; negative eigenvalues are rounding and become 0."""
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
-
-
 def _nuclear_norm(matrix: Array) -> float:
     return float(np.linalg.svd(matrix, compute_uv=False).sum()) if matrix.size else 0.0
-
-
-def frechet_of_gaussians(mean_1: Array, covariance_1: Array, mean_2: Array, covariance_2: Array) -> Frechet:
-    """Fréchet distance of N(mean_1, covariance_1) and N(mean_2, covariance_2), means (d,), covariances (d, d).
-
-    tr (Σ₁Σ₂)^½ = ‖Σ₁^½ Σ₂^½‖_* from two `eigh` and singular values: no complex branch, and never below zero beyond
-    1e-12, unlike
-    `scipy.linalg.sqrtm(Σ₁Σ₂)`, which is off by 1e-4 for steep spectra.
-    """
-    cross = _nuclear_norm(_square_root(covariance_1) @ _square_root(covariance_2))
-    difference = mean_1 - mean_2
-    spread = float(np.trace(covariance_1) + np.trace(covariance_2) - 2.0 * cross)
-    return Frechet(float(difference @ difference), spread)
 
 
 def frechet(real: Moments, generated: Moments, ddof: int = 0) -> Frechet:
     """Fréchet distance of two sets from the roots of their scatter matrices; covariances divide by n − ddof.
 
-    Any roots serve in place of Σ^½: the singular values of A Bᵀ are the square roots of the eigenvalues of AᵀA BᵀB.
+    tr (Σ₁Σ₂)^½ = ‖A Bᵀ‖_* for any roots AᵀA = Σ₁, BᵀB = Σ₂: no complex branch, and never below zero beyond 1e-12,
+    unlike `scipy.linalg.sqrtm(Σ₁Σ₂)`, which is off by 1e-4 for steep spectra.
     Raises ScoreError for too few clips or different feature sizes.
     """
     _check(real, generated, ddof)

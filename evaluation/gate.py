@@ -71,6 +71,9 @@ def compare(candidate: Path, champion: Path) -> tuple[Delta, Delta]:
             raise UserError(f"{champion}: its {what} is {old[what]}, the candidate's is {new[what]}; evaluate it again")
     if new["protocol"]["digest"] != old["protocol"]["digest"]:
         raise UserError(f"{champion}: scored by another protocol than {candidate}; evaluate it again")
+    for what, about in (("real_clips", "other real clips"), ("sampling", "clips that were sampled differently")):
+        if new.get(what) != old.get(what):
+            raise UserError(f"{champion}: scored with {about} than {candidate}; evaluate it again")
     first, second = _generated(new), _generated(old)
     if [_size(score) for score in first] != [_size(score) for score in second]:
         raise UserError(f"{champion}: other seeds or another number of clips than {candidate}; evaluate it again")

@@ -17,9 +17,9 @@ from PIL import Image
 from evaluation.charts import Bar, Dot, Series
 from svd.stage import UserError
 
+# The inputs of the stage `report`, in the order of the page.
 STAGES = {
     "sources": "Sources",
-    "encoders": "Text and image encoders",
     "curation": "Curation",
     "autoencoder": "Autoencoder",
     "latents": "Latents",
@@ -27,14 +27,10 @@ STAGES = {
     "video-pretraining": "Video pretraining",
     "high-quality-finetuning": "High-quality finetuning",
     "image-to-video": "Image to video",
-    "camera-lora": "Camera LoRA",
-    "frame-interpolation": "Frame interpolation",
-    "orbits": "Orbits",
     "multiview-finetuning": "Multi-view finetuning",
     "ucf101-evaluation": "UCF-101 evaluation",
     "multiview-benchmark": "Multi-view benchmark",
 }
-OPTIONAL = ("camera-lora", "frame-interpolation")
 
 _TYPES = {".mp4": "video/mp4", ".png": "image/png", ".gif": "image/gif", ".jpg": "image/jpeg"}
 _LARGE = 120_000  # bytes above which a picture is stored as WebP
@@ -162,8 +158,7 @@ def gather(inputs: Mapping[str, Path], media_budget: int) -> Gathered:
     for stage, title in STAGES.items():
         folder = inputs.get(stage)
         if folder is None or not folder.is_dir():
-            if stage not in OPTIONAL:
-                found.missing.append(f"{title}: the stage has no output")
+            found.missing.append(f"{title}: the stage has no output")
             continue
         if (folder / "metrics.json").is_file():
             found.metrics[stage] = read_json(folder / "metrics.json")

@@ -88,10 +88,6 @@ class Moments:
         """M2 = Σ (x − μ)(x − μ)ᵀ, (d, d)."""
         return self.root.T @ self.root
 
-    def covariance(self, ddof: int) -> Array:
-        """M2 / (n − ddof), (d, d): ddof 0 as StyleGAN-V, 1 as the original TensorFlow code."""
-        return self.scatter() / (self.count - ddof)
-
     def raw_root(self) -> Array:
         """G (r + 1, d) with GᵀG = E[x xᵀ], the second moment about zero."""
         return np.concatenate([self.root / np.sqrt(self.count), self.mean[None]])
@@ -99,13 +95,17 @@ class Moments:
 
 @dataclass(frozen=True)
 class MomentState:
-    """Moments of a stream of clips in `BLOCKS` blocks; a clip belongs to the block `index % BLOCKS`."""
+    """Moments of a stream of clips in `BLOCKS` blocks; a clip belongs to the block `index % BLOCKS`.
+
+    Clips that are alike (cut out of one video) must share their index: with relatives in every block, leaving one out
+    changes too little, and the jackknife's error bar is too small.
+    """
 
     blocks: tuple[Moments, ...]
 
     @staticmethod
     def of(features: ArrayLike, index: Sequence[int] | NDArray[np.int64] | None = None) -> MomentState:
-        """State of `features` (N, d); `index` (N,) are the clips' global numbers (0..N-1 when omitted)."""
+        """State of `features` (N, d); `index` (N,) are the numbers of the clips or their groups (0..N-1 if omitted)."""
         values = np.asarray(features, dtype=np.float64)
         numbers = np.arange(len(values)) if index is None else np.asarray(index)
         if len(numbers) != len(values):

@@ -1,15 +1,16 @@
 """What exactly a score measured: every choice that changes a Fréchet distance, frozen and hashed (App. E.4).
 
 Two numbers may be compared only when their protocol digests are equal; each row, cache key and tracker tag carries
-it.
+it. How clips were sampled is no part of a protocol: results hold that beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from svd.stage import UserError
 
 # The Kinetics-400 I3D that the paper and StyleGAN-V use; only this file earns the name "fvd".
 I3D_TORCHSCRIPT_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+
+OFFICIAL_CLIPS = 13_320  # of UCF-101
 
 
 class ScoreError(UserError, ValueError):
@@ -44,10 +47,12 @@ class Resize:
         """Size that a (height, width) picture gets."""
         if self.width is not None and not self.cover:
             return self.height, self.width
-        scale = self.height / min(height, width)
         if self.width is not None:
             scale = max(self.height / height, self.width / width)
-        return round(height * scale), round(width * scale)
+            return round(height * scale), round(width * scale)
+        # VideoGPT's loader, which cd-fvd and JunyaoHu took over, rounds the long side up
+        long_side = math.ceil(round(max(height, width) * self.height / min(height, width), 6))
+        return (self.height, long_side) if height < width else (long_side, self.height)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Crop:
 class FeatureNet:
     """The network behind a score: which file, which layer, which precision, and what it does to its input.
 
-    `dimension` is the size of its vectors and `minimum_frames` the shortest clip it takes.
+    `dimension` is the size of its vectors and `minimum_frames` the shortest clip it takes. `input`: its own resize;
+    `rounds`: whether it gets uint8, rounded after that resize, or what the resize makes of rounded pictures, float32.
     """
 
     name: Literal["i3d", "transnetv2", "videomae"]
@@ -71,25 +77,27 @@ class FeatureNet:
     minimum_frames: int
     input: tuple[Resize, ...]
     sha256: str | None = None
+    rounds: bool = True
     dtype: Literal["float32"] = "float32"
 
 
 # The TorchScript file squashes to 224×224 itself (resize=True), so it gets the cropped picture as it is.
 I3D = FeatureNet("i3d", "400 logits averaged over time", 400, 9, (), sha256=I3D_TORCHSCRIPT_SHA256)
 TRANSNETV2 = FeatureNet("transnetv2", "relu(fc1) averaged over frames", 1024, 1, (Resize(27, 48, antialias=True),))
-VIDEOMAE = FeatureNet("videomae", "last hidden state averaged over tokens", 1408, 16, (Resize(224, 224),))
+# cd-fvd's network: VideoMAE v2, ViT-g, fine-tuned on Something-Something v2; pixels in [0, 1], no mean and deviation.
+VIDEOMAE = FeatureNet("videomae", "fc_norm of the mean token", 1408, 16, (Resize(224, 224),), rounds=False)
 
 
 @dataclass(frozen=True)
 class EvalProtocol:
     """One way to score generated clips against a data set.
 
-    real, generated: numbers of clips, None for all of the data set; `clip_start`: which frames of a longer real clip
-    ("hashed": a start drawn from the SHA-256 of the clip's name, so no global generator and no order matters; "first").
-    `frames` are taken every round(native / fps) frames (fps None: consecutive). `steps` bring a generated clip,
-    `real_steps` a
-    real one to the size of the comparison; the network's own `net.input` follows. `prompt`: the raw class
-    identifier as in the paper, or the caption that the fixture's `prompts.json` gives the class.
+    real, generated: numbers of clips, None for as many as there are (a score pins them). `frames` of a generated clip
+    are its first ones, one after the other; those of a real clip are taken every round(native / fps) frames (fps None:
+    consecutive) from a start drawn from the SHA-256 of `Class/file`, so no global generator and no order matters.
+    `steps` bring a generated clip, `real_steps` a real one to the size of the comparison; the network's own `net.input`
+    follows. `prompt`: the raw class identifier as in the paper, or the caption that the fixture's `prompts.json` gives
+    the class.
     """
 
     name: str
@@ -99,9 +107,8 @@ class EvalProtocol:
     real_steps: tuple[Resize | Crop, ...]
     frames: int = 16
     fps: float | None = None
-    split: Literal["all", "train", "test"] = "all"
     prompt: Literal["class", "caption"] = "class"
-    clip_start: Literal["hashed", "first"] = "hashed"
+    start: str = "generated: first; real: SHA-256 of Class/file"
     rounding: Literal["half-even", "truncate"] = "half-even"
     real: int | None = None
     generated: int | None = None
@@ -120,18 +127,35 @@ class EvalProtocol:
         """All choices as JSON values, with the digest."""
         return {**asdict(self), "digest": self.digest()}
 
-    def with_weights(self, sha256: str) -> EvalProtocol:
-        """The same protocol with the feature network's file pinned."""
-        return replace(self, net=replace(self.net, sha256=sha256))
+    def changed(self, **values: Any) -> EvalProtocol:
+        """The same protocol with other values; those that differ become part of its name: `tf_original[frames=8]`."""
+        new = {name: value for name, value in values.items() if value != getattr(self, name)}
+        if not new:
+            return self
+        said = ",".join(f"{name}={_said(value)}" for name, value in new.items())
+        name = f"{self.name[:-1]},{said}]" if self.name.endswith("]") else f"{self.name}[{said}]"
+        return replace(self, name=name, **new)
 
-    def frame_numbers(self, clip: str, available: int, native_fps: float) -> list[int]:
-        """Which frames of a real clip named `clip` are used. Raises ScoreError when it is too short."""
+    def with_weights(self, sha256: str) -> EvalProtocol:
+        """The same protocol with the feature network's file pinned; another file than the protocol's changes its
+        name."""
+        net = replace(self.net, sha256=sha256)
+        return replace(self, net=net) if self.net.sha256 is None else self.changed(net=net)
+
+    def generated_frames(self, clip: str, available: int) -> list[int]:
+        """Which frames of a generated clip are used. Raises ScoreError when it is too short."""
+        if available < self.frames:
+            raise ScoreError(f"{clip}: {available} frames, protocol {self.name} needs {self.frames}")
+        return list(range(self.frames))
+
+    def real_frames(self, clip: str, available: int, native_fps: float) -> list[int]:
+        """Which frames of the real clip `clip`, `Class/file`, are used. Raises ScoreError when it is too short."""
         stride = 1 if self.fps is None else max(1, round(native_fps / self.fps))
         span = (self.frames - 1) * stride + 1
         if available < span:
             raise ScoreError(f"{clip}: {available} frames at {native_fps:g} fps, protocol {self.name} needs {span}")
         number = int.from_bytes(hashlib.sha256(clip.encode()).digest()[:8], "big")
-        start = 0 if self.clip_start == "first" else number % (available - span + 1)
+        start = number % (available - span + 1)
         return list(range(start, start + span, stride))
 
     def pictures(self, clips: Tensor, *, real: bool) -> Tensor:
@@ -151,15 +175,28 @@ class EvalProtocol:
         return pixels
 
     def detector_input(self, pictures: Tensor) -> Tensor:
-        """What the network sees of `pictures` (B, T, 3, H, W): resized as it wants and rounded once, uint8."""
+        """What the network sees of `pictures` (B, T, 3, H, W), 0..255: resized as it wants and rounded once."""
+        if not self.net.rounds:
+            pictures = self.rounded(pictures).float()
         for step in self.net.input:
             pictures = resize(pictures, step)
-        return self.rounded(pictures)
+        return self.rounded(pictures) if self.net.rounds else pictures
 
     def rounded(self, pictures: Tensor) -> Tensor:
         """uint8 by the protocol's rounding rule."""
         pictures = pictures.clamp(0, 255)
         return (pictures.round() if self.rounding == "half-even" else pictures.floor()).to(torch.uint8)
+
+
+def _said(value: object) -> str:
+    """A protocol's value within its name."""
+    if isinstance(value, FeatureNet):
+        pinned = value.sha256 not in (None, I3D_TORCHSCRIPT_SHA256)
+        return f"{value.name}:{str(value.sha256)[:8]}" if pinned else value.name
+    if isinstance(value, tuple):
+        sizes = (f"{step.height}" if step.width is None else f"{step.height}x{step.width}" for step in value)
+        return ">".join(sizes) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def check_range(clips: Tensor) -> None:
@@ -223,16 +260,23 @@ def covering_steps(height: int, width: int) -> tuple[Resize | Crop, ...]:
 def named_protocols() -> dict[str, EvalProtocol]:
     """The protocols in use for UCF-101: every one is published as "the FVD", and they differ by a factor."""
     legacy: tuple[Resize | Crop, ...] = (Resize(224, 224, legacy=True),)
-    squash: tuple[Resize | Crop, ...] = (Resize(224, 224),)
     short_side: tuple[Resize | Crop, ...] = (Resize(224), Crop(224, 224))
+    cdfvd: tuple[Resize | Crop, ...] = (Resize(256, antialias=True), Crop(256, 256))
     protocols = (
         EvalProtocol(
-            "svd_ucf101_paper", "ucf101", I3D, paper_steps((240, 432), (240, 320)), covering_steps(240, 320), fps=25.0
+            "svd_ucf101_paper",
+            "ucf101",
+            I3D,
+            paper_steps((240, 432), (240, 320)),
+            covering_steps(240, 320),
+            fps=25.0,
+            real=OFFICIAL_CLIPS,
+            generated=OFFICIAL_CLIPS,
         ),
         EvalProtocol("styleganv_2048_16f", "ucf101", I3D, (), (), real=2048, generated=2048),
         EvalProtocol("tf_original", "ucf101", I3D, legacy, legacy, ddof=1),
         EvalProtocol(
-            "cdfvd_videomae", "ucf101", VIDEOMAE, squash, squash, rounding="truncate", ddof=1, real=2048, generated=2048
+            "cdfvd_videomae", "ucf101", VIDEOMAE, cdfvd, cdfvd, rounding="truncate", real=2048, generated=2048
         ),
         EvalProtocol("junyaohu_crop", "ucf101", I3D, short_side, short_side, ddof=1),
     )

@@ -22,8 +22,6 @@ _SAMPLED = (
     "video-pretraining",
     "high-quality-finetuning",
     "image-to-video",
-    "camera-lora",
-    "frame-interpolation",
 )
 MODEL_FREE = ("copy of the input view", "mean view")  # what multi-view scores cost without a model
 MEDIA_BUDGET = 350_000  # bytes of samples a stage; keeps the page of a small run below 5 MB

@@ -3,18 +3,16 @@ source."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from evaluation.fvd import Distance
-from evaluation.moments import write_bytes
 from svd.stage import UserError
 
 MEASURED = "measured"
@@ -57,7 +55,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Result:
-    """A whole evaluation: everything needed to show it and to compare it with another one."""
+    """A whole evaluation: everything needed to show it and to compare it with another one.
+
+    sampling: how the generated clips were sampled (empty for clips from elsewhere); real_clips: names the real clips
+    by their content.
+    """
 
     dataset: str
     metric: str
@@ -66,6 +68,8 @@ class Result:
     model: dict[str, str]
     scores: tuple[Score, ...]
     warnings: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    real_clips: str = ""
 
     def rows(self) -> list[Row]:
         """The measured rows."""
@@ -107,7 +111,7 @@ def paper_rows(dataset: str = "ucf101") -> list[Row]:
             metric=table["metric"],
             value=row["value"],
             generated=row.get("clips"),
-            weights="I3D, Kinetics-400 (as published)",
+            weights=row.get("weights", "not stated"),
             protocol=row.get("protocol", "not stated"),
             source=f"paper: {table['source']}",
         )
@@ -118,23 +122,6 @@ def paper_rows(dataset: str = "ucf101") -> list[Row]:
 def load_baselines() -> dict[str, Any]:
     """The published numbers of `baselines.yaml`."""
     return dict(yaml.safe_load((Path(__file__).parent / "baselines.yaml").read_text()))
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write a CSV of rows, atomically; floats with 7 significant digits."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    names = [field.name for field in fields(Row)]
-    writer.writerow(names)
-    for row in rows:
-        writer.writerow([_cell(getattr(row, name)) for name in names])
-    write_bytes(path, stream.getvalue().encode())
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, float):
-        return f"{value:.7g}"
-    return "" if value is None else value
 
 
 def result_json(result: Result) -> dict[str, Any]:
@@ -150,6 +137,8 @@ def result_json(result: Result) -> dict[str, Any]:
         "metric": result.metric,
         "weights": result.weights,
         "protocol": result.protocol,
+        "sampling": dict(result.sampling),
+        "real_clips": result.real_clips,
         "model": result.model,
         "scores": scores,
         "warnings": list(result.warnings),

@@ -1,9 +1,15 @@
-"""Tables for people, as Markdown: our rows and published rows never stand together unmarked."""
+"""Tables, as CSV for programs and Markdown for people: our rows and published rows never stand together unmarked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
 
+from evaluation.moments import write_bytes
 from evaluation.results import MEASURED, Row
 
 _HEAD = (
@@ -57,6 +63,37 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return markdown([dict(zip(_HEAD, cells(row), strict=True)) for row in rows], _HEAD)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows as a Markdown table under `columns` (None: all that occur, in order of appearance); a value that is not
+    there is a dash."""
+    columns = columns_of(rows) if columns is None else columns
+
+    def cell(value: Any) -> str:
+        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All columns that occur, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write rows under `columns` (None: all that occur), atomically; floats with 7 significant digits, nothing for
+    what is not there."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns or columns_of(rows), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{v:.7g}" if isinstance(v, float) else v for name, v in row.items()})
+    write_bytes(path, stream.getvalue().encode())
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write the CSV of an evaluation's rows."""
+    write_csv(path, [asdict(row) for row in rows], [column.name for column in fields(Row)])

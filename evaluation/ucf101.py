@@ -9,14 +9,14 @@ real clips against real clips: a score means something only between these.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +27,18 @@ from evaluation.features import Extractor, check_overlap, load_extractor, metric
 from evaluation.fvd import distance
 from evaluation.moments import MomentState, packed, save_state, write_bytes
 from evaluation.pictures import comparison_grid
-from evaluation.protocol import I3D, TRANSNETV2, VIDEOMAE, EvalProtocol, covering_steps, paper_steps
-from evaluation.results import Result, Row, Score, paper_rows, result_json, write_rows
-from evaluation.tables import markdown_table
-from evaluation.ucf101_data import Dataset, Item, captions, prompt_list, read_dataset, read_real, spread
+from evaluation.protocol import (
+    I3D,
+    TRANSNETV2,
+    VIDEOMAE,
+    EvalProtocol,
+    covering_steps,
+    named_protocols,
+    paper_steps,
+)
+from evaluation.results import Result, Row, Score, paper_rows, result_json
+from evaluation.tables import markdown_table, write_rows
+from evaluation.ucf101_data import Dataset, Item, captions, group_numbers, prompt_list, read_dataset, read_real, spread
 from svd.config import Ucf101Config
 from svd.generate import Models, load_models, text_to_video
 from svd.model.unet import UNet
@@ -65,19 +73,28 @@ class Evaluation:
         return spread([item.number for item in self.items], self.config.shown)
 
 
-def make_protocol(config: Ucf101Config, dataset: str, samples: int, extractor: Extractor) -> EvalProtocol:
-    """The protocol that a configuration means: that of the paper with the configured sizes, frames and network."""
-    return EvalProtocol(
-        name="svd_ucf101_paper" if dataset == "ucf101" else FIXTURE,
+def make_protocol(config: Ucf101Config, dataset: str, real: int, extractor: Extractor) -> EvalProtocol:
+    """The protocol that a configuration means: the paper's, its name followed by what the configuration changes.
+
+    real: number of real clips.
+    """
+    return named_protocols()["svd_ucf101_paper"].changed(
         dataset=dataset,
-        net=extractor.net,
+        net=replace(extractor.net, sha256=extractor.sha256),
         steps=paper_steps(config.resized, config.cropped),
         real_steps=covering_steps(*config.cropped),
         frames=config.frames,
         fps=float(config.fps),
         prompt="class" if dataset == "ucf101" else "caption",
-        generated=samples,
-    ).with_weights(extractor.sha256)
+        real=real,
+        generated=config.samples,
+    )
+
+
+def sampling(config: Ucf101Config) -> dict[str, Any]:
+    """How clips are sampled: what besides the weights decides about a generated clip, and no protocol says."""
+    size = {name: getattr(config, name) for name in ("height", "width", "frames", "fps", "motion_bucket")}
+    return {**size, **config.sampling.model_dump()}
 
 
 def prepare(context: StageContext, device: str = "cpu") -> Evaluation:
@@ -88,7 +105,7 @@ def prepare(context: StageContext, device: str = "cpu") -> Evaluation:
     dataset = read_dataset(folder, official=config.dataset is not None)
     net = {"i3d": I3D, "transnetv2": TRANSNETV2, "videomae": VIDEOMAE}[config.features]
     extractor = load_extractor(net, config.weights, config.sha256, device)
-    protocol = make_protocol(config, name, config.samples, extractor)
+    protocol = make_protocol(config, name, len(dataset.clips), extractor)
     prompts = captions(dataset) if protocol.prompt == "caption" else None
     items = prompt_list(dataset.histogram, config.samples, prompts)
     collector = Collector(context.work / protocol.digest(), protocol, extractor, config.batch_size)
@@ -111,7 +128,8 @@ def real_features(evaluation: Evaluation) -> FeatureSet:
         clips = [read_real(evaluation.dataset, number, evaluation.protocol) for number in numbers]
         return torch.cat([evaluation.protocol.pictures(clip[None], real=True) for clip in clips])
 
-    return evaluation.collector.collect("real", len(evaluation.dataset.clips), make, keep)
+    groups = group_numbers([f"{label}/{path.stem}" for label, path in evaluation.dataset.clips])
+    return evaluation.collector.collect("real", len(evaluation.dataset.clips), make, keep, groups)
 
 
 def sampled_features(
@@ -165,7 +183,7 @@ def untrained(models: Models, seed: int) -> Models:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet(models.unet.config)
-    return dataclasses.replace(models, unet=unet.to(models.device, models.dtype).eval())
+    return replace(models, unet=unet.to(models.device, models.dtype).eval())
 
 
 def score_all(evaluation: Evaluation, models: Models, real: FeatureSet) -> tuple[list[Score], FeatureSet, list[str]]:
@@ -191,8 +209,7 @@ def score_all(evaluation: Evaluation, models: Models, real: FeatureSet) -> tuple
             add("noise", seed, noise_features(evaluation, seed).state())
     if "mean-frame" in evaluation.config.controls:
         add("mean-frame", None, mean_frame_state(evaluation, real))
-    halves = real.part(range(0, len(real.features), 2)), real.part(range(1, len(real.features), 2))
-    scores.append(Score("real-split", None, distance(*halves, ddof)))
+    scores.append(Score("real-split", None, distance(*real.halves(), ddof)))
     assert first is not None
     warnings.extend(scores[0].distance.warnings)
     return scores, first, warnings
@@ -285,6 +302,8 @@ def run(context: StageContext) -> Report:
         hashes,
         tuple(scores),
         tuple(dict.fromkeys(warnings)),
+        sampling(evaluation.config),
+        real.identity(),
     )
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)

@@ -10,6 +10,7 @@ too.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaluation.protocol import EvalProtocol, ScoreError
+from evaluation.protocol import OFFICIAL_CLIPS, EvalProtocol, ScoreError
 from svd.stage import UserError
 from svd.video import read_frames
 
-OFFICIAL_CLIPS = 13_320
 OFFICIAL_COUNTS = {"TableTennisShot": 140, "PlayingPiano": 105}
 _SUFFIXES = {".avi", ".mp4", ".mkv", ".webm"}
 
@@ -50,17 +50,15 @@ class Dataset:
         return dict(sorted(Counter(label for label, _ in self.clips).items()))
 
 
-def read_dataset(folder: Path, split: str = "all", *, official: bool = True) -> Dataset:
-    """Find the clips of `folder`, by its official lists when there are any.
+def read_dataset(folder: Path, *, official: bool = True) -> Dataset:
+    """Find the clips of `folder`, by its official lists when there are any: training and test part together.
 
-    split: "all", "train" or "test" (of the first official split). official: the folder claims to be UCF-101 itself,
-    so its
-    number of clips and two known class counts are checked. Raises UserError for missing folders, files and wrong
-    counts.
+    official: the folder claims to be UCF-101 itself, so its number of clips and two known class counts are checked.
+    Raises UserError for missing folders, files and wrong counts.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; set evaluation.ucf101.dataset to the unpacked UCF-101")
-    listed = _listed(folder, split)
+    listed = _listed(folder)
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
     by_name = {f"{path.parent.name}/{path.name}": path for path in found}
     names = sorted(by_name) if listed is None else listed
@@ -73,20 +71,17 @@ def read_dataset(folder: Path, split: str = "all", *, official: bool = True) -> 
     if not names:
         raise UserError(f"{folder}: no clips found; expected <Class>/v_<Class>_gNN_cNN.avi")
     dataset = Dataset(folder, tuple((name.split("/")[0], by_name[name]) for name in names))
-    if official and split == "all":
+    if official:
         _check_official(dataset)
     return dataset
 
 
-def _listed(folder: Path, split: str) -> list[str] | None:
-    """`Class/file` of the first official split's lists, sorted; None when the folder has none and all is asked
-    for."""
+def _listed(folder: Path) -> list[str] | None:
+    """`Class/file` of the first official split's two lists, sorted; None when the folder has none."""
     files = {path.name: path for path in sorted(folder.rglob("t*list01.txt"))}
-    wanted = {"all": ("trainlist01.txt", "testlist01.txt"), "train": ("trainlist01.txt",)}.get(
-        split, ("testlist01.txt",)
-    )
-    if split == "all" and not files:
+    if not files:
         return None
+    wanted = ("trainlist01.txt", "testlist01.txt")
     lacking = [name for name in wanted if name not in files]
     if lacking:
         raise UserError(f"{folder}: {lacking[0]} is missing; add the folder ucfTrainTestlist of the data set")
@@ -140,10 +135,26 @@ def read_real(dataset: Dataset, number: int, protocol: EvalProtocol) -> Tensor:
     label, path = dataset.clips[number]
     frames, rate = read_frames(path)
     try:
-        chosen = protocol.frame_numbers(f"{label}/{path.name}", len(frames), rate)
+        chosen = protocol.real_frames(f"{label}/{path.name}", len(frames), rate)
     except ScoreError as error:
         raise UserError(f"{path}: {error}; the file is damaged, get it again") from None
     return torch.from_numpy(frames[chosen]).permute(0, 3, 1, 2).contiguous()
+
+
+_GROUP = re.compile(r"(.+_g\d+)_c\d+")
+
+
+def group_numbers(names: Sequence[str]) -> list[int]:
+    """For each clip, by its name without ending, the number of its group, counted in order of appearance.
+
+    UCF-101 cuts several clips out of one video: `v_<Class>_g01_c01`, `_c02`, … are alike and stay together wherever the
+    set is divided; a clip with another name is a group of its own.
+    """
+    groups: dict[str, int] = {}
+    for name in names:
+        found = _GROUP.fullmatch(name)
+        groups.setdefault(found[1] if found else name, len(groups))
+    return [groups[found[1] if (found := _GROUP.fullmatch(name)) else name] for name in names]
 
 
 def spread(numbers: Sequence[int], count: int) -> list[int]:

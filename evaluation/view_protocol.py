@@ -9,6 +9,7 @@ kept in the model's order, azimuth 360 (v + 1) / V degrees, so that the conditio
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,11 +20,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from evaluation.moments import write_bytes
 from svd.config import MultiviewBenchmark
 from svd.data.meshes import Mesh
-from svd.data.orbits import key, load_object, objects
-from svd.data.render import Light, Renderer, on_white, orbit_azimuths, render_orbit, white_light
-from svd.data.renderer import open_renderer
+from svd.data.orbits import key, load_object, mesh_name, objects
+from svd.data.render import SUPERSAMPLING, Light, Renderer, on_white, orbit_azimuths, render_orbit, white_light
+from svd.model.weights import file_hash
 
 Pictures = NDArray[np.uint8]
 
@@ -34,7 +36,8 @@ PROCEDURAL = "procedural_test_objects"
 class ViewProtocol:
     """elevation, fov in degrees; the object's longest side is 1 and radius the distance of the camera.
 
-    ambient: uniform white light, of which `headlight` is the share that comes from the camera instead.
+    ambient: uniform white light, of which `headlight` is the share that comes from the camera instead. renderer: what
+    drew the truth, since no two agree at edges; supersampling: samples a pixel and axis.
     """
 
     name: str
@@ -45,7 +48,8 @@ class ViewProtocol:
     radius: float
     ambient: float
     headlight: float
-    supersampling: int = 2
+    supersampling: int = SUPERSAMPLING
+    renderer: str = ""
 
     @property
     def azimuths(self) -> NDArray[np.float64]:
@@ -71,9 +75,9 @@ PROTOCOLS = {
 }
 
 
-def make_protocol(config: MultiviewBenchmark) -> ViewProtocol:
-    """The named protocol; values that the configuration changes become part of its name."""
-    base = PROTOCOLS[config.protocol]
+def make_protocol(config: MultiviewBenchmark, renderer: str) -> ViewProtocol:
+    """The named protocol as drawn by `renderer`; values that the configuration changes become part of its name."""
+    base = replace(PROTOCOLS[config.protocol], renderer=renderer)
     changed = {name: value for name in ("views", "size", "elevation") if (value := getattr(config, name)) is not None}
     changed = {name: value for name, value in changed.items() if value != getattr(base, name)}
     if not changed:
@@ -84,7 +88,8 @@ def make_protocol(config: MultiviewBenchmark) -> ViewProtocol:
 
 @dataclass(frozen=True)
 class Truth:
-    """The rendered truth on disk: one array (V, S, S, 3) uint8 on white an object."""
+    """The rendered truth on disk: one array (V, S, S, 3) uint8 on white an object. Files are named after what they
+    show, so that what is kept of one set of objects is never taken for another."""
 
     names: Sequence[str]
     files: Sequence[Path]
@@ -95,25 +100,29 @@ class Truth:
         return np.asarray(np.load(self.files[number]), np.uint8)
 
 
-def render_truth(folder: Path, config: MultiviewBenchmark, protocol: ViewProtocol, seed: int) -> Truth:
+def render_truth(
+    folder: Path, config: MultiviewBenchmark, protocol: ViewProtocol, seed: int, renderer: Renderer
+) -> Truth:
     """Render the held-out objects into `folder`; finished ones are kept.
 
     Procedural objects come from seeds that no training orbit has and stand at a seeded heading; mesh files are seen
-    from their front. Raises UserError for missing or unreadable meshes and when no renderer works.
+    from their front. Raises UserError for missing or unreadable meshes and when the renderer fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = objects(config.meshes, config.objects)
     names, files = [], []
-    with open_renderer(config.renderer) as renderer:
-        for number, path in enumerate(track(paths, "benchmark objects", console=Console(stderr=True))):
-            file = folder / f"{number:05d}.npy"
-            name = path.stem if path else "procedural-" + "-".join(map(str, key(seed, "test", number, "mesh")))
-            if not file.exists():
-                mesh = load_object(path, config.up, seed, "test", number)
-                heading = _heading(path, seed, number)
-                save_array(file, _views(mesh, protocol, heading, renderer))
-            names.append(name)
-            files.append(file)
+    for number, path in enumerate(track(paths, "benchmark objects", console=Console(stderr=True))):
+        if path is None:
+            name = content = "procedural-" + "-".join(map(str, key(seed, "test", number, "mesh")))
+        else:
+            name = mesh_name(path, config.meshes)
+            content = f"{name} {config.up} {file_hash(path)}"
+        file = folder / f"{number:05d}-{hashlib.sha256(content.encode()).hexdigest()[:12]}.npy"
+        if not file.exists():
+            mesh = load_object(path, config.up, seed, "test", number)
+            save_array(file, _views(mesh, protocol, _heading(path, seed, number), renderer))
+        names.append(name)
+        files.append(file)
     return Truth(names, files, "meshes" if config.meshes else PROCEDURAL)
 
 
@@ -133,7 +142,6 @@ def _views(mesh: Mesh, protocol: ViewProtocol, heading: float, renderer: Rendere
 
 def save_array(path: Path, array: NDArray[np.generic]) -> None:
     """Write an array; the file appears under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as stream:
-        np.save(stream, array)
-    temporary.replace(path)
+    stream = io.BytesIO()
+    np.save(stream, array)
+    write_bytes(path, stream.getvalue())

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.alignment import pairwise_psnr
 from evaluation.perceptual import Perceptor, clip_similarity, image_features, psnr, silhouette, silhouette_iou, ssim
+from evaluation.results import MEASURED, load_baselines
 from evaluation.view_protocol import Pictures, Truth, ViewProtocol
 from svd.model.conditioning import Encoders
-
-BASELINES = Path(__file__).with_name("baselines.yaml")
 
 
 @dataclass(frozen=True)
@@ -89,43 +85,25 @@ def rows(scores: Sequence[Scores], truth: Truth, protocol: ViewProtocol, measure
         "objects": len(truth.names),
         "views": protocol.views - 1,
         "protocol": f"{protocol.name} {protocol.digest}",
-        "source": "measured",
+        "renderer": protocol.renderer,
+        "source": MEASURED,
     }
     return [{"subject": s.subject, **{m: round(s.novel(m), 6) for m in s.values}, **about} for s in scores]
 
 
 def published_rows() -> list[dict[str, Any]]:
     """The paper's numbers (Fig. 10a) in the same columns; their implementation, objects and cameras are not known."""
-    section = yaml.safe_load(BASELINES.read_text())["multiview"]
+    section = load_baselines()["multiview"]
     about = {
         "clip_weights": "not given",
         "perceptual_weights": "LPIPS, network not given",
         "dataset": "GSO, not listed",
         "objects": 50,
         "protocol": "not given",
-        "source": section["source"],
+        "renderer": "not given",
+        "source": f"paper: {section['source']}",
     }
     return [
         {"subject": row["name"], "psnr": row["psnr"], "lpips": row["lpips"], "clip_s": row["clip_s"], **about}
         for row in section["rows"]
     ]
-
-
-def write_csv(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows under the union of their columns, in order of appearance."""
-    columns = list(dict.fromkeys(name for row in table for name in row))
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-
-
-def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table; a value that was not measured is a dash."""
-    columns = list(dict.fromkeys(name for row in table for name in row))
-
-    def cell(value: Any) -> str:
-        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in table)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

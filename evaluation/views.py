@@ -19,10 +19,12 @@ from tqdm import tqdm
 
 from evaluation.alignment import Alignment, best_alignment
 from evaluation.perceptual import Perceptor
+from evaluation.tables import markdown, write_csv
 from evaluation.view_pictures import azimuth_chart, contact_sheet, turntable
 from evaluation.view_protocol import Pictures, Truth, ViewProtocol, make_protocol, render_truth, save_array
-from evaluation.view_scores import Measures, Scores, markdown, published_rows, rows, score, write_csv
+from evaluation.view_scores import Measures, Scores, published_rows, rows, score
 from svd.config import Sampling
+from svd.data.renderer import open_renderer
 from svd.generate import Models, load_models, multiview
 from svd.model.autoencoder import mean
 from svd.model.unet import UNet
@@ -43,12 +45,13 @@ def run(context: StageContext) -> Report:
     """
     config, seed = context.preset.evaluation.multiview, context.preset.seed
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    protocol = make_protocol(config)
+    with open_renderer(config.renderer) as renderer:
+        protocol = make_protocol(config, renderer.name)
+        truth = render_truth(context.work / "truth" / protocol.digest, config, protocol, seed, renderer)
     unet, autoencoder = context.inputs["multiview-finetuning"] / "unet", context.inputs["autoencoder"]
     perceptor = Perceptor(config.perceptual, config.lpips_weights, device)
     models = load_models(unet, autoencoder, context.inputs["encoders"], context.preset.encoders, device)
     measures = Measures(perceptor, models.encoders, device)
-    truth = render_truth(context.work / "truth" / protocol.digest, config, protocol, seed)
     makers = _subjects(context, models, truth, protocol, seed)
     scores = [score(name, makers[name], truth, measures) for name in tqdm(SUBJECTS, "scoring", unit="subject")]
     alignment = best_alignment(scores[0].pairs)
@@ -94,7 +97,7 @@ def generate(
 ) -> list[Path]:
     """Orbits from the last true view of each object, one array file each; finished ones are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{number:05d}.npy" for number in range(len(truth.names))]
+    files = [folder / file.name for file in truth.files]
     missing = [number for number, file in enumerate(files) if not file.exists()]
     batch = max(1, _PIXELS_AT_ONCE // (protocol.views * protocol.size**2))
     for first in tqdm(range(0, len(missing), batch), f"orbits: {folder.name}", unit="batch"):
@@ -194,6 +197,7 @@ def _metrics(
         "views": protocol.views,
         "dataset": truth.dataset,
         "protocol": protocol.name,
+        "renderer": protocol.renderer,
         "clip_weights": measures.clip_label,
         "alignment_gain_db": alignment.gain,
         "alignment_ok": int(alignment.ok),

@@ -1,4 +1,4 @@
-"""`svd evaluate`: scores of any two folders of clips, comparison of two evaluations, and the gate for a new model."""
+"""`svd evaluate`: scores of folders of clips or of checkpoints, comparison of two evaluations, the gate."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def clips(
     import torch
 
     from evaluation.folders import protocols, score_folders
-    from evaluation.results import write_rows
+    from evaluation.tables import write_rows
 
     if not offline and weights is None:
         raise UserError("give the network's file with --weights (i3d_torchscript.pt of StyleGAN-V), or --offline")
@@ -61,6 +61,39 @@ def clips(
     if to is not None:
         write_rows(to, rows)
         out.print(f"rows: {to}")
+
+
+@evaluate_app.command("views")
+def views(
+    checkpoints: Annotated[list[str], typer.Argument(help="MODEL:STEP=FOLDER of a multi-view U-Net, any number.")],
+    preset: Annotated[
+        str, typer.Option("--preset", "-p", help="Preset with the benchmark's protocol and sampling.")
+    ] = "tiny",
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="Default: outputs/PRESET/autoencoder.", show_default=False)
+    ] = None,
+    encoders: Annotated[Path | None, typer.Option(help="Default: outputs/PRESET/encoders.", show_default=False)] = None,
+    to: Annotated[Path, typer.Option(help="Folder for curve.csv and curve.png.")] = Path("multiview-curve"),
+    work: Annotated[Path, typer.Option(help="Where orbits are kept between runs.")] = Path("work/evaluate-views"),
+) -> None:
+    """Multi-view scores against training steps, as in Fig. 10b: CLIP-S and PSNR of every checkpoint on one set of
+    objects."""
+    from evaluation.view_curve import read_checkpoint, score_checkpoints, write_curve
+    from flows.runner import output_folder
+    from svd.presets import load_preset
+
+    chosen = load_preset(preset)
+    networks = {
+        "autoencoder": autoencoder or output_folder(chosen, "autoencoder"),
+        "encoders": encoders or output_folder(chosen, "encoders"),
+    }
+    rows = score_checkpoints([read_checkpoint(text) for text in checkpoints], chosen, networks, work)
+    write_curve(to, rows)
+    table = Table("model", "step", "PSNR", "CLIP-S", "protocol")
+    for row in rows:
+        table.add_row(row["subject"], str(row["step"]), f"{row['psnr']:.3f}", f"{row['clip_s']:.4f}", row["protocol"])
+    out.print(table)
+    out.print(f"{to / 'curve.csv'}, {to / 'curve.png'}")
 
 
 @evaluate_app.command("compare")

@@ -1,7 +1,9 @@
 """From candidate to champion: a registered model is promoted when its evaluation is not worse than the champion's.
 
 The champion's evaluation is kept with the MLflow run that made it, so that every later candidate is compared with the
-same clips (evaluation/gate.py). Aliases: `candidate` is what was trained last, `champion` what is served.
+same clips (evaluation/gate.py). Aliases: `candidate` is what was trained last, `champion` what is served, `best` the
+best champion so far. Candidates are compared with `best`: each may be worse than it by what the gate allows, but a
+chain of champions, each a little worse than the one before, can't leave it behind.
 """
 
 from __future__ import annotations
@@ -51,8 +53,9 @@ def promote(model: str, checkpoint: Path, evaluation: Path) -> Promotion:
         raise UserError(f"version {candidate.version} of '{model}' is not what lies in {checkpoint}; evaluate it first")
     if champion is not None and champion.version == candidate.version:
         return Promotion(model, str(candidate.version), True, "the candidate is the champion already")
+    best = _version(client, model, "best") or champion
     with tempfile.TemporaryDirectory() as folder:
-        old = Path(client.download_artifacts(champion.run_id, EVALUATION, folder)) if champion else None
+        old = Path(client.download_artifacts(best.run_id, EVALUATION, folder)) if best else None
         verdict = gate(evaluation, old)
     client.set_model_version_tag(model, candidate.version, "gate", "passed" if verdict.passed else "failed")
     client.set_model_version_tag(model, candidate.version, "gate.reason", verdict.reason[:4000])
@@ -60,6 +63,8 @@ def promote(model: str, checkpoint: Path, evaluation: Path) -> Promotion:
         for path in sorted(evaluation.glob("*.json")):
             client.log_artifact(candidate.run_id, str(path), EVALUATION)
         client.set_registered_model_alias(model, "champion", candidate.version)
+        if verdict.kernel is None or verdict.kernel.value < 0:
+            client.set_registered_model_alias(model, "best", candidate.version)
     return Promotion(model, str(candidate.version), verdict.passed, verdict.reason)
 
 

@@ -48,6 +48,7 @@ def build(folder: Path, database: str | None = None) -> FastAPI:
     @app.get("/api/next")
     def next_question(known: Annotated[str | None, Cookie(alias="rater")] = None) -> JSONResponse:
         rater = _required(known)
+        _unchanged(study, folder)
         return JSONResponse(_shown(study, store, store.next_question(rater), rater))
 
     @app.post("/api/vote")
@@ -92,6 +93,16 @@ def _add_results(app: FastAPI, pages: Environment, study: Study, store: VoteStor
         return Response(store.export_json(), media_type="application/json")
 
 
+def _unchanged(study: Study, folder: Path) -> None:
+    """Clips of another study must not be judged as those of this one: its folder may have been replaced meanwhile."""
+    try:
+        current = load_study(folder)
+    except UserError:
+        raise HTTPException(503, "the study is being replaced") from None
+    if current != study:
+        raise HTTPException(409, "the study was made anew; start its page again")
+
+
 def _valid(name: str | None) -> str | None:
     return name if name and _RATER.fullmatch(name) else None
 
@@ -108,12 +119,14 @@ def _shown(study: Study, store: VoteStore, question: Question | None, rater: str
     mine, _ = store.progress(rater)
     if question is None:
         return {"done": True, "answered": mine}
+    text = study.prompts[question.prompt]
     return {
         "done": False,
         "answered": mine,
         "question": question.number,
         "text": QUESTIONS[question.axis],
-        "prompt": study.prompts[question.prompt],
+        # the name of a file says nothing about its quality, and is text only where prompts themselves are asked about
+        "prompt": text if question.axis == "prompt" or text != question.prompt else "",
         "left": f"/clips/{question.number}/left.mp4",
         "right": f"/clips/{question.number}/right.mp4",
     }

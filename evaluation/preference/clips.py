@@ -15,16 +15,22 @@ from svd.stage import UserError
 from svd.video import read_frames, write_mp4
 
 Frames = NDArray[np.uint8]
+CLIP_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
 
 
 @dataclass(frozen=True)
 class Box:
-    """A region in fractions of height and width, such as Pika's mark in the lower right corner."""
+    """A region in fractions of height and width, such as Pika's mark in the lower right corner. Raises UserError for
+    one that isn't inside the picture."""
 
     top: float
     left: float
     bottom: float
     right: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.top < self.bottom <= 1 and 0 <= self.left < self.right <= 1):
+            raise UserError(f"watermark {self.top:g},{self.left:g},{self.bottom:g},{self.right:g}: not in the picture")
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ def prepare_clips(sources: Sequence[Source], prompts: Mapping[str, str], folder:
 
 
 def _clip(source: Source, key: str) -> Path:
-    found = sorted(source.folder.glob(f"{key}.*"))
+    """The clip of a prompt; other files of its name, such as its metadata in JSON, are none."""
+    found = [path for suffix in CLIP_SUFFIXES if (path := source.folder / f"{key}{suffix}").is_file()]
     if not found:
         raise UserError(
             f"{source.folder / key}.mp4: no clip of this prompt by {source.model}; make it or drop the prompt"

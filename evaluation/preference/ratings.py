@@ -144,37 +144,67 @@ def bradley_terry(votes: Sequence[Vote], resamples: int = 600, seed: int = 0, ri
     Raises ValueError without votes.
     """
     _need(votes)
+    found = _bradley_terry_runs(votes, _prompts(votes), resamples, seed, ridge)
+    low, high = np.quantile(found.samples, [0.025, 0.975], axis=0)
+    return _rated(found.models, found.rating, low, high, votes)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Ratings of models (M,) and what they would have been (R, M): in other orders, or with other prompts."""
+
+    models: list[str]
+    rating: Array
+    samples: Array
+
+
+def _prompts(votes: Sequence[Vote]) -> list[str]:
+    return sorted({vote.prompt for vote in votes})
+
+
+def _bradley_terry_runs(
+    votes: Sequence[Vote], prompts: Sequence[str], resamples: int, seed: int, ridge: float
+) -> _Runs:
+    """Fits to resamples of `prompts`; equal prompts and seeds resample alike, whatever the votes."""
     models = models_of(votes)
-    prompts = sorted({vote.prompt for vote in votes})
     by_prompt = np.stack([win_matrix([v for v in votes if v.prompt == p], models) for p in prompts])
     point = fit_bradley_terry(by_prompt.sum(axis=0), ridge)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(prompts), [1 / len(prompts)] * len(prompts), size=resamples)
     samples = np.stack([fit_bradley_terry(np.tensordot(c, by_prompt, axes=1), ridge) for c in counts.astype(float)])
-    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
-    return _rated(models, 1000 + point, 1000 + low, 1000 + high, votes)
+    return _Runs(models, 1000 + point, 1000 + samples)
 
 
-def aggregated(by_axis: Sequence[Sequence[Rating]]) -> list[Rating]:
-    """The paper's aggregated score: the mean of a model's ratings over the axes (visual quality, prompt following)."""
-    models = sorted({rating.model for ratings in by_axis for rating in ratings})
-    found: dict[str, list[Rating]] = {model: [] for model in models}
-    for rating in (rating for ratings in by_axis for rating in ratings):
-        found[rating.model].append(rating)
-    means = {model: float(np.mean([r.rating for r in ratings])) for model, ratings in found.items()}
-    last = min(means.values())
-    rated = [
-        Rating(
-            model,
-            means[model],
-            means[model] - last,
-            float(np.mean([r.low for r in ratings])),
-            float(np.mean([r.high for r in ratings])),
-            sum(r.votes for r in ratings),
-        )
-        for model, ratings in found.items()
-    ]
-    return sorted(rated, key=lambda rating: (-rating.rating, rating.model))
+def aggregated_elo(by_axis: Sequence[Sequence[Vote]], shuffles: int = 1000, seed: int = 0) -> list[Rating]:
+    """The paper's aggregated score: the mean of a model's Elo over the axes (visual quality, prompt following).
+
+    low, high: 2.5 % and 97.5 % of the mean over orders that are independent between the axes.
+    """
+    runs = [elo_runs(votes, shuffles, seed) for votes in by_axis]
+    # equal seeds draw equal orders for equal numbers of votes; shifted, no two axes meet in the same one
+    parts = [_Runs(models, r.mean(axis=0), np.roll(r, axis, axis=0)) for axis, (models, r) in enumerate(runs)]
+    return _aggregated(parts, by_axis)
+
+
+def aggregated_bradley_terry(
+    by_axis: Sequence[Sequence[Vote]], resamples: int = 600, seed: int = 0, ridge: float = 1e-3
+) -> list[Rating]:
+    """The mean of a model's Bradley-Terry ratings over the axes; 95 % intervals from resampling prompts, the same ones
+    on all axes, since both questions are asked about the same clips."""
+    prompts = _prompts([vote for votes in by_axis for vote in votes])
+    return _aggregated([_bradley_terry_runs(votes, prompts, resamples, seed, ridge) for votes in by_axis], by_axis)
+
+
+def _aggregated(parts: Sequence[_Runs], by_axis: Sequence[Sequence[Vote]]) -> list[Rating]:
+    """Means over the axes on which a model stands."""
+    models = sorted({model for part in parts for model in part.models})
+    ratings, samples = [], []
+    for model in models:
+        places = [(part, part.models.index(model)) for part in parts if model in part.models]
+        ratings.append(np.mean([part.rating[place] for part, place in places]))
+        samples.append(np.mean([part.samples[:, place] for part, place in places], axis=0))
+    low, high = np.quantile(samples, [0.025, 0.975], axis=1)
+    return _rated(models, np.asarray(ratings), low, high, [vote for votes in by_axis for vote in votes])
 
 
 def agreement(votes: Sequence[Vote]) -> float:

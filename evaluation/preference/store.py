@@ -5,8 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, ForeignKey, UniqueConstraint, create_engine, event, func, select
@@ -178,6 +182,21 @@ class VoteStore:
     def export_json(self) -> str:
         """`export` as JSON."""
         return json.dumps(self.export(), indent=2) + "\n"
+
+
+def copy_votes(source: Path, target: Path) -> None:
+    """Copy an SQLite file with everything that is committed, though its server may be running, to where there is none
+    yet. Does nothing when `source` is missing or `target` there. Raises UserError when the target can't be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() or not source.is_file():
+            return
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(temporary)) as new:
+            old.backup(new)
+        temporary.replace(target)
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(f"{target}: votes can't be kept there ({error}); give a --database") from None
 
 
 def _content(question: Question) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ light, all functions of the preset's seed and the object's number.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -50,10 +51,22 @@ def key(seed: int, split: Split, number: int, purpose: str) -> tuple[int, ...]:
 
 
 def objects(meshes: Sequence[str], count: int) -> list[Path | None]:
-    """The mesh files to render, or `count` times None for procedural objects; raises UserError for a missing path."""
+    """The mesh files to render, or `count` times None for procedural objects; raises UserError for a missing path.
+
+    Files come in the order of the hashes of their names: the first ones of an alphabet would be a biased choice.
+    """
     if not meshes:
         return [None] * count
-    return list(mesh_files(meshes)[:count])
+    files = sorted(mesh_files(meshes), key=lambda path: hashlib.sha256(mesh_name(path, meshes).encode()).digest())
+    return list(files[:count])
+
+
+def mesh_name(path: Path, meshes: Sequence[str]) -> str:
+    """Name of a mesh file: its path below the one of `meshes` that holds it, wherever that lies."""
+    for base in (Path(entry).expanduser() for entry in meshes):
+        if path != base and path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return path.name
 
 
 def load_object(path: Path | None, up: Literal["y", "z"], seed: int, split: Split, number: int) -> Mesh:

@@ -82,7 +82,9 @@ def test_mesh_files_and_environments(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "sky.hdr"), bright)
     orbits.run(context(tmp_path, meshes=[str(tmp_path)], environments=[str(tmp_path)]))
     covered = (read(tmp_path)["frames"].min(-1) < 250).any(3).sum((1, 2))
-    assert covered.shape == (2,) and covered[1] > 1.5 * covered[0]  # flat, tall
+    shards = json.loads((tmp_path / "out" / "index.json").read_text())["shards"]
+    height = dict(zip([name for shard in shards for name in shard["objects"]], covered, strict=True))
+    assert set(height) == {"tall", "flat"} and height["tall"] > 1.5 * height["flat"]
 
 
 def test_mistakes(tmp_path: Path) -> None:
@@ -97,3 +99,16 @@ def test_train_and_test_objects_share_no_seed() -> None:
     test = {key(0, "test", n, p) for n in range(500) for p in ("mesh", "camera", "light")}
     assert not train & test and len(train) == 1500
     assert objects([], 3) == [None, None, None]
+
+
+def test_some_of_many_meshes_are_no_alphabetical_choice(tmp_path: Path) -> None:
+    for number in range(40):
+        path = tmp_path / "gso" / f"{number:02d}_object" / "meshes" / "model.obj"
+        path.parent.mkdir(parents=True)
+        path.touch()
+    chosen = objects([str(tmp_path / "gso")], 10)
+    names = [path.parts[-3] for path in chosen if path]
+    assert len(set(names)) == 10 and max(names) > "20" and names != sorted(names)
+    assert objects([str(tmp_path / "gso")], 5) == chosen[:5], "fewer objects are the first of more"
+    moved = (tmp_path / "gso").rename(tmp_path / "elsewhere")
+    assert [path.parts[-3] for path in objects([str(moved)], 10) if path] == names, "the place plays no role"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from tiny_models import WIDTH, write_models
 from training.curated import write_curation
 
@@ -19,8 +21,9 @@ from evaluation import calibration, calibration_models
 from evaluation.calibration_judge import cast_votes, nearness
 from evaluation.calibration_models import Candidate, candidates, choose_prompts, start_set, subset
 from evaluation.calibration_results import conclude
+from evaluation.preference.app import build
 from evaluation.preference.ratings import Vote
-from evaluation.preference.study import open_store
+from evaluation.preference.study import load_study, open_store
 from svd.curation import catalog
 from svd.model.unet import UNet, UNetConfig
 from svd.model.weights import load_unet, save_unet
@@ -191,6 +194,34 @@ def test_people_vote_on_a_study_and_their_votes_decide(
     assert report.metrics["motion_chosen_removed"] == 0.5
     assert report.metrics["motion_elo_quality_50"] > 1000 > report.metrics["motion_elo_quality_0"]
     assert len(open_store(context.output / "studies" / "motion").votes()) == 6, "the votes must survive publishing"
+
+
+def test_votes_cast_while_the_stage_runs_again_are_kept(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """The page stays open over two publications, which replace the study's folder under it; so does a copy of the
+    published votes, on a machine that has nothing else."""
+    context = make_context(inputs, tmp_path, judge="people", axes=["motion"])
+    calibration.run(context)
+    study = context.output / "studies" / "motion"
+    page = TestClient(build(study))
+    page.get("/?rater=somebody")
+
+    def answer() -> bool:
+        shown = page.get("/api/next").json()
+        if not shown["done"]:
+            assert page.get(shown["left"]).status_code == 200
+            body = {"question": shown["question"], "side": "left"}
+            assert page.post("/api/vote", json=body).json() == {"stored": True}
+        return not shown["done"]
+
+    assert answer() and answer()
+    calibration.run(StageContext(context.preset, inputs, context.output, tmp_path / "second"))
+    while answer():
+        pass
+    report = calibration.run(StageContext(context.preset, inputs, context.output, tmp_path / "third"))
+    stored = len(open_store(study).export())
+    assert report.metrics["votes_people"] + report.metrics["votes_missing"] == 6 and stored >= 6
+    elsewhere = shutil.copytree(study, tmp_path / "a" / "b" / "c" / "motion")
+    assert "/" in load_study(study).votes_file and len(open_store(elsewhere).export()) == stored
 
 
 def test_other_weights_make_old_votes_void(automatic: StageContext, inputs: dict[str, Path], tmp_path: Path) -> None:

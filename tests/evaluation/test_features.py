@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from evaluation.features import check_overlap, clip_digest, hash_path, load_extractor, metric_name
 from evaluation.fvd import frechet
 from evaluation.moments import MomentState
-from evaluation.protocol import I3D, I3D_TORCHSCRIPT_SHA256, TRANSNETV2, VIDEOMAE, EvalProtocol
+from evaluation.protocol import I3D, I3D_TORCHSCRIPT_SHA256, TRANSNETV2, VIDEOMAE, EvalProtocol, Resize
 from svd.data.scenes import World, render_clip
 from svd.stage import UserError
 
@@ -83,7 +83,7 @@ def torchscript(tmp_path: Path) -> Path:
 
 
 def test_i3d_gets_channels_first_in_0_to_255(torchscript: Path) -> None:
-    net = dataclasses.replace(I3D, sha256=None)
+    net = dataclasses.replace(I3D, sha256=None, dimension=5)
     extractor = load_extractor(net, str(torchscript), hash_path(torchscript))
     protocol = EvalProtocol("p", "test", net, (), (), 9)
     clip = torch.zeros(1, 9, 3, 20, 30)
@@ -97,6 +97,12 @@ def test_only_the_published_file_is_called_fvd(torchscript: Path) -> None:
     assert "not the published" in extractor.weights
     assert metric_name(I3D, I3D_TORCHSCRIPT_SHA256) == "fvd"
     assert metric_name(TRANSNETV2, I3D_TORCHSCRIPT_SHA256) == "frechet_transnetv2"
+
+
+def test_features_of_another_size_are_refused(torchscript: Path) -> None:
+    extractor = load_extractor(I3D, str(torchscript), None)
+    with pytest.raises(UserError, match=r"shape \(5,\), not of 400 dimensions"):
+        extractor.features(EvalProtocol("p", "test", I3D, (), (), 9), torch.full((1, 9, 3, 20, 30), 9.0))
 
 
 def test_too_short_clips_are_refused(torchscript: Path) -> None:
@@ -123,25 +129,30 @@ def test_missing_wrong_and_broken_weights(tmp_path: Path, torchscript: Path) -> 
         load_extractor(VIDEOMAE, str(tmp_path / "folder"), None)
 
 
-def test_videomae_folder_in_transformers_layout(tmp_path: Path, clips: Tensor) -> None:
-    from transformers import VideoMAEConfig, VideoMAEModel
+def test_videomae_features_are_those_of_cdfvd(tmp_path: Path, clips: Tensor) -> None:
+    """Pixels in [0, 1], no ImageNet statistics, and the mean token after the norm that the classifier's head reads."""
+    from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEModel
 
     config = VideoMAEConfig(
         image_size=32, patch_size=16, num_frames=8, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = VideoMAEModel(config).eval()
+    model = VideoMAEForVideoClassification(config).eval()
+    torch.nn.init.normal_(model.fc_norm.weight)
+    torch.nn.init.normal_(model.fc_norm.bias)
     model.save_pretrained(tmp_path / "mae")
-    net = dataclasses.replace(VIDEOMAE, dimension=24)
+    net = dataclasses.replace(VIDEOMAE, dimension=24, minimum_frames=8, input=(Resize(32, 32),))
     extractor = load_extractor(net, str(tmp_path / "mae"), None)
-    small = torch.nn.functional.interpolate(clips[:2].flatten(0, 1).float(), size=(32, 32)).reshape(2, 8, 3, 32, 32)
-    features = extractor.embed(small.round().to(torch.uint8))
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normalised = (small.round() / 255 - mean.view(1, 1, 3, 1, 1)) / std.view(1, 1, 3, 1, 1)
+    small = torch.nn.functional.interpolate(clips[:2].flatten(0, 1).float(), size=(32, 32), mode="bilinear")
     with torch.no_grad():
-        expected = model(pixel_values=normalised).last_hidden_state.mean(1)
-    torch.testing.assert_close(features, expected)
+        tokens = model.videomae(pixel_values=small.reshape(2, 8, 3, 32, 32) / 255).last_hidden_state
+        expected = torch.nn.functional.layer_norm(tokens.mean(1), (24,), model.fc_norm.weight, model.fc_norm.bias)
+    found = extractor.features(EvalProtocol("p", "test", net, (), (), 8), clips[:2].float())
+    torch.testing.assert_close(torch.from_numpy(found), expected)
+    VideoMAEModel(VideoMAEConfig(**{**config.to_dict(), "use_mean_pooling": False})).save_pretrained(tmp_path / "pre")
+    with pytest.raises(UserError, match="without fc_norm"):
+        load_extractor(net, str(tmp_path / "pre"), None)
 
 
 def test_hash_of_a_folder_sees_names_and_contents(tmp_path: Path) -> None:

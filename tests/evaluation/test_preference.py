@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from evaluation.preference.app import build, clip_path
 from evaluation.preference.clips import Box, Source, fit, harmonise, mask, spoil, trim
 from evaluation.preference.pairs import schedule
 from evaluation.preference.store import VoteStore
-from evaluation.preference.study import create_study, export, load_study, open_store
+from evaluation.preference.study import create_study, export, load_study, open_store, read_prompts
 from svd.stage import UserError
 from svd.video import read_frames, write_mp4
 
@@ -113,9 +114,55 @@ def test_study_folder_is_complete_and_repeatable(study: Path, sources: list[Sour
         create_study(study, sources, votes=3)
 
 
+def test_a_file_beside_a_clip_is_no_clip(tmp_path: Path) -> None:
+    for model in "ab":
+        write_mp4(tmp_path / model / "x [1].mp4", clip(ord(model), 4, 32, 48), 8)
+        (tmp_path / model / "x [1].json").write_text("{}")
+    made = create_study(tmp_path / "study", [Source(model, tmp_path / model) for model in "ab"], votes=1)
+    assert set(made.prompts) == {"x [1]"} and (tmp_path / "study" / "clips" / "x [1]" / "1.mp4").is_file()
+
+
+def test_another_watermark_is_another_study(study: Path, sources: list[Source]) -> None:
+    """Else the clips on disk would keep the old mask."""
+    wider = [*sources[:2], Source(MODELS[2], sources[2].folder, (Box(0, 0, 0.2, 0.2),))]
+    with pytest.raises(UserError, match="another study"):
+        create_study(study, wider, votes=2)
+    with pytest.raises(UserError, match="not in the picture"):
+        Box(0.9, 0.5, 0.8, 1)
+
+
+def test_a_page_whose_study_was_replaced_says_so(study: Path) -> None:
+    client = TestClient(build(study))
+    client.get("/?rater=worker-0003")
+    about = json.loads((study / "study.json").read_text())
+    (study / "study.json").write_text(json.dumps({**about, "votes_file": "../other.db"}))
+    assert client.get("/api/next").status_code == 409
+    (study / "study.json").unlink()
+    assert client.get("/api/next").status_code == 503
+
+
+def test_prompts_from_files(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"a": "A cat", "b": "A dog"}')
+    (tmp_path / "p.csv").write_text('\ufeffname,prompt\na,A cat\nb,"A dog, running"\n')
+    assert read_prompts(tmp_path / "p.json") == {"a": "A cat", "b": "A dog"}
+    assert read_prompts(tmp_path / "p.csv") == {"a": "A cat", "b": "A dog, running"}
+    for content, message in (("x,y\n1,2\n", "no column 'name'"), ("name,prompt\na,\n", "needs a text")):
+        (tmp_path / "bad.csv").write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_prompts(tmp_path / "bad.csv")
+    for content in ("[1]", "{", "3"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UserError, match="no prompts"):
+            read_prompts(tmp_path / "bad.json")
+    with pytest.raises(UserError, match="no prompts"):
+        read_prompts(tmp_path / "absent.json")
+
+
 def test_mistakes_in_a_study_are_one_line(tmp_path: Path, sources: list[Source]) -> None:
     with pytest.raises(UserError, match="no clip of this prompt by svd-alpha"):
         create_study(tmp_path / "a", sources, {"absent": "An absent clip"})
+    with pytest.raises(UserError, match="is no file name"):
+        create_study(tmp_path / "a", sources, {"../outside": "x"})
     with pytest.raises(UserError, match="same name in all"):
         create_study(tmp_path / "b", [sources[0], Source("x", tmp_path)])
     with pytest.raises(UserError, match="appears twice"):
@@ -211,6 +258,8 @@ def test_results_and_exports(study: Path) -> None:
     assert json.loads((study / "ratings.json").read_text()) == json.loads(json.dumps(found))
     rows = list(csv.DictReader((study / "ratings.csv").open()))
     assert len(rows) == 3 * 2 * 3 and {row["axis"] for row in rows} == {"quality", "prompt", "aggregated"}
+    with Image.open(study / "ratings.png") as plot:
+        assert plot.width > 600 and len(plot.convert("RGB").getcolors(1 << 20) or []) > 20
     page = client.get("/results").text
     assert all(model in page for model in MODELS) and "95 % interval" in page
     votes = list(csv.DictReader(io.StringIO(client.get("/export/votes.csv").text)))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from evaluation.protocol import TRANSNETV2, Crop, EvalProtocol, Resize, named_protocols, resize
+from evaluation.protocol import I3D_TORCHSCRIPT_SHA256, TRANSNETV2, Crop, EvalProtocol, Resize, named_protocols, resize
 
 
 def protocol(**changes) -> EvalProtocol:
@@ -23,11 +23,11 @@ def protocol(**changes) -> EvalProtocol:
 def test_digests_are_stable_over_runs_and_versions() -> None:
     """Pinned: a change of these strings makes every stored score incomparable, so it must be deliberate."""
     assert {name: p.digest() for name, p in named_protocols().items()} == {
-        "svd_ucf101_paper": "29b9cd847ec6",
-        "styleganv_2048_16f": "94f5ccd73812",
-        "tf_original": "4be5713b5558",
-        "cdfvd_videomae": "adf53a6e0858",
-        "junyaohu_crop": "2c8c02c4157f",
+        "svd_ucf101_paper": "86dbf491146e",
+        "styleganv_2048_16f": "cc06472bb5b6",
+        "tf_original": "41ad501b754b",
+        "cdfvd_videomae": "3eef5970d2d6",
+        "junyaohu_crop": "230063b3b8b3",
     }
 
 
@@ -39,9 +39,8 @@ def test_every_choice_changes_the_digest_and_the_name_does_not() -> None:
         {"real_steps": (Crop(24, 32),)},
         {"frames": 5},
         {"fps": 25.0},
-        {"split": "test"},
         {"prompt": "caption"},
-        {"clip_start": "first"},
+        {"start": "middle"},
         {"rounding": "truncate"},
         {"real": 10},
         {"generated": 10},
@@ -54,13 +53,40 @@ def test_every_choice_changes_the_digest_and_the_name_does_not() -> None:
     assert protocol(name="another").digest() == protocol().digest()
 
 
+def test_what_is_changed_is_said_in_the_name() -> None:
+    paper = named_protocols()["svd_ucf101_paper"]
+    assert paper.changed(frames=16, fps=25.0) is paper
+    changed = paper.changed(frames=8, fps=12.5, net=TRANSNETV2).changed(steps=(), generated=2048)
+    assert changed.name == "svd_ucf101_paper[frames=8,fps=12.5,net=transnetv2,steps=none,generated=2048]"
+    assert (changed.frames, changed.steps, changed.real_steps) == (8, (), paper.real_steps)
+    assert changed.with_weights("a" * 64).name == changed.name, "this network has no file of its own"
+    assert paper.with_weights(I3D_TORCHSCRIPT_SHA256) == paper
+    assert paper.with_weights("a" * 64).name == "svd_ucf101_paper[net=i3d:aaaaaaaa]"
+    sizes = paper.changed(steps=(Resize(64, 96), Crop(64, 86)))
+    assert sizes.name == "svd_ucf101_paper[steps=64x96>64x86]"
+
+
 def test_paper_protocol_is_the_papers() -> None:
     paper = named_protocols()["svd_ucf101_paper"]
-    assert (paper.frames, paper.fps, paper.prompt, paper.generated) == (16, 25.0, "class", None)
+    assert (paper.frames, paper.fps, paper.prompt) == (16, 25.0, "class")
+    assert (paper.real, paper.generated) == (13_320, 13_320)
     clips = torch.randint(0, 256, (1, 16, 3, 320, 576), dtype=torch.uint8)
     assert paper.detector_input(paper.pictures(clips, real=False)).shape == (1, 16, 3, 240, 320)
     real = torch.randint(0, 256, (1, 16, 3, 240, 320), dtype=torch.uint8)
     assert torch.equal(paper.detector_input(paper.pictures(real, real=True)), real)
+
+
+def test_cdfvd_truncates_at_256_and_resizes_without_rounding() -> None:
+    """cd-fvd's loader: short side to 256 with antialiasing, centre crop, `(255 v).byte()`; then 224 in float."""
+    cdfvd = named_protocols()["cdfvd_videomae"]
+    clips = torch.randint(0, 256, (1, 16, 3, 240, 320), dtype=torch.uint8)
+    frames = clips[0].float() / 255
+    scaled = torch.nn.functional.interpolate(frames, (256, 342), mode="bilinear", antialias=True)
+    stored = (scaled[..., 43:299] * 255).byte()
+    expected = torch.nn.functional.interpolate(stored.float(), (224, 224), mode="bilinear")
+    seen = cdfvd.detector_input(cdfvd.pictures(clips, real=True))[0]
+    assert seen.dtype == torch.float32 and (seen != seen.round()).float().mean() > 0.5
+    assert (seen - expected).abs().mean() < 0.02 and cdfvd.ddof == 0
 
 
 def test_antialiased_resize_equals_pillow() -> None:
@@ -102,15 +128,21 @@ def test_rounding_is_half_to_even_or_truncation() -> None:
 
 def test_frames_of_a_real_clip_depend_on_its_name_alone() -> None:
     at_25 = protocol(frames=4, fps=8.0)
-    numbers = at_25.frame_numbers("A/v_A_g01_c01.avi", 48, 25.0)
-    assert numbers == at_25.frame_numbers("A/v_A_g01_c01.avi", 48, 25.0)
+    numbers = at_25.real_frames("A/v_A_g01_c01.avi", 48, 25.0)
+    assert numbers == at_25.real_frames("A/v_A_g01_c01.avi", 48, 25.0)
     assert np.diff(numbers).tolist() == [3, 3, 3] and numbers[0] >= 0 and numbers[-1] < 48
-    starts = {at_25.frame_numbers(f"clip {i}", 48, 25.0)[0] for i in range(60)}
+    starts = {at_25.real_frames(f"clip {i}", 48, 25.0)[0] for i in range(60)}
     assert len(starts) > 20
-    assert protocol(clip_start="first").frame_numbers("x", 48, 25.0) == [0, 1, 2, 3]
-    assert protocol(frames=4, fps=25.0).frame_numbers("x", 4, 29.97) == [0, 1, 2, 3]
+    assert protocol(frames=4, fps=25.0).real_frames("x", 4, 29.97) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="needs 10"):
-        at_25.frame_numbers("x", 9, 25.0)
+        at_25.real_frames("x", 9, 25.0)
+
+
+def test_a_generated_clip_is_scored_from_its_first_frames() -> None:
+    """The paper and StyleGAN-V score frames 0 to 15 of what a model makes, whatever rate the file claims."""
+    assert protocol(frames=16, fps=8.0).generated_frames("made.mp4", 25) == list(range(16))
+    with pytest.raises(ValueError, match=r"made\.mp4: 14 frames, protocol mine needs 16"):
+        protocol(frames=16).generated_frames("made.mp4", 14)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from scipy.stats import binomtest
 
 from evaluation.preference.ratings import (
     Vote,
-    aggregated,
+    aggregated_bradley_terry,
+    aggregated_elo,
     agreement,
     bradley_terry,
     elo,
@@ -133,13 +134,40 @@ def test_intervals_clustered_by_prompt_are_wider_when_prompts_matter_and_cover_t
 def test_win_matrix_and_aggregation() -> None:
     votes = [vote("a", "b"), vote("a", "b"), vote("b", "a")]
     assert win_matrix(votes, ["a", "b"]).tolist() == [[0, 2], [1, 0]]
-    quality, prompt = bradley_terry(votes, 20), bradley_terry([vote("b", "a"), vote("b", "a"), vote("a", "b")], 20)
-    both = aggregated([quality, prompt])
+    other = [vote("b", "a"), vote("b", "a"), vote("a", "b")]
+    both = aggregated_bradley_terry([votes, other], 20)
     assert [r.rating for r in both] == pytest.approx([1000, 1000]) and [r.votes for r in both] == [6, 6]
-    assert aggregated([quality, quality])[0].rating == pytest.approx(quality[0].rating)
+    assert aggregated_bradley_terry([votes, votes], 20)[0].rating == pytest.approx(bradley_terry(votes, 20)[0].rating)
     for rate in (elo, bradley_terry):
         with pytest.raises(ValueError, match="no votes"):
             rate([])
+
+
+def test_the_aggregated_score_is_the_mean_of_the_axes_and_its_interval_is_its_own() -> None:
+    """Two independent axes make an interval narrower by √2; the mean of the axes' ends would be as wide as they are.
+    Of two equal axes the mean is known no better than either."""
+    strengths = {"a": 940.0, "b": 1000.0, "c": 1060.0}
+    quality, prompt = (simulated(strengths, 64, 3, seed, spread=150.0) for seed in (0, 1))
+    axes = [{r.model: r for r in bradley_terry(votes)} for votes in (quality, prompt)]
+    width = np.mean([r.high - r.low for axis in axes for r in axis.values()])
+    both = aggregated_bradley_terry([quality, prompt])
+    for rating in both:
+        assert rating.rating == pytest.approx(np.mean([axis[rating.model].rating for axis in axes]))
+    assert 0.6 < np.mean([r.high - r.low for r in both]) / width < 0.85
+    assert aggregated_bradley_terry([quality, quality])[0].high == pytest.approx(bradley_terry(quality)[0].high)
+    paper = aggregated_elo([quality, prompt])
+    single = [{r.model: r for r in elo(votes)} for votes in (quality, prompt)]
+    for rating in paper:
+        assert rating.rating == pytest.approx(np.mean([axis[rating.model].rating for axis in single]))
+    orders = np.mean([r.high - r.low for axis in single for r in axis.values()])
+    assert 0.6 < np.mean([r.high - r.low for r in aggregated_elo([quality, quality])]) / orders < 0.85
+
+
+def test_a_model_that_stands_on_one_axis_keeps_its_rating_there() -> None:
+    votes = simulated({"a": 950.0, "b": 1050.0}, 10, 2, 0)
+    more = simulated({"a": 950.0, "b": 1050.0, "c": 1000.0}, 10, 2, 1)
+    found = {r.model: r for r in aggregated_bradley_terry([votes, more], 20)}
+    assert found["c"].rating == pytest.approx({r.model: r for r in bradley_terry(more, 20)}["c"].rating)
 
 
 def test_agreement_by_hand() -> None:

@@ -11,12 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import CLASSES, make_context, write_dataset
 
-from evaluation import ucf101
+from evaluation import folders, ucf101
 from evaluation.gate import compare
-from evaluation.ucf101_data import prompt_list, read_dataset
-from svd.stage import UserError
+from evaluation.protocol import I3D, I3D_TORCHSCRIPT_SHA256, EvalProtocol, named_protocols
+from evaluation.ucf101_data import group_numbers, prompt_list, read_dataset, read_real
+from svd.presets import load_preset
+from svd.stage import UserError, write_json
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,6 @@ def test_prompt_list_has_the_class_histogram() -> None:
 def test_official_lists_and_counts_are_checked(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "data", per_class=2)
     assert read_dataset(path, official=False).histogram == dict.fromkeys(CLASSES, 2)
-    assert len(read_dataset(path, "test").clips) == 4
     with pytest.raises(UserError, match="8 clips, UCF-101 has 13320"):
         read_dataset(path)
     next(path.rglob("*.avi")).unlink()
@@ -136,8 +138,9 @@ def test_official_lists_and_counts_are_checked(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no clips found"):
         read_dataset(tmp_path / "empty")
+    (path / "ucfTrainTestlist" / "trainlist01.txt").unlink()
     with pytest.raises(UserError, match="trainlist01"):
-        read_dataset(tmp_path / "empty", "train")
+        read_dataset(path, official=False)
 
 
 def test_class_counts_of_the_real_data_set() -> None:
@@ -148,6 +151,61 @@ def test_class_counts_of_the_real_data_set() -> None:
     with pytest.raises(UserError, match="104 clips of PlayingPiano"):
         wrong = ["X" if i == 140 else label for i, label in enumerate(labels)]
         _check_official(Dataset(Path("u"), tuple((label, Path(label)) for label in wrong)))
+
+
+class Published:
+    """Stands for the loaded I3D of the paper."""
+
+    net, sha256 = I3D, I3D_TORCHSCRIPT_SHA256
+
+
+def test_the_stage_and_the_folders_mean_the_same_protocol() -> None:
+    """paper.yaml is the paper's protocol, by name and digest; finetune.yaml says what it changes."""
+    paper = named_protocols()["svd_ucf101_paper"]
+    found = {
+        name: ucf101.make_protocol(load_preset(name).evaluation.ucf101, "ucf101", 13_320, Published())
+        for name in ("paper", "finetune")
+    }
+    assert found["paper"] == paper == folders.protocols(["svd_ucf101_paper"])[0]
+    assert found["finetune"].name == "svd_ucf101_paper[generated=2048]"
+    assert found["finetune"].digest() != paper.digest()
+
+
+def test_the_stage_and_the_folders_read_the_same_real_frames(tmp_path: Path, monkeypatch) -> None:
+    """Below `UCF-101/` or not, a clip has one name and so one start."""
+    nested = write_dataset(tmp_path / "data" / "UCF-101").parent
+    protocol = named_protocols()["svd_ucf101_paper"].changed(frames=4)
+    dataset = read_dataset(nested, official=False)
+    label, path = dataset.clips[0]
+    names = []
+    original = EvalProtocol.real_frames
+    monkeypatch.setattr(EvalProtocol, "real_frames", lambda p, name, *a: names.append(name) or original(p, name, *a))
+    seen = read_real(dataset, 0, protocol)
+    for folder in (nested, nested / "UCF-101"):
+        other = folders._pictures(path, folders.clip_name(path, folder), protocol.changed(real_steps=()), real=True)
+        assert torch.equal(other[0], seen.float())
+    assert names == [f"{label}/{path.name}"] * 3
+
+
+def test_evaluations_of_other_real_clips_or_sampling_are_not_compared(folder: Path, tmp_path: Path) -> None:
+    result = json.loads((folder / "output" / "result.json").read_text())
+    assert result["sampling"]["guidance"] == 2.0 and result["sampling"]["height"] == 16
+    assert result["protocol"]["name"].startswith("svd_ucf101_paper[dataset=ucf101_fixture,net=transnetv2:")
+    for number, (what, value, message) in enumerate(
+        (
+            ("sampling", {**result["sampling"], "guidance": 7.0}, "sampled differently"),
+            ("real_clips", "0" * 16, "other real clips"),
+        )
+    ):
+        (tmp_path / str(number)).mkdir()
+        write_json(tmp_path / str(number) / "result.json", {**result, what: value})
+        with pytest.raises(UserError, match=message):
+            compare(tmp_path / str(number), folder / "output")
+
+
+def test_clips_cut_from_one_video_are_one_group() -> None:
+    names = ["A/v_A_g01_c01", "A/v_A_g01_c02", "A/v_A_g02_c01", "B/v_B_g01_c01", "A/v_A_g01_c03", "other", "other 2"]
+    assert group_numbers(names) == [0, 0, 1, 2, 0, 3, 4]
 
 
 def test_missing_inputs_are_one_clear_line(tmp_path: Path) -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import trimesh
 from tiny_models import WIDTH
 
 from evaluation import views
+from evaluation.view_curve import read_checkpoint, score_checkpoints, write_curve
 from evaluation.view_protocol import PROTOCOLS, Truth, make_protocol, save_array
 from evaluation.view_scores import Measures, score
 from svd.data.render import orbit_azimuths
+from svd.data.renderer import open_renderer
 from svd.model import clip as clips
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import save_autoencoder, save_unet
+from svd.model.weights import load_unet, save_autoencoder, save_unet
 from svd.presets import load_preset
 from svd.stage import Report, StageContext, UserError
 from svd.video import read_frames
@@ -79,6 +84,7 @@ def test_tables_name_their_origin(finished: tuple[Path, dict[str, Path], Report]
     assert [row["subject"] for row in table] == list(views.SUBJECTS)
     for row in table:
         assert row["clip_weights"] == "toy-clip" and row["source"] == "measured" and row["objects"] == "3"
+        assert row["renderer"] in ("moderngl", "pyvista")
         assert row["protocol"].startswith("svd_gso_v1[views=5,size=32]") and row["dataset"] == "procedural_test_objects"
         assert "lpips" not in row and 0 <= float(row["stlpips_alex"]) < 2
     assert float(table[0]["psnr"]) == pytest.approx(float(report.metrics["psnr"]), abs=1e-5)
@@ -86,6 +92,65 @@ def test_tables_name_their_origin(finished: tuple[Path, dict[str, Path], Report]
     text = (folder / "out/comparison.md").read_text()
     assert "SVD-MV | 16.830" in text and "Fig. 10a" in text
     assert len(rows(folder / "out/by_view.csv")) == len(views.SUBJECTS) * 3 * 5
+
+
+def test_the_renderer_is_part_of_what_was_measured(finished: tuple[Path, dict[str, Path], Report]) -> None:
+    folder, _, report = finished
+    about = json.loads((folder / "out/protocol.json").read_text())
+    assert about["protocol"]["renderer"] == report.metrics["renderer"]
+    config = load_preset("tiny", OVERRIDES).evaluation.multiview
+    digests = {name: make_protocol(config, name).digest for name in ("moderngl", "pyvista")}
+    assert digests["moderngl"] != digests["pyvista"] and digests[str(report.metrics["renderer"])] == about["digest"]
+
+
+def test_the_truth_of_other_meshes_is_not_taken_from_disk(tmp_path: Path) -> None:
+    """More files in the folder, or others under their names, make another choice of objects."""
+    config = load_preset("tiny", {**OVERRIDES, "evaluation.multiview.objects": 2}).evaluation.multiview
+    config = config.model_copy(update={"meshes": [str(tmp_path / "meshes")]})
+    (tmp_path / "meshes").mkdir()
+    with open_renderer(config.renderer) as renderer:
+        protocol = make_protocol(config, renderer.name)
+
+        def pictures(*boxes: tuple[str, float]) -> list[np.ndarray]:
+            for name, height in boxes:
+                path = tmp_path / "meshes" / name / "model.glb"
+                path.parent.mkdir(exist_ok=True)
+                trimesh.creation.box(extents=(0.5, height, 0.5)).export(path)
+            truth = views.render_truth(tmp_path / "truth", config, protocol, 0, renderer)
+            assert all(name.endswith("/model.glb") for name in truth.names)
+            return [truth.pictures(number) for number in range(2)]
+
+        first = pictures(("a", 1.0), ("b", 1.0))
+        changed = pictures(("a", 0.2), ("b", 0.2))
+        again = pictures(("a", 1.0), ("b", 1.0))
+    assert all(not np.array_equal(one, other) for one, other in zip(first, changed, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_curve_over_checkpoints(finished: tuple[Path, dict[str, Path], Report], tmp_path: Path) -> None:
+    """Fig. 10b: the benchmark's own model has the benchmark's scores; a worse one stands below it."""
+    _, inputs, report = finished
+    worse = shutil.copytree(inputs["multiview-finetuning"], tmp_path / "worse")
+    unet = load_unet(worse / "unet")
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(20)
+    save_unet(unet, worse / "unet")
+    texts = [f"SVD-MV:200={inputs['multiview-finetuning'] / 'unet'}", f"SVD-MV:100={worse}", f"Scratch-MV:100={worse}"]
+    checkpoints = [read_checkpoint(text) for text in texts]
+    preset = load_preset("tiny", OVERRIDES)
+    table = score_checkpoints(checkpoints, preset, inputs, tmp_path / "work")
+    assert [(row["subject"], row["step"]) for row in table] == [("Scratch-MV", 100), ("SVD-MV", 100), ("SVD-MV", 200)]
+    assert table[2]["psnr"] == pytest.approx(report.metrics["psnr"], abs=1e-5)
+    assert table[2]["clip_s"] == pytest.approx(report.metrics["clip_s"], abs=1e-5)
+    assert table[1]["psnr"] == table[0]["psnr"] != table[2]["psnr"] and table[1]["unet"] != table[2]["unet"]
+    write_curve(tmp_path / "curve", table)
+    assert [row["step"] for row in rows(tmp_path / "curve" / "curve.csv")] == ["100", "100", "200"]
+    assert (tmp_path / "curve" / "curve.png").stat().st_size > 5000
+    for text in ("SVD-MV=x", "SVD-MV:now=x", ":1=x", "SVD-MV:1="):
+        with pytest.raises(UserError, match="expected MODEL:STEP=FOLDER"):
+            read_checkpoint(text)
+    with pytest.raises(UserError, match="no U-Net there"):
+        score_checkpoints([read_checkpoint(f"a:1={tmp_path}")], preset, inputs, tmp_path / "work")
 
 
 def test_controls_are_what_they_say(finished: tuple[Path, dict[str, Path], Report]) -> None:
@@ -133,10 +198,11 @@ def test_equal_bytes_and_resuming(finished: tuple[Path, dict[str, Path], Report]
 
 def test_protocols() -> None:
     config = load_preset("tiny").evaluation.multiview
-    changed = make_protocol(config)
+    changed = make_protocol(config, "moderngl")
     assert changed.name == "svd_gso_v1[views=9,size=64]" and changed.elevation == 10
-    plain = make_protocol(config.model_copy(update={"views": None, "size": None}))
-    assert plain is PROTOCOLS["svd_gso_v1"] and plain.views == 21 and plain.size == 576
+    plain = make_protocol(config.model_copy(update={"views": None, "size": None}), "moderngl")
+    assert plain == dataclasses.replace(PROTOCOLS["svd_gso_v1"], renderer="moderngl")
+    assert plain.views == 21 and plain.size == 576
     assert np.allclose(plain.azimuths, orbit_azimuths(21)) and plain.digest != changed.digest
     other = PROTOCOLS["syncdreamer_gso_v1"]
     assert (other.views, other.size, other.elevation, other.radius) == (16, 256, 30.0, 1.5)
@@ -147,8 +213,9 @@ def test_protocols() -> None:
 def test_perfect_views_are_perfect_and_a_reversed_orbit_is_not(tmp_path: Path) -> None:
     inputs = write_models(tmp_path / "models")
     config = context(tmp_path, inputs).preset
-    protocol = make_protocol(config.evaluation.multiview)
-    truth = views.render_truth(tmp_path / "truth", config.evaluation.multiview, protocol, 0)
+    with open_renderer("auto") as renderer:
+        protocol = make_protocol(config.evaluation.multiview, renderer.name)
+        truth = views.render_truth(tmp_path / "truth", config.evaluation.multiview, protocol, 0, renderer)
     models = views.load_models(
         inputs["multiview-finetuning"] / "unet", inputs["autoencoder"], inputs["encoders"], config.encoders
     )

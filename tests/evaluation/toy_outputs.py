@@ -10,7 +10,8 @@ import numpy as np
 from evaluation.fvd import distance
 from evaluation.moments import MomentState
 from evaluation.protocol import named_protocols
-from evaluation.results import Result, Score, paper_rows, result_json, write_rows
+from evaluation.results import Result, Score, paper_rows, result_json
+from evaluation.tables import write_rows
 from svd.data.scenes import World, render_clip
 from svd.stage import write_json
 from svd.video import write_mp4, write_png
@@ -109,8 +110,8 @@ def write_views(folder: Path) -> None:
 
 def write_outputs(root: Path) -> dict[str, Path]:
     """All stages' folders below `root`."""
-    names = ("curation", "autoencoder", *TRAINED, "ucf101-evaluation", "multiview-benchmark", "sources", "encoders")
-    folders = {name: root / name for name in (*names, "latents", "orbits")}
+    names = ("curation", "autoencoder", *TRAINED, "ucf101-evaluation", "multiview-benchmark", "sources", "latents")
+    folders = {name: root / name for name in names}
     for folder in folders.values():
         (folder / "samples").mkdir(parents=True)
     write_curation(folders["curation"])
@@ -119,6 +120,6 @@ def write_outputs(root: Path) -> dict[str, Path]:
     write_png(folders["autoencoder"] / "reconstructions.png", np.concatenate([clip(2)[0], noisy(clip(2))[0]], axis=1))
     write_evaluation(folders["ucf101-evaluation"])
     write_views(folders["multiview-benchmark"])
-    for name in ("sources", "encoders", "latents", "orbits"):
+    for name in ("sources", "latents"):
         write_json(folders[name] / "metrics.json", {"items": 3})
     return folders

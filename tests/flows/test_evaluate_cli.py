@@ -32,7 +32,7 @@ def evaluation(folder: Path, spread: float) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["clips", "compare", "gate", "protocols"])
+@pytest.mark.parametrize("command", ["clips", "views", "compare", "gate", "protocols"])
 def test_help(command: str) -> None:
     answer = RUNNER.invoke(evaluate_app, [command, "--help"])
     assert answer.exit_code == 0 and "Usage" in answer.output
@@ -76,3 +76,4 @@ def test_mistakes(tmp_path: Path) -> None:
     assert "known: svd_ucf101_paper" in error("clips", str(tmp_path), str(tmp_path), "--offline", "--protocol", "x")
     assert "0 clips" in error("clips", str(tmp_path), str(tmp_path), "--offline")
     assert "no evaluation there" in error("gate", str(tmp_path))
+    assert "expected MODEL:STEP=FOLDER" in error("views", "checkpoints/1000")

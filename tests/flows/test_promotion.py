@@ -81,6 +81,18 @@ def test_candidates_become_champions_only_when_they_are_not_worse(checkpoint: Pa
     assert client.get_model_version(MODEL, "3").tags["gate"] == "passed"
 
 
+def test_champions_cannot_get_worse_step_by_step(checkpoint: Path, tmp_path: Path) -> None:
+    """Each is within the tolerance of the one before; only the first is within that of the best."""
+    client = mlflow.MlflowClient(tracking_uri())
+    promoted = []
+    for number, kernel in enumerate((1.0, 1.04, 1.08, 1.12)):
+        train(checkpoint, number + 1)
+        promoted.append(promote(MODEL, checkpoint, evaluation(tmp_path / str(number), kernel)).promoted)
+    assert promoted == [True, True, False, False]
+    aliases = client.get_registered_model(MODEL).aliases
+    assert (str(aliases["best"]), str(aliases["champion"])) == ("1", "2")
+
+
 def test_a_model_that_loses_against_noise_never_leads(checkpoint: Path, tmp_path: Path) -> None:
     outcome = promote(MODEL, checkpoint, evaluation(tmp_path / "bad", 3.0))
     assert not outcome.promoted and "noise" in outcome.reason

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.linalg
+from gaussians import frechet_of_gaussians
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from evaluation.fvd import frechet, frechet_of_gaussians, kernel_distance
+from evaluation.fvd import frechet, kernel_distance
 from evaluation.moments import Moments, MomentState
 
 
@@ -36,7 +37,8 @@ def test_known_gaussians() -> None:
     rotation = np.linalg.qr(rng.normal(size=(50, 50)))[0]
     a, b = rng.uniform(0.1, 3, 50), rng.uniform(0.1, 3, 50)
     means = rng.normal(size=(2, 50))
-    found = frechet_of_gaussians(means[0], (rotation * a**2) @ rotation.T, means[1], (rotation * b**2) @ rotation.T)
+    sets = [Moments(9, mean, 3 * (rotation * spread).T, 0.0) for mean, spread in zip(means, (a, b), strict=True)]
+    found = frechet(*sets)
     assert found.value == pytest.approx(((means[0] - means[1]) ** 2).sum() + ((a - b) ** 2).sum(), rel=1e-12)
 
 
