@@ -1,12 +1,13 @@
 """What happens around a training step: averaging, examination, record, samples, progress and checkpoints.
 
-Order matters and is that of `callbacks()`: the average takes in the step, the examination looks at the average, the
-record keeps both, and only then the checkpoint is written, so that a run resumed from it repeats nothing and omits
-nothing.
+Order matters and is that of the runner's `_hooks`: the average takes in the step, the examination looks at the
+average, the record keeps both, and only then the checkpoint is written, so that a run resumed from it repeats nothing
+and omits nothing.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -122,11 +124,14 @@ class Record(Updates):
         self.validate_every, self.offset, self.total, self.label = validate_every, offset, total, label
         self.log_every = max(1, min(50, total // 50))
         self.pending: list[float] = []
+        self.unreduced: list[Tensor] = []
         self.levels: list[Tensor] = []
         self.bar: tqdm[Any] | None = None
+        self.strategy: Strategy
 
     def state_dict(self) -> dict[str, Any]:
-        """The curve so far."""
+        """The curve so far; every rank must call it."""
+        self._reduce()
         return {"rows": self.history.rows, "pending": self.pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -136,6 +141,7 @@ class Record(Updates):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Examine the initial weights of the stage, once."""
         super().on_train_start(trainer, module)
+        self.strategy = trainer.strategy
         if trainer.is_global_zero:
             self.bar = tqdm(total=self.total, initial=self.offset + trainer.global_step, desc=self.label, unit="step")
         if not self.history.rows:
@@ -145,12 +151,13 @@ class Record(Updates):
         """Record the step."""
         losses = outputs["losses"]
         self.levels.append(torch.stack([losses, outputs["sigma"]]).float())
-        self.pending.append(trainer.strategy.reduce(losses.mean(), reduce_op="mean").item())
+        self.unreduced.append(losses.mean())
         if not self.stepped(trainer):
             return
         step, last = self.offset + trainer.global_step, trainer.global_step == trainer.max_steps
         validated = last or trainer.global_step % self.validate_every == 0
         if validated or step % self.log_every == 0:
+            self._reduce()
             loss = sum(self.pending) / len(self.pending)
             self.pending.clear()
             losses, sigma = torch.cat(self.levels, dim=1)
@@ -160,6 +167,12 @@ class Record(Updates):
             self._add(step, loss, self._examine(trainer, module, step) if validated else None)
         if self.bar is not None:
             self.bar.update()
+
+    def _reduce(self) -> None:
+        """Means over the ranks of the losses since the last time: not in every step, for which the host would wait."""
+        if self.unreduced:
+            self.pending += self.strategy.reduce(torch.stack(self.unreduced).float(), reduce_op="mean").tolist()
+            self.unreduced.clear()
 
     def _add(self, step: int, train: float | None, validation: float | None) -> None:
         self.history.rows.append({"step": step, "train_loss": train, "val_loss": validation})
@@ -218,6 +231,20 @@ class Checkpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Save under another name and rename: a sharded checkpoint is a folder of files that are written one by one."""
+        partial = Path(f"{filepath}.part")
+        if trainer.is_global_zero and partial.is_dir():
+            shutil.rmtree(partial)
+        trainer.strategy.barrier()
+        super()._save_checkpoint(trainer, str(partial))
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            if Path(filepath).is_dir():
+                shutil.rmtree(filepath)
+            partial.replace(filepath)
+        trainer.strategy.barrier()
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save when the machine is being taken away."""
         if isinstance(exception, SIGTERMException):
@@ -225,10 +252,6 @@ class Checkpoint(ModelCheckpoint):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to resume from, or None; a sharded one counts when its metadata, written last, is there."""
-
-    def complete(path: Path) -> bool:
-        return path.is_file() or (path / ".metadata").is_file()
-
-    found = [path for path in folder.glob("step=*.ckpt") if complete(path)]
+    """The checkpoint to resume from, a file or a sharded one's folder, or None."""
+    found = folder.glob("step=*.ckpt")
     return max(found, key=lambda path: int(path.stem.removeprefix("step=")), default=None)

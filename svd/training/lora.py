@@ -9,7 +9,8 @@ from typing import Any
 
 from svd.config import LoraConfig, Phase
 from svd.stage import Report, UserError, publish
-from svd.training.runner import Training, collect, first_rank, measured, run_phases
+from svd.training.parallel import first_rank
+from svd.training.runner import Training, collect, measured, run_phases
 
 # "object-motion" is a camera that stands still while things move.
 CAMERAS: Mapping[str, tuple[str, ...]] = {

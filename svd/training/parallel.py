@@ -32,8 +32,7 @@ def parallelise(unet: UNet, config: TrainingConfig, mesh: DeviceMesh | None) -> 
     cast to bf16, the noise level would lose the digits that tell neighbouring levels apart.
     """
     if config.compile:
-        for block in unet.blocks():
-            block.compile()
+        unet.compile_blocks()
     if mesh is None:
         return
     policy = MixedPrecisionPolicy()
@@ -47,9 +46,20 @@ def parallelise(unet: UNet, config: TrainingConfig, mesh: DeviceMesh | None) -> 
     register_fsdp_forward_method(unet, "interpolation_channels")
 
 
+def first_rank() -> bool:
+    """Whether this process is the one that writes."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The whole state of a sharded or plain module, on the CPU; every rank must call it."""
-    return {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
-        for name, tensor in module.state_dict().items()
-    }
+    """A copy of the whole state of a sharded or plain module, on the CPU of the first rank.
+
+    Every rank must call it, because the shards are gathered; all but the first get an empty dictionary.
+    """
+    state = {}
+    for name, tensor in module.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if first_rank():
+            # A copy on the CPU too: the module's memory soon holds other values (`Ema.swapped`).
+            state[name] = whole.detach().to("cpu", copy=True)
+    return state

@@ -31,7 +31,7 @@ from svd.training import callbacks
 from svd.training.callbacks import History
 from svd.training.initialise import with_checkpointing
 from svd.training.module import Diffusion, select_parameters
-from svd.training.parallel import full_state, strategy
+from svd.training.parallel import first_rank, full_state, strategy
 from svd.training.samples import Preview, contact_sheet, write_films
 from svd.training.tasks import Task
 
@@ -115,6 +115,9 @@ def quiet() -> None:
         ".*exists and is not empty.*",
         ".*is_weights_only.*",
         ".*resuming.*",
+        ".*returned a view tensor.*",
+        ".*treespec.*",
+        ".*functional.all_gather is deprecated.*",
     ):
         warnings.filterwarnings("ignore", text)
 
@@ -223,7 +226,7 @@ def _finish_phase(trainer: pl.Trainer, module: Diffusion, training: Training, fo
         step = int(history.rows[-1]["step"] or 0)
         training.context.tracker.log_image(f"samples/{training.name}", contact_sheet(films), step)
         write_json(folder / "history.json", history.rows)
-        for checkpoint in folder.glob("step=*.ckpt"):
+        for checkpoint in folder.glob("step=*.ckpt*"):
             shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
     trainer.strategy.barrier()
 
@@ -243,11 +246,6 @@ def collect(last: Path, history: History, finished: Path) -> None:
         if (last / part).exists():
             shutil.copytree(last / part, finished / part if part != "lora" else finished, dirs_exist_ok=True)
     (finished / "losses.csv").write_text(history.csv())
-
-
-def first_rank() -> bool:
-    """Whether this process is the one that publishes."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def run_training(training: Training) -> Report:

@@ -15,7 +15,7 @@ from toy_training import PHASE, toy_context, toy_preset
 
 from svd.config import Preset
 from svd.stage import StageContext
-from svd.training import callbacks
+from svd.training import callbacks, runner
 from svd.training.stages import run_image_pretraining, run_video_pretraining
 
 
@@ -67,6 +67,27 @@ def test_interrupted_training_equals_an_undisturbed_one(tmp_path: Path, monkeypa
     assert all(first[name].equal(second[name]) for name in first)
     for name in ("losses.csv", "samples/generated-0.mp4", "samples/sheet.png"):
         assert (undisturbed.output / name).read_bytes() == (interrupted.output / name).read_bytes(), name
+
+
+def test_a_kill_between_the_last_step_and_its_result_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = toy_context(tmp_path, "undisturbed", toy_preset(ema_decay=0.9))
+    run_image_pretraining(context)
+    late, finish = toy_context(tmp_path, "late", toy_preset(ema_decay=0.9)), runner._finish_phase
+
+    def fail(*arguments: object) -> None:
+        raise Preempted
+
+    monkeypatch.setattr(runner, "_finish_phase", fail)
+    with pytest.raises(Preempted):
+        run_image_pretraining(late)
+    assert (late.work / "phase-0" / "step=6.ckpt").exists()
+    monkeypatch.setattr(runner, "_finish_phase", finish)
+    run_image_pretraining(late)
+    first, second = weights(context), weights(late)
+    assert all(first[name].equal(second[name]) for name in first)
+    assert (context.output / "losses.csv").read_bytes() == (late.output / "losses.csv").read_bytes()
 
 
 SCRIPT = """
@@ -124,3 +145,11 @@ def test_sigterm_saves_the_step_it_interrupts(tmp_path: Path, monkeypatch: pytes
         run_image_pretraining(video)
     assert "SIGTERM" in repr(caught.value) or isinstance(caught.value, SystemExit)
     assert (video.work / "phase-0" / "step=3.ckpt").exists()
+
+
+def test_a_checkpoint_that_was_being_written_is_not_resumed_from(tmp_path: Path) -> None:
+    """Sharded checkpoints are folders: they get their name when all their files are there."""
+    for name in ("step=2.ckpt", "step=10.ckpt", "step=12.ckpt.part"):
+        (tmp_path / name).mkdir()
+    assert callbacks.newest_checkpoint(tmp_path) == tmp_path / "step=10.ckpt"
+    assert callbacks.newest_checkpoint(tmp_path / "step=2.ckpt") is None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from toy_training import FRAMES, PHASE, SIZE, WIDTH, toy_context, toy_preset
 
@@ -18,7 +20,8 @@ from svd.data import latents
 from svd.model.lora import load_lora
 from svd.model.weights import load_unet
 from svd.stage import StageContext, UserError
-from svd.training import stages
+from svd.training import runner, stages
+from svd.training.module import Diffusion
 
 SHORT = [{**PHASE, "iterations": 2}]
 
@@ -74,6 +77,23 @@ def test_image_pretraining_learns_and_leaves_its_curve(chain: Path) -> None:
     assert (output / "samples" / "generated-0.png").stat().st_size > 0
     unet = load_unet(output / "unet")
     assert not unet.config.temporal and unet.config.ids == 0 and unet.config.checkpointing == "none"
+
+
+def test_what_is_published_is_the_average_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules, finish = [], runner._finish_phase
+
+    def keep(trainer: Trainer, module: Diffusion, *others: Any) -> None:
+        modules.append(module)
+        finish(trainer, module, *others)
+
+    monkeypatch.setattr(runner, "_finish_phase", keep)
+    context = toy_context(tmp_path, "image-pretraining", toy_preset(phases=[PHASE], ema_decay=0.9))
+    stages.run_image_pretraining(context)
+    published = load_file(context.output / "unet" / "diffusion_pytorch_model.safetensors")
+    averages = {name.replace("/", "."): value for name, value in modules[0].ema.named_parameters()}
+    assert averages.keys() == published.keys()
+    assert all(published[name].equal(value) for name, value in averages.items())
+    assert not published["conv_in.weight"].equal(modules[0].unet.conv_in.weight)
 
 
 def test_video_pretraining_starts_from_the_image_model(chain: Path) -> None:
