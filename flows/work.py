@@ -71,8 +71,13 @@ def _recorded(name: str, work: Path) -> bool:
 
 
 def clear_work(preset: Preset, stage: str) -> None:
-    """Remove the stage's work, which its recorded output makes needless."""
-    shutil.rmtree(WORK / preset.name / stage, ignore_errors=True)
+    """Remove the stage's work whose output is recorded; unfinished work for other options stays."""
+    folder = WORK / preset.name / stage
+    for told in folder.glob(f"*/{TOLD}"):
+        shutil.rmtree(told.parent)
+        told.parent.with_name(f"{told.parent.name}.run").unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def clear_recorded(preset: Preset) -> None:
