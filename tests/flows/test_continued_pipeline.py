@@ -1,4 +1,4 @@
-"""The parent flow on an ephemeral Prefect server: inline dispatch, skipping, failing without retries, promotion."""
+"""A pipeline that was interrupted: what it goes on with, under which MLflow run, and what its log says of mistakes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import mlflow
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.states import Failed
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import stage_flow, versioning
+from flows import versioning
 from flows.full_pipeline import full_pipeline, pipeline_key
 from flows.stages import Stage
-from flows.tracking import tracking_uri
 from svd.presets import load_preset
-from svd.retries import Unreachable
 from svd.stage import Report, StageContext, UserError, publish
 
 ROOT = Path(__file__).parents[2]
@@ -91,44 +85,6 @@ def die(*given: object) -> None:
     raise KeyboardInterrupt
 
 
-def child_states() -> list[tuple[str, str]]:
-    with get_client(sync_client=True) as client:
-        return [(run.name, run.state_name or "") for run in client.read_flow_runs()]
-
-
-def test_stages_run_once_and_are_skipped_while_nothing_changes(
-    prefect_server: None, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = use(monkeypatch, draw)
-    first = full_pipeline(preset="tiny", stages=["orbits"])
-    assert first["ran"] == ["orbits"] and first["metrics"]["orbits"]["objects"] == 64
-    assert (project / "outputs/tiny/orbits/orbit.txt").read_text() == "64 objects\n"
-    assert "outputs/tiny/orbits" in (project / "dvc.lock").read_text()
-    assert full_pipeline(preset="tiny", stages=["orbits"])["ran"] == []
-    (project / "code.py").write_text("2\n")
-    assert full_pipeline(preset="tiny", stages=["orbits"], store=str(project / "store"))["ran"] == ["orbits"]
-    assert len(calls) == 2
-    assert (project / "store/tiny/orbits/manifest.json").is_file()
-    assert ("orbits-tiny", "Completed") in child_states()
-    client = mlflow.MlflowClient(tracking_uri())
-    experiment = client.get_experiment_by_name("stable-video-diffusion").experiment_id
-    runs = {run.info.run_id: run for run in client.search_runs([experiment])}
-    stages = [run for run in runs.values() if run.data.tags["stage"] == "orbits"]
-    assert len(stages) == 2
-    assert all(runs[run.data.tags["mlflow.parentRunId"]].data.tags["stage"] == "full-pipeline" for run in stages)
-
-
-def test_a_users_mistake_fails_the_pipeline_without_retries(
-    prefect_server: None, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = use(monkeypatch, refuse)
-    state: Any = full_pipeline(preset="tiny", stages=["orbits"], return_state=True)
-    assert state.is_failed() and len(calls) == 1
-    assert isinstance(state.result(raise_on_failure=False), UserError)
-    assert "mesh.glb" in state.message
-    assert not (project / "dvc.lock").exists()
-
-
 def test_what_was_not_recorded_is_not_computed_again(
     prefect_server: None, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,11 +125,3 @@ def test_only_a_killed_pipeline_is_continued_under_its_key(project: Path) -> Non
     path.write_text(left)  # as SIGKILL leaves it
     with pipeline_key(preset, ["orbits"], False) as third:
         assert third == second
-
-
-@pytest.mark.parametrize(
-    ("cause", "again"), [(UserError("wrong preset"), False), (Unreachable("no S3"), True), (RuntimeError("odd"), True)]
-)
-def test_what_is_tried_again(cause: Exception, again: bool) -> None:
-    state = Failed(data=cause)
-    assert stage_flow._worth_retrying(None, None, state) is again  # type: ignore[arg-type]
