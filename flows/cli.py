@@ -126,12 +126,14 @@ def doctor(preset: PresetOption = "tiny") -> None:
     from flows.doctor import examine
 
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]fail[/]"}
-    table = Table("", "check", "found", "what to do")
+    table = Table("")
+    for title in ("check", "found", "what to do"):
+        table.add_column(title, overflow="fold")  # names of files and options are never cut
     failed = False
     for finding in examine(load_preset(preset)):
         failed |= finding.state == "fail"
         table.add_row(marks[finding.state], finding.name, finding.found, finding.advice)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     raise typer.Exit(1 if failed else 0)
 
 

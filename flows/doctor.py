@@ -103,7 +103,9 @@ def _weights(preset: Preset) -> Iterator[Finding]:
         "curation.text.craft_weights": preset.curation.text.craft_weights,
         "evaluation.ucf101.weights": preset.evaluation.ucf101.weights,
         "evaluation.multiview.lpips_weights": preset.evaluation.multiview.lpips_weights,
+        "curation.nsfw_weights": preset.curation.nsfw_weights,
     }
+    wanted |= {f"autoencoder.perceptual_weights.{i}": w for i, w in enumerate(preset.autoencoder.perceptual_weights)}
     for option, value in wanted.items():
         if value is None:
             continue

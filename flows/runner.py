@@ -172,17 +172,20 @@ def run_preset_stage(
             recover(folder)
         if root:
             store.fetch_inputs(root, preset.name, input_folders(stage, preset))
-        inputs = stage_inputs(stage, preset)
-        versioning.open_repo().close()  # its absence is told before hours of work, not after
-        clear_recorded(preset)
-        work = open_work(stage, preset, inputs)
-        told, output = settle(stage, work), output_folder(preset, stage.name)
-        report = republish(work, output) if told else None
-        if report is None:
-            report, made = _run(stage, preset, inputs, work, link or RunLink(), root)
-            mark_told(work, made)
-        if not (keep or dvc_records()):
-            clear_work(preset, stage.name)
+        return _run(stage, preset, link or RunLink(), root, keep)
+
+
+def _run(stage: Stage, preset: Preset, link: RunLink, root: str | None, keep: bool) -> Report:
+    inputs, output = stage_inputs(stage, preset), output_folder(preset, stage.name)
+    versioning.open_repo().close()  # its absence is told before hours of work, not after
+    clear_recorded(preset)
+    work = open_work(stage, preset, inputs)
+    report = republish(work, output) if settle(stage, work) else None
+    if report is None:
+        report, made = _run_tracked(stage, preset, inputs, work, link, root)
+        mark_told(work, made)
+    if not (keep or dvc_records()):
+        clear_work(preset, stage.name)
     return report
 
 
@@ -194,7 +197,7 @@ def _follow(stage: Stage) -> Report:
     return stage.load()(context) if context else Report({}, f"stage '{stage.name}' has nothing to train")
 
 
-def _run(
+def _run_tracked(
     stage: Stage, preset: Preset, inputs: Mapping[str, Path], work: Path, link: RunLink, root: str | None
 ) -> tuple[Report, Lineage]:
     output = output_folder(preset, stage.name)

@@ -82,9 +82,12 @@ def _recorded(work: Path) -> bool:
 
 
 def clear_work(preset: Preset, stage: str) -> None:
-    """Remove the stage's finished work, which its recorded output makes needless; what others left unfinished stays."""
-    for told in (WORK / preset.name / stage).glob(f"*/{TOLD}"):
+    """Remove the stage's work whose output is recorded; unfinished work for other options stays."""
+    folder = WORK / preset.name / stage
+    for told in folder.glob(f"*/{TOLD}"):
         close_work(told.parent)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def clear_recorded(preset: Preset) -> None:
