@@ -47,7 +47,7 @@ def limit_pipelines(api: str) -> None:
     """Make the queue `pipelines` of the pool `cpu`, which must exist, run one pipeline at a time."""
     queues = f"{api}/work_pools/cpu/queues"
     try:
-        _send(f"{queues}/", PIPELINES)
+        _send(queues, PIPELINES)
     except urllib.error.HTTPError as error:
         if error.code != 409:  # 409: the queue is there
             raise

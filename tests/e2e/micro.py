@@ -46,8 +46,8 @@ VALUES: dict[str, Any] = {
 }
 
 
-def micro_preset(name: str, changes: dict[str, Any] | None = None, iterations: int = 2) -> dict[str, Any]:
-    """The values of presets/tiny.yaml with everything made small; image pretraining takes `iterations` steps."""
+def micro_preset(name: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The values of presets/tiny.yaml with everything made small, and with `changes` by dotted name."""
     values = yaml.safe_load((ROOT / "presets" / "tiny.yaml").read_text())
     for stage in TRAINED:
         often = {
@@ -59,7 +59,6 @@ def micro_preset(name: str, changes: dict[str, Any] | None = None, iterations: i
         }
         phases = [phase | {"iterations": 2, "batch_size": 2} for phase in values[stage]["phases"]]
         values[stage] = values[stage] | often | {"phases": phases}
-    values["image_pretraining"]["phases"][-1]["iterations"] = iterations
     for dotted, value in (VALUES | {"name": name} | (changes or {})).items():
         *parents, last = dotted.split(".")
         functools.reduce(lambda section, key: section[key], parents, values)[last] = value

@@ -38,9 +38,9 @@ class StackProject:
             "OMP_NUM_THREADS": "1",
         }
 
-    def preset(self, name: str, changes: dict[str, Any] | None = None, iterations: int = 2) -> None:
+    def preset(self, name: str, changes: dict[str, Any] | None = None) -> None:
         """Write presets/<name>.yaml: the micro preset with changes."""
-        values = micro_preset(name, changes, iterations)
+        values = micro_preset(name, changes)
         (self.folder / "presets" / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
     def select(self, preset: str) -> None:
