@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import mimetypes
 import math
+import mimetypes
 import os
 import shutil
 import threading
