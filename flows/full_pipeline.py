@@ -78,6 +78,8 @@ class PipelineRun:
         result = dispatch(name, self.preset.name, self.key, [asdict(item) for item in inputs], self.store)
         outputs = [Lineage(**item) for item in result["outputs"]]
         versioning.record(name, self.preset.name, outputs, self.known)
+        if self.store:
+            results_store.keep_locks(self.store, self.preset.name)
         clear_work(self.preset, name)
         self.known |= {item.path: item for item in outputs}
         self.results[name] = result
@@ -144,6 +146,9 @@ def full_pipeline(
     chosen = select_preset(preset)
     names = [find_stage(name).name for name in stages] if stages else list(PIPELINE)
     send_pending()
+    root = results_store.store_root(store)
+    if root:
+        results_store.fetch_locks(root, chosen.name)
     take_and_record(chosen)
     tags = {"stage": "full-pipeline", "preset": chosen.name, "git.commit": git_commit()}
     tags |= {"prefect.flow_run_id": str(flow_run.get_id()), "seed": str(chosen.seed)}
@@ -152,7 +157,7 @@ def full_pipeline(
         pipeline_key(chosen, names, force) as key,
         tracked_run(RunInfo(key, f"full-pipeline ({chosen.name})", None, tags, values)) as tracker,
     ):
-        run = PipelineRun(chosen, tracker, key, results_store.store_root(store))
+        run = PipelineRun(chosen, tracker, key, root)
         for name in names:
             run.run(name, force)
         report = output_folder(chosen, "report") / "report.html"

@@ -12,6 +12,7 @@ from flows.full_pipeline import full_pipeline, select_preset
 from flows.promotion import promote
 from flows.runner import output_folder
 from flows.stages import NIGHTLY, find_stage
+from flows.store import fetch_inputs, store_root
 from svd.stage import UserError
 
 EVALUATED, EVALUATION = "high-quality-finetuning", "ucf101-evaluation"
@@ -25,14 +26,17 @@ def nightly_evaluation(preset: str | None = None, store: str | None = None) -> d
     judged (MLflow away, none registered) leaves the champion as it is and is told in the log.
     """
     result = full_pipeline(preset=preset, stages=list(NIGHTLY), force=True, store=store)
-    return result | {"promotion": _promotion(preset)}
+    return result | {"promotion": _promotion(preset, store_root(store))}
 
 
-def _promotion(name: str | None) -> dict[str, Any]:
+def _promotion(name: str | None, store: str | None) -> dict[str, Any]:
     logger, preset = get_run_logger(), select_preset(name)
     model = str(find_stage(EVALUATED).model)
+    folders = {stage: output_folder(preset, stage) for stage in (EVALUATED, EVALUATION)}
     try:
-        outcome = promote(model, output_folder(preset, EVALUATED), output_folder(preset, EVALUATION))
+        if store:  # the stages ran on other nodes
+            fetch_inputs(store, preset.name, folders)
+        outcome = promote(model, folders[EVALUATED], folders[EVALUATION])
     except (UserError, MlflowException) as error:
         logger.warning("no promotion: %s", error)
         return {"model": model, "promoted": False, "reason": str(error)}

@@ -24,6 +24,7 @@ from svd.stage import UserError, exclusive, recover, replace_folder
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+LOCKS = (Path("dvc.lock"), Path("branches") / "dvc.lock")
 PUBLISH_ATTEMPTS = 4
 CACHE = Path(".cache") / "s3"
 VERSIONS = Path(".cache") / "s3-versions"
@@ -185,6 +186,23 @@ def fetch_inputs(root: str, preset: str, folders: Mapping[str, Path]) -> None:
             logger.info("%s is not in the store, the local folder is used", uri)
         elif moved := fetch(uri, folder):
             logger.info("%s: %.1f MB fetched", uri, moved / 1e6)
+
+
+def fetch_locks(root: str, preset: str) -> None:
+    """On a machine without lock files, as in a fresh pod, take over those that the last pipeline kept in the store."""
+    if any(lock.exists() for lock in LOCKS):
+        return
+    for lock in LOCKS:
+        stored = storage.join(root, preset, lock.as_posix())
+        if storage.exists(stored):
+            storage.download(stored, lock)
+
+
+def keep_locks(root: str, preset: str) -> None:
+    """Keep DVC's lock files in the store, so that the next pipeline knows what is unchanged, on whatever machine."""
+    for lock in LOCKS:
+        if lock.exists():
+            storage.upload(lock, storage.join(root, preset, lock.as_posix()))
 
 
 def localise(preset: Preset, stage: str) -> Preset:

@@ -241,3 +241,20 @@ def test_the_report_opens_from_s3(project: Path, bucket: str, tmp_path: Path) ->
     for attribute in ('src="', "url("):
         targets = [part.split('"')[0].split(")")[0] for part in page.split(attribute)[1:]]
         assert all(t.strip("'\"").startswith(("data:", "#")) for t in targets), f"{attribute} leaves the page"
+
+
+def test_a_fresh_machine_takes_over_what_is_unchanged(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "fresh", "other"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(fill(tmp_path / "first", **{"dvc.lock": "1", "branches/dvc.lock": "2"}))
+    store.keep_locks(root, "tiny")
+    monkeypatch.chdir(tmp_path / "fresh")
+    store.fetch_locks(root, "tiny")
+    assert contents(Path()) == {"dvc.lock": "1", "branches/dvc.lock": "2"}
+    monkeypatch.chdir(fill(tmp_path / "other", **{"dvc.lock": "its own"}))
+    store.fetch_locks(root, "tiny")
+    assert contents(Path()) == {"dvc.lock": "its own"}
+    store.fetch_locks(root, "another preset")
+    assert contents(Path()) == {"dvc.lock": "its own"}
