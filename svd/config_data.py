@@ -147,4 +147,9 @@ class CurationConfig(Section):
     nsfw_weights: str | None = Field(None, description="head on the image embeddings; None: the axis is unused")
     near_duplicates: bool = Field(True, description="compare every clip's embedding with those of earlier clips")
     shard_bytes: PositiveInt = 1_000_000_000
+    part_seconds: float = Field(
+        1800.0,
+        gt=0,
+        description="a longer local source is split by time, at keyframes, into parts of about this length",
+    )
     workers: PositiveInt = 1

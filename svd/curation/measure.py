@@ -36,13 +36,17 @@ LEAST_FREE = 16 << 20  # bytes; below, a failure is taken for one of the disk
 
 @dataclass(frozen=True)
 class Identified:
-    """A source whose bytes have been seen. failure: why they couldn't be; duplicate_of: uri of an equal source."""
+    """A source whose bytes have been seen, or one part of a long one.
+
+    failure: why they couldn't be; duplicate_of: uri of an equal source; part: its number, and of how many.
+    """
 
     source: Source
     source_id: str
     bytes: int
     failure: str = ""
     duplicate_of: str = ""
+    part: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class _UnitWork:
             with local_file(identified.source, self.folder / "fetched") as path:
                 if not identified.source_id:
                     row["source_id"], row["bytes"] = catalog.content_hash(path), path.stat().st_size
-                self._analyse(path, identified.source, row)
+                self._analyse(path, identified, row)
         except WorkerError:
             raise
         except SourceFailure as failure:
@@ -150,8 +154,15 @@ class _UnitWork:
         if shutil.disk_usage(self.folder).free < LEAST_FREE:
             raise WorkerError(f"{self.folder.parent}: the disk is full; free some space and run the stage again")
 
-    def _analyse(self, path: Path, source: Source, row: dict[str, Any]) -> None:
-        analysis = self.analyst.analyse(path, self.config, lambda clip: self._take(clip, row["source_id"]))
+    def _analyse(self, path: Path, identified: Identified, row: dict[str, Any]) -> None:
+        source = identified.source
+        analysis = self.analyst.analyse(
+            path,
+            self.config,
+            lambda clip: self._take(clip, row["source_id"]),
+            identified.part,
+            self.folder / "part.mp4",
+        )
         row.update(_facts(analysis))
         targets = [catalog.clip_id(row["source_id"], clip.span.start_pts, clip.span.end_pts) for clip in analysis.clips]
         files = self.analyst.write_clips(
@@ -329,6 +340,16 @@ def _read_jpeg(path: Path) -> np.ndarray:
 
 
 def units_of(sources: Sequence[Identified], per_unit: int) -> Iterator[Unit]:
-    """Split identified sources into units of `per_unit`, in order."""
-    for number, start in enumerate(range(0, len(sources), per_unit)):
-        yield Unit(number, tuple(sources[start : start + per_unit]))
+    """Split identified sources into units of `per_unit`, in order; a part of a long source is a unit of its own."""
+    number, group = 0, list[Identified]()
+    for one in sources:
+        alone = one.part[1] > 1
+        if group and (alone or len(group) == per_unit):
+            yield Unit(number, tuple(group))
+            number, group = number + 1, []
+        group.append(one)
+        if alone:
+            yield Unit(number, tuple(group))
+            number, group = number + 1, []
+    if group:
+        yield Unit(number, tuple(group))

@@ -46,7 +46,7 @@ def merge(measured: Sequence[Path], scored: Sequence[Path], finished: Path, conf
         _link(other / "embeddings.safetensors", finished / "embeddings" / f"{one.name}.safetensors")
         for shard in sorted(other.glob("*.tar")):
             _link(shard, finished / "shards" / shard.name)
-    sources = _resolve_duplicates(_concat(measured, "sources"))
+    sources = _resolve_duplicates(join_parts(_concat(measured, "sources")))
     tables = finished / "catalogue"
     units = list(zip(measured, scored, strict=True))
     _write_clips(tables / "clips.parquet", units, _global_columns(measured, sources, finished, config))
@@ -95,6 +95,29 @@ def _write_clips(target: Path, units: Sequence[tuple[Path, Path]], columns: pl.D
 
 def _concat(units: Sequence[Path], table: str) -> pl.DataFrame:
     return pl.concat([pl.read_parquet(unit / f"{table}.parquet") for unit in units])
+
+
+def join_parts(sources: pl.DataFrame) -> pl.DataFrame:
+    """One row a source: those of the parts of a long one added up. It is usable when one of them is."""
+    if sources["source_uri"].is_unique().all():
+        return sources
+    usable = pl.col("verdict") == "ok"
+    summed = {name: pl.col(name).sum() for name in ("duration", "frames", "cuts", "clips")}
+    failed = pl.col("reason").filter((pl.col("verdict") == "failed") & usable.any())
+    told = pl.concat_list(
+        pl.col("warnings").explode().drop_nulls().unique(maintain_order=True).implode(),
+        pl.format("a part: {}", failed).unique(maintain_order=True).implode(),
+    )
+    rest = [n for n in sources.columns if n not in (*summed, "source_uri", "verdict", "reason", "warnings", "fps")]
+    joined = sources.group_by("source_uri", maintain_order=True).agg(
+        *(pl.col(name).drop_nulls().first() for name in rest),
+        *(expression.alias(name) for name, expression in summed.items()),
+        (pl.col("frames").sum() / pl.col("duration").sum()).cast(pl.Float32).alias("fps"),
+        pl.when(usable.any()).then(pl.lit("ok")).otherwise(pl.col("verdict").first()).alias("verdict"),
+        pl.when(usable.any()).then(pl.lit("")).otherwise(pl.col("reason").first()).alias("reason"),
+        told.alias("warnings"),
+    )
+    return joined.select(sources.columns)
 
 
 def _resolve_duplicates(sources: pl.DataFrame) -> pl.DataFrame:

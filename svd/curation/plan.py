@@ -47,7 +47,7 @@ class Plan:
 def plan(sources: Sequence[Source], config: CurationConfig, sources_per_unit: int) -> Plan:
     """Probe the headers of all local sources and add up."""
     seconds = cpu = size = 0.0
-    unknown = 0
+    unknown = long = parts = 0
     for source in sources:
         facts = _probe(source.path) if source.path is not None and source.offset is None else None
         if facts is None:
@@ -55,13 +55,15 @@ def plan(sources: Sequence[Source], config: CurationConfig, sources_per_unit: in
             continue
         duration, megapixels, size_bytes = facts
         frames_rate = TEXT_SECONDS * FRAMES_A_CLIP / CLIP_SECONDS
+        if (count := round(duration / config.part_seconds)) > 1:
+            long, parts = long + 1, parts + count
         seconds += duration
         size += size_bytes
         cpu += duration * (PASS_PER_MEGAPIXEL_SECOND * megapixels + frames_rate)
     return Plan(
         sources=len(sources),
         unknown=unknown,
-        units=-(-len(sources) // sources_per_unit),
+        units=-(-(len(sources) - long) // sources_per_unit) + parts,
         hours=seconds / 3600,
         gigabytes=size / 1e9,
         clips=round(seconds / CLIP_SECONDS),

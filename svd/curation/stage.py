@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -24,11 +25,13 @@ from svd.curation import embeddings
 from svd.curation.captioners import make_captioners
 from svd.curation.measure import Identified, Unit, identify, measure_unit, units_of
 from svd.curation.merge import Merged, merge
+from svd.curation.parts import LEAST_RATE
 from svd.curation.report import write_report
 from svd.curation.scoring import Scorer, pick_device
 from svd.curation.sources import Source, list_sources
 from svd.curation.statistics import write_statistics
 from svd.curation.summary import metrics, summary
+from svd.curation.types import SourceFailure
 from svd.curation.worker import Analyst
 from svd.stage import Report, StageContext, UserError, publish, write_json
 
@@ -46,7 +49,8 @@ def run(context: StageContext) -> Report:
     if not sources:
         raise UserError(f"{folder}: no videos in {', '.join(SPLITS)}; set sources.paths or sources.synthetic")
     context.work.mkdir(parents=True, exist_ok=True)
-    units = list(units_of(find_duplicates(sources, config.workers), context.preset.sources.sources_per_shard))
+    identified = split_long(find_duplicates(sources, config.workers), config)
+    units = list(units_of(identified, context.preset.sources.sources_per_shard))
     scorer = make_scorer(config, context.preset.encoders, context.inputs["encoders"])
     measured, scored = process(units, config, scorer, context)
     finished = context.work / "finished"
@@ -83,6 +87,22 @@ def find_duplicates(sources: Sequence[Source], workers: int) -> list[Identified]
             primary = first.setdefault(one.source_id, one.source.uri)
             if primary != one.source.uri:
                 found[index] = Identified(one.source, one.source_id, one.bytes, duplicate_of=primary)
+    return found
+
+
+def split_long(identified: Sequence[Identified], config: CurationConfig) -> list[Identified]:
+    """Put the parts of each long local source in its place; others, and those that can't be read, stay whole."""
+    least = config.part_seconds * LEAST_RATE
+    found: list[Identified] = []
+    with Analyst() as analyst:
+        for one in identified:
+            count = 1
+            path = one.source.path
+            usable = not one.failure and not one.duplicate_of and one.source.offset is None
+            if usable and path is not None and one.bytes >= least:
+                with contextlib.suppress(SourceFailure):  # its row will say why
+                    count = analyst.count_parts(path, config)
+            found += [replace(one, part=(number, count)) for number in range(count)]
     return found
 
 

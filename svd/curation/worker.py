@@ -47,7 +47,7 @@ def _limit_memory(extra: int) -> None:
 
 def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
     """What a request leads to: a result, or the reason why there is none. Clips are sent as soon as they are there."""
-    from svd.curation.analysis import analyse
+    from svd.curation.parts import analyse_part, count_parts
     from svd.curation.writing import write_clips
 
     def taken(clip: ClipAnalysis) -> ClipAnalysis:
@@ -56,8 +56,10 @@ def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
 
     try:
         if request[0] == "analyse":
-            _, path, config = request
-            return analyse(path, config, taken)
+            _, path, config, part, scratch = request
+            return analyse_part(path, config, taken, part, scratch)
+        if request[0] == "parts":
+            return count_parts(*request[1:])
         return write_clips(*request[1:])
     except SourceFailure as failure:
         return failure.reason
@@ -113,14 +115,26 @@ class Analyst:
         self._connection: Connection | None = None
         self._stopped = False
 
-    def analyse(self, path: Path, config: CurationConfig, taken: Taken = lambda clip: clip) -> Analysis:
-        """As analysis.analyse, `taken` runs here; a hang, a crash and a lack of memory are SourceFailures too."""
+    def count_parts(self, path: Path, config: CurationConfig) -> int:
+        """As parts.count_parts, with the same guards as `analyse`."""
+        count: int = self._ask(config.motion, None, "parts", path, config)
+        return count
+
+    def analyse(
+        self,
+        path: Path,
+        config: CurationConfig,
+        taken: Taken = lambda clip: clip,
+        part: tuple[int, int] = (0, 1),
+        scratch: Path | None = None,
+    ) -> Analysis:
+        """As parts.analyse_part, `taken` runs here; a hang, a crash and a lack of memory are SourceFailures too."""
         clips: dict[ClipSpan, ClipAnalysis] = {}
 
         def take(clip: ClipAnalysis) -> None:
             clips[clip.span] = taken(clip)
 
-        analysis: Analysis = self._ask(config.motion, take, "analyse", path, config)
+        analysis: Analysis = self._ask(config.motion, take, "analyse", path, config, part, scratch)
         return replace(analysis, clips=[clips[clip.span] for clip in analysis.clips])
 
     def write_clips(self, source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:

@@ -130,6 +130,8 @@ def test_the_dry_run_adds_up(tmp_path):
     found = plan(sources, tiny().curation, 2)
     assert (found.sources, found.unknown, found.units) == (4, 2, 2)
     assert found.hours == pytest.approx(3 / 3600, rel=0.05)
+    split = plan(sources, tiny(curation__part_seconds=0.5).curation, 2)
+    assert split.units == 4 + 2 + 1, "the parts of two videos, and one unit of two sources"
     assert found.wall_hours == pytest.approx(found.cpu_hours / 2)
     real = plan(list_sources([str(SAMPLES)]), tiny().curation, 2)
     assert real.cpu_hours > found.cpu_hours and any("sources" in line for line in real.lines())

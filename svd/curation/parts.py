@@ -1,0 +1,197 @@
+"""Long sources are split by time into parts, so that several processes work on one film.
+
+A part begins at a keyframe, its packets are copied into a file of their own as those of a clip are, and what is found
+in it is put back on the clock of the source. No clip reaches over the boundary of two parts, as none does in a long
+shot that is split; a cut exactly there is not listed, and the few pictures before it that need the keyframe behind them
+(open groups) are dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from svd.config import CurationConfig
+from svd.curation.analysis import COPY_CODECS, Taken, analyse
+from svd.curation.clips import Timeline
+from svd.curation.probe import PacketIndex, SourceInfo, read_packets, read_source
+from svd.curation.types import Analysis, ClipSpan, Cut, DroppedSpan, SourceFacts, SourceFailure
+from svd.curation.writing import write_clip
+
+LEAST_RATE = 4000  # bytes a second; what is smaller than a part of this rate is not even looked into
+Part = tuple[int, int]  # number, and of how many
+WHOLE: Part = (0, 1)
+
+
+def part_starts(timeline: Timeline, seconds: float) -> list[int]:
+    """The keyframes (numbers of frames) with which parts of about `seconds` begin; [0]: not to be split."""
+    keys, pts = timeline.keyframes, timeline.pts
+    total = timeline.seconds(len(pts)) - timeline.seconds(0)
+    count = max(1, round(total / seconds))
+    if not len(keys) or keys[0] != 0:
+        return [0]
+    times = (pts[keys] - pts[0]) * timeline.time_base
+    wanted = total * np.arange(1, count) / count
+    return sorted({0, *(int(keys[np.abs(times - time).argmin()]) for time in wanted)})
+
+
+def _timeline(index: PacketIndex) -> Timeline:
+    shown = index.shown()
+    return Timeline(shown, int(shown[-1]) + max(1, index.last_duration), index, index.time_base)
+
+
+def count_parts(path: Path, config: CurationConfig) -> int:
+    """How many parts a source is split into; raises SourceFailure when it is no readable video."""
+    if path.stat().st_size < config.part_seconds * LEAST_RATE:
+        return 1
+    info, index = read_source(path), read_packets(path)
+    # AVI has the timestamps of decoding.
+    if info.container == "avi" or info.codec not in COPY_CODECS or not index.trusted or index.discarded.any():
+        return 1
+    return len(part_starts(_timeline(index), config.part_seconds))
+
+
+def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, scratch: Path) -> Analysis:
+    """As analysis.analyse for one part of a source; its packets are copied to `scratch`, which is removed.
+
+    Frame numbers and times are those of the source, and so is `facts.start_pts`; `facts.frames` and `duration` are the
+    part's. Raises SourceFailure.
+    """
+    if part == WHOLE:
+        return analyse(path, config, taken)
+    info, index = read_source(path), read_packets(path)
+    clock = _Clock(index, config.part_seconds, part[0])
+    try:
+        write_clip(path, clock.whole(), _copied(info, index), scratch)
+        clock.local = read_packets(scratch).time_base
+        analysis = analyse(scratch, config, lambda clip: taken(replace(clip, span=clock.span(clip.span))))
+    finally:
+        scratch.unlink(missing_ok=True)
+    if analysis.facts.time_base != clock.local:
+        raise SourceFailure("its frames are not in the order of their timestamps, and it is too long for one part")
+    return replace(
+        analysis,
+        facts=clock.facts(analysis.facts, info.container, index.warnings),
+        cuts=[clock.cut(cut) for cut in analysis.cuts],
+        dropped=[*(clock.dropped(span) for span in analysis.dropped), *clock.lost()],
+    )
+
+
+class _Clock:
+    """Turns numbers and times of a part into those of its source."""
+
+    def __init__(self, index: PacketIndex, seconds: float, number: int) -> None:
+        self.source, self.base = _timeline(index), index.time_base
+        self.local = index.time_base  # of the part's own file
+        bounds = [*part_starts(self.source, seconds), len(self.source.pts)]
+        self.first, self.next = bounds[number], bounds[number + 1]
+        self.last = self.source.copy_end(self.first, self.next)
+        self.start = self.source.at(self.first)
+
+    def whole(self) -> ClipSpan:
+        """The part itself, as a clip to be copied."""
+        at, seconds, frames = self.source.at, self.source.seconds, self.last - self.first
+        ends = at(self.first), at(self.last), seconds(self.first), seconds(self.last)
+        return ClipSpan(self.first, self.last, *ends, frames, "copy", self.first, self.last)
+
+    def lost(self) -> list[DroppedSpan]:
+        """The pictures between the part and the next one."""
+        if self.last == self.next:
+            return []
+        at, seconds = self.source.at, self.source.seconds
+        ends = at(self.last), at(self.next), seconds(self.last), seconds(self.next)
+        return [DroppedSpan(self.last, self.next, *ends, "between two parts")]
+
+    def pts(self, local: int) -> int:
+        """Timestamp in the source of one in the part, whose file begins with 0."""
+        return self.start + int(local * self.local / self.base)
+
+    def at(self, frame: int) -> int:
+        """Number in the source of a frame of the part."""
+        return self.first + frame
+
+    def seconds(self, pts: int) -> float:
+        """Time on the source's clock."""
+        return pts * self.source.time_base
+
+    def span(self, span: ClipSpan) -> ClipSpan:
+        """A clip's span; its cuts stay numbers of the part's cuts."""
+        start, end = self.pts(span.start_pts), self.pts(span.end_pts)
+        return replace(
+            span,
+            start_frame=self.at(span.start_frame),
+            end_frame=self.at(span.end_frame),
+            start_pts=start,
+            end_pts=end,
+            start_seconds=self.seconds(start),
+            end_seconds=self.seconds(end),
+            shot_start_frame=self.at(span.shot_start_frame),
+            shot_end_frame=self.at(span.shot_end_frame),
+        )
+
+    def cut(self, cut: Cut) -> Cut:
+        """A cut with its transition."""
+        zero = self.seconds(self.start)
+        return replace(
+            cut,
+            frame=self.at(cut.frame),
+            start_frame=self.at(cut.start_frame),
+            end_frame=self.at(cut.end_frame),
+            pts=self.pts(cut.pts),
+            seconds=self.seconds(self.pts(cut.pts)),
+            start_seconds=zero + cut.start_seconds,
+            end_seconds=zero + cut.end_seconds,
+        )
+
+    def dropped(self, span: DroppedSpan) -> DroppedSpan:
+        """Frames that no clip holds."""
+        start, end = self.pts(span.start_pts), self.pts(span.end_pts)
+        return DroppedSpan(
+            self.at(span.start_frame),
+            self.at(span.end_frame),
+            start,
+            end,
+            self.seconds(start),
+            self.seconds(end),
+            span.reason,
+        )
+
+    def facts(self, facts: SourceFacts, container: str, warnings: tuple[str, ...]) -> SourceFacts:
+        """Facts of the part with the times of the source."""
+        return replace(
+            facts,
+            container=container,
+            time_base=self.base,
+            start_pts=self.source.at(0),
+            end_pts=self.pts(facts.end_pts),
+            keyframes=tuple(self.pts(key) for key in facts.keyframes),
+            warnings=(*warnings, *facts.warnings),
+        )
+
+
+def _copied(info: SourceInfo, index: PacketIndex) -> SourceFacts:
+    """What copying packets needs to know of a source."""
+    return SourceFacts(
+        container=info.container,
+        codec=info.codec,
+        pixel_format="",
+        width=info.width,
+        height=info.height,
+        display_width=info.width,
+        display_height=info.height,
+        rotation=0,
+        sample_aspect=(1, 1),
+        interlaced=False,
+        fps=float(info.fps(index)),
+        variable_frame_rate=False,
+        time_base=index.time_base,
+        start_pts=0,
+        end_pts=0,
+        duration=0.0,
+        frames=len(index.pts),
+        bit_rate=0,
+        b_frames=False,
+        keyframes=(),
+    )

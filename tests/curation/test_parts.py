@@ -1,0 +1,115 @@
+"""Long sources split by time: the same frames, cuts and rows as in one piece."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+from curation_inputs import context, tiny, write_encoders, write_sources
+from media_files import Kind, decode_rgb, shots, tiny_config, write
+
+from svd.curation import catalog, stage
+from svd.curation.analysis import analyse
+from svd.curation.merge import join_parts
+from svd.curation.parts import analyse_part, count_parts
+from svd.curation.writing import write_clip
+
+LENGTHS = [100, 57, 130, 113]
+KINDS = {
+    "b-frames": Kind(b_frames=2, gop=24),
+    "transport stream": Kind(suffix="ts", b_frames=2, gop=24),
+    "matroska": Kind(suffix="mkv", b_frames=2, gop=24),
+    "turned": Kind(rotation=90, gop=24),
+    "program stream, open groups": Kind(suffix="mpg", codec="mpeg2video", b_frames=2, gop=24),
+    "open groups": Kind(b_frames=3, gop=24, options={"x264-params": "open-gop=1"}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_parts_hold_the_frames_of_the_source(tmp_path, name):
+    source = write(tmp_path / "source", list(shots(LENGTHS)), kind=KINDS[name])
+    config = tiny_config(part_seconds=4.0)
+    count = count_parts(source, config)
+    whole, truth = analyse(source, config), decode_rgb(source)
+    assert count == 4
+    position, cuts = 0, []
+    for number in range(count):
+        seen = []
+        part = analyse_part(
+            source, config, lambda clip, seen=seen: seen.append(clip) or clip, (number, count), tmp_path / "part.mp4"
+        )
+        assert seen == part.clips and part.facts.rotation == whole.facts.rotation
+        assert part.facts.start_pts == whole.facts.start_pts and part.facts.time_base == whole.facts.time_base
+        cuts += [(c.kind, c.frame, c.pts, round(c.start_seconds, 6)) for c in part.cuts]
+        lost = [d.end_frame - d.start_frame for d in part.dropped if d.reason == "between two parts"]
+        assert sum(lost) <= 3 and not (lost and "open" not in name)
+        spans = sorted((s.start_frame, s.end_frame) for s in [*(c.span for c in part.clips), *part.dropped])
+        for start, end in spans:
+            assert start == position
+            position = end
+        for clip in part.clips:
+            span = clip.span
+            assert span.start_pts * whole.facts.time_base == pytest.approx(span.start_seconds)
+            write_clip(source, span, part.facts, tmp_path / "clip.mp4")
+            frames, expected = decode_rgb(tmp_path / "clip.mp4"), truth[span.start_frame : span.end_frame]
+            assert len(frames) == len(expected) == span.frames
+            limit = 0 if span.method == "copy" else 3
+            assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(frames, expected, strict=True)) <= limit
+    assert position == len(truth) and not (tmp_path / "part.mp4").exists()
+    known = [(c.kind, c.frame, c.pts, round(c.start_seconds, 6)) for c in whole.cuts]
+    assert set(cuts) <= set(known) and len(cuts) >= len(known) - (count - 1), "cuts on a boundary are not listed"
+
+
+def test_what_cannot_be_split_stays_whole(tmp_path):
+    frames = list(shots(LENGTHS))
+    config = tiny_config(part_seconds=4.0)
+    one_keyframe = Kind(gop=1000, options={"x264-params": "scenecut=0:keyint=infinite"})
+    for kind in (
+        one_keyframe,
+        Kind(suffix="avi", codec="mpeg4"),
+        Kind(suffix="mov", codec="mjpeg", pixel_format="yuvj420p"),
+    ):
+        assert count_parts(write(tmp_path / "source", frames, kind=kind), config) == 1
+    assert count_parts(write(tmp_path / "source", frames), tiny_config(part_seconds=60.0)) == 1
+
+
+def test_a_split_source_has_one_row_and_its_clips_those_of_the_whole(tmp_path):
+    sources, encoders = write_sources(tmp_path / "sources", train=2, scenes=6), write_encoders(tmp_path / "encoders")
+    found = {}
+    for name, seconds in (("whole", 3600), ("split", 4)):
+        preset = tiny(curation__part_seconds=seconds)
+        run = context(preset, sources, encoders, tmp_path / name)
+        stage.run(run)
+        found[name] = run.output
+    whole, split = (catalog.read_sources(found[name]) for name in ("whole", "split"))
+    same = ("source_uri", "source_id", "verdict", "frames", "width", "bytes", "licence")
+    assert split.select(same).equals(whole.select(same))
+    assert split["duration"].to_list() == pytest.approx(whole["duration"].to_list())
+    clips, parts = (catalog.read_clips(found[name]) for name in ("whole", "split"))
+    assert parts["unit"].n_unique() > 4 and split["clips"].sum() == len(parts)
+    assert parts.select("source_uri", "start_frame").equals(parts.select("source_uri", "start_frame").sort(pl.all()))
+    both = clips.join(parts, on="clip_id", suffix="_of_part")
+    assert len(both) > len(clips) / 3
+    for column in ("start_seconds", "frames", "method", "captions", "camera"):
+        assert both[column].to_list() == both[f"{column}_of_part"].to_list()
+
+
+def test_a_part_that_fails_is_told():
+    schema = catalog.SOURCES_SCHEMA
+    rows = [
+        {
+            "source_uri": "a",
+            "verdict": "ok",
+            "reason": "",
+            "frames": 50,
+            "duration": 2.0,
+            "clips": 1,
+            "warnings": ["odd"],
+        }
+    ]
+    rows += [{"source_uri": "a", "verdict": "failed", "reason": "crashed", "clips": 0}]
+    rows += [{"source_uri": "b", "verdict": "ok", "reason": "", "frames": 5, "duration": 1.0, "clips": 1}]
+    frame = pl.from_arrow(catalog.with_schema(pl.DataFrame(rows), schema))
+    first, second = join_parts(frame).to_dicts()
+    assert (first["verdict"], first["frames"], first["clips"], first["fps"]) == ("ok", 50, 1, 25.0)
+    assert first["warnings"] == ["odd", "a part: crashed"] and second["warnings"] == []
