@@ -170,8 +170,8 @@ class CutFinder:
         judge.pairs([p for p in proposals if p.after - p.before > 1])
         found, places = [], {p.after for p in neighbours if judge.prominent(p, scores, SUSPECT)}
         for cut in sorted(judge.found, key=lambda c: c.end):
-            # The ends of a fade or dissolve are known to a frame or two in any case.
-            places |= {cut.start, cut.end} if cut.kind in ("hard", "black") else set()
+            # A fade's ends are known to a frame or two in any case; what looks like a dissolve may be motion.
+            places.update(() if cut.kind == "fade" else range(cut.start, cut.end + 1))
             end = numbers[cut.end] if cut.end < len(numbers) else self._next
             start = end if cut.kind == "hard" else numbers[cut.start - 1] + 1 if cut.start else numbers[0]
             found.append(replace(cut, start=min(start, end), end=end))

@@ -59,6 +59,7 @@ class Judge:
     """Decides proposals over one stretch of features; all numbers are places in its lists. `found` holds the cuts."""
 
     def __init__(self, features: Features) -> None:
+        self.numbers = np.array(features.numbers)
         self.seconds = np.array(features.seconds)
         self.pictures = np.stack(features.thumbs)
         self.size = features.thumb_size
@@ -171,7 +172,7 @@ class Judge:
         return not near or scores.get(p.after, p.score) >= factor * float(np.median(near))
 
     def _ramp(self, low: int, high: int) -> Ramp | None:
-        ramp = fit_ramp(self.pictures[low : high + 1], self.pixels)
+        ramp = fit_ramp(self.pictures[low : high + 1], self.pixels, self.numbers[low : high + 1])
         if ramp is None:
             return None
         return Ramp(ramp.start + low, ramp.end + low, ramp.error, ramp.off_line, ramp.distance, ramp.similarity)
@@ -194,8 +195,9 @@ class Judge:
         high = min([c.start - 1 for c in self.found if c.start > after], default=len(self.pictures) - 1)
         fits = []
         for pad in PADS:
-            reach = round(pad * self.rate)
-            first, last = max(low, before - reach), min(high, after + reach)
+            ends = self.seconds[before] - pad, self.seconds[after] + pad
+            first, last = (int(i) for i in np.searchsorted(self.seconds, ends))
+            first, last = max(low, first), min(high, last)
             ramp = self._ramp(first, last)
             if ramp is not None and ramp.is_transition:
                 # A ramp up to the ends of its window is likely to be a part of a longer one.
@@ -212,7 +214,7 @@ class Judge:
         if key not in self._exchanges:
             luma = self.pictures[max(ramp.start - 1, 0) : ramp.end + 1, : self.pixels]
             self._exchanges[key] = unexplained(luma.reshape(-1, *self.size))
-        seconds = (ramp.end - ramp.start) / self.rate
+        seconds = self.seconds[min(ramp.end, len(self.seconds) - 1)] - self.seconds[ramp.start]
         # Slow motion is finer than the tiny pictures can follow, so a long ramp has to be clearer.
         clearer = 0.4 * min(max((seconds - 0.7) / 0.8, 0.0), 1.0)
         return (

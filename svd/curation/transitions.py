@@ -67,8 +67,12 @@ def same_scene(one: np.ndarray, other: np.ndarray, pixels: int, least: float = S
     return correlation(a[:pixels], b[:pixels]) > least and float(np.abs(a[pixels:] - b[pixels:]).mean()) < 8
 
 
-def fit_ramp(pictures: np.ndarray, pixels: int) -> Ramp | None:
-    """Fit the transition between the first and the last of (n, d) pictures; None when α never gets across or n < 4."""
+def fit_ramp(pictures: np.ndarray, pixels: int, numbers: np.ndarray | None = None) -> Ramp | None:
+    """Fit the transition between the first and the last of (n, d) pictures; None when n < 4 or both are equal.
+
+    numbers: frame number of each picture, ascending; None: 0, 1, 2, …. Between pictures that are denser in some place
+    than in another, steady motion would look like a ramp.
+    """
     count = len(pictures)
     if count < 4:
         return None
@@ -80,10 +84,10 @@ def fit_ramp(pictures: np.ndarray, pixels: int) -> Ramp | None:
     moved = x - x[0]
     alpha = moved @ line / length
     beside = np.maximum((moved * moved).sum(1) / length - alpha**2, 0)
-    start, end = _ends(alpha)
-    steps = np.arange(count)
+    steps = np.arange(count) if numbers is None else numbers - numbers[0]
+    start, end = _ends(alpha, steps)
     ideal = np.clip((steps - start) / max(end - start, 1e-6), 0, 1)
-    first, last = round(start) + 1, round(end)
+    first, last = (int(i) for i in np.searchsorted(steps, (round(start) + 1, round(end))))
     inside = beside[first:last] if last > first else np.zeros(1)
     return Ramp(
         start=min(first, last),
@@ -113,20 +117,20 @@ def unexplained(luma: np.ndarray) -> float:
     return total / max(float(line @ line), 1e-6)
 
 
-def _ends(alpha: np.ndarray) -> tuple[float, float]:
-    """Where α leaves 0 and where it reaches 1, from its crossings of 1/8 and 7/8."""
+def _ends(alpha: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
+    """Where α leaves 0 and where it reaches 1, from its crossings of 1/8 and 7/8, in the units of `steps`."""
     high = int(np.argmax(alpha >= 0.875))
     low = int(np.flatnonzero(alpha[: high + 1] <= 0.125)[-1])
-    rise = _crossing(alpha, low, 0.125), _crossing(alpha, high - 1, 0.875)
-    stretch = (rise[1] - rise[0]) / 6
     if high - low <= 1:
-        return float(low), float(high)
-    return max(rise[0] - stretch, 0.0), min(rise[1] + stretch, len(alpha) - 1.0)
+        return float(steps[low]), float(steps[high])
+    rise = _crossing(alpha, steps, low, 0.125), _crossing(alpha, steps, high - 1, 0.875)
+    stretch = (rise[1] - rise[0]) / 6
+    return max(rise[0] - stretch, 0.0), min(rise[1] + stretch, float(steps[-1]))
 
 
-def _crossing(alpha: np.ndarray, index: int, level: float) -> float:
-    step = float(alpha[index + 1] - alpha[index])
-    return index + (level - float(alpha[index])) / step if step > 0 else float(index)
+def _crossing(alpha: np.ndarray, steps: np.ndarray, index: int, level: float) -> float:
+    rise, width = float(alpha[index + 1] - alpha[index]), float(steps[index + 1] - steps[index])
+    return float(steps[index]) + ((level - float(alpha[index])) / rise * width if rise > 0 else 0.0)
 
 
 def are_blank(luma: np.ndarray) -> np.ndarray:
