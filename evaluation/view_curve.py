@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from evaluation.moments import write_bytes
 from evaluation.perceptual import Perceptor
 from evaluation.tables import write_csv
-from evaluation.view_protocol import make_protocol, render_truth
+from evaluation.view_protocol import Pictures, make_protocol, render_truth
 from evaluation.view_scores import Measures, rows, score
 from evaluation.views import generate
 from svd.config import Preset
@@ -59,13 +60,15 @@ def read_checkpoint(text: str) -> Checkpoint:
 def score_checkpoints(
     checkpoints: Sequence[Checkpoint], preset: Preset, networks: Mapping[str, Path], work: Path
 ) -> list[dict[str, Any]]:
-    """One row a checkpoint, by model and step; orbits are kept in `work`.
+    """One row a checkpoint, model by model in the given order, by step; orbits are kept in `work`.
 
     networks: folders of `autoencoder` and `encoders`. Raises UserError for missing models, meshes and weights.
     """
     config, seed = preset.evaluation.multiview, preset.seed
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    places = [(checkpoint, checkpoint.unet) for checkpoint in sorted(checkpoints, key=lambda c: (c.model, c.step))]
+    models_in_order = list(dict.fromkeys(checkpoint.model for checkpoint in checkpoints))
+    ordered = sorted(checkpoints, key=lambda one: (models_in_order.index(one.model), one.step))
+    places = [(checkpoint, checkpoint.unet) for checkpoint in ordered]
     perceptor = Perceptor(config.perceptual, config.lpips_weights, device)
     with open_renderer(config.renderer) as renderer:
         protocol = make_protocol(config, renderer.name)
@@ -77,10 +80,15 @@ def score_checkpoints(
         weights = checkpoint_hash(unet)
         made_by = digest(weights, others, config.sampling.model_dump(), seed, protocol.digest)
         files = generate(work / "views" / made_by, models, truth, protocol, config.sampling, seed)
-        scores = score(checkpoint.model, lambda i, f=files: np.load(f[i]), truth, Measures(perceptor, models.encoders))
-        row = rows([scores], truth, protocol, Measures(perceptor, models.encoders))[0]
+        measures = Measures(perceptor, models.encoders, device)
+        scores = score(checkpoint.model, partial(_stored, files), truth, measures)
+        row = rows([scores], truth, protocol, measures)[0]
         found.append({"subject": row.pop("subject"), "step": checkpoint.step, **row, "unet": weights[:12]})
     return found
+
+
+def _stored(files: Sequence[Path], number: int) -> Pictures:
+    return np.asarray(np.load(files[number]), np.uint8)
 
 
 def write_curve(folder: Path, table: Sequence[Mapping[str, Any]]) -> None:

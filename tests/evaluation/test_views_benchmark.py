@@ -139,12 +139,12 @@ def test_curve_over_checkpoints(finished: tuple[Path, dict[str, Path], Report], 
     checkpoints = [read_checkpoint(text) for text in texts]
     preset = load_preset("tiny", OVERRIDES)
     table = score_checkpoints(checkpoints, preset, inputs, tmp_path / "work")
-    assert [(row["subject"], row["step"]) for row in table] == [("Scratch-MV", 100), ("SVD-MV", 100), ("SVD-MV", 200)]
-    assert table[2]["psnr"] == pytest.approx(report.metrics["psnr"], abs=1e-5)
-    assert table[2]["clip_s"] == pytest.approx(report.metrics["clip_s"], abs=1e-5)
-    assert table[1]["psnr"] == table[0]["psnr"] != table[2]["psnr"] and table[1]["unet"] != table[2]["unet"]
+    assert [(row["subject"], row["step"]) for row in table] == [("SVD-MV", 100), ("SVD-MV", 200), ("Scratch-MV", 100)]
+    assert table[1]["psnr"] == pytest.approx(report.metrics["psnr"], abs=1e-5)
+    assert table[1]["clip_s"] == pytest.approx(report.metrics["clip_s"], abs=1e-5)
+    assert table[2]["psnr"] == table[0]["psnr"] != table[1]["psnr"] and table[0]["unet"] != table[1]["unet"]
     write_curve(tmp_path / "curve", table)
-    assert [row["step"] for row in rows(tmp_path / "curve" / "curve.csv")] == ["100", "100", "200"]
+    assert [row["step"] for row in rows(tmp_path / "curve" / "curve.csv")] == ["100", "200", "100"]
     assert (tmp_path / "curve" / "curve.png").stat().st_size > 5000
     for text in ("SVD-MV=x", "SVD-MV:now=x", ":1=x", "SVD-MV:1="):
         with pytest.raises(UserError, match="expected MODEL:STEP=FOLDER"):
