@@ -22,7 +22,7 @@ from flows.logs import shorten_mistakes
 from flows.runner import git_commit, only_one, output_folder
 from flows.stages import PIPELINE, find_stage
 from flows.tracking import Lineage, MlflowTracker, RunInfo, send_pending, tracked_run
-from flows.work import WORK, clear_work
+from flows.work import WORK, clear_recorded, clear_work
 from svd.config import Preset
 from svd.presets import load_preset
 from svd.stage import UserError
@@ -139,6 +139,7 @@ def full_pipeline(
     chosen = select_preset(preset)
     names = [find_stage(name).name for name in stages] if stages else list(PIPELINE)
     send_pending()
+    clear_recorded(chosen)
     tags = {"stage": "full-pipeline", "preset": chosen.name, "git.commit": git_commit()}
     tags |= {"prefect.flow_run_id": str(flow_run.get_id()), "seed": str(chosen.seed)}
     values = chosen.model_dump(mode="json")
