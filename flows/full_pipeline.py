@@ -23,7 +23,7 @@ from flows.logs import shorten_mistakes
 from flows.runner import git_commit, only_one, output_folder
 from flows.stages import PIPELINE, find_stage
 from flows.tracking import Lineage, MlflowTracker, RunInfo, send_pending, tracked_run
-from flows.work import WORK, clear_work
+from flows.work import WORK, clear_recorded, clear_work
 from svd.config import Preset
 from svd.presets import load_preset
 from svd.stage import UserError
@@ -149,6 +149,7 @@ def full_pipeline(
     root = results_store.store_root(store)
     if root:
         results_store.fetch_locks(root, chosen.name)
+    clear_recorded(chosen)
     take_and_record(chosen)
     tags = {"stage": "full-pipeline", "preset": chosen.name, "git.commit": git_commit()}
     tags |= {"prefect.flow_run_id": str(flow_run.get_id()), "seed": str(chosen.seed)}

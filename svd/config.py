@@ -158,7 +158,7 @@ class TrainingConfig(Section):
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="of the network; muon: for training from nothing")
     matrix_rate: float = Field(0.02, gt=0, description="muon: learning rate of the matrices")
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, description="of adamw; muon has none")
     warmup: Annotated[int, Field(ge=0)] = 0
     decay: Literal["none", "cosine"] = "none"
     clip_norm: float | None = Field(1.0, gt=0)

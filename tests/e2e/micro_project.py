@@ -107,14 +107,17 @@ class Project:
         env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         code = f"{self.root}{os.pathsep}{self.root / '.faults'}"
         env |= {"PYTHONPATH": code, "PATH": f"{BIN}{os.pathsep}{env['PATH']}", "OMP_NUM_THREADS": "1"}
-        env |= {"PREFECT_HOME": str(self.root / ".prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        env |= {
+            "PREFECT_HOME": str(self.root.with_name(f"{self.root.name}.prefect")),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        }
         env |= {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
         env |= {"PYTHONPYCACHEPREFIX": str(ROOT / ".cache" / "pycache")}  # importing takes 6 s without bytecode
         return env | {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"} | more
 
     def copy(self, folder: Path) -> Project:
         """The same project elsewhere, with its outputs and DVC cache, without its MLflow runs."""
-        shutil.copytree(self.root, folder, symlinks=True, ignore=shutil.ignore_patterns(".local", ".prefect", "work"))
+        shutil.copytree(self.root, folder, symlinks=True, ignore=shutil.ignore_patterns(".local", "work"))
         return Project(folder)
 
     def lock(self) -> dict[str, Any]:
@@ -141,7 +144,7 @@ class Project:
 
     def start(self, *command: str, **env: str) -> Running:
         """Start a command in a process group of its own; its output goes to a file."""
-        log = self.root / ".log"
+        log = self.root.with_name(f"{self.root.name}.log")
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 command, cwd=self.root, env=self.environment(**env), stdin=subprocess.DEVNULL,
@@ -213,6 +216,7 @@ def make_project(folder: Path, **overrides: Any) -> Project:
             shutil.copy(source, folder / name)
     for name in ("presets", "samples"):
         (folder / name).mkdir()
+    shutil.copy(ROOT / "samples" / "README.md", folder / "samples")
     for preset in (ROOT / "presets").glob("*.yaml"):
         shutil.copy(preset, folder / "presets")
     (folder / "presets" / "micro.yaml").write_text(yaml.safe_dump(micro_preset(**overrides), sort_keys=False))
