@@ -26,6 +26,12 @@ ROOT = Path(__file__).parents[2]
 PIPELINE = """
 vars: [params.yaml]
 stages:
+  inventory:
+    cmd: svd inventory --preset ${preset}
+    always_changed: true
+    outs:
+      - outputs/${preset}/inventory/orbits.json:
+          cache: false
   orbits:
     cmd: svd stage orbits --preset ${preset}
     deps:
