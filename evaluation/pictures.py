@@ -20,6 +20,15 @@ def strip(clip: Pictures, frames: int) -> Pictures:
     return np.concatenate(list(clip[chosen]), axis=1)
 
 
+def fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, cut with an ellipsis where it is wider than `width` pixels: labels must not run into each other."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
 def comparison_grid(pairs: Sequence[tuple[str, Pictures, Pictures]], frames: int = 4) -> Pictures:
     """One row a pair (label, generated clip, real clip): two film strips side by side under the label; (H, W, 3)
     uint8.
@@ -37,6 +46,6 @@ def comparison_grid(pairs: Sequence[tuple[str, Pictures, Pictures]], frames: int
         top = _GAP + number * (height + _LABEL + _GAP)
         for column, (title, picture) in enumerate((("generated", generated), ("real", real))):
             left = _GAP + column * (width + _GAP)
-            draw.text((left, top), f"{label} · {title}", fill=(60, 60, 60), font=font)
+            draw.text((left, top), fitted(f"{title} · {label}", width, font), fill=(60, 60, 60), font=font)
             sheet.paste(Image.fromarray(picture), (left, top + _LABEL))
     return np.asarray(sheet)
