@@ -47,7 +47,7 @@ def test_an_empty_clone_pulls_by_hash(project: Path, tmp_path: Path, monkeypatch
     made = project / "outputs/tiny/sources"
     made.mkdir(parents=True)
     (made / "video.mp4").write_bytes(b"frames" * 1000)
-    items = versioning.save_outputs("sources")
+    items = versioning.save_outputs("sources", "tiny")
     assert versioning.has_remote() and versioning.push(items) == 2
     assert versioning.push(items) == 0
     assert "AWS" not in (project / ".dvc/config.local").read_text()
@@ -68,7 +68,7 @@ def test_a_damaged_remote_is_one_clear_error(
     made = project / "outputs/tiny/sources"
     made.mkdir(parents=True)
     (made / "video.mp4").write_bytes(b"frames")
-    items = versioning.save_outputs("sources")
+    items = versioning.save_outputs("sources", "tiny")
     versioning.push(items)
     for entry in list(storage.list_files(f"{bucket}/dvc")):
         if not entry.relative.endswith(".dir"):

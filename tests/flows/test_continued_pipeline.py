@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.testing.utilities import prefect_test_harness
+from small_project import draw, make_project, refuse, use
 
 from flows import versioning
 from flows.full_pipeline import full_pipeline, pipeline_key
-from flows.stages import Stage
 from svd.presets import load_preset
-from svd.stage import Report, StageContext, UserError, publish
-
-ROOT = Path(__file__).parents[2]
-PIPELINE = """
-vars: [params.yaml]
-stages:
-  orbits:
-    cmd: svd stage orbits --preset ${preset}
-    deps:
-      - code.py
-    params:
-      - presets/${preset}.yaml:
-          - orbits
-    outs:
-      - outputs/${preset}/orbits
-"""
+from svd.stage import UserError
 
 
 @pytest.fixture(scope="module")
@@ -41,48 +25,16 @@ def prefect_server() -> Iterator[None]:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small project whose only stage is `orbits`."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "SVD_DISPATCH", "SVD_STORE"):
-        monkeypatch.delenv(name, raising=False)
-    subprocess.run(["git", "init", "-q", "."], check=True)
-    subprocess.run([Path(sys.executable).parent / "dvc", "init", "-q"], check=True)
-    (tmp_path / "presets").mkdir()
-    shutil.copy(ROOT / "presets" / "tiny.yaml", tmp_path / "presets")
-    (tmp_path / "dvc.yaml").write_text(PIPELINE)
-    (tmp_path / "params.yaml").write_text("preset: tiny\n")
-    (tmp_path / "code.py").write_text("1\n")
-    return tmp_path
+    return make_project(tmp_path, monkeypatch)
 
 
-Work = Callable[[StageContext], Report]
+record = versioning.record
 
 
-def use(monkeypatch: pytest.MonkeyPatch, work: Work) -> list[Path]:
-    """Let `work` be what every stage computes; returns the list of its calls."""
-    calls: list[Path] = []
-
-    def run(context: StageContext) -> Report:
-        calls.append(context.work)
-        return work(context)
-
-    monkeypatch.setattr(Stage, "load", lambda self: run)
-    return calls
-
-
-def draw(context: StageContext) -> Report:
-    finished = context.work / "finished"
-    finished.mkdir()
-    (finished / "orbit.txt").write_text(f"{context.preset.orbits.objects} objects\n")
-    return publish(finished, context.output, Report({"objects": 64}, "64 objects"))
-
-
-def refuse(context: StageContext) -> Report:
-    raise UserError("presets/tiny.yaml: there is no mesh.glb")
-
-
-def die(*given: object) -> None:
-    raise KeyboardInterrupt
+def die(name: str, *given: Any) -> None:
+    if name == "orbits":
+        raise KeyboardInterrupt
+    record(name, *given)
 
 
 def test_what_was_not_recorded_is_not_computed_again(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +14,13 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 from prefect.testing.utilities import prefect_test_harness
+from small_project import draw, make_project, refuse, use
 
 from flows import server_setup, stage_flow
 from flows.full_pipeline import full_pipeline
-from flows.stages import Stage
 from flows.tracking import tracking_uri
 from svd.retries import Unreachable
-from svd.stage import Report, StageContext, UserError, publish
-
-ROOT = Path(__file__).parents[2]
-PIPELINE = """
-vars: [params.yaml]
-stages:
-  inventory:
-    cmd: svd inventory --preset ${preset}
-    always_changed: true
-    outs:
-      - outputs/${preset}/inventory/orbits.json:
-          cache: false
-  orbits:
-    cmd: svd stage orbits --preset ${preset}
-    deps:
-      - code.py
-    params:
-      - presets/${preset}.yaml:
-          - orbits
-    outs:
-      - outputs/${preset}/orbits
-"""
+from svd.stage import UserError
 
 
 @pytest.fixture(scope="module")
@@ -54,44 +31,7 @@ def prefect_server() -> Iterator[None]:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small project whose only stage is `orbits`."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "SVD_DISPATCH", "SVD_STORE"):
-        monkeypatch.delenv(name, raising=False)
-    subprocess.run(["git", "init", "-q", "."], check=True)
-    subprocess.run([Path(sys.executable).parent / "dvc", "init", "-q"], check=True)
-    (tmp_path / "presets").mkdir()
-    shutil.copy(ROOT / "presets" / "tiny.yaml", tmp_path / "presets")
-    (tmp_path / "dvc.yaml").write_text(PIPELINE)
-    (tmp_path / "params.yaml").write_text("preset: tiny\n")
-    (tmp_path / "code.py").write_text("1\n")
-    return tmp_path
-
-
-Work = Callable[[StageContext], Report]
-
-
-def use(monkeypatch: pytest.MonkeyPatch, work: Work) -> list[Path]:
-    """Let `work` be what every stage computes; returns the list of its calls."""
-    calls: list[Path] = []
-
-    def run(context: StageContext) -> Report:
-        calls.append(context.work)
-        return work(context)
-
-    monkeypatch.setattr(Stage, "load", lambda self: run)
-    return calls
-
-
-def draw(context: StageContext) -> Report:
-    finished = context.work / "finished"
-    finished.mkdir()
-    (finished / "orbit.txt").write_text(f"{context.preset.orbits.objects} objects\n")
-    return publish(finished, context.output, Report({"objects": 64}, "64 objects"))
-
-
-def refuse(context: StageContext) -> Report:
-    raise UserError("presets/tiny.yaml: there is no mesh.glb")
+    return make_project(tmp_path, monkeypatch)
 
 
 def child_states() -> list[tuple[str, str]]:

@@ -88,7 +88,7 @@ def test_a_recorded_output_is_made_anew_when_asked_for_again(
     project: Path, calls: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repro(monkeypatch)
-    versioning.record("orbits", versioning.save_outputs("orbits"), {})
+    versioning.record("orbits", "tiny", versioning.save_outputs("orbits", "tiny"), {})
     repro(monkeypatch)
     assert calls == [0.0, 1.0] and published(project) == "1.0\n"
     client = mlflow.MlflowClient(tracking_uri())
@@ -129,7 +129,7 @@ def test_the_next_stage_clears_what_dvc_has_recorded(
     repro(monkeypatch)
     work.clear_recorded(TINY)
     assert (project / "work/tiny/orbits").exists()
-    versioning.record("orbits", versioning.save_outputs("orbits"), {})
+    versioning.record("orbits", "tiny", versioning.save_outputs("orbits", "tiny"), {})
     work.clear_recorded(TINY)
     assert not (project / "work/tiny/orbits").exists()
 
