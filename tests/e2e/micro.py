@@ -20,7 +20,7 @@ TRAINED += ("camera_lora", "frame_interpolation", "threshold_calibration")
 VALUES: dict[str, Any] = {
     "sources.paths": [],
     "sources.synthetic.train_videos": 4,
-    "sources.synthetic.test_videos": 1,
+    "sources.synthetic.test_videos": 2,
     "sources.synthetic.scenes_per_video": 4,
     "sources.synthetic.height": 64,
     "sources.synthetic.width": 96,
@@ -36,6 +36,7 @@ VALUES: dict[str, Any] = {
     "threshold_calibration.clips": 4,
     "threshold_calibration.axes": ["motion"],
     "threshold_calibration.prompts": 2,
+    "threshold_calibration.validation_samples": 8,
     "threshold_calibration.sampling.steps": 2,
     "orbits.objects": 4,
     "evaluation.ucf101.samples": 4,

@@ -12,12 +12,10 @@ from typing import Any
 import mlflow
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import server_setup, stage_flow
+from flows import stage_flow
 from flows.full_pipeline import full_pipeline
 from flows.stages import Stage
 from flows.tracking import tracking_uri
@@ -127,16 +125,6 @@ def test_a_users_mistake_fails_the_pipeline_without_retries(
     assert isinstance(state.result(raise_on_failure=False), UserError)
     assert "mesh.glb" in state.message
     assert not (project / "dvc.lock").exists()
-
-
-def test_a_server_is_set_up_as_often_as_one_likes(prefect_server: None) -> None:
-    api = str(PREFECT_API_URL.value())
-    with get_client(sync_client=True) as client:
-        client.create_work_pool(WorkPoolCreate(name="cpu", type="process"))
-        for made in (["crash-silent-runs"], []):
-            server_setup.limit_pipelines(api)
-            assert server_setup.install_automations(api) == made
-            assert client.read_work_queue_by_name("pipelines", "cpu").concurrency_limit == 1
 
 
 @pytest.mark.parametrize(
