@@ -94,4 +94,4 @@ def clear_recorded(preset: Preset) -> None:
     """Remove the work of stages that `dvc repro` has recorded after their end."""
     for told in (WORK / preset.name).glob(f"*/*/{TOLD}"):
         if _recorded(told.parent):
-            close_work(told.parent)
+            clear_work(preset, told.parts[-3])

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Failed
 
 from flows import dispatch, stack
 from svd.stage import UserError
@@ -29,13 +31,10 @@ ROOT = Path(__file__).parents[2]
 def test_a_childs_mistake_stays_a_mistake(
     message: str | None, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = SimpleNamespace(name="Failed", message=message, is_completed=lambda: False)
-    child = SimpleNamespace(id="some-id", state=state)
-    monkeypatch.setattr(dispatch, "_idempotency_key", lambda stem: stem)
-    monkeypatch.setattr(dispatch, "run_deployment", lambda *_, **__: child)
-    monkeypatch.setattr(dispatch, "_wait", lambda _: child)
+    child = FlowRun(id=uuid4(), flow_id=uuid4(), state=Failed(message=message))
+    monkeypatch.setattr(dispatch, "_start_child", lambda *_: child)
     monkeypatch.setenv("SVD_DISPATCH", "deployment")
-    with pytest.raises(kind, match="stage 'latents' ended Failed in flow run some-id") as caught:
+    with pytest.raises(kind, match="stage 'latents' ended Failed in flow run") as caught:
         dispatch.dispatch("latents", "tiny", "key", [])
     assert type(caught.value) is kind
 

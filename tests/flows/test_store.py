@@ -7,12 +7,17 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from evaluation.report import run as run_report
-from flows import runner, store
+from flows import runner, store, versioning
+from flows.cli import app
+from flows.full_pipeline import PipelineRun
 from flows.stages import find_stage
+from flows.tracking import Lineage
 from svd import storage
 from svd.presets import load_preset
 from svd.retries import Unreachable
@@ -207,6 +212,27 @@ def test_a_stage_runs_with_inputs_and_output_in_s3(
     assert (project / note["meshes"][0] / "ball.obj").read_bytes() == b"v 0 0 0"
 
 
+def test_what_the_store_holds_is_not_brought_here(
+    project: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulled: list[str] = []
+
+    def pull(items: list[Lineage]) -> None:
+        pulled.extend(item.md5 for item in items)
+        fill(project / "outputs/tiny/orbits", a="2")
+
+    monkeypatch.setattr(versioning, "pull", pull)
+    uri = f"{bucket}/results/tiny/orbits"
+    store.publish(fill(tmp_path / "elsewhere", a="1"), uri, "1.dir")
+    run = PipelineRun(load_preset("tiny"), None, "key", f"{bucket}/results")  # type: ignore[arg-type]
+    run._keep_in_store("orbits", Lineage("orbits", "outputs/tiny/orbits", "1.dir"))
+    assert pulled == [] and not (project / "outputs").exists()
+    run._keep_in_store("orbits", Lineage("orbits", "outputs/tiny/orbits", "2.dir"))
+    assert pulled == ["2.dir"] and store.stored_version(uri) == "2.dir"
+    store.fetch(uri, tmp_path / "got")
+    assert contents(tmp_path / "got") == {"a": "2"}
+
+
 def test_a_missing_address_in_the_preset_is_named(project: Path, bucket: str) -> None:
     preset = load_preset("tiny", {"orbits.meshes": [f"{bucket}/nothing"]})
     with pytest.raises(UserError, match=f"{bucket}/nothing: no such object or folder"):
@@ -235,7 +261,10 @@ def test_the_report_opens_from_s3(project: Path, bucket: str, tmp_path: Path) ->
     context.work.mkdir()
     run_report(context)
     store.publish(context.output, f"{bucket}/tiny/report")
-    page = storage.read_bytes(f"{bucket}/tiny/report/report.html").decode()
+    said = CliRunner().invoke(app, ["report", "--preset", "tiny", "--store", bucket])
+    answer = httpx.get(said.output.strip()).raise_for_status()
+    assert answer.headers["content-type"].startswith("text/html")
+    page = answer.content.decode()
     assert page == (context.output / "report.html").read_text()
     assert page.rstrip().endswith("</html>")
     for attribute in ('src="', "url("):
