@@ -194,7 +194,7 @@ class _UnitWork:
         self.areas[name] = text_areas(list(clip.frames), self.detector)
         for position, frame in enumerate(clip.frames):
             _write_jpeg(self.folder / "frames" / f"{name}-{position}.jpg", frame)
-        return replace(clip, frames=clip.frames[:0])
+        return replace(clip, frames=clip.frames[:0].copy())  # a copy: a view would keep the frames
 
     def _clip(
         self,

@@ -52,7 +52,7 @@ def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
 
     def taken(clip: ClipAnalysis) -> ClipAnalysis:
         connection.send(clip)
-        return replace(clip, frames=clip.frames[:0])
+        return replace(clip, frames=clip.frames[:0].copy())  # a copy: a view would keep the frames
 
     try:
         if request[0] == "analyse":
