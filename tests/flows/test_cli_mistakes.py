@@ -117,7 +117,7 @@ MISTAKES = {
     "convert empty out": "in diffusers' layout already",
     "convert note.safetensors empty": "empty: exists already",
     "convert note.safetensors out --to nothing": "--to",
-    "vote create study ours": "name the models as NAME=FOLDER",
+    "vote create study ours": "name each model once, as NAME=FOLDER",
     "vote create study a=nowhere b=nowhere": "no clip has the same name",
     "vote serve empty": "empty/study.json: no study there",
     "vote results nowhere": "no study there",

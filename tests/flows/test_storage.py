@@ -268,7 +268,7 @@ def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Se
 def test_the_server_is_killed_and_restarted_during_transfers(
     own_server: S3Server, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries, "LONGEST_WAIT", 1.0)
+    monkeypatch.setattr(retries, "LONGEST_WAIT", 4.0)
     path = make_file(tmp_path / "large", 60 * MB)
     calls: list[float] = []
     outage = threading.Event()
