@@ -86,7 +86,6 @@ def test_an_empty_clone_pulls_what_was_pushed(project: Project, tmp_path: Path) 
     assert not (clone.root / "outputs").exists() and not (clone.root / ".dvc" / "cache").exists()
     clone.run("dvc", "remote", "add", "--local", "-d", "store", str(tmp_path / "store"))
     clone.run("dvc", "pull", "dvc.yaml")
-    assert re.findall(r"^([\w-]+):$", clone.run("dvc", "status", "dvc.yaml"), re.MULTILINE) == ["inventory"]
     files = sorted(path.relative_to(project.root) for path in project.outputs.glob("[!.]*/**/*") if path.is_file())
     files = [path for path in files if path.parts[2] != "inventory"]
     assert {path.parts[2] for path in files} >= set(PIPELINE)

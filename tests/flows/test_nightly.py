@@ -171,17 +171,18 @@ def test_champion_follows_candidates_that_are_not_worse(outputs: Path) -> None:
     first = nightly_evaluation()
     assert set(first["ran"]) == set(NIGHTLY) and Path(first["report"]).is_file()
     assert first["promotion"]["promoted"] and "no champion yet" in first["promotion"]["reason"], first
-    assert aliases() == {"candidate": "1", "champion": "1"}
+    assert aliases() == {"candidate": "1", "champion": "1", "best": "1"}
 
     train(outputs, bias=2.0)
     worse = nightly_evaluation()["promotion"]
     assert not worse["promoted"] and "allowed" in worse["reason"], worse
-    assert aliases() == {"candidate": "2", "champion": "1"}
+    assert aliases() == {"candidate": "2", "champion": "1", "best": "1"}
 
     train(outputs, bias=2e-6)
     again = nightly_evaluation()["promotion"]
     assert again["promoted"] and "allowed" in again["reason"], again
-    assert aliases() == {"candidate": "3", "champion": "3"}
+    moved = aliases()  # `best` moves too when the candidate is better, and not only not worse
+    assert moved.pop("best") in ("1", "3") and moved == {"candidate": "3", "champion": "3"}
     result = json.loads((outputs / EVALUATION / "result.json").read_text())
     champion = mlflow.MlflowClient(tracking_uri()).get_model_version_by_alias(MODEL, "champion")
     kept = mlflow.artifacts.download_artifacts(run_id=champion.run_id, artifact_path="evaluation/result.json")

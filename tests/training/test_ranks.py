@@ -82,7 +82,9 @@ def write_preset(name: str, values: Preset) -> None:
 
 def stage(name: str, preset_name: str, *launcher: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     command = [*launcher, str(BIN / "svd"), "stage", name, "--preset", f"{preset_name}.yaml"]
-    return subprocess.Popen(command, env=os.environ | (env or {}), stderr=subprocess.PIPE)
+    # Lightning leaves the port of a training in this process in its environment
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    return subprocess.Popen(command, env=clean | (env or {}), stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:
