@@ -43,7 +43,8 @@ def on_all_ranks(section: str) -> Callable[[Callable[..., T]], Callable[..., T]]
             config: TrainingConfig = getattr(context.preset, section)
             count = max(1, torch.cuda.device_count()) if config.devices == "auto" else config.devices
             if launched() or (count == 1 and config.nodes == 1):
-                return run(context, *arguments)
+                with _environment_kept():
+                    return run(context, *arguments)
             if config.nodes > 1:
                 raise UserError(
                     f"{section}.nodes is {config.nodes}: start this command on every node with `srun`, or with "
@@ -55,6 +56,18 @@ def on_all_ranks(section: str) -> Callable[[Callable[..., T]], Callable[..., T]]
         return launching
 
     return decorate
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Lightning leaves a rank's place in the environment: the next stage of this process would take itself for one."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _launch(count: int, run: Callable[..., Any], context: StageContext, arguments: tuple[Any, ...]) -> Any:

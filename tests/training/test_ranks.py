@@ -52,7 +52,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("outputs/one/encoders").mkdir()
         image = StageContext(preset(1), inputs, Path("outputs/one/image-pretraining"), folder / "image")
         image.work.mkdir()
+        before = dict(os.environ)
         run_image_pretraining(image)
+        assert dict(os.environ) == before, "the next stage of this process would take itself for a rank"
         finish(stage("video-pretraining", "one"))
     return folder
 
@@ -82,9 +84,7 @@ def write_preset(name: str, values: Preset) -> None:
 
 def stage(name: str, preset_name: str, *launcher: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     command = [*launcher, str(BIN / "svd"), "stage", name, "--preset", f"{preset_name}.yaml"]
-    # Lightning leaves the port of a training in this process in its environment
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
-    return subprocess.Popen(command, env=clean | (env or {}), stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=os.environ | (env or {}), stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:
