@@ -22,6 +22,7 @@ from svd.model.autoencoder import Autoencoder
 from svd.model.conditioning import conditioned
 from svd.model.unet import UNet
 from svd.pipeline import noise_levels
+from svd.training.parallel import first_rank
 from svd.training.tasks import Task, dropped
 from svd.video import Frames, filmstrip, to_uint8, write_mp4, write_png
 
@@ -65,8 +66,8 @@ class Preview:
 
         sigmas = noise_levels(self.sampling, self.kind)
         guide = guided(denoise, conditional, unconditional, scale)
-        silent = torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
-        with tqdm(total=len(sigmas) - 1, desc="samples", unit="step", leave=False, delay=2, disable=silent) as bar:
+        steps = len(sigmas) - 1
+        with tqdm(total=steps, desc="samples", unit="step", leave=False, delay=2, disable=not first_rank()) as bar:
             return sample(guide, batch["noise"], sigmas, self.sampling.solver, lambda done, total: bar.update())
 
     @torch.no_grad()

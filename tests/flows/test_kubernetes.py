@@ -87,7 +87,11 @@ def test_manifests_are_valid(standalone: list[Manifest], release: str) -> None:
 @pytest.mark.parametrize("release", [OLDEST, NEWEST])
 @pytest.mark.parametrize("pool", ["cpu", "gpu"])
 def test_jobs_are_valid(pool: str, release: str) -> None:
-    kubernetes_validate.validate(job(pool), release, strict=True)
+    manifest = job(pool)
+    kubernetes_validate.validate(manifest, release, strict=True)
+    pod_of(manifest)["parallelism"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError, match="parallelism"):
+        kubernetes_validate.validate(manifest, release, strict=True)
 
 
 def test_a_job_on_a_gpu_node_asks_for_what_it_needs() -> None:
