@@ -34,12 +34,14 @@ from svd.retries import Transient, Unreachable, retrying
 from svd.stage import UserError
 
 T = TypeVar("T")
-PART = 16 << 20
+PART = 8 << 20  # as boto3's transfer manager; an upload holds PART * THREADS in memory, a download CHUNK * THREADS
+THREADS = 10
+CHUNK = 1 << 20  # larger blocks go back to the system when they are freed, and each page of the next one costs a fault
 MOST_PARTS = 10_000
-THREADS = 4
 PAGE = 1000
 LARGEST_COPY = 5 << 30
 _PASSING_CODES = ("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "Throttling")
+_DAMAGED_CODES = ("BadDigest", "XAmzContentSHA256Mismatch")  # what arrived is not what was sent
 _PASSING = (ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError)
 _SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
 
@@ -80,7 +82,7 @@ def _client(endpoint: str | None, s3_endpoint: str | None, _key: str | None, _se
         connect_timeout=5,
         read_timeout=30,
         signature_version="s3v4",  # signed links would use an older one otherwise
-        max_pool_connections=4 * THREADS,
+        max_pool_connections=2 * THREADS,
         s3={"addressing_style": "path"} if endpoint or s3_endpoint else {},
     )
     return boto3.Session().client("s3", region_name=region or "us-east-1", config=config)
@@ -111,7 +113,7 @@ def call(action: Callable[[], T], what: str) -> T:
 def _classify(error: ClientError, what: str) -> Exception:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    if code in _PASSING_CODES or status >= 500:
+    if code in (*_PASSING_CODES, *_DAMAGED_CODES) or status >= 500:
         return Transient(f"the server answers {status} {code}")
     if code == "NoSuchUpload":
         return UploadLost(f"{what}: the server lost the upload")
@@ -245,22 +247,43 @@ def get_file(address: Address, path: Path) -> bool:
     """
     about = head(address)
     size, etag, expected = int(about["ContentLength"]), about["ETag"], about.get("Metadata", {}).get("sha256")
-    digest, written = hashlib.sha256(), 0
     with path.open("wb+") as stream, ThreadPoolExecutor(THREADS) as pool:
-
-        def fetch(span: tuple[int, int]) -> tuple[int, int]:
-            return span[0], os.pwrite(stream.fileno(), get_range(address, *span, etag), span[0])
-
+        descriptor, digest, buffer = stream.fileno(), hashlib.sha256(), memoryview(bytearray(CHUNK))
+        parts = pool.map(lambda span: _get_part(address, span, etag, descriptor), _parts(size))
+        synced = pool.submit(os.fsync, descriptor)  # most is on the disk when the last part is hashed
         try:
-            for start, length in pool.map(fetch, _parts(size)):
-                written += length
-                if expected:  # one part is hashed while the next ones are on their way
-                    digest.update(os.pread(stream.fileno(), length, start))
+            for start, length in parts:
+                if expected:  # in order, while later parts are on their way
+                    _hash_range(digest, descriptor, start, length, buffer)
         except Replaced as error:
             raise Transient(str(error)) from error
-    if written != size:
-        raise Transient(f"{written} of {size} bytes arrived")
+        synced.result()
     return not expected or digest.hexdigest() == expected
+
+
+def _get_part(address: Address, span: tuple[int, int], etag: str, descriptor: int) -> tuple[int, int]:
+    """Write (start, length) of the version `etag` to its place in a file, chunk by chunk; returns the span."""
+    start, length = span
+    wanted = f"bytes={start}-{start + length - 1}"
+
+    def fetch() -> tuple[int, int]:
+        body = client().get_object(**address.arguments(), Range=wanted, IfMatch=etag)["Body"]
+        position = start
+        while data := body.read(CHUNK):
+            position += os.pwrite(descriptor, data, position)
+        if position != start + length:
+            raise Transient(f"{position - start} of {length} bytes arrived")
+        return span
+
+    return call(fetch, str(address))
+
+
+def _hash_range(digest: hashlib._Hash, descriptor: int, start: int, length: int, buffer: memoryview) -> None:
+    """Add `length` bytes of a file from `start` to the digest; `buffer` is used again and again."""
+    end = start + length
+    while start < end and (count := os.preadv(descriptor, [buffer[: end - start]], start)):
+        digest.update(buffer[:count])
+        start += count
 
 
 def copy(source: Address, target: Address) -> None:

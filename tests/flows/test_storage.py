@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import http.server
+import io
 import os
 import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -171,6 +173,78 @@ def test_an_answer_that_was_lost_after_completion_is_no_failure(
     storage.upload(path, f"{bucket}/large")
     assert len(calls) == 2
     assert storage.sha256(storage.download(f"{bucket}/large", tmp_path / "back")) == storage.sha256(path)
+
+
+@pytest.mark.parametrize(("operation", "size"), [("PutObject", 1000), ("UploadPart", 12 * MB)])
+def test_what_is_damaged_on_its_way_up_is_sent_again(
+    bucket: str, tmp_path: Path, small_parts: None, operation: str, size: int
+) -> None:
+    path = make_file(tmp_path / "file", size)
+    events, damaged = s3.client().meta.events, []
+
+    def damage_once(request: Any, **_: object) -> None:
+        if not damaged:
+            damaged.append(request.url)
+            request.body = io.BytesIO(request.body.read()[:-1] + b"?")
+
+    events.register(f"before-send.s3.{operation}", damage_once)
+    try:
+        storage.upload(path, f"{bucket}/file")
+    finally:
+        events.unregister(f"before-send.s3.{operation}", damage_once)
+    assert len(damaged) == 1
+    assert storage.download(f"{bucket}/file", tmp_path / "back").read_bytes() == path.read_bytes()
+
+
+def test_a_part_that_arrives_short_is_fetched_again(
+    bucket: str, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_file(tmp_path / "large", 12 * MB)
+    storage.upload(path, f"{bucket}/large")
+    real, calls = s3.client().get_object, []
+
+    def short_at_first(**arguments: object) -> dict[str, Any]:
+        answer: dict[str, Any] = real(**arguments)
+        calls.append(arguments["Range"])
+        if len(calls) == 1:
+            answer["Body"] = io.BytesIO(answer["Body"].read()[:-1])
+        return answer
+
+    monkeypatch.setattr(s3.client(), "get_object", short_at_first)
+    assert storage.download(f"{bucket}/large", tmp_path / "back").read_bytes() == path.read_bytes()
+    assert len(calls) == 4 and len(set(calls)) == 3
+
+
+def test_a_disk_that_fails_once_while_it_is_flushed_fails_the_download(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(f"{bucket}/data", b"0123456789")
+    real, calls = os.fsync, []
+
+    def fail_once(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:  # the system reports a lost write once
+            raise OSError("input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(OSError, match="input/output error"):
+        storage.download(f"{bucket}/data", tmp_path / "back")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_needs_less_memory_than_its_parts(
+    bucket: str, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "THREADS", 2)
+    storage.upload(make_file(tmp_path / "large", 24 * MB), f"{bucket}/large")
+    tracemalloc.start()
+    try:
+        storage.download(f"{bucket}/large", tmp_path / "back")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * MB, f"{peak / MB:.1f} MB for two parts of 5 MB"
 
 
 def test_tampered_and_truncated_objects_are_not_accepted(bucket: str, tmp_path: Path) -> None:
