@@ -91,6 +91,12 @@ def _part(values: Mapping[str, Any], dotted: str) -> Any:
     return found
 
 
+def stage_params(stage: Stage, preset: Preset) -> dict[str, Any]:
+    """The parts of the preset that the stage depends on, by dotted path: what its MLflow run has as params."""
+    values = preset.model_dump(mode="json")
+    return {name: _part(values, name) for name in preset_sections(stage.name)}
+
+
 def git_commit() -> str:
     """The commit of the checkout, with `-dirty` when tracked files differ; 'unknown' outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -207,9 +213,10 @@ def _run_tracked(
     uri = join(root, preset.name, stage.name) if root else None
     if uri:
         marks["store"] = uri
-    values = preset.model_dump(mode="json")
-    info = RunInfo(run_key(work), f"{stage.name} ({preset.name})", link.parent, marks, values)
+    name = f"{stage.name} ({preset.name})"
+    info = RunInfo(run_key(work), name, link.parent, marks, stage_params(stage, preset))
     with tracked_run(info) as tracker:
+        tracker.log_text(json.dumps(preset.model_dump(mode="json"), indent=2), "config/preset.json")
         context = StageContext(store.localise(preset, stage.name), inputs, output, work, tracker)
         tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
         report = republish(work, output)
@@ -228,7 +235,6 @@ def _run_tracked(
 def _log_outcome(tracker: MlflowTracker, stage: Stage, preset: Preset, report: Report) -> None:
     numbers = {k: float(v) for k, v in report.metrics.items() if isinstance(v, int | float)}
     tracker.log_metrics(numbers, step=0)
-    tracker.log_text(json.dumps(preset.model_dump(mode="json"), indent=2), "config/preset.json")
     folder = output_folder(preset, stage.name)
     for path in sorted(folder.glob("samples/*.mp4"))[:8]:
         tracker.log_file(path, "samples")
