@@ -20,6 +20,7 @@ from typing import Any
 
 from flows import store, versioning
 from flows.delivery import checkpoint_digest
+from flows.serving import signature
 from flows.stages import OUTPUTS, Stage, find_stage, preset_sections
 from flows.tracking import Lineage, MlflowTracker, RunInfo, tracked_run
 from flows.versioning import hash_folder
@@ -247,5 +248,12 @@ def _log_outcome(tracker: MlflowTracker, stage: Stage, preset: Preset, report: R
 def _register(tracker: MlflowTracker, stage: Stage, preset: Preset, folder: Path) -> None:
     """Register what the stage trained, with the networks it needs at inference."""
     folders = {"model": folder} | {n: output_folder(preset, n) for n in ("autoencoder", "encoders")}
-    settings = {"checkpoint": checkpoint_digest(folder), "task": stage.name, "preset": preset.model_dump(mode="json")}
+    if stage.base:
+        folders["base"] = output_folder(preset, stage.base)
+    settings = {
+        "checkpoint": checkpoint_digest(folder),
+        "task": stage.name,
+        "preset": preset.model_dump(mode="json"),
+        "signature": signature(preset, stage.name).to_dict(),
+    }
     tracker.register_model(str(stage.model), folders, settings)

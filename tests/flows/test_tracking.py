@@ -166,6 +166,28 @@ def test_a_kill_right_after_the_version_was_made_makes_no_second_one(
     assert versions(client) == {"1": digest}
 
 
+@pytest.mark.parametrize("killed", ["MlflowClient.log_model_artifacts", "register_model"])
+def test_a_kill_before_the_version_was_made_leaves_one_model(
+    client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    """In the middle of the upload, and between upload and registration."""
+    folder = weights(tmp_path / "model", "A")
+    with monkeypatch.context() as killing:
+        killing.setattr(f"mlflow.{killed}", lambda *_, **__: _unreachable(None))
+        with tracked_run(RunInfo("killed", "stage"), patience=0) as tracker:
+            digest = register(tracker, folder)
+    assert versions(client) == {}
+    assert send_pending() == (1, 0)
+    assert versions(client) == {"1": digest}
+    run = find(client, "killed")
+    models = client.search_logged_models([run.info.experiment_id])
+    assert [(model.name, str(model.status), model.tags["checkpoint"]) for model in models] == [
+        ("svd-test", "READY", digest)
+    ]
+    assert client.get_model_version("svd-test", "1").run_id == run.info.run_id
+    assert run.data.params == {}
+
+
 def test_a_stage_logs_the_options_that_it_depends_on(
     client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
