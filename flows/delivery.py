@@ -6,17 +6,19 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from flows.datasets import dvc_dataset
-from svd.stage import exclusive
+from svd.stage import exclusive, write_json
 from svd.storage import sha256
 
 KEY_TAG = "svd.run_key"
@@ -160,17 +162,41 @@ class Delivery:
 
     def _register(self, name: str, folders: Mapping[str, str], settings: Mapping[str, Any]) -> str:
         mlflow.set_tracking_uri(self._uri)
+        tags = {key: str(settings[key]) for key in ("checkpoint", "task") if key in settings}
         with mlflow.start_run(run_id=self._run_id):
+            uri = self._uploaded(tags["checkpoint"]) or self._upload(name, folders, settings, tags)
+            # With its tag from the start: a kill in between must not leave a version that nothing recognises.
+            made = mlflow.register_model(uri, name, tags=tags)
+        return str(made.version)
+
+    def _uploaded(self, digest: str) -> str | None:
+        """The model that a killed delivery had uploaded for this run; what it had only begun is removed."""
+        query = f"source_run_id = '{self._run_id}' AND tags.checkpoint = '{digest}'"
+        for model in self.client.search_logged_models([self._experiment_id()], query):
+            if model.status == LoggedModelStatus.READY:
+                return str(model.model_uri)
+            self.client.delete_logged_model(model.model_id)
+        return None
+
+    @staticmethod
+    def _upload(name: str, folders: Mapping[str, str], settings: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        """Log the model in the active run; its URI. The settings are a file of it: as `model_config` MLflow would make
+        params of the run out of them.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            kept = Path(temporary) / "settings.json"
+            write_json(kept, {key: value for key, value in settings.items() if key != "signature"})
+            described = settings.get("signature")  # journals of an earlier version have none
             info = mlflow.pyfunc.log_model(
                 name=name,
                 python_model=str(Path(__file__).with_name("served_model.py")),
-                artifacts=dict(folders),
-                model_config=dict(settings),
+                artifacts={**folders, "settings": str(kept)},
+                signature=ModelSignature.from_dict(described) if described else None,
+                metadata=dict(tags),
+                tags=dict(tags),
                 pip_requirements=["svd-platform"],
             )
-            # With its tag from the start: a kill in between must not leave a version that nothing recognises.
-            made = mlflow.register_model(info.model_uri, name, tags={"checkpoint": settings["checkpoint"]})
-        return str(made.version)
+        return str(info.model_uri)
 
     def _end(self, entry: dict[str, Any]) -> None:
         self.client.set_terminated(self._run_id, status=entry["status"], end_time=entry["time"])

@@ -20,6 +20,7 @@ from typing import Any
 
 from flows import store, versioning
 from flows.delivery import checkpoint_digest
+from flows.serving import signature
 from flows.stages import OUTPUTS, Stage, find_stage, preset_sections
 from flows.tracking import Lineage, MlflowTracker, RunInfo, tracked_run
 from flows.versioning import hash_folder
@@ -89,6 +90,12 @@ def _part(values: Mapping[str, Any], dotted: str) -> Any:
     for name in dotted.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None
     return found
+
+
+def stage_params(stage: Stage, preset: Preset) -> dict[str, Any]:
+    """The parts of the preset that the stage depends on, by dotted path: what its MLflow run has as params."""
+    values = preset.model_dump(mode="json")
+    return {name: _part(values, name) for name in preset_sections(stage.name)}
 
 
 def git_commit() -> str:
@@ -207,9 +214,10 @@ def _run_tracked(
     uri = join(root, preset.name, stage.name) if root else None
     if uri:
         marks["store"] = uri
-    values = preset.model_dump(mode="json")
-    info = RunInfo(run_key(work), f"{stage.name} ({preset.name})", link.parent, marks, values)
+    name = f"{stage.name} ({preset.name})"
+    info = RunInfo(run_key(work), name, link.parent, marks, stage_params(stage, preset))
     with tracked_run(info) as tracker:
+        tracker.log_text(json.dumps(preset.model_dump(mode="json"), indent=2), "config/preset.json")
         context = StageContext(store.localise(preset, stage.name), inputs, output, work, tracker)
         tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
         report = republish(work, output)
@@ -228,7 +236,6 @@ def _run_tracked(
 def _log_outcome(tracker: MlflowTracker, stage: Stage, preset: Preset, report: Report) -> None:
     numbers = {k: float(v) for k, v in report.metrics.items() if isinstance(v, int | float)}
     tracker.log_metrics(numbers, step=0)
-    tracker.log_text(json.dumps(preset.model_dump(mode="json"), indent=2), "config/preset.json")
     folder = output_folder(preset, stage.name)
     for path in sorted(folder.glob("samples/*.mp4"))[:8]:
         tracker.log_file(path, "samples")
@@ -241,5 +248,12 @@ def _log_outcome(tracker: MlflowTracker, stage: Stage, preset: Preset, report: R
 def _register(tracker: MlflowTracker, stage: Stage, preset: Preset, folder: Path) -> None:
     """Register what the stage trained, with the networks it needs at inference."""
     folders = {"model": folder} | {n: output_folder(preset, n) for n in ("autoencoder", "encoders")}
-    settings = {"checkpoint": checkpoint_digest(folder), "task": stage.name, "preset": preset.model_dump(mode="json")}
+    if stage.base:
+        folders["base"] = output_folder(preset, stage.base)
+    settings = {
+        "checkpoint": checkpoint_digest(folder),
+        "task": stage.name,
+        "preset": preset.model_dump(mode="json"),
+        "signature": signature(preset, stage.name).to_dict(),
+    }
     tracker.register_model(str(stage.model), folders, settings)

@@ -22,7 +22,10 @@ OUTPUTS = Path("outputs")
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: the function that runs it, its inputs (names of stages) and the work pool it belongs to."""
+    """A stage: the function that runs it, its inputs (names of stages) and the work pool it belongs to.
+
+    model: the name under which what it trains is registered. base: the stage whose U-Net the trained adapters are for.
+    """
 
     name: str
     module: str
@@ -30,6 +33,7 @@ class Stage:
     function: str = "run"
     pool: Literal["cpu", "gpu"] = "gpu"
     model: str | None = None
+    base: str | None = None
 
     @property
     def distributed(self) -> bool:
@@ -100,6 +104,7 @@ _LIST = (
         ("latents", *_NETWORKS, "image-to-video"),
         "run_camera_lora",
         model="svd-camera-lora",
+        base="image-to-video",
     ),
     Stage(
         "frame-interpolation",

@@ -122,7 +122,12 @@ class MlflowTracker:
         self._journal.append({"op": "lineage", "context": context, "items": [vars(item) for item in items]})
 
     def register_model(self, name: str, folders: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-        """Register a model made of `folders` (unet, autoencoder, encoders) and point alias `candidate` at it."""
+        """Register a model made of `folders` and point alias `candidate` at it.
+
+        folders: `model` (what was trained), and for serving `autoencoder`, `encoders` and for adapters `base`.
+        settings: `checkpoint` (flows.delivery.checkpoint_digest), and for serving `task` (the stage), `preset` and
+        `signature` (flows/serving.py). Everything is read when it is delivered.
+        """
         paths = {key: str(path.absolute()) for key, path in folders.items()}
         self._journal.append({"op": "model", "name": name, "folders": paths, "settings": dict(settings)})
 

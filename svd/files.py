@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,12 +42,21 @@ def read_picture(path: Path) -> Tensor:
     Raises UserError when the file is missing or no picture.
     """
     try:
-        with Image.open(path) as picture:
-            rgba = picture.convert("RGBA")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a picture (PNG, JPEG, …)") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except OSError as error:
         raise UserError(f"{path}: not a readable picture ({type(error).__name__})") from None
+    return decode_picture(content, str(path))
+
+
+def decode_picture(content: bytes, name: str) -> Tensor:
+    """A picture file's content as `read_picture` gives it; errors call it `name`. Raises UserError when it is none."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            rgba = picture.convert("RGBA")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{name}: not a readable picture ({type(error).__name__})") from None
     white = Image.new("RGBA", rgba.size, "white")
     pixels = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255

@@ -1,6 +1,7 @@
 """Runs in a real MLflow store (SQLite): nesting, params, metrics, pictures, lineage, and resumption without doubles."""
 
 import hashlib
+import json
 import shutil
 import time
 import tracemalloc
@@ -9,10 +10,15 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import small_project
 
+from flows import runner
 from flows.delivery import Delivery, checkpoint_digest
 from flows.journal import Journal
+from flows.stages import STAGES, preset_sections
 from flows.tracking import Lineage, MlflowTracker, RunInfo, flat_params, send_pending, tracked_run
+from svd.presets import load_preset
+from svd.stage import Report, StageContext
 
 
 @pytest.fixture
@@ -158,6 +164,60 @@ def test_a_kill_right_after_the_version_was_made_makes_no_second_one(
             digest = register(tracker, folder)
     assert send_pending() == (1, 0)
     assert versions(client) == {"1": digest}
+
+
+@pytest.mark.parametrize("killed", ["MlflowClient.log_model_artifacts", "register_model"])
+def test_a_kill_before_the_version_was_made_leaves_one_model(
+    client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    """In the middle of the upload, and between upload and registration."""
+    folder = weights(tmp_path / "model", "A")
+    with monkeypatch.context() as killing:
+        killing.setattr(f"mlflow.{killed}", lambda *_, **__: _unreachable(None))
+        with tracked_run(RunInfo("killed", "stage"), patience=0) as tracker:
+            digest = register(tracker, folder)
+    assert versions(client) == {}
+    assert send_pending() == (1, 0)
+    assert versions(client) == {"1": digest}
+    run = find(client, "killed")
+    models = client.search_logged_models([run.info.experiment_id])
+    assert [(model.name, str(model.status), model.tags["checkpoint"]) for model in models] == [
+        ("svd-test", "READY", digest)
+    ]
+    assert client.get_model_version("svd-test", "1").run_id == run.info.run_id
+    assert run.data.params == {}
+
+
+def test_a_stage_logs_the_options_that_it_depends_on(
+    client: mlflow.MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed run is continued under other options of other stages; it keeps the params that it has."""
+    project = small_project.make_project(tmp_path, monkeypatch)
+
+    def killed(context: StageContext) -> Report:
+        raise KeyboardInterrupt
+
+    small_project.use(monkeypatch, killed)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_preset_stage("orbits", load_preset("tiny"))
+    small_project.use(monkeypatch, small_project.draw)
+    later = load_preset("tiny", {"autoencoder.batch_size": 3})
+    runner.run_preset_stage("orbits", later)
+    (run,) = client.search_runs([client.get_experiment_by_name("stable-video-diffusion").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert set(run.data.params) == {"seed", *(f"orbits.{name}" for name in type(later.orbits).model_fields)}
+    assert run.data.params["orbits.objects"] == str(later.orbits.objects)
+    kept = client.download_artifacts(run.info.run_id, "config/preset.json", str(project))
+    assert json.loads(Path(kept).read_text()) == later.model_dump(mode="json")
+
+
+def test_params_of_every_stage_are_named_by_its_sections() -> None:
+    preset = load_preset("tiny")
+    for stage in STAGES.values():
+        names = flat_params(runner.stage_params(stage, preset))
+        sections = preset_sections(stage.name)
+        assert names and all(any(f"{name}.".startswith(f"{section}.") for section in sections) for name in names)
+        assert {section for section in sections if any(f"{n}.".startswith(f"{section}.") for n in names)} == {*sections}
 
 
 def test_the_digest_reads_large_weights_piece_by_piece(tmp_path: Path) -> None:

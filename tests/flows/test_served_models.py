@@ -1,0 +1,211 @@
+"""Every registered model, from the outputs of its stage through a real registry (MLflow on SQLite) to the clip."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PyFuncModel, scoring_server
+from PIL import Image
+from toy_models import toy_autoencoder, toy_unet
+
+from flows import runner
+from flows.serving import COLUMNS
+from flows.stages import STAGES, Stage
+from flows.tracking import RunInfo, tracked_run, tracking_uri
+from svd.config import Preset
+from svd.model.clip import build, save_toy, toy_config
+from svd.model.lora import add_lora, save_lora
+from svd.model.weights import save_autoencoder, save_unet
+from svd.presets import load_preset
+from svd.video import Frames, read_frames
+
+TRAINED = ("image_pretraining", "video_pretraining", "high_quality_finetuning", "image_to_video")
+UNETS = {
+    "high-quality-finetuning": {"in_channels": 4, "ids": 2},
+    "image-to-video": {"in_channels": 8, "ids": 3},
+    "multiview-finetuning": {"in_channels": 8, "ids": 4},
+    "frame-interpolation": {"in_channels": 9, "ids": 3, "learned_mask": True},
+}
+REGISTERED = [stage for stage in STAGES.values() if stage.model]
+
+
+def picture(seed: int = 0) -> str:
+    """Base64 of a PNG of 24x32 pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).resize((32, 24)).save(content, "png")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "high-quality-finetuning": {"prompt": "a ball"},
+    "image-to-video": {"image": picture()},
+    "camera-lora": {"image": picture()},
+    "multiview-finetuning": {"image": picture(), "elevation_degrees": 10.5},
+    "frame-interpolation": {"first": picture(0), "last": picture(1)},
+}
+
+
+def small_preset() -> Preset:
+    """The preset `tiny` with clips of 4 frames of 16x24 pixels and orbits of 3 views of 16x16."""
+    values = load_preset("tiny").model_dump(mode="json")
+    size, orbit = {"frames": 4, "height": 16, "width": 24}, {"frames": 3, "height": 16, "width": 16}
+    values["latents"]["geometries"] = [size]
+    values["orbits"] |= {"views": 3, "size": 16}
+    for stage in (*TRAINED, "camera_lora", "frame_interpolation", "multiview_finetuning"):
+        changes = orbit if stage == "multiview_finetuning" else size
+        values[stage]["phases"] = [values[stage]["phases"][-1] | changes]
+    for part in ("ucf101", "multiview"):
+        values["evaluation"][part]["sampling"] |= {"steps": 2, "sigma_max": 80}
+    return Preset.model_validate(values)
+
+
+def write_outputs(preset: Preset) -> None:
+    """What the stages publish that the registered models are made of."""
+    save_autoencoder(toy_autoencoder(), runner.output_folder(preset, "autoencoder"))
+    config = toy_config(16, 32)
+    save_toy(build(config, "test"), config, runner.output_folder(preset, "encoders"))
+    for stage, changes in UNETS.items():
+        save_unet(toy_unet(**changes), runner.output_folder(preset, stage) / "unet")
+    for number, motion in enumerate(preset.camera_lora.motions):
+        unet = toy_unet(**UNETS["image-to-video"])
+        add_lora(unet, 2, 2.0, motion)
+        torch.manual_seed(number)
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        save_lora(unet, runner.output_folder(preset, "camera-lora") / motion, motion)
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preset]:
+    """The preset whose models are registered, each by a run of its stage, in a project that is the working folder."""
+    root, found = tmp_path_factory.mktemp("served"), small_preset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+        write_outputs(found)
+        for stage in REGISTERED:
+            with tracked_run(RunInfo(stage.name, stage.name)) as tracker:
+                runner._register(tracker, stage, found, runner.output_folder(found, stage.name))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def load(preset: Preset) -> Iterator[Callable[[str], PyFuncModel]]:
+    """Loads the candidate that a stage has trained, once."""
+    made: dict[str, PyFuncModel] = {}
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(tracking_uri())
+
+    def model(stage: str) -> PyFuncModel:
+        if stage not in made:
+            made[stage] = mlflow.pyfunc.load_model(f"models:/{STAGES[stage].model}@candidate")
+        return made[stage]
+
+    yield model
+    mlflow.set_tracking_uri(before)
+
+
+def decoded(film: str, folder: Path) -> tuple[Frames, float]:
+    """Frames and rate of a base64 mp4."""
+    (folder / "clip.mp4").write_bytes(base64.b64decode(film, validate=True))
+    return read_frames(folder / "clip.mp4")
+
+
+def predict(model: PyFuncModel, *rows: dict[str, Any], **params: Any) -> list[str]:
+    return list(model.predict(pd.DataFrame(rows), params=params)["mp4"])
+
+
+@pytest.mark.parametrize("stage", REGISTERED, ids=lambda stage: stage.name)
+def test_a_registered_model_does_the_task_of_its_stage(
+    load: Callable[[str], PyFuncModel], preset: Preset, stage: Stage, tmp_path: Path
+) -> None:
+    phase = getattr(preset, stage.name.replace("-", "_")).phases[-1]
+    model = load(stage.name)
+    assert model.metadata.get_input_schema().input_names() == list(COLUMNS[stage.name]) == list(INPUTS[stage.name])
+    first, second = predict(model, INPUTS[stage.name], INPUTS[stage.name], seed=3, fps=12)
+    frames, fps = decoded(first, tmp_path)
+    count = 5 if stage.name == "frame-interpolation" else phase.frames
+    assert frames.shape == (count, phase.height, phase.width, 3)
+    assert fps == 12
+    assert frames.std() > 10
+    assert second != first
+    assert predict(model, INPUTS[stage.name], seed=4, fps=12) == [second]
+    if stage.name != "frame-interpolation":
+        (short,) = predict(model, INPUTS[stage.name], frames=2)
+        assert len(decoded(short, tmp_path)[0]) == 2
+
+
+@pytest.mark.parametrize("stage", REGISTERED, ids=lambda stage: stage.name)
+def test_every_column_counts(load: Callable[[str], PyFuncModel], stage: Stage) -> None:
+    """And so does the motion bucket."""
+    model, row = load(stage.name), INPUTS[stage.name]
+    size = {} if stage.name == "frame-interpolation" else {"frames": 2}
+    (plain,) = predict(model, row, **size)
+    others = {"prompt": "a blue box", "elevation_degrees": -20.0}
+    for column in COLUMNS[stage.name]:
+        assert predict(model, row | {column: others.get(column, picture(7))}, **size) != [plain], column
+    assert predict(model, row, motion_bucket=3, **size) != [plain]
+
+
+def test_a_lora_works_on_the_image_to_video_model(load: Callable[[str], PyFuncModel], preset: Preset) -> None:
+    model, row = load("camera-lora"), INPUTS["camera-lora"]
+    motions = preset.camera_lora.motions
+    clips = [predict(model, row, frames=3, camera=motion)[0] for motion in motions]
+    assert len(set(clips)) == len(motions) == 3
+    assert predict(model, row, frames=3) == [clips[0]]
+    assert predict(model, row, frames=3, scale=0.5)[0] not in clips
+    assert predict(model, row, frames=3, scale=0) == predict(load("image-to-video"), row, frames=3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "params", "message"),
+    [
+        ("image-to-video", {"prompt": "a ball"}, {}, r"missing inputs \['image'\].*extra inputs: \['prompt'\]"),
+        ("high-quality-finetuning", {"image": picture()}, {}, r"missing inputs \['prompt'\]"),
+        ("multiview-finetuning", {"image": picture()}, {}, r"missing inputs \['elevation_degrees'\]"),
+        ("multiview-finetuning", INPUTS["multiview-finetuning"] | {"elevation_degrees": 95.5}, {}, "-90 and 90"),
+        ("image-to-video", {"image": "cup.png"}, {}, r"^column 'image': no base64; give the base64 text of a PNG"),
+        ("frame-interpolation", {"first": picture(), "last": "bm9uZQ=="}, {}, "^column 'last': not a readable picture"),
+        ("camera-lora", {"image": picture()}, {"camera": "roll"}, "^no camera motion 'roll'; this version has hori"),
+        ("image-to-video", {"image": picture()}, {"frames": 0}, "^a clip needs at least 1 frame, not 0"),
+    ],
+)
+def test_mistakes_are_one_error(
+    load: Callable[[str], PyFuncModel], stage: str, row: dict[str, Any], params: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MlflowException, match=message) as caught:
+        predict(load(stage), row, **params)
+    assert caught.value.get_http_status_code() == 400
+
+
+def test_mlflows_server_serves_it(load: Callable[[str], PyFuncModel], tmp_path: Path) -> None:
+    """As `mlflow models serve` does; a browser's data URL is a picture too."""
+    row = {"image": f"data:image/png;base64,{picture()}", "elevation_degrees": 10}
+    with TestClient(scoring_server.init(load("multiview-finetuning"))) as client:
+        body = {"dataframe_records": [row], "params": {"frames": 4, "seed": 1}}
+        answer = client.post("/invocations", json=body)
+        assert answer.status_code == 200, answer.text
+        refused = client.post("/invocations", json={"dataframe_records": [{"prompt": "a ball"}]})
+    assert len(decoded(answer.json()["predictions"][0]["mp4"], tmp_path)[0]) == 4
+    assert refused.status_code == 400
+
+
+def test_a_version_says_what_it_is_and_the_run_has_no_params_of_it(preset: Preset) -> None:
+    client = mlflow.MlflowClient(tracking_uri())
+    for stage in REGISTERED:
+        version = client.get_model_version_by_alias(stage.model, "candidate")
+        assert set(version.tags) >= {"checkpoint", "task"} and version.tags["task"] == stage.name
+        assert client.get_run(version.run_id).data.params == {}
