@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from svd.config import Preset
-from svd.stage import StageContext
+from svd.stage import StageContext, UserError
 
 FIRST_RANK_PATIENCE = timedelta(hours=6)  # it may have to fetch the inputs of the stage
 BESIDE_LIGHTNING = 10_000  # Slurm has no store of its own; Lightning takes the main port later
@@ -44,19 +44,28 @@ def rank() -> int:
 def _store() -> Any:
     """Where the ranks meet before Lightning lets them: torchrun's store, else one that lives and dies with the first.
 
-    Returns a torch.distributed.TCPStore.
+    Returns a torch.distributed.TCPStore. Raises UserError for a way of calling srun that Lightning refuses.
     """
-    from lightning.fabric.plugins.environments import SLURMEnvironment
     from torch.distributed import TCPStore
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=FIRST_RANK_PATIENCE
         )
-    place = SLURMEnvironment() if _of_srun() else None
+    place = _slurm() if _of_srun() else None
     host = place.main_address if place else os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = (place.main_port if place else int(os.environ["MASTER_PORT"])) + BESIDE_LIGHTNING
     return TCPStore(host, port, is_master=rank() == 0, wait_for_workers=False, timeout=FIRST_RANK_PATIENCE)
+
+
+def _slurm() -> Any:
+    """Lightning's view of the Slurm step, a SLURMEnvironment."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    try:
+        return SLURMEnvironment()
+    except RuntimeError as error:  # it wants --ntasks-per-node and checks for it
+        raise UserError(f"srun: {error}") from None
 
 
 def _key() -> str:

@@ -1,4 +1,4 @@
-"""A clone of this repository with small presets and the real local stack on free ports, for tests/e2e/test_stack.py."""
+"""A clone of this repository with small presets and the real local stack on free ports, for the tests of the stack."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 import yaml
 from micro_project import ROOT, micro_preset
 from servers import BIN, free_ports
@@ -128,3 +129,11 @@ class StackProject:
         """The ends of the stack's logs, for a failed assertion."""
         files = sorted((self.folder / ".local" / "log").glob("*.log"))
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in files)
+
+
+def take_environment(project: StackProject, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Set the variables of the stack's `.env` in this process, too."""
+    env = dict(line.split("=", 1) for line in (project.folder / ".env").read_text().splitlines())
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return env
