@@ -121,13 +121,17 @@ def convert(
     to: Annotated[Literal["sgm", "diffusers"], typer.Option(help="Layout of the target.")] = "diffusers",
     half: Annotated[bool, typer.Option(help="Write float16.")] = False,
     sha256: Annotated[str | None, typer.Option(help="Hash that a single file must have.")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Length the U-Net was trained at, if the source doesn't say; xt files: 25."),
+    ] = None,
 ) -> None:
     """Convert checkpoints between the released single files and diffusers' folders, without a second copy in memory."""
     import torch
 
     from svd.model.convert import convert as write
 
-    done = write(source, target, to, dtype=torch.float16 if half else None, sha256=sha256)
+    done = write(source, target, to, dtype=torch.float16 if half else None, sha256=sha256, frames=frames)
     out.print(f"{done.target}: {done.tensors} tensors")
     if done.missing:
         out.print(f"not in the source: {', '.join(done.missing)}")

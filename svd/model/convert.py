@@ -21,6 +21,7 @@ from svd.model.clip_keys import heads_of, to_open_clip, to_transformers, transfo
 from svd.model.layout import (
     autoencoder_from_json,
     autoencoder_to_json,
+    published_frames,
     read_config,
     unet_from_json,
     unet_to_json,
@@ -43,7 +44,13 @@ from svd.model.sgm import (
     write_sgm,
 )
 from svd.model.unet import UNet
-from svd.model.weights import WEIGHTS, modern_attention_names, weights_file, write_pipeline_files
+from svd.model.weights import (
+    WEIGHTS,
+    is_image_to_video,
+    modern_attention_names,
+    weights_file,
+    write_pipeline_files,
+)
 from svd.stage import UserError, write_json
 
 Layout = Literal["sgm", "diffusers"]
@@ -61,11 +68,19 @@ class Conversion:
 
 
 def convert(
-    source: Path, target: Path, to: Layout, *, dtype: torch.dtype | None = None, sha256: str | None = None
+    source: Path,
+    target: Path,
+    to: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    sha256: str | None = None,
+    frames: int | None = None,
 ) -> Conversion:
     """Convert a single file to a diffusers folder (`to="diffusers"`) or a folder to a single file (`to="sgm"`).
 
-    dtype: type of the written floating tensors (None: as stored). sha256: expected hash of a single file.
+    dtype: type of the written floating tensors (None: as stored). sha256: expected hash of a single file. frames: the
+    length that the U-Net was trained at, for the target's configuration (None: what the source says; of a released
+    single file the name, of which `xt` stands for 25).
     Raises UserError for a source of the other kind, an existing target, and broken or unfitting files.
     """
     source, target = Path(source), Path(target)
@@ -78,10 +93,11 @@ def convert(
             raise UserError(
                 f"{source}: a folder, so it's in diffusers' layout already; give a single .safetensors file"
             )
-        return _to_folder(read_sgm(source, sha256), target, dtype)
+        parts = read_sgm(source, sha256)
+        return _to_folder(parts, target, dtype, frames or parts.config.get("frames") or published_frames(source))
     if source.is_file():
         raise UserError(f"{source}: a single file, so it's in sgm's layout already; give a folder in diffusers' layout")
-    return _to_file(source, target, dtype)
+    return _to_file(source, target, dtype, frames)
 
 
 def _typed(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
@@ -90,14 +106,14 @@ def _typed(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
     return {n: t.map(lambda x: x.to(dtype)) if t.dtype.is_floating_point else t for n, t in tensors.items()}
 
 
-def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None) -> Conversion:
+def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None, frames: int) -> Conversion:
     """Written beside the target and renamed, so that a killed conversion leaves no half folder."""
     work = target.with_name(f".{target.name}.tmp")
     config = unet_config(parts)
     unet = unet_from_sgm(parts.unet, config)
     check_fit(expected(UNet, config), unet, "the file's U-Net")
-    count = _write(work / "unet", unet_to_json(config), unet, dtype)
-    missing = []
+    count = _write(work / "unet", unet_to_json(config, frames), unet, dtype)
+    missing, image_size = [], 0
     if parts.first_stage:
         first, tensors = diffusers_autoencoder(parts)
         check_fit(expected(Autoencoder, first), tensors, "the file's autoencoder")
@@ -107,13 +123,14 @@ def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None) -> Conv
     visual = {n.removeprefix("visual."): t for n, t in parts.clip.items() if n.startswith("visual.")}
     if visual:
         clip = transformers_config(visual, parts.config.get("clip_heads"))
+        image_size = clip["image_size"]
         count += _write(work / "image_encoder", clip, to_transformers(visual), dtype, CLIP_WEIGHTS)
     else:
         missing.append("image_encoder")
     count += _write_rest(work, parts, dtype)
-    if config.temporal and not missing:
+    if is_image_to_video(config) and not missing:
         vae = "AutoencoderKLTemporalDecoder" if first_stage_config(parts).temporal_decoder else "AutoencoderKL"
-        write_pipeline_files(work, vae)
+        write_pipeline_files(work, vae, image_size)
     work.rename(target)
     return Conversion(target, count, tuple(missing))
 
@@ -145,12 +162,14 @@ def _write_rest(work: Path, parts: SgmParts, dtype: torch.dtype | None) -> int:
     return count + len(tensors)
 
 
-def _to_file(source: Path, target: Path, dtype: torch.dtype | None) -> Conversion:
+def _to_file(source: Path, target: Path, dtype: torch.dtype | None, frames: int | None) -> Conversion:
     unet = source / "unet" if (source / "unet").is_dir() else source
-    config = unet_from_json(read_config(unet / "config.json"), unet / "config.json")
+    described = read_config(unet / "config.json")
+    config = unet_from_json(described, unet / "config.json")
+    frames = frames or int(described.get("num_frames") or 14)
     tensors = read_tensors(weights_file(unet))
     check_fit(expected(UNet, config), tensors, f"{unet}: U-Net")
-    parts = SgmParts(unet=unet_to_sgm(tensors, config))
+    parts = SgmParts(unet=unet_to_sgm(tensors, config), config=stored_config(config, frames=frames))
     missing = []
     if (source / "vae").is_dir():
         value = read_config(source / "vae" / "config.json")
@@ -158,7 +177,7 @@ def _to_file(source: Path, target: Path, dtype: torch.dtype | None) -> Conversio
         tensors = modern_attention_names(read_tensors(weights_file(source / "vae")))
         check_fit(expected(Autoencoder, first), tensors, f"{source / 'vae'}: autoencoder")
         place_autoencoder(parts, autoencoder_to_sgm(tensors, first), first)
-        parts.config = stored_config(config, first)
+        parts.config = stored_config(config, first, frames)
     else:
         missing.append("vae")
     if (source / "image_encoder").is_dir():

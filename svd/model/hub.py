@@ -85,7 +85,11 @@ def _list(repo_id: str, revision: str, token: str | None, endpoint: str | None) 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on a hub: `key` names its version (its SHA-256 for large files), size in bytes."""
+    """A file on a hub: its address there, `key` (names its version; the SHA-256 of large files), size in bytes.
+
+    The hub redirects to signed addresses on other hosts, which expire and which the token is none of the business of:
+    every attempt begins at the hub, and httpx leaves the token out when a redirect goes to another origin.
+    """
 
     url: str
     key: str
@@ -105,7 +109,7 @@ def _download(
     try:
         url = hf_hub_url(repo_id, name, revision=revision, endpoint=endpoint)
         meta = get_hf_file_metadata(url, token=token, endpoint=endpoint)
-        remote = Remote(meta.location or url, meta.etag or "unknown", meta.size or 0, token)
+        remote = Remote(url, meta.etag or "unknown", meta.size or 0, token)
         if not (resume and path.is_file() and path.stat().st_size == remote.size):
             path.parent.mkdir(parents=True, exist_ok=True)
             _retried(remote, path, resume)

@@ -52,10 +52,10 @@ def table(names: Iterable[str], rule: Callable[[str], str]) -> dict[str, str]:
 
 
 def unet_table(config: UNetConfig) -> dict[str, str]:
-    """diffusers' name to sgm's (without `model.diffusion_model.`) of all tensors of a U-Net but our `mask_latent`."""
+    """diffusers' name to sgm's (without `model.diffusion_model.`) of all tensors of a U-Net."""
     with torch.device("meta"):
         names = UNet(config).state_dict().keys()
-    return table((name for name in names if name != "mask_latent"), lambda name: unet_to_sgm(name, config))
+    return table(names, lambda name: unet_to_sgm(name, config))
 
 
 def autoencoder_table(config: AutoencoderConfig) -> dict[str, str]:
@@ -66,7 +66,12 @@ def autoencoder_table(config: AutoencoderConfig) -> dict[str, str]:
 
 
 def unet_to_sgm(name: str, config: UNetConfig) -> str:
-    """sgm's name of a U-Net tensor; raises ValueError for a name that no U-Net has."""
+    """sgm's name of a U-Net tensor; raises ValueError for a name that no U-Net has.
+
+    The interpolation model's `mask_latent` keeps its name: no released file holds one.
+    """
+    if name == "mask_latent":
+        return name
     stem, leaf = name.rsplit(".", 1)
     if stem in UNET_ENDS:
         return f"{UNET_ENDS[stem]}.{leaf}"

@@ -79,6 +79,11 @@ def autoencoder_from_json(value: dict[str, Any], path: Path) -> AutoencoderConfi
     )
 
 
+def published_frames(path: Path) -> int:
+    """How many frames a released single file was trained on, which its name alone tells: 25 for SVD-XT, 14 for SVD."""
+    return 25 if "xt" in path.stem.lower() else 14
+
+
 def unet_to_json(config: UNetConfig, frames: int = 14, sample_size: int = 96) -> dict[str, Any]:
     """diffusers' configuration of a U-Net: spatio-temporal, or `UNet2DConditionModel` without temporal layers."""
     heads = [channels // config.head_channels for channels in config.block_out_channels]

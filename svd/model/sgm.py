@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,16 +89,36 @@ def write_sgm(path: Path, parts: SgmParts) -> None:
 
 
 def unet_config(parts: SgmParts) -> UNetConfig:
-    """Configuration of the U-Net: as stored by us, or from its tensors' shapes (64 channels a head, ids of 256)."""
+    """Configuration of the U-Net: as stored by us, or from its tensors' shapes (64 channels a head, ids of 256).
+
+    Raises UserError when a tensor that says it is missing or has an impossible shape.
+    """
     if "unet" in parts.config:
         return UNetConfig(**_tuples(parts.config["unet"]))
-    tensors = parts.unet
+    with _told("the file's U-Net"):
+        return _unet_of_shapes(parts.unet)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn what a damaged file does to the reading of shapes into one line."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{what}: tensor {error} is missing") from None
+    except (ValueError, IndexError, StopIteration, ZeroDivisionError) as error:
+        raise UserError(f"{what}: names and shapes of its tensors fit no network of this kind ({error})") from None
+
+
+def _unet_of_shapes(tensors: Mapping[str, Lazy]) -> UNetConfig:
     downs = sorted(int(m[1]) for name in tensors if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight$", name)))
     blocks = len({name.split(".")[1] for name in tensors if name.startswith("input_blocks.")})
     per_level = downs[0] if downs else blocks
     firsts = range(1, blocks, per_level)
     ids = tensors["label_emb.0.0.weight"].shape[1] // ID_EMBEDDING if "label_emb.0.0.weight" in tensors else 0
-    context = next(t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight"))
+    context = next((t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight")), None)
+    if context is None:
+        raise ValueError("no cross-attention")
     return UNetConfig(
         in_channels=tensors["input_blocks.0.0.weight"].shape[1],
         out_channels=tensors["out.2.weight"].shape[0],
@@ -109,21 +130,39 @@ def unet_config(parts: SgmParts) -> UNetConfig:
         id_embedding_dim=ID_EMBEDDING,
         ids=ids,
         temporal=any(".time_stack." in name for name in tensors),
+        **_mask(tensors),
     )
 
 
+def _mask(tensors: Mapping[str, Lazy]) -> dict[str, Any]:
+    if "mask_latent" not in tensors:
+        return {}
+    return {"learned_mask": True, "mask_size": tuple(tensors["mask_latent"].shape[1:])}
+
+
 def autoencoder_config(tensors: Mapping[str, Lazy], stored: Mapping[str, Any] | None = None) -> AutoencoderConfig:
-    """Configuration of an autoencoder: as stored by us, or from the shapes of its tensors (SD's scaling factor)."""
+    """Configuration of an autoencoder: as stored by us, or from the shapes of its tensors (SD's scaling factor).
+
+    Raises UserError when a tensor that says it is missing or has an impossible shape.
+    """
     if stored:
         return AutoencoderConfig(**_tuples(stored))
+    with _told("the file's autoencoder"):
+        return _autoencoder_of_shapes(tensors)
+
+
+def _autoencoder_of_shapes(tensors: Mapping[str, Lazy]) -> AutoencoderConfig:
     levels = 1 + max(int(m[1]) for name in tensors if (m := re.match(r"encoder\.down\.(\d+)\.", name)))
     layers = 1 + max(int(m[1]) for name in tensors if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name)))
-    return AutoencoderConfig(
+    config = AutoencoderConfig(
         latent_channels=tensors["encoder.conv_out.weight"].shape[0] // 2,
         block_out_channels=tuple(tensors[f"encoder.down.{k}.block.0.conv2.weight"].shape[0] for k in range(levels)),
         layers_per_block=layers,
         temporal_decoder=any(".time_stack." in name for name in tensors),
     )
+    with torch.device("meta"):
+        Autoencoder(config)  # refuses widths that its groups don't divide
+    return config
 
 
 def first_stage_config(parts: SgmParts) -> AutoencoderConfig:
@@ -142,32 +181,36 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def stored_config(unet: UNetConfig, first_stage: AutoencoderConfig) -> dict[str, Any]:
+def stored_config(
+    unet: UNetConfig, first_stage: AutoencoderConfig | None = None, frames: int | None = None
+) -> dict[str, Any]:
     """What `SgmParts.config` holds, so that a file of ours at any size can be read back."""
-    return {"unet": asdict(unet), "first_stage": asdict(first_stage)}
+    stored: dict[str, Any] = {"unet": asdict(unet)}
+    if first_stage:
+        stored["first_stage"] = asdict(first_stage)
+    return stored | ({"frames": frames} if frames else {})
 
 
-def rename(tensors: Mapping[str, Lazy], table: Mapping[str, str], what: str) -> Tensors:
-    """Tensors under their new names; raises UserError for names that the table lacks."""
-    unknown = [name for name in tensors if name not in table]
-    if unknown:
-        raise UserError(f"{what}: {len(unknown)} unexpected tensors, such as '{unknown[0]}'")
-    return {table[name]: tensor for name, tensor in tensors.items()}
+def rename(tensors: Mapping[str, Lazy], table: Mapping[str, str]) -> Tensors:
+    """Tensors under their new names. A name that the table lacks is marked and kept: `check_fit` tells of it together
+    with what is missing and misshaped.
+    """
+    return {table.get(name, f"{name} (in the file)"): tensor for name, tensor in tensors.items()}
 
 
 def unet_from_sgm(tensors: Mapping[str, Lazy], config: UNetConfig) -> Tensors:
     """diffusers' names for a U-Net's tensors."""
-    return rename(tensors, invert(unet_table(config)), "the file's U-Net")
+    return rename(tensors, invert(unet_table(config)))
 
 
 def unet_to_sgm(tensors: Mapping[str, Lazy], config: UNetConfig) -> Tensors:
-    """sgm's names for a U-Net's tensors. Raises UserError for the interpolation model's learned mask, unknown there."""
-    return rename(tensors, unet_table(config), "the U-Net")
+    """sgm's names for a U-Net's tensors."""
+    return rename(tensors, unet_table(config))
 
 
 def autoencoder_from_sgm(tensors: Mapping[str, Lazy], config: AutoencoderConfig) -> Tensors:
     """diffusers' names (and linear attention) for an autoencoder's tensors."""
-    renamed = rename(tensors, invert(autoencoder_table(config)), "the file's autoencoder")
+    renamed = rename(tensors, invert(autoencoder_table(config)))
     return {
         name: tensor.map(lambda t: t[:, :, 0, 0])
         if is_attention_projection(name) and len(tensor.shape) == 4
@@ -182,7 +225,7 @@ def autoencoder_to_sgm(tensors: Mapping[str, Lazy], config: AutoencoderConfig) -
         name: tensor.map(lambda t: t[:, :, None, None]) if is_attention_projection(name) else tensor
         for name, tensor in tensors.items()
     }
-    return rename(shaped, autoencoder_table(config), "the autoencoder")
+    return rename(shaped, autoencoder_table(config))
 
 
 def diffusers_autoencoder(parts: SgmParts) -> tuple[AutoencoderConfig, Tensors]:
@@ -271,8 +314,10 @@ def build_autoencoder(
     return autoencoder.eval()
 
 
-def save_sgm(path: Path, unet: UNet, autoencoder: Autoencoder, clip: Tensors | None = None) -> None:
+def save_sgm(path: Path, unet: UNet, autoencoder: Autoencoder, clip: Tensors | None = None, frames: int = 14) -> None:
     """Write U-Net, autoencoder and (when given) open_clip's image tower as one sgm file.
+
+    frames: what the U-Net was trained on; kept in the file's metadata.
 
     The autoencoder's encoder and `quant_conv` go to the conditioner, and folded into one to the first stage; the
     conditioner's image decoder, which nothing uses, is left out unless the autoencoder is an image autoencoder.
@@ -280,7 +325,7 @@ def save_sgm(path: Path, unet: UNet, autoencoder: Autoencoder, clip: Tensors | N
     parts = SgmParts(
         unet=unet_to_sgm(of_module(unet), unet.config),
         clip=dict(clip or {}),
-        config=stored_config(unet.config, autoencoder.config),
+        config=stored_config(unet.config, autoencoder.config, frames),
     )
     place_autoencoder(parts, autoencoder_to_sgm(of_module(autoencoder), autoencoder.config), autoencoder.config)
     write_sgm(path, parts)

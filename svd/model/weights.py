@@ -27,7 +27,7 @@ from svd.model.layout import (
     unet_to_json,
 )
 from svd.model.sgm import build_autoencoder, build_unet, read_sgm
-from svd.model.unet import UNet
+from svd.model.unet import UNet, UNetConfig
 from svd.stage import UserError, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -128,12 +128,19 @@ def checkpoint_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def save_pipeline(folder: Path, unet: UNet, autoencoder: Autoencoder, visual: nn.Module, heads: int) -> None:
+def is_image_to_video(config: UNetConfig) -> bool:
+    """Whether diffusers' StableVideoDiffusionPipeline can drive this U-Net."""
+    return config.in_channels == 2 * config.out_channels and config.ids == 3 and config.temporal
+
+
+def save_pipeline(
+    folder: Path, unet: UNet, autoencoder: Autoencoder, visual: nn.Module, heads: int, frames: int = 14
+) -> None:
     """Write a folder that diffusers loads as StableVideoDiffusionPipeline: an image-to-video model with its parts.
 
-    visual: open_clip's visual tower; heads: its number of heads. Raises UserError unless the U-Net takes twice
-    the latent's channels and three conditioning ids, and the autoencoder has the temporal decoder: others have no
-    pipeline there.
+    visual: open_clip's visual tower; heads: its number of heads; frames: what the U-Net was trained on. Raises
+    UserError unless the U-Net takes twice the latent's channels and three conditioning ids, and the autoencoder has the
+    temporal decoder: others have no pipeline there.
     """
     config = unet.config
     if autoencoder.config.norm_groups != 32:
@@ -141,13 +148,12 @@ def save_pipeline(folder: Path, unet: UNet, autoencoder: Autoencoder, visual: nn
             f"{folder}: diffusers normalises the autoencoder in 32 groups, this one has "
             f"{autoencoder.config.norm_groups}; save its parts instead"
         )
-    fits = config.in_channels == 2 * config.out_channels and config.ids == 3 and config.temporal
-    if not fits or not autoencoder.config.temporal_decoder:
+    if not is_image_to_video(config) or not autoencoder.config.temporal_decoder:
         raise UserError(
             f"{folder}: diffusers has a pipeline for image-to-video models alone (8 input channels, 3 ids, temporal "
             f"decoder); this model has {config.in_channels} channels and {config.ids} ids; save its parts instead"
         )
-    save_unet(unet, folder / "unet")
+    save_unet(unet, folder / "unet", frames)
     save_autoencoder(autoencoder, folder / "vae")
     tensors = of_module(visual)
     value = transformers_config(tensors, heads)

@@ -61,7 +61,13 @@ class Hub(BaseHTTPRequestHandler):
         content = FILES.get(self.path.rsplit("/", 1)[-1])
         if content is None:
             return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="no")
-        return self.content(content)
+        storage = self.server.storage  # type: ignore[attr-defined]
+        if storage is None:
+            return self.content(content)
+        storage.signed += 1
+        place = f"http://localhost:{storage.server_port}/{storage.signed}/model.safetensors"
+        etag = {"X_Linked_ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Linked_Size": str(len(content))}
+        return self.answer(302, Location=place, X_Repo_Commit=COMMIT, **etag)
 
     def broken(self, content: bytes, span: str | None, etag: dict[str, str]) -> None:
         """Sends 3,000 bytes of the rest and hangs up."""
@@ -85,10 +91,31 @@ class Hub(BaseHTTPRequestHandler):
         return self.answer(200, content, Accept_Ranges="bytes", **etag)
 
 
+class Storage(Hub):
+    """Where a hub redirects to: an address serves one transfer, of which the first ones break; then it has expired."""
+
+    def do_GET(self) -> None:
+        self.server.requests.append((self.command, self.path, dict(self.headers)))  # type: ignore[attr-defined]
+        if self.path in [path for _, path, _ in self.server.requests[:-1]]:  # type: ignore[attr-defined]
+            return self.answer(403, b"Request has expired")
+        return self.content(WEIGHTS)
+
+
+@pytest.fixture
+def storage(hub: ThreadingHTTPServer) -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Storage)
+    server.requests, server.breaks, server.signed = [], 0, 0  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    hub.storage = server  # type: ignore[attr-defined]
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.breaks = [], 0  # type: ignore[attr-defined]
+    server.requests, server.breaks, server.storage = [], 0, None  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -146,6 +173,20 @@ def test_a_connection_that_breaks_is_taken_up_again(
     assert path.read_bytes() == WEIGHTS
     ranges = [headers["range"] for verb, _, headers in lower(hub.requests) if verb == "GET" and "range" in headers]
     assert ranges == ["bytes=3000-", "bytes=6000-"]
+
+
+def test_the_token_stays_with_the_hub_and_every_attempt_asks_it_anew(
+    hub: ThreadingHTTPServer, storage: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svd.model.hub.BACKOFF", 0.0)
+    storage.breaks = 2  # type: ignore[attr-defined]
+    (path,) = fetch("ann/model", tmp_path, filenames=["model.safetensors"], token="hf_secret")
+    assert path.read_bytes() == WEIGHTS
+    seen = lower(storage.requests)  # type: ignore[attr-defined]
+    assert [headers.get("range") for _, _, headers in seen] == [None, "bytes=3000-", "bytes=6000-"]
+    assert not any("authorization" in headers for _, _, headers in seen)
+    asked = lower(hub.requests)  # type: ignore[attr-defined]
+    assert [headers.get("authorization") for _, _, headers in asked] == ["Bearer hf_secret"] * 4
 
 
 def test_a_fetched_file_is_not_fetched_again(hub: ThreadingHTTPServer, tmp_path: Path) -> None:

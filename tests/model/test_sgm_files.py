@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toy_models import VISION_HEADS, released_layout, toy_autoencoder, toy_clip, toy_unet
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.checkpoint import Lazy, of_module, of_tensor, read_metadata, read_tensors, write_tensors
+from svd.model.checkpoint import Lazy, check_fit, of_module, of_tensor, read_metadata, read_tensors, write_tensors
 from svd.model.clip_keys import to_open_clip, to_transformers, transformers_config
-from svd.model.convert import convert
+from svd.model.convert import convert, expected
 from svd.model.sgm import (
+    SgmParts,
     autoencoder_config,
+    autoencoder_from_sgm,
     autoencoder_to_sgm,
     load_sgm,
     read_sgm,
     save_sgm,
     unet_config,
+    unet_from_sgm,
     unet_to_sgm,
     write_sgm,
 )
@@ -127,21 +134,12 @@ def test_an_image_model_of_sd_converts_without_a_pipeline(tmp_path: Path) -> Non
     write_sgm(tmp_path / "sd.safetensors", parts)
     tensors = read_tensors(tmp_path / "sd.safetensors") | {"betas": of_tensor(torch.rand(4))}
     write_tensors(tmp_path / "sd2.safetensors", tensors)
-    with pytest.raises(UserError, match="head_channels"):
-        read_and_build(tmp_path / "sd2.safetensors")
+    with pytest.raises(UserError, match="head_channels"):  # released ones have 64 channels a head, toys haven't
+        unet_config(read_sgm(tmp_path / "sd2.safetensors"))
     report = convert(tmp_path / "sd.safetensors", tmp_path / "folder", "diffusers")
     assert report.missing == ("image_encoder",)
     assert not (tmp_path / "folder" / "model_index.json").exists()
     assert equal(of_module(load_unet(tmp_path / "folder")), of_module(unet))
-
-
-def read_and_build(path: Path) -> UNet:
-    """Without our metadata a toy U-Net can't be told from its shapes: released ones have 64 channels a head."""
-    try:
-        with torch.device("meta"):
-            return UNet(unet_config(read_sgm(path)))
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def test_released_configurations_are_told_from_shapes() -> None:
@@ -202,10 +200,99 @@ def test_conversion_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         convert(source, tmp_path, "diffusers")
     with pytest.raises(UserError, match="no such file or folder"):
         convert(tmp_path / "nothing", tmp_path / "x", "diffusers")
-    save_unet(toy_unet(learned_mask=True, in_channels=9, mask_size=(4, 4)), tmp_path / "interpolation")
-    with pytest.raises(UserError, match="'mask_latent'"):
-        convert(tmp_path / "interpolation", tmp_path / "x.safetensors", "sgm")
-    assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", [{}, {"learned_mask": True, "in_channels": 9, "mask_size": (4, 4)}])
+def test_a_unet_alone_becomes_a_file_that_can_be_read(tmp_path: Path, kind: dict) -> None:
+    unet = toy_unet(**kind)
+    save_unet(unet, tmp_path / "unet", frames=9)
+    report = convert(tmp_path / "unet", tmp_path / "x.safetensors", "sgm")
+    assert report.missing == ("vae", "image_encoder")
+    loaded = load_unet(tmp_path / "x.safetensors")
+    assert loaded.config == unet.config and equal(of_module(loaded), of_module(unet))
+    convert(tmp_path / "x.safetensors", tmp_path / "back", "diffusers")
+    config = (tmp_path / "back" / "unet" / "config.json").read_text()
+    assert config == (tmp_path / "unet" / "config.json").read_text() and '"num_frames": 9' in config
+
+
+@pytest.mark.parametrize(("name", "given", "frames"), [("svd", None, 14), ("svd_xt_1_1", None, 25), ("svd", 21, 21)])
+def test_a_released_files_name_tells_its_frames(tmp_path: Path, name: str, given: int | None, frames: int) -> None:
+    convert(write(tmp_path, f"{name}.safetensors"), tmp_path / "folder", "diffusers", frames=given)
+    assert json.loads((tmp_path / "folder" / "unet" / "config.json").read_text())["num_frames"] == frames
+
+
+def test_only_image_to_video_models_get_a_pipelines_index(tmp_path: Path) -> None:
+    parts = released_layout()
+    unet = toy_unet(in_channels=4, ids=2)
+    parts.unet = unet_to_sgm(of_module(unet), unet.config)
+    parts.config["unet"] = vars(unet.config)
+    write_sgm(tmp_path / "t2v.safetensors", parts)
+    assert convert(tmp_path / "t2v.safetensors", tmp_path / "t2v", "diffusers").missing == ()
+    assert not (tmp_path / "t2v" / "model_index.json").exists()
+    convert(write(tmp_path), tmp_path / "i2v", "diffusers")
+    processor = json.loads((tmp_path / "i2v" / "feature_extractor" / "preprocessor_config.json").read_text())
+    tower = json.loads((tmp_path / "i2v" / "image_encoder" / "config.json").read_text())
+    assert processor["crop_size"] == {"height": tower["image_size"], "width": tower["image_size"]}
+
+
+SMALL = UNetConfig(
+    in_channels=8, ids=3, block_out_channels=(64, 64), attention_levels=(True, False), layers_per_block=1,
+    cross_attention_dim=32,
+)  # fmt: skip
+READ = ("input_blocks.0.0.weight", "out.2.weight", "input_blocks.1.0.out_layers.3.weight", "label_emb.0.0.weight")
+
+
+@cache
+def small_file() -> dict[str, Lazy]:
+    """A U-Net as a released file would hold it, without our metadata."""
+    with torch.device("meta"):
+        return unet_to_sgm(of_module(UNet(SMALL)), SMALL)
+
+
+def read_strictly(tensors: dict[str, Lazy]) -> UNetConfig:
+    parts = SgmParts(unet=tensors)
+    config = unet_config(parts)
+    check_fit(expected(UNet, config), unet_from_sgm(tensors, config), "file")
+    return config
+
+
+@given(st.one_of(st.sampled_from(READ), st.sampled_from(sorted(small_file()))), st.sampled_from(["", "line", "odd"]))
+@settings(max_examples=25, deadline=None)
+def test_a_damaged_released_unet_is_one_line(name: str, damage: str) -> None:
+    assert read_strictly(small_file()) == SMALL
+    tensors = dict(small_file())
+    whole = tensors.pop(name)
+    if damage:
+        shape = (33,) if damage == "line" else tuple(n + 1 for n in whole.shape)
+        tensors[name] = Lazy(shape, whole.dtype, whole.load)
+    with pytest.raises(UserError) as error:
+        read_strictly(tensors)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["", "line", "odd"])
+def test_a_damaged_released_autoencoder_is_one_line(damage: str) -> None:
+    config = AutoencoderConfig(block_out_channels=(32, 64), layers_per_block=1)
+    with torch.device("meta"):
+        whole = autoencoder_to_sgm(of_module(Autoencoder(config)), config)
+    for name in ("encoder.conv_out.weight", "encoder.down.1.block.0.conv2.weight", "encoder.conv_in.weight"):
+        tensors = dict(whole)
+        old = tensors.pop(name)
+        if damage:
+            shape = (33,) if damage == "line" else tuple(n + 1 for n in old.shape)
+            tensors[name] = Lazy(shape, old.dtype, old.load)
+        with pytest.raises(UserError):
+            found = autoencoder_config(tensors)
+            check_fit(expected(Autoencoder, found), autoencoder_from_sgm(tensors, found), "file")
+
+
+def test_a_renamed_tensor_is_told_with_both_names() -> None:
+    tensors = dict(small_file())
+    tensors["out.9.weight"] = tensors.pop("out.0.weight")
+    with pytest.raises(
+        UserError, match=r"1 missing \(conv_norm_out.weight\), 1 unexpected \(out.9.weight \(in the file\)\)"
+    ):
+        read_strictly(tensors)
 
 
 def test_conversion_to_half_precision(tmp_path: Path) -> None:
