@@ -1,4 +1,4 @@
-"""The subcommands that work on folders directly: curate, browse, refilter, compare, fetch, convert, vote."""
+"""The subcommands that work on folders directly: curate, browse, refilter, compare, fetch, convert, export, vote."""
 
 from __future__ import annotations
 
@@ -135,6 +135,19 @@ def convert(
     out.print(f"{done.target}: {done.tensors} tensors")
     if done.missing:
         out.print(f"not in the source: {', '.join(done.missing)}")
+
+
+@tools_app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Output of a training stage, e.g. outputs/tiny/image-to-video.")],
+    target: Annotated[Path, typer.Argument(help="Folder (diffusers) or .safetensors file (sgm); must not exist.")],
+    to: Annotated[Literal["sgm", "diffusers"], typer.Option(help="Layout of the target.")] = "diffusers",
+    preset: PresetOption = "tiny",
+) -> None:
+    """Put a trained model, its autoencoder and its image encoder into one folder or file that others can load."""
+    from svd.model.export import export as write
+
+    out.print(write(model, target, to, load_preset(preset).encoders))
 
 
 class Axis(StrEnum):

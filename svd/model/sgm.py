@@ -314,18 +314,24 @@ def build_autoencoder(
     return autoencoder.eval()
 
 
-def save_sgm(path: Path, unet: UNet, autoencoder: Autoencoder, clip: Tensors | None = None, frames: int = 14) -> None:
+def save_sgm(
+    path: Path,
+    unet: UNet,
+    autoencoder: Autoencoder,
+    clip: Tensors | None = None,
+    frames: int | None = None,
+    heads: int | None = None,
+) -> None:
     """Write U-Net, autoencoder and (when given) open_clip's image tower as one sgm file.
 
-    frames: what the U-Net was trained on; kept in the file's metadata.
-
+    frames: what the U-Net was trained on; heads: of the image tower; both kept in the file's metadata.
     The autoencoder's encoder and `quant_conv` go to the conditioner, and folded into one to the first stage; the
     conditioner's image decoder, which nothing uses, is left out unless the autoencoder is an image autoencoder.
     """
     parts = SgmParts(
         unet=unet_to_sgm(of_module(unet), unet.config),
         clip=dict(clip or {}),
-        config=stored_config(unet.config, autoencoder.config, frames),
+        config=stored_config(unet.config, autoencoder.config, frames) | ({"clip_heads": heads} if heads else {}),
     )
     place_autoencoder(parts, autoencoder_to_sgm(of_module(autoencoder), autoencoder.config), autoencoder.config)
     write_sgm(path, parts)
