@@ -132,6 +132,7 @@ class Phase(Section):
     p_std: float = Field(gt=0)
     learning_rate: float = Field(gt=0)
     trainable: Literal["all", "time-embedding", "temporal"] = "all"
+    image_share: Fraction = Field(0.0, description="text-to-video: share of clips replaced by as many unrelated images")
 
 
 class Subset(Section):
@@ -323,6 +324,16 @@ class Preset(Section):
                     raise ValueError(
                         f"'{stage}.phases.{number}' needs {size}, which no entry of 'latents.geometries' has"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _images_join_text_to_video(self) -> Self:
+        """Models that start from a picture are conditioned on one frame of a clip: unrelated images have none."""
+        joint = ("video_pretraining", "high_quality_finetuning", "threshold_calibration")
+        for stage in (name for name in type(self).model_fields if isinstance(getattr(self, name), TrainingConfig)):
+            for number, phase in enumerate(getattr(self, stage).phases):
+                if phase.image_share and stage not in joint:
+                    raise ValueError(f"'{stage}.phases.{number}.image_share': only {', '.join(joint)} mix in images")
         return self
 
     @model_validator(mode="after")

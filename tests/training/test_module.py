@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -21,9 +22,18 @@ from svd.model.weights import load_autoencoder
 from svd.stage import UserError
 from svd.training.ema import Ema
 from svd.training.initialise import carry_over, fresh_unet, unet_config, with_checkpointing
-from svd.training.module import Diffusion, learning_rate_factor, select_parameters
+from svd.training.module import TEMPORAL_PARTS, Diffusion, learning_rate_factor, select_parameters
 from svd.training.samples import Preview
-from svd.training.tasks import FRAME_INTERPOLATION, IMAGE, IMAGE_TO_VIDEO, MULTIVIEW, TEXT_TO_VIDEO, Task, dropped
+from svd.training.tasks import (
+    FRAME_INTERPOLATION,
+    IMAGE,
+    IMAGE_TO_VIDEO,
+    MULTIVIEW,
+    TEXT_TO_VIDEO,
+    Task,
+    dropped,
+    text_ids,
+)
 
 TASKS = (IMAGE, TEXT_TO_VIDEO, IMAGE_TO_VIDEO, FRAME_INTERPOLATION, MULTIVIEW)
 
@@ -68,6 +78,37 @@ def test_loss_is_the_weighted_denoising_error(task: Task, parts: tuple[LatentCac
         error = (c_skip * x + c_out * raw - batch["latents"]).square().flatten(1).mean(1)
     assert losses.shape == (3,)
     torch.testing.assert_close(losses, error * edm.weighting(batch["sigma"]), rtol=2e-4, atol=1e-5)
+
+
+def test_images_of_a_joint_batch_train_the_image_model_alone(parts: tuple[LatentCache, Autoencoder]) -> None:
+    """Their loss is that of image mode, the clips' that of a batch of clips, and no temporal layer learns from them."""
+    cache, autoencoder = parts
+    module = module_of(TEXT_TO_VIDEO, autoencoder)
+    module.configure_model()
+    for parameter in module.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    batch = batch_of(cache, TEXT_TO_VIDEO, image_share=0.7)
+    images = batch["image_only"]
+    assert images.tolist() == [True, False, False]
+    losses = module.losses(batch)
+    as_clips = module.losses({**batch, "image_only": torch.zeros_like(images)})
+    image_mode = functools.partial(module.unet.forward, image_mode=True)
+    x = batch["latents"] + edm.expand(batch["sigma"], batch["latents"]) * batch["noise"]
+    scale = edm.scalings(batch["sigma"])
+    predicted = image_mode(x * edm.expand(scale.c_in, x), scale.c_noise, batch["text"], text_ids(batch))
+    target = edm.v_target(batch["latents"], batch["noise"], batch["sigma"])
+    as_images = (predicted - target).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses, torch.where(images, as_images, as_clips))
+    assert (as_images - as_clips).abs().min() > 1e-4
+    losses[0].backward()
+    for name, parameter in module.unet.named_parameters():
+        if any(word in name for word in TEMPORAL_PARTS):
+            assert parameter.grad is not None and not parameter.grad.any(), name
+    module.unet.zero_grad()
+    losses = module.losses(batch)
+    losses.mean().backward()
+    factors = [p.grad for name, p in module.unet.named_parameters() if name.endswith("mix_factor")]
+    assert factors and all(gradient.any() for gradient in factors)
 
 
 @pytest.mark.parametrize("task", TASKS[1:], ids=lambda task: task.name)
