@@ -39,6 +39,11 @@ class UNetSection(Section):
     cross_attention_dim: PositiveInt = 1024
     id_embedding_dim: PositiveInt = 256
     norm_eps: float = Field(1e-5, gt=0)
+    mixer: Literal["fixed", "learned", "learned_with_images"] = Field(
+        "learned_with_images",
+        description="weight of the image layers beside the temporal ones: fixed at 0.5 (diffusers can't say so), one "
+        "learned number a block, or that and 1 for the images of a joint training",
+    )
 
 
 class AutoencoderSection(Section):
@@ -334,6 +339,10 @@ class Preset(Section):
             for number, phase in enumerate(getattr(self, stage).phases):
                 if phase.image_share and stage not in joint:
                     raise ValueError(f"'{stage}.phases.{number}.image_share': only {', '.join(joint)} mix in images")
+                if phase.image_share and self.model.unet.mixer != "learned_with_images":
+                    raise ValueError(
+                        f"'{stage}.phases.{number}.image_share' needs 'model.unet.mixer: learned_with_images'"
+                    )
         return self
 
     @model_validator(mode="after")
