@@ -91,15 +91,18 @@ def run(context: StageContext) -> Report:
 
 
 def identity(context: StageContext) -> str:
-    """What votes belong to: the preset's section and seed, the catalogue, the networks."""
+    """What votes belong to: the preset's section and seed, the catalogue, the networks.
+
+    An option that the preset's file doesn't set is left out: a new one in the code must not part votes from clips.
+    """
     preset, inputs = context.preset, context.inputs
     networks = ("autoencoder", "encoders", "image-pretraining")
     return digest(
         preset.seed,
-        preset.threshold_calibration.model_dump(mode="json"),
-        preset.latents.model_dump(mode="json", include={"min_fps", "max_fps", "windows"}),
-        preset.model.model_dump(mode="json"),
-        preset.curation.captions.model_dump(mode="json"),
+        preset.threshold_calibration.model_dump(mode="json", exclude_unset=True),
+        preset.latents.model_dump(mode="json", include={"min_fps", "max_fps", "windows"}, exclude_unset=True),
+        preset.model.model_dump(mode="json", exclude_unset=True),
+        preset.curation.captions.model_dump(mode="json", exclude_unset=True),
         hashlib.sha256(clips_path(inputs["curation"]).read_bytes()).hexdigest(),
         [checkpoint_hash(inputs[name]) for name in networks],
     )

@@ -1,4 +1,4 @@
-"""`svd generate text|image|interpolate|multiview`: options to requests, clips to files. The work is in svd.generate."""
+"""`svd generate text|image|interpolate|multiview`: options to requests. The work is in svd.generate."""
 
 from __future__ import annotations
 
@@ -6,28 +6,25 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.generate_options import Motion, Networks, Ramp, Results, Size, Solving, with_options
+from flows.generate_options import Dtype, Motion, Networks, Ramp, Results, Size, Solving, with_options
+from flows.generate_results import Writer, check_single, describe, groups, seeded
 from flows.runner import OUTPUTS
-from svd.config import EncodersConfig, Phase, Preset, Sampling
+from svd.config import Phase, Preset, Sampling
 from svd.presets import load_preset
 from svd.stage import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from svd.diffusion.edm import Kind
     from svd.generate import Models
-    from svd.safety import SafetyFilter
 
 generate_app = typer.Typer(help="Generate clips with trained or released models.", no_args_is_help=True)
 
 DEFAULT_FPS = 7.0
 KINDS: dict[str, Kind] = {"edm": "edm-v", "discrete-v": "v", "discrete-eps": "eps"}
-Item = TypeVar("Item")
 
 GuidanceOption = Annotated[
     float | None, typer.Option(min=0, help="Guidance scale; 1 switches it off.", show_default="the preset's")
@@ -37,6 +34,12 @@ GuidanceMax = Annotated[
     float | None, typer.Option(min=0, help="At the last frame, or in the middle.", show_default="the preset's")
 ]
 RampOption = Annotated[Ramp, typer.Option(help="How guidance changes over the frames (D.4.1).")]
+CoverOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Pixels; the video is scaled to cover them and cropped.", show_default="the video's shape"
+    ),
+]
 CondAug = Annotated[float, typer.Option(min=0, help="Noise on what is given: more noise, freer motion.")]
 
 
@@ -63,9 +66,13 @@ def text(
     jobs = seeded(wanted, results)
     preset = load_preset(networks.preset)
     sampling = solving.sampling(preset.evaluation.ucf101.sampling, guidance)
-    frames, height, width = clip_size(networks, size, preset.high_quality_finetuning.phases[-1])
-    models, fps = open_models(networks, preset, "high-quality-finetuning"), motion.fps or DEFAULT_FPS
-    writer = Writer(results, describe("text-to-video", networks, sampling, motion=motion.motion, fps=fps))
+    phase, fps = preset.high_quality_finetuning.phases[-1], motion.fps or DEFAULT_FPS
+    frames, height, width = clip_size(networks, size, phase)
+    networks = located(networks, preset, "high-quality-finetuning")
+    models = open_models(networks, preset, "high-quality-finetuning", phase)
+    details = describe("text-to-video", networks, sampling, results, motion=motion.motion, fps=fps,
+                       frames=frames, height=height, width=width)  # fmt: skip
+    writer = Writer(results, details)
     for group in groups(jobs, results.batch):
         clips = text_to_video(
             models,
@@ -104,11 +111,14 @@ def image(
     jobs = seeded(pictures, results)
     preset = load_preset(networks.preset)
     sampling = solving.sampling(base_sampling(networks, preset.evaluation.multiview.sampling), guidance_max)
-    frames, height, width = clip_size(networks, size, preset.image_to_video.phases[-1])
+    phase, fps = preset.image_to_video.phases[-1], motion.fps or DEFAULT_FPS
+    frames, height, width = clip_size(networks, size, phase)
     read_pictures(pictures, (height, width))  # a broken picture is named before minutes go into loading and sampling
-    models, fps = open_models(networks, preset, "image-to-video"), motion.fps or DEFAULT_FPS
-    details = describe("image-to-video", networks, sampling, motion=motion.motion, fps=fps, cond_aug=cond_aug,
-                       guidance_min=guidance_min, ramp=ramp)  # fmt: skip
+    networks = located(networks, preset, "image-to-video")
+    models = open_models(networks, preset, "image-to-video", phase)
+    details = describe("image-to-video", networks, sampling, results, motion=motion.motion, fps=fps,
+                       frames=frames, height=height, width=width, cond_aug=cond_aug,
+                       guidance_min=guidance_min, guidance_max=sampling.guidance, ramp=ramp)  # fmt: skip
     writer = Writer(results, details)
     for group in groups(jobs, results.batch):
         clips = image_to_video(
@@ -138,19 +148,26 @@ def interpolate(
     results: Results,
     video: Annotated[Path, typer.Argument(help="Video, GIF, or folder of PNGs.")],
     rounds: Annotated[int, typer.Option(min=1, max=4, help="Each round multiplies the frame rate by 4.")] = 1,
+    height: CoverOption = None,
+    width: CoverOption = None,
     guidance: GuidanceOption = None,
     cond_aug: CondAug = 0.02,
 ) -> None:
     """Three new frames between any two: 28 frames become 109. --fps is the rate of VIDEO when its file doesn't say."""
     from svd.files import read_clip
     from svd.generate import interpolate as interpolated
+    from svd.pipeline import cover
 
     preset = load_preset(networks.preset)
     clip, rate = read_clip(video)
     check_single(results.out, results.count)
-    models, fps = open_models(networks, preset, "frame-interpolation"), motion.fps or rate
     sampling = solving.sampling(base_sampling(networks, preset.evaluation.multiview.sampling), guidance)
-    details = describe("interpolation", networks, sampling, motion=motion.motion, cond_aug=cond_aug, rounds=rounds)
+    networks, fps = located(networks, preset, "frame-interpolation"), motion.fps or rate
+    models = open_models(networks, preset, "frame-interpolation", preset.frame_interpolation.phases[-1])
+    height, width = covered_size(height, width, (clip.shape[-2], clip.shape[-1]), models.multiple)
+    clip = cover(clip, height, width)
+    details = describe("interpolation", networks, sampling, results, motion=motion.motion, fps=fps, cond_aug=cond_aug,
+                       height=height, width=width, rounds=rounds)  # fmt: skip
     writer = Writer(results, details)
     for _, seed in seeded([video], results):
         longer = interpolated(models, clip, fps=fps, motion_bucket=motion.motion, sampling=sampling, seed=seed,
@@ -183,54 +200,79 @@ def multiview(
     jobs = seeded(pictures, results)
     preset = load_preset(networks.preset)
     phase = preset.multiview_finetuning.phases[-1]
-    side = size or phase.height
+    side, count = size or phase.height, views or phase.frames
     read_pictures(pictures, (side, side))
     sampling = solving.sampling(base_sampling(networks, preset.evaluation.multiview.sampling), guidance_max)
-    models, fps = open_models(networks, preset, "multiview-finetuning"), motion.fps or DEFAULT_FPS
-    details = describe("multi-view", networks, sampling, elevation=elevation, motion=motion.motion, cond_aug=cond_aug)
+    networks, fps = located(networks, preset, "multiview-finetuning"), motion.fps or DEFAULT_FPS
+    models = open_models(networks, preset, "multiview-finetuning", phase)
+    guidance_range = guidance_min, max(guidance_min, sampling.guidance)
+    details = describe("multi-view", networks, sampling, results, motion=motion.motion, fps=fps, elevation=elevation,
+                       views=count, size=side, cond_aug=cond_aug,
+                       guidance_min=guidance_min, guidance_max=guidance_range[1], ramp=ramp)  # fmt: skip
     writer = Writer(results, details)
     for group in groups(jobs, results.batch):
         clips = orbits(
             models,
             read_pictures([path for path, _ in group], (side, side)),
             elevation,
-            views or phase.frames,
+            count,
             sampling=sampling,
             seed=[seed for _, seed in group],
             fps=fps,
             motion_bucket=motion.motion,
             cond_aug=cond_aug,
-            guidance_range=(guidance_min, max(guidance_min, sampling.guidance)),
+            guidance_range=guidance_range,
             ramp=ramp,
         )
         for clip, (path, seed) in zip(clips, group, strict=True):
             writer.save(clip, fps, path.stem, seed, picture=path.name)
 
 
-def open_models(networks: Networks, preset: Preset, stage: str) -> Models:
-    """The networks of the options; without `--model` those that the preset's stage `stage` has made.
+def located(networks: Networks, preset: Preset, stage: str) -> Networks:
+    """The options with everything said that they leave open: without `--model` what the preset's stage `stage` has
+    made, where the other networks are, device, type, and a scale for every LoRA.
+    """
+    root = OUTPUTS / preset.name
+    released = networks.model if is_released(networks.model) else None
+    device, dtype = _device_and_dtype(networks)
+    return dataclasses.replace(
+        networks,
+        model=networks.model or root / stage / "unet",
+        autoencoder=networks.autoencoder or released or root / "autoencoder",
+        encoders=networks.encoders or released or root / "encoders",
+        lora=[f"{folder}:{scale}" for folder, scale in _lora_scales(networks.lora or [])] or None,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def open_models(networks: Networks, preset: Preset, stage: str, phase: Phase) -> Models:
+    """The networks of options that are `located`; `phase` is the last one of the preset's stage.
 
     Raises UserError when there is no such model, and for everything that svd.generate.load_models refuses.
     """
+    import torch
+
     from svd.generate import load_models
 
-    root = OUTPUTS / preset.name
-    model = networks.model or root / stage / "unet"
+    model, autoencoder, encoders = networks.model, networks.autoencoder, networks.encoders
+    assert model is not None and autoencoder is not None and encoders is not None
     if not model.exists():
         raise UserError(f"{model}: no such model; run `svd stage {stage} -p {networks.preset}`, or give --model")
-    released = model if is_released(model) else None
-    device, dtype = _device_and_dtype(networks)
     models = load_models(
         model,
-        networks.autoencoder or released or root / "autoencoder",
-        networks.encoders or released or root / "encoders",
+        autoencoder,
+        encoders,
         preset.encoders,
-        device,
-        dtype=dtype,
+        networks.device,
+        dtype=getattr(torch, networks.dtype),
         offload=networks.offload,
         kind=KINDS[networks.objective],
     )
     _apply_loras(models, networks.lora or [])
+    if is_released(model) or model == OUTPUTS / preset.name / stage / "unet":
+        frames, *size = clip_size(networks, Size(), phase)
+        models = dataclasses.replace(models, trained_frames=frames, trained_size=(size[0], size[1]))
     return dataclasses.replace(
         models,
         passes="sequential" if networks.sequential else "auto",
@@ -239,16 +281,15 @@ def open_models(networks: Networks, preset: Preset, stage: str) -> Models:
     )
 
 
-def _device_and_dtype(networks: Networks):  # type: ignore[no-untyped-def]
-    import torch
-
+def _device_and_dtype(networks: Networks) -> tuple[str, Dtype]:
     device = networks.device
     if device == "auto":
+        import torch
+
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = networks.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    return device, getattr(torch, dtype)
+    if networks.dtype != "auto":
+        return device, networks.dtype
+    return device, "float32" if device == "cpu" else "bfloat16"
 
 
 def _apply_loras(models: Models, values: list[str]) -> None:
@@ -279,28 +320,6 @@ def _lora_scales(values: list[str]) -> Iterator[tuple[str, float]]:
             raise UserError(f"--lora {value}: '{scale}' is no number; write FOLDER or FOLDER:SCALE") from None
 
 
-def seeded(items: list[Item], results: Results) -> list[tuple[Item, int]]:
-    """Every item `count` times, with a seed each; raises UserError when they would overwrite each other's file."""
-    jobs = [item for item in items for _ in range(results.count)]
-    check_single(results.out, len(jobs))
-    return [(item, results.seed + number) for number, item in enumerate(jobs)]
-
-
-def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """The items in groups of `size`."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def check_single(out: Path, clips: int) -> None:
-    """Raises UserError, before any work, for an unknown format and when several clips would be written to one file."""
-    from svd.files import check_format
-
-    check_format(out)
-    if out.suffix and clips > 1:
-        raise UserError(f"--out {out}: a file holds one clip, not {clips}; give a folder")
-
-
 def is_released(model: Path | None) -> bool:
     """Whether the option names a whole model as Stability publishes it: the folder of a pipeline, or a single file."""
     return model is not None and (model.is_file() or (model / "model_index.json").is_file())
@@ -328,42 +347,12 @@ def base_sampling(networks: Networks, preset: Sampling) -> Sampling:
     return Sampling(steps=25, guidance=3.0) if is_released(networks.model) else preset
 
 
-def describe(task: str, networks: Networks, sampling: Sampling, **values: object) -> dict[str, str]:
-    """What is written into the files, so that a clip can be made again."""
-    settings = {**sampling.model_dump(), **values, "task": task, "model": networks.model or networks.preset}
-    return {key: str(value) for key, value in settings.items()}
-
-
-class Writer:
-    """Saves clips under readable names and prints them; filters and marks them first when asked to."""
-
-    def __init__(self, results: Results, details: dict[str, str]) -> None:
-        from svd.safety import load_safety_filter
-
-        self.results, self.details = results, details
-        self.safety: SafetyFilter | None = None
-        if results.safety_heads is not None:
-            clip = EncodersConfig(model=results.safety_model, weights=results.safety_weights)
-            self.safety = load_safety_filter(results.safety_heads, clip)
-
-    def save(self, clip: Tensor, fps: float, name: str, seed: int, **details: str) -> None:
-        """Write one clip (T, 3, H, W) in [0, 1]; `name` and `seed` make its file name in a folder."""
-        from svd.files import save_clip
-        from svd.watermark import MESSAGE
-
-        if self.safety is not None:
-            clip, flagged = self.safety.apply(clip)
-            if flagged:
-                typer.echo(f"{name}: the safety filter blurred this clip", err=True)
-        path = self._path(name, seed, len(clip))
-        metadata = self.details | details | {"seed": str(seed)}
-        save_clip(path, clip, fps, metadata, MESSAGE if self.results.watermark else None)
-        typer.echo(str(path))
-
-    def _path(self, name: str, seed: int, frames: int) -> Path:
-        out, kind = self.results.out, self.results.format
-        if out.suffix:
-            return out
-        slug = re.sub(r"\W+", "-", name).strip("-").lower()[:60] or "clip"
-        stem = f"{slug}-{seed}"
-        return out / stem if kind == "png" and frames > 1 else out / f"{stem}.{kind}"
+def covered_size(height: int | None, width: int | None, given: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Height and width as asked for; one that isn't keeps the shape of `given`, rounded to `multiple`."""
+    if height is None and width is None:
+        return given
+    if height is None:
+        height = max(1, round(given[0] * (width or 0) / given[1] / multiple)) * multiple
+    if width is None:
+        width = max(1, round(given[1] * height / given[0] / multiple)) * multiple
+    return height, width

@@ -17,6 +17,7 @@ from svd.config import Sampling
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "ddim"]
 Ramp = Literal["constant", "linear", "triangle"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class Networks:
         typer.Option(help="What the U-Net was trained with; discrete-v: the ablations, discrete-eps: SD 2.1 itself."),
     ] = "edm"
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")] = "auto"
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU.")
-    ] = "auto"
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU.")] = "auto"
     offload: Annotated[bool, typer.Option("--offload", help="Keep networks off the device while they don't work.")] = (
         False
     )

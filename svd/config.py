@@ -39,6 +39,11 @@ class UNetSection(Section):
     cross_attention_dim: PositiveInt = 1024
     id_embedding_dim: PositiveInt = 256
     norm_eps: float = Field(1e-5, gt=0)
+    mixer: Literal["fixed", "learned", "learned_with_images"] = Field(
+        "learned_with_images",
+        description="weight of the image layers beside the temporal ones: fixed at 0.5 (diffusers can't say so), one "
+        "learned number a block, or that and 1 for the images of a joint training",
+    )
 
 
 class AutoencoderSection(Section):
@@ -132,6 +137,7 @@ class Phase(Section):
     p_std: float = Field(gt=0)
     learning_rate: float = Field(gt=0)
     trainable: Literal["all", "time-embedding", "temporal"] = "all"
+    image_share: Fraction = Field(0.0, description="text-to-video: share of clips replaced by as many unrelated images")
 
 
 class Subset(Section):
@@ -322,6 +328,20 @@ class Preset(Section):
                     size = f"{phase.frames} frames of {phase.height}x{phase.width}"
                     raise ValueError(
                         f"'{stage}.phases.{number}' needs {size}, which no entry of 'latents.geometries' has"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _images_join_text_to_video(self) -> Self:
+        """Models that start from a picture are conditioned on one frame of a clip: unrelated images have none."""
+        joint = ("video_pretraining", "high_quality_finetuning", "threshold_calibration")
+        for stage in (name for name in type(self).model_fields if isinstance(getattr(self, name), TrainingConfig)):
+            for number, phase in enumerate(getattr(self, stage).phases):
+                if phase.image_share and stage not in joint:
+                    raise ValueError(f"'{stage}.phases.{number}.image_share': only {', '.join(joint)} mix in images")
+                if phase.image_share and self.model.unet.mixer != "learned_with_images":
+                    raise ValueError(
+                        f"'{stage}.phases.{number}.image_share' needs 'model.unet.mixer: learned_with_images'"
                     )
         return self
 

@@ -5,10 +5,12 @@ Clips are (B, T, 3, H, W), latents (B, T, C, h, w).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,11 +25,13 @@ from svd.diffusion.guidance import Condition, Passes, guided
 from svd.diffusion.sampler import karras_sigmas, sample
 from svd.model.autoencoder import Autoencoder, mean
 from svd.model.conditioning import Encoders, conditioned, load_encoders
+from svd.model.layout import read_config
 from svd.model.unet import UNet
 from svd.model.weights import load_autoencoder, load_unet
 from svd.stage import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
+logger = logging.getLogger(__name__)
 
 TASKS = {4: "text-to-video", 8: "image-to-video or multi-view", 9: "interpolation"}
 _SEEDS = 2**63 - 1
@@ -39,7 +43,8 @@ class Models:
 
     kind: the U-Net's preconditioning (`v` for models trained with the discrete schedule, `eps` for SD 2.1 itself).
     offload: keep the networks on the CPU and move each to `device` for as long as it works. passes: how guidance
-    runs. decode_chunk: frames decoded together; decode_overlap: frames that neighbouring chunks share.
+    runs. decode_chunk: frames decoded together; decode_overlap: frames that neighbouring chunks share. trained_frames,
+    trained_size (height, width): of the clips that the U-Net was trained on last, where that is known.
     """
 
     unet: UNet
@@ -52,6 +57,8 @@ class Models:
     passes: Passes = "auto"
     decode_chunk: int = 16
     decode_overlap: int = 4
+    trained_frames: int | None = None
+    trained_size: tuple[int, int] | None = None
 
     @property
     def multiple(self) -> int:
@@ -88,7 +95,15 @@ def load_models(
         raise UserError(f"{unet_folder}: cross-attention width {width}, the encoders in {encoders_folder} give {found}")
     for module in (unet, autoencoder):
         module.eval().requires_grad_(False)
-    return Models(unet, autoencoder, encoders, device, dtype, kind, offload)
+    return Models(
+        unet, autoencoder, encoders, device, dtype, kind, offload, trained_frames=_trained_frames(Path(unet_folder))
+    )
+
+
+def _trained_frames(folder: Path) -> int | None:
+    """`num_frames` of a folder in diffusers' layout, of a U-Net or a pipeline; None where nothing says it."""
+    part = folder / "unet" if (folder / "unet").is_dir() else folder
+    return read_config(part / "config.json").get("num_frames") if part.is_dir() else None
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -101,7 +116,11 @@ def _device(name: torch.device | str) -> torch.device:
 
 
 def check(models: Models, channels: int, frames: int, height: int, width: int) -> None:
-    """Raises UserError when the U-Net isn't of the task with `channels`, or when it can't make clips of this size."""
+    """Raises UserError when the U-Net isn't of the task with `channels`, or when it can't make clips of this size.
+
+    Frames or a size beyond those of its training are possible, and the paper samples so (E.4), but the farther the
+    worse: a line of warning says so once.
+    """
     found = models.unet.config.in_channels
     if found != channels:
         kind = TASKS.get(found, "unknown")
@@ -119,6 +138,18 @@ def check(models: Models, channels: int, frames: int, height: int, width: int) -
         raise UserError(f"a clip needs at least 1 frame, not {frames}")
     if frames > 1 and not models.unet.config.temporal:
         raise UserError(f"this U-Net is an image model: it makes 1 frame, not {frames}")
+    beyond = []
+    if models.trained_frames is not None and frames > models.trained_frames:
+        beyond.append(f"{frames} frames (trained on {models.trained_frames})")
+    if models.trained_size is not None and (height > models.trained_size[0] or width > models.trained_size[1]):
+        beyond.append(f"{height}x{width} (trained on {models.trained_size[0]}x{models.trained_size[1]})")
+    if beyond:
+        _warn_once(f"{' and '.join(beyond)}: more than this model has learned; expect artefacts and copies of objects")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def generators(seed: int | Sequence[int], batch: int) -> list[torch.Generator]:

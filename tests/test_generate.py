@@ -277,6 +277,17 @@ def test_requests_that_do_not_fit_are_refused(models, options, message):
         text_to_video(models("text"), **{"prompts": ["a"], "seed": 0} | TEXT | options)
 
 
+def test_more_frames_than_trained_are_warned_of_once(models, caplog):
+    """The number stands in the U-Net's config.json; nothing is refused."""
+    pipeline._warn_once.cache_clear()
+    loaded = models("text")
+    assert loaded.trained_frames == 14
+    still = TEXT | {"height": 8, "width": 8, "sampling": Sampling(steps=1, guidance=1.0)}
+    for frames in (14, 15, 15):
+        assert text_to_video(loaded, ["a"], seed=0, **still | {"frames": frames}).shape[1] == frames
+    assert [line.split(":")[0] for line in caplog.messages] == ["15 frames (trained on 14)"]
+
+
 def test_models_of_another_task_are_refused(models):
     with pytest.raises(UserError, match=r"8 input channels \(image-to-video or multi-view\), the task needs 4"):
         text_to_video(models("image"), ["a"], seed=0, **TEXT)

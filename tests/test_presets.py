@@ -112,6 +112,16 @@ def test_mistakes_are_named(path: str, value: object, said: str) -> None:
     assert "tiny.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize("stage", ["video_pretraining", "image_to_video", "camera_lora", "multiview_finetuning"])
+def test_images_join_text_to_video_alone(stage: str) -> None:
+    phases = [{**phase.model_dump(), "image_share": 0.2} for phase in getattr(load_preset("tiny"), stage).phases]
+    if stage == "video_pretraining":
+        assert load_preset("tiny", {f"{stage}.phases": phases}).video_pretraining.phases[0].image_share == 0.2
+        return
+    with pytest.raises(ConfigError, match=rf"'{stage}.phases.0.image_share': only video_pretraining"):
+        load_preset("tiny", {f"{stage}.phases": phases})
+
+
 def test_a_missing_preset_lists_what_there_is() -> None:
     with pytest.raises(ConfigError, match=r"finetune, paper, tiny"):
         load_preset("nothing")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -55,7 +55,7 @@ class Draws:
 
     `strata` > 0 makes the draws a fixed examination: sigma runs through that many quantiles of its distribution, the
     posterior's mean is used, nothing is dropped and the first caption is taken. `pixels`: the conditioning frame is
-    needed as a picture.
+    needed as a picture. `image_share`: how many of the clips are replaced by unrelated images (joint training).
     """
 
     seed: int
@@ -69,7 +69,17 @@ class Draws:
     conditioning_p_std: float = 0.5
     caption_probabilities: tuple[tuple[str, float], ...] = ()
     pixels: bool = False
+    image_share: float = 0.0
     strata: int = 0
+
+    @property
+    def joint(self) -> bool:
+        """Whether some samples are images; an examination looks at clips alone, whatever a training mixes in."""
+        return self.image_share > 0 and not self.strata
+
+    def images(self, index: int) -> bool:
+        """Whether a global sample is made of unrelated images."""
+        return self.joint and torch.rand((), generator=generator(self.seed, index, "joint")).item() < self.image_share
 
     def sigma(self, index: int) -> Tensor:
         """() the noise level of a global sample."""
@@ -94,10 +104,15 @@ class Examples(Dataset[Batch]):
     `frames` T may be fewer than a sample holds: a window of it is drawn then (the first frames when pixels are needed
     or in an examination, because the conditioning frame is cached for the whole sample).
 
+    With `draws.image_share` some samples are T frames of as many samples drawn at random (with replacement), each with
+    a caption of its own: still images, for which the temporal layers are switched off, as the mixers of the released
+    code provide for. Their motion bucket is 0, their fps that of the clip they replace. The paper doesn't say what
+    the images, and what their ids were; one sigma for the T of them is a choice too, that of the network's input.
+
     An example: latents (T, C, h, w) scaled; noise, the same shape; sigma (); text (S, D) when there are captions, the
     empty prompt's when dropped; image (T, E) and keep_image (), keep_concat () in {0, 1}; conditioning_sigma (); fps,
     motion_bucket, elevation () as numbers; with `draws.pixels` frame and frame_noise (3, H, W), and latent_noise (2,
-    C, h, w) for interpolation.
+    C, h, w) for interpolation; in joint training text is (T, S, D), and image_only () tells which samples are images.
     """
 
     def __init__(self, cache: LatentCache, rows: Sequence[Mapping[str, Any]], frames: int, draws: Draws) -> None:
@@ -121,18 +136,17 @@ class Examples(Dataset[Batch]):
         return self.rows[shuffled(position, count, f"{self.draws.seed}/{epoch}")]
 
     def __getitem__(self, index: int) -> Batch:
-        draws, sample = self.draws, self.cache.read(self.row(index))
-        window = self._window(len(sample.moments), index)
-        latents = self._latents(sample.moments[window], index)
-        noise = torch.randn(latents.shape, generator=generator(draws.seed, index, "noise"))
-        noise = offset_noise(noise[None], draws.offset_noise, generator(draws.seed, index, "offset"))[0]
+        draws = self.draws
+        images = draws.images(index)
+        sample, text = self._images(index) if images else self._clip(index)
+        latents = self._latents(sample.moments, index)
         example = {
             "index": torch.tensor(index),
             "latents": latents,
-            "noise": noise,
+            "noise": self._noise(latents.shape, index, images),
             "sigma": draws.sigma(index),
             "scaling_factor": torch.tensor(self.cache.scaling_factor),
-            "image": sample.image[window],
+            "image": sample.image,
             "keep_image": torch.tensor(float(draws.kept(index, "image", draws.image_dropout))),
             "keep_concat": torch.tensor(float(draws.kept(index, "concat", draws.image_dropout))),
             "conditioning_sigma": self._conditioning_sigma(index),
@@ -140,8 +154,10 @@ class Examples(Dataset[Batch]):
             "motion_bucket": torch.tensor(float(sample.row["motion_bucket"])),
             "elevation": torch.tensor(float(sample.row["elevation"])),
         }
-        if sample.texts:
-            example["text"] = self._text(sample, index)
+        if text is not None:
+            example["text"] = text
+        if draws.joint:
+            example["image_only"] = torch.tensor(images)
         if draws.pixels:
             example["frame"] = sample.frame
             example["frame_noise"] = torch.randn(sample.frame.shape, generator=generator(draws.seed, index, "frame"))
@@ -149,6 +165,36 @@ class Examples(Dataset[Batch]):
             shape = (2, *latents.shape[1:])
             example["latent_noise"] = torch.randn(shape, generator=generator(draws.seed, index, "ends"))
         return example
+
+    def _clip(self, index: int) -> tuple[Sample, Tensor | None]:
+        """A sample cut to T frames, and its text: (S, D), in joint training (T, S, D)."""
+        sample = self.cache.read(self.row(index))
+        window = self._window(len(sample.moments), index)
+        text = self._text(sample, index) if sample.texts else None
+        if text is not None and self.draws.joint:
+            text = text.expand(self.frames, -1, -1)
+        return replace(sample, moments=sample.moments[window], image=sample.image[window]), text
+
+    def _images(self, index: int) -> tuple[Sample, Tensor]:
+        """T frames, each of a sample of its own, in the place of a clip, and their texts (T, S, D)."""
+        source = generator(self.draws.seed, index, "images")
+        chosen = torch.randint(len(self.rows), (self.frames,), generator=source).tolist()
+        samples = [self.cache.read(self.rows[number]) for number in chosen]
+        frames = [int(torch.randint(len(sample.moments), (), generator=source)) for sample in samples]
+        moments, image = (
+            torch.stack([getattr(sample, name)[frame] for sample, frame in zip(samples, frames, strict=True)])
+            for name in ("moments", "image")
+        )
+        texts = [self._text(sample, index, f"/{number}") for number, sample in enumerate(samples)]
+        row = {**self.row(index), "motion_bucket": 0}
+        return Sample(moments, image, samples[0].frame, (), row), torch.stack(texts)
+
+    def _noise(self, shape: Sequence[int], index: int, images: bool) -> Tensor:
+        """(T, C, h, w); the offset is shared by the frames of a clip, and drawn for every image by itself."""
+        draws = self.draws
+        noise = torch.randn(shape, generator=generator(draws.seed, index, "noise"))
+        apart = noise[:, None] if images else noise[None]
+        return offset_noise(apart, draws.offset_noise, generator(draws.seed, index, "offset")).view(shape)
 
     def _window(self, available: int, index: int) -> slice:
         """Which frames of a cached sample are used."""
@@ -174,19 +220,20 @@ class Examples(Dataset[Batch]):
         level = LogNormal(draws.conditioning_p_mean, draws.conditioning_p_std)
         return level.sample(1, generator(draws.seed, index, "conditioning"))[0]
 
-    def _text(self, sample: Sample, index: int) -> Tensor:
+    def _text(self, sample: Sample, index: int, part: str = "") -> Tensor:
         """(S, D): one of the sample's captions, drawn by its captioner's probability, or the empty prompt when
-        dropped.
+        dropped or when there is none. `part` tells the images of one index apart.
         """
         draws = self.draws
-        if not draws.kept(index, "text", draws.text_dropout):
+        if not sample.texts or not draws.kept(index, f"text{part}", draws.text_dropout):
             return self.cache.null_text
         if draws.strata:
             return sample.texts[0][1]
         weights = dict(draws.caption_probabilities)
         shares = torch.tensor([weights.get(captioner, 0.0) for captioner, _ in sample.texts])
         shares = shares if shares.sum() > 0 else torch.ones_like(shares)
-        return sample.texts[int(torch.multinomial(shares, 1, generator=generator(draws.seed, index, "caption")))][1]
+        chosen = torch.multinomial(shares, 1, generator=generator(draws.seed, index, f"caption{part}"))
+        return sample.texts[int(chosen)][1]
 
 
 class Steps(Sampler[list[int]]):

@@ -21,15 +21,17 @@ Passes = Literal["auto", "batched", "sequential"]
 class Condition:
     """What the network is told about a batch of B clips; every signal that is given has B as its first dimension.
 
-    context (B, S, D): tokens of the cross-attention (text, or one or two image embeddings). ids (B, n):
-    micro-conditioning. concat (B, T, C', H, W): channels put behind the noisy latents. time_context (B, S', D):
-    separate tokens for the temporal cross-attention (temporal prompting, E.5.4).
+    context (B, S, D): tokens of the cross-attention (text, or one or two image embeddings), or (B, T, S, D), those of
+    every frame. ids (B, n): micro-conditioning. concat (B, T, C', H, W): channels put behind the noisy latents.
+    time_context (B, S', D): separate tokens for the temporal cross-attention (temporal prompting, E.5.4). image_only
+    (B,) bool: clips whose frames are unrelated images, which the temporal layers leave alone (joint training).
     """
 
     context: Tensor
     ids: Tensor | None = None
     concat: Tensor | None = None
     time_context: Tensor | None = None
+    image_only: Tensor | None = None
 
 
 ConditionalDenoiser = Callable[[Tensor, Tensor, Condition], Tensor]

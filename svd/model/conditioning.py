@@ -226,6 +226,13 @@ def conditioned(unet: nn.Module, condition: Condition) -> Network:
     def network(x: Tensor, c_noise: Tensor) -> Tensor:
         if condition.concat is not None:
             x = torch.cat([x, condition.concat.to(x.dtype)], dim=2)
-        return unet(x.to(dtype), c_noise, context, condition.ids, time_context_BLD=time_context)
+        return unet(
+            x.to(dtype),
+            c_noise,
+            context,
+            condition.ids,
+            time_context_BLD=time_context,
+            image_only_B=condition.image_only,
+        )
 
     return network

@@ -34,6 +34,7 @@ def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNe
         cross_attention_dim=sizes.cross_attention_dim,
         id_embedding_dim=sizes.id_embedding_dim,
         norm_eps=sizes.norm_eps,
+        mixer=sizes.mixer,
         in_channels=channels + extra,
         out_channels=channels,
         ids=task.ids,
@@ -63,10 +64,11 @@ def carry_over(source: UNet, target: UNet, origin: str) -> UNet:
 
     New input channels of the first convolution and new conditioning ids start at zero, so the model first ignores
     them: 4 channels become 8 (D.4) or 9 (D.5). Temporal layers and the learned mask, where only the target has them,
-    keep their initial values; in image mode an inflated model computes what the image model does. Raises UserError when
-    the rest doesn't fit.
+    keep their initial values; in image mode an inflated model computes what the image model does. The weights of the
+    mixers are kept where one model has learned ones and the other fixed ones. Raises UserError when the rest doesn't
+    fit.
     """
-    given, state = _names_of(target, source.state_dict()), target.state_dict()
+    given, state = _names_of(target, _mixed_alike(source, target)), target.state_dict()
     _check_parts(given, state, target.config.temporal, origin)
     with torch.no_grad():
         for name, tensor in state.items():
@@ -79,6 +81,15 @@ def carry_over(source: UNet, target: UNet, origin: str) -> UNet:
                     "make the sizes in 'model.unet' those of these weights"
                 )
     return target
+
+
+def _mixed_alike(source: UNet, target: UNet) -> dict[str, Tensor]:
+    """The state of `source` with the mixers' weights α as `target` keeps them: α itself when fixed, else its logit."""
+    state, (before, after) = source.state_dict(), (unet.config.mixer == "fixed" for unet in (source, target))
+    if before != after and target.config.temporal:
+        convert = torch.logit if before else torch.sigmoid
+        state |= {name: convert(factor) for name, factor in state.items() if name.endswith("mix_factor")}
+    return state
 
 
 def _check_parts(given: Mapping[str, Tensor], state: Mapping[str, Tensor], temporal: bool, origin: str) -> None:

@@ -85,6 +85,12 @@ class ReconstructionLoss(nn.Module):
     The reference sums over the 3·H·W values of a picture; dividing all by this count keeps the ratio of the terms, so
     `kl_weight` means what it means there. perceptual_frames: how many pictures of a batch the perceptual distance sees,
     evenly spaced (0: all of them); its expectation is the same.
+
+    The reference's loss is rec / exp(s) + s with a log-variance s, which is 0 and not trained by default; one of its
+    example configurations trains it, and neither SVD nor VideoLDM says that the video decoder did. It is left out: a
+    learned s ends at ln(rec), a common factor of the terms in rec. Adam doesn't see a common factor, the adaptive
+    weight of the adversarial term takes it over, and beside the KL, which only the image phase has, it does what
+    `kl_weight` does.
     """
 
     def __init__(

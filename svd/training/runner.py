@@ -79,6 +79,7 @@ class Training:
             conditioning_p_std=config.conditioning_p_std,
             caption_probabilities=tuple(sorted(self.context.preset.curation.captions.probabilities.items())),
             pixels=self.task.pixels,
+            image_share=phase.image_share,
             strata=strata,
         )
 

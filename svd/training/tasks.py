@@ -55,8 +55,8 @@ def _image(batch: Batch, unet: UNet, autoencoder: Autoencoder | None) -> Conditi
 
 
 def _text_to_video(batch: Batch, unet: UNet, autoencoder: Autoencoder | None) -> Condition:
-    """Stages II and III: text, fps, motion (D.2, D.3)."""
-    return Condition(batch["text"], text_ids(batch))
+    """Stages II and III: text, fps, motion (D.2, D.3); in a joint batch also which clips are images."""
+    return Condition(batch["text"], text_ids(batch), image_only=batch.get("image_only"))
 
 
 def noisy_conditioning_latent(batch: Batch, autoencoder: Autoencoder) -> Tensor:

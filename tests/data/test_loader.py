@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,66 @@ def test_fewer_frames_are_a_window_of_the_cached_ones(cache: LatentCache) -> Non
         image, whole = data[index]["image"], cache.read(data.row(index)).image
         starts.add(next(k for k in range(3) if whole[k : k + 2].equal(image)))
     assert starts == {0, 1, 2}
+
+
+JOINT = Draws(7, -1.2, 1.0, text_dropout=0.15, caption_probabilities=(("sidecar", 1.0),), image_share=0.4)
+
+
+def test_images_take_the_place_of_a_share_of_the_clips(cache: LatentCache) -> None:
+    """The clips that stay are those of a training without images; an examination has none."""
+    plain, joint = (examples(cache, replace(JOINT, image_share=share)) for share in (0.0, 0.4))
+    images = [bool(joint[k]["image_only"]) for k in range(600)]
+    assert sum(images) / len(images) == pytest.approx(0.4, abs=0.05)
+    assert "image_only" not in plain[0]
+    shared = plain[0].keys() - {"text"}
+    for index in range(40):
+        first, second = plain[index], joint[index]
+        assert second["text"].shape == (FRAMES, *first["text"].shape)
+        if images[index]:
+            assert second["motion_bucket"] == 0 and not first["latents"].equal(second["latents"])
+            continue
+        assert all(first[name].equal(second[name]) for name in shared), index
+        assert all(text.equal(first["text"]) for text in second["text"])
+    examined = examples(cache, replace(JOINT, strata=8))[2]
+    assert "image_only" not in examined and examined["text"].ndim == 2
+
+
+def test_images_are_frames_of_many_clips_each_with_its_own_caption(cache: LatentCache) -> None:
+    data = examples(cache, replace(JOINT, text_dropout=0.0, image_share=1.0))
+    every = [cache.read(row) for row in data.rows]
+    sources = set()
+    for index in range(30):
+        example, found = data[index], []
+        for image, text in zip(example["image"], example["text"], strict=True):
+            clip, frame = next(
+                (c, f) for c in range(len(every)) for f in range(FRAMES) if every[c].image[f].equal(image)
+            )
+            assert text.equal(every[clip].texts[0][1])
+            found.append((clip, frame))
+        means = torch.stack([every[clip].moments[frame, :4] for clip, frame in found]) * 0.5
+        assert (example["latents"] - means).abs().max() < 0.2  # the posterior's noise
+        sources |= set(found)
+    assert len(sources) > 0.8 * len(every) * FRAMES
+
+
+def test_an_offset_is_drawn_for_each_image(cache: LatentCache) -> None:
+    plain, shifted = (examples(cache, Draws(7, 0, 1, offset_noise=s, image_share=1.0))[3]["noise"] for s in (0.0, 0.5))
+    shift = shifted - plain
+    assert shift.std(dim=(2, 3)).max() < 1e-6 and shift.std(dim=0).min() > 1e-3
+
+
+def test_a_joint_training_is_the_same_on_any_number_of_ranks_and_when_resumed(cache: LatentCache) -> None:
+    data = examples(cache, JOINT)
+    whole = by_index(list(IndexedLoader(data, 6, 4)))
+    alone = IndexedLoader(data, 6, 4)
+    iterator = iter(alone)
+    parts = [next(iterator) for _ in range(3)]
+    for rank in range(2):
+        shared = IndexedLoader(data, 6, 4, rank, 2, num_workers=1)
+        shared.load_state_dict(alone.state_dict())
+        parts += list(shared)
+    assert_equal(whole, by_index(parts))
+    assert 0 < sum(bool(sample["image_only"]) for sample in whole.values()) < len(whole)
 
 
 def test_a_batch_that_ranks_cant_share_is_refused(cache: LatentCache) -> None:

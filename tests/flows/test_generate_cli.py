@@ -1,7 +1,10 @@
 """`svd generate` on small random networks."""
 
+import inspect
 import json
 import math
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from typer.testing import CliRunner
 
 from flows import generate_cli
 from flows.generate_cli import generate_app
-from svd import watermark
+from flows.generate_results import UNRECORDED
+from svd import pipeline, safety, watermark
 from svd.files import read_clip
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.clip import build, save_toy, toy_config
@@ -22,7 +26,7 @@ from svd.model.sgm import write_sgm
 from svd.model.unet import UNet, UNetConfig
 from svd.model.weights import save_autoencoder, save_unet
 from svd.stage import UserError
-from svd.video import read_frames, read_metadata
+from svd.video import read_frames, read_metadata, write_mp4
 
 STAGES = {
     "high-quality-finetuning": (4, 2),
@@ -100,6 +104,121 @@ def test_text_writes_one_file_a_prompt_with_metadata(run, tmp_path):
     metadata = read_metadata(tmp_path / paths[0])
     assert metadata["prompt"] == "A red ball!"
     assert (metadata["seed"], metadata["steps"], metadata["guidance"], metadata["motion"]) == ("5", "2", "2.0", "127")
+
+
+# A value of every option that isn't its default's, for `test_a_file_says_how_to_make_it_again`.
+CHOSEN = {
+    "preset": "tiny",
+    "lora": "zoom:3.0",
+    "objective": "discrete-v",
+    "dtype": "bfloat16",
+    "decode_chunk": 2,
+    "decode_overlap": 1,
+    "steps": 2,
+    "solver": "heun",
+    "sigma_max": 12.0,
+    "fps": 9.0,
+    "motion": 90,
+    "frames": 4,
+    "height": 64,
+    "width": 96,
+    "watermark": True,
+    "safety_heads": "heads.npz",
+    "safety_model": "some-clip",
+    "safety_weights": "some-weights",
+    "motion_prompt": "panning",
+    "guidance": 2.5,
+    "guidance_min": 1.5,
+    "guidance_max": 2.5,
+    "ramp": "constant",
+    "cond_aug": 0.5,
+    "rounds": 2,
+    "elevation": 12.0,
+    "views": 4,
+    "size": 64,
+}
+# Inputs, and the names under which files have them.
+GIVEN = {"prompts": "prompt", "prompts_file": "prompt", "pictures": "picture", "video": "video"}
+MADE_BY = {"text": 0, "image": 1, "multiview": 2, "interpolate": 3}  # place in STAGES
+
+
+def arguments_of(command: str, values: dict) -> list[object]:
+    """The command line that sets every option in `values`."""
+    line: list[object] = [command]
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
+        for item in value if isinstance(value, list) else [value]:
+            line += [option] if item is True else [option, item]
+    return line
+
+
+@pytest.mark.parametrize("command", MADE_BY)
+def test_a_file_says_how_to_make_it_again(command, run, tmp_path, trained, picture, monkeypatch):
+    """Every option of the command stands in the file, under its name; set to these values, the clip comes again."""
+    stage, sizes = list(STAGES.items())[MADE_BY[command]]
+    unet = small_unet(*sizes)
+    add_lora(unet, 2, 2.0, "zoom", context_tokens=77)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_lora(unet, tmp_path / "zoom", "zoom")
+    flags = SimpleNamespace(apply=lambda clip: (1 - clip, False))
+    monkeypatch.setattr(safety, "load_safety_filter", lambda heads, clip: flags)
+    networks = {"model": f"tiny/{stage}/unet", "autoencoder": "tiny/autoencoder", "encoders": "tiny/encoders"}
+    chosen = CHOSEN | {name: trained / path for name, path in networks.items()}
+    parameters = set(inspect.signature(getattr(generate_cli, command)).parameters)
+    recorded = sorted(parameters - UNRECORDED - GIVEN.keys())
+    given = {"text": "a ball", "interpolate": "given.mp4"}.get(command, picture.name)
+    write_mp4(tmp_path / "given.mp4", np.random.default_rng(0).integers(0, 255, (2, 40, 60, 3), np.uint8), 5)
+
+    line = arguments_of(command, {name: chosen[name] for name in recorded})
+    (first,) = run(*line, given, "--seed", 5, "--device", "cpu", "--out", "first")
+    metadata = read_metadata(tmp_path / first)
+    read = {name: json.loads(metadata[name]) if name == "lora" else metadata[name] for name in recorded}
+    assert read == {name: [chosen[name]] if name == "lora" else str(chosen[name]) for name in recorded}
+    assert metadata["seed"] == "5" and given in (metadata.get("prompt"), metadata.get("picture"), metadata.get("video"))
+
+    again = {name: True if value == "True" else value for name, value in read.items()}
+    (second,) = run(*arguments_of(command, again), given, "--seed", metadata["seed"], "--device", "cpu", "-o", "second")
+    assert read_metadata(tmp_path / second) == metadata
+    assert np.array_equal(read_frames(tmp_path / first)[0], read_frames(tmp_path / second)[0])
+
+
+def test_what_was_left_to_defaults_is_written_out(run, tmp_path, trained):
+    (path,) = run("text", "a ball", *SIZE, *QUICK)
+    metadata = read_metadata(tmp_path / path)
+    expected = {"dtype": "float32", "objective": "edm", "solver": "dpmpp_2m", "fps": "7.0", "frames": "3", "rho": "7.0"}
+    assert metadata.items() >= expected.items()
+    assert metadata["model"] == str(trained / "tiny/high-quality-finetuning/unet")
+    assert not any("safety" in name or name == "lora" for name in metadata)
+
+
+def test_more_frames_or_pixels_than_trained_are_warned_of(run, caplog):
+    pipeline._warn_once.cache_clear()
+    size = ["--height", "128", "--width", "96"]
+    for _ in range(2):
+        run("text", "a ball", "--frames", 9, *size, *QUICK)
+    (line,) = caplog.messages
+    assert line.startswith("9 frames (trained on 8) and 128x96 (trained on 64x96): more than this model has learned")
+    assert "\n" not in line
+    caplog.clear()
+    run("text", "a ball", "--frames", 8, "--height", "64", "--width", "96", *QUICK)
+    assert not caplog.messages
+
+
+def test_interpolation_scales_the_video(run, tmp_path):
+    write_mp4(tmp_path / "odd.mp4", np.full((2, 50, 70, 3), 99, np.uint8), 5)
+    with pytest.raises(UserError, match=r"size 50x70: .* multiples of 4"):
+        run("interpolate", "odd.mp4", *QUICK)
+    for options, size in (
+        (["--height", 32], (32, 44)),
+        (["--width", 96], (68, 96)),
+        (["--height", 8, "--width", 8], (8, 8)),
+    ):
+        (path,) = run("interpolate", "odd.mp4", *options, "--format", "png", *QUICK)
+        clip = read_clip(tmp_path / path)[0]
+        assert clip.shape == (5, 3, *size)
+        shutil.rmtree(tmp_path / path)
 
 
 def test_batches_and_repeats_give_the_same_clips(run, tmp_path):

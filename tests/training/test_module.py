@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -18,12 +19,22 @@ from svd.model.autoencoder import Autoencoder
 from svd.model.conditioning import micro_conditioning
 from svd.model.unet import UNet, UNetConfig
 from svd.model.weights import load_autoencoder
+from svd.presets import ConfigError, load_preset
 from svd.stage import UserError
 from svd.training.ema import Ema
 from svd.training.initialise import carry_over, fresh_unet, unet_config, with_checkpointing
-from svd.training.module import Diffusion, learning_rate_factor, select_parameters
+from svd.training.module import TEMPORAL_PARTS, Diffusion, learning_rate_factor, select_parameters
 from svd.training.samples import Preview
-from svd.training.tasks import FRAME_INTERPOLATION, IMAGE, IMAGE_TO_VIDEO, MULTIVIEW, TEXT_TO_VIDEO, Task, dropped
+from svd.training.tasks import (
+    FRAME_INTERPOLATION,
+    IMAGE,
+    IMAGE_TO_VIDEO,
+    MULTIVIEW,
+    TEXT_TO_VIDEO,
+    Task,
+    dropped,
+    text_ids,
+)
 
 TASKS = (IMAGE, TEXT_TO_VIDEO, IMAGE_TO_VIDEO, FRAME_INTERPOLATION, MULTIVIEW)
 
@@ -68,6 +79,37 @@ def test_loss_is_the_weighted_denoising_error(task: Task, parts: tuple[LatentCac
         error = (c_skip * x + c_out * raw - batch["latents"]).square().flatten(1).mean(1)
     assert losses.shape == (3,)
     torch.testing.assert_close(losses, error * edm.weighting(batch["sigma"]), rtol=2e-4, atol=1e-5)
+
+
+def test_images_of_a_joint_batch_train_the_image_model_alone(parts: tuple[LatentCache, Autoencoder]) -> None:
+    """Their loss is that of image mode, the clips' that of a batch of clips, and no temporal layer learns from them."""
+    cache, autoencoder = parts
+    module = module_of(TEXT_TO_VIDEO, autoencoder)
+    module.configure_model()
+    for parameter in module.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    batch = batch_of(cache, TEXT_TO_VIDEO, image_share=0.7)
+    images = batch["image_only"]
+    assert images.tolist() == [True, False, False]
+    losses = module.losses(batch)
+    as_clips = module.losses({**batch, "image_only": torch.zeros_like(images)})
+    image_mode = functools.partial(module.unet.forward, image_mode=True)
+    x = batch["latents"] + edm.expand(batch["sigma"], batch["latents"]) * batch["noise"]
+    scale = edm.scalings(batch["sigma"])
+    predicted = image_mode(x * edm.expand(scale.c_in, x), scale.c_noise, batch["text"], text_ids(batch))
+    target = edm.v_target(batch["latents"], batch["noise"], batch["sigma"])
+    as_images = (predicted - target).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses, torch.where(images, as_images, as_clips))
+    assert (as_images - as_clips).abs().min() > 1e-4
+    losses[0].backward()
+    for name, parameter in module.unet.named_parameters():
+        if any(word in name for word in TEMPORAL_PARTS):
+            assert parameter.grad is not None and not parameter.grad.any(), name
+    module.unet.zero_grad()
+    losses = module.losses(batch)
+    losses.mean().backward()
+    factors = [p.grad for name, p in module.unet.named_parameters() if name.endswith("mix_factor")]
+    assert factors and all(gradient.any() for gradient in factors)
 
 
 @pytest.mark.parametrize("task", TASKS[1:], ids=lambda task: task.name)
@@ -207,6 +249,36 @@ def test_an_image_model_lives_on_in_the_video_model(parts: tuple[LatentCache, Au
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mixer", ["fixed", "learned", "learned_with_images"])
+def test_the_preset_chooses_the_mixers(mixer: str, parts: tuple[LatentCache, Autoencoder]) -> None:
+    """Carrying weights over to other mixers changes nothing but what trains."""
+    cache, _ = parts
+    source = unet_of(TEXT_TO_VIDEO)
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 1.0)
+    preset = load_preset("tiny", {"model.unet": {**toy_preset().model.unet.model_dump(), "mixer": mixer}})
+    config = unet_config(preset, TEXT_TO_VIDEO, (8, 8))
+    assert config.mixer == mixer
+    target = carry_over(source, fresh_unet(config, 0, "test"), "source")
+    back = carry_over(target, unet_of(TEXT_TO_VIDEO, seed=5), "target")
+    trained = [name for name, _ in target.named_parameters() if name.endswith("mix_factor")]
+    assert bool(trained) == (mixer != "fixed")
+    batch = batch_of(cache, TEXT_TO_VIDEO)
+    with torch.no_grad():
+        first, *others = (
+            unet(batch["latents"], torch.zeros(3), batch["text"], text_ids(batch)) for unet in (source, target, back)
+        )
+    for other in others:
+        torch.testing.assert_close(other, first, atol=1e-5, rtol=1e-5)
+
+
+def test_images_need_mixers_that_know_them() -> None:
+    phases = [{**phase.model_dump(), "image_share": 0.2} for phase in load_preset("tiny").video_pretraining.phases]
+    unet = {**load_preset("tiny").model.unet.model_dump(), "mixer": "learned"}
+    with pytest.raises(ConfigError, match=r"video_pretraining.phases.0.image_share' needs 'model.unet.mixer"):
+        load_preset("tiny", {"video_pretraining.phases": phases, "model.unet": unet})
+
+
 def test_unfitting_weights_are_named() -> None:
     small = unet_of(TEXT_TO_VIDEO)
     config = unet_config(toy_preset(), TEXT_TO_VIDEO, (8, 8))
@@ -229,8 +301,6 @@ def test_recomputation_changes_no_gradient(parts: tuple[LatentCache, Autoencoder
 
 
 def test_phase_sizes_must_be_cached() -> None:
-    from svd.presets import ConfigError
-
     phase = Phase(iterations=1, batch_size=1, height=24, width=16, frames=1, p_mean=0, p_std=1, learning_rate=1)
     with pytest.raises(ConfigError, match=r"latents\.geometries"):
         toy_preset(phases=[phase.model_dump()])

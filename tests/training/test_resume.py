@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def preset(iterations: int = 8) -> Preset:
     return toy_preset(phases=phases, warmup=3, decay="cosine", ema_decay=0.9, gradient_accumulation=2)
 
 
+def joint_preset() -> Preset:
+    """Half of the first phase's clips are images, none of the second's."""
+    plain = preset()
+    first, second = plain.video_pretraining.phases
+    phases = [first.model_copy(update={"image_share": 0.5}), second]
+    training = plain.video_pretraining.model_copy(update={"phases": phases})
+    return plain.model_copy(update={"video_pretraining": training})
+
+
 def weights(context: StageContext) -> dict[str, object]:
     return load_file(context.output / "unet" / "diffusion_pytorch_model.safetensors")
 
@@ -38,11 +48,14 @@ def first_model(folder: Path) -> Path:
     return folder / "outputs" / "image-pretraining"
 
 
-def test_interrupted_training_equals_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chosen", [preset, joint_preset])
+def test_interrupted_training_equals_an_undisturbed_one(
+    chosen: Callable[[], Preset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = first_model(tmp_path)
-    undisturbed = toy_context(tmp_path, "undisturbed", preset(), image_pretraining=image)
+    undisturbed = toy_context(tmp_path, "undisturbed", chosen(), image_pretraining=image)
     report = run_video_pretraining(undisturbed)
-    interrupted = toy_context(tmp_path, "interrupted", preset(), image_pretraining=image)
+    interrupted = toy_context(tmp_path, "interrupted", chosen(), image_pretraining=image)
     original = callbacks.Averaging.on_train_batch_end
     calls = 0
 
