@@ -83,12 +83,13 @@ def list_sources(patterns: Iterable[str], root: Path | None = None) -> list[Sour
     root: local files below it get uris relative to it, and their first folder as `split`.
     Raises UserError that names the pattern when a path does not exist, or a list or tar can't be read.
     """
-    found: dict[str, Source] = {}
+    found: dict[tuple[str, int | None], Source] = {}
     for source in itertools.chain.from_iterable(_expand(pattern, root) for pattern in patterns):
-        uri = printable(source.uri)
-        if uri not in found or (source.described and not found[uri].described):
-            found[uri] = replace(source, uri=uri)
-    return [found[uri] for uri in sorted(found)]
+        place = source.uri if source.path is None else os.path.abspath(source.path)
+        known = found.setdefault((place, source.offset), source)
+        if source.described and not known.described:
+            found[place, source.offset] = source
+    return sorted((replace(one, uri=printable(one.uri)) for one in found.values()), key=lambda one: one.uri)
 
 
 def printable(text: str) -> str:
@@ -216,7 +217,7 @@ def _listed_local(row: tuple[str, dict[str, Any]], folder: Path, root: Path | No
     member = _take_member(values)
     path = folder / storage.local_path(member.get("archive", uri)).expanduser()
     name, own = _name(path, root)
-    one = Source(name, path, own or split)
+    one = Source(name if root is not None else uri, path, own or split)
     if member:
         found: Iterable[Source] = [replace(one, uri=uri, **member)]
     elif path.is_dir():

@@ -43,10 +43,13 @@ def webdataset(path: Path) -> Path:
 
 
 def describe(sources: list[Source], base: str = "") -> dict[str, Any]:
-    """What is known of each source; `base` is taken off its address, and folders of copies too."""
-    return {
-        source.uri.removeprefix(base): (source.captions, source.licence, dict(source.metadata)) for source in sources
-    }
+    """What is known of each source by its place, without `base` in front of it."""
+    members = ["#" + source.uri.partition("#")[2] if source.archive else "" for source in sources]
+    places = [
+        s.uri if s.path is None else f"{s.path.absolute()}{member}" for s, member in zip(sources, members, strict=True)
+    ]
+    facts = [(source.captions, source.licence, dict(source.metadata)) for source in sources]
+    return {place.removeprefix(base): fact for place, fact in zip(places, facts, strict=True)}
 
 
 def gathered(patterns: list[Any], folder: Path, copied_bytes: int = 0) -> list[Source]:
@@ -95,7 +98,7 @@ def test_folders_keep_sidecars_lists_and_tars_whether_copied_or_not(tmp_path: Pa
     (folder / "README.md").write_text("about")
     webdataset(folder / "w.tar")
     found = gathered([folder], tmp_path / "out", copied_bytes)
-    base = "footage/in/" if copied_bytes else f"{folder}/"
+    base = f"{tmp_path}/out/footage/in/" if copied_bytes else f"{folder}/"
     whole = (SceneCaption("whole"), SceneCaption("scene", 1, 2.5), SceneCaption("rest", 3))
     assert describe(found, base) == {
         "videos/a.mp4": (whole, "CC0", {"n": 1}),
