@@ -32,7 +32,8 @@ DatabaseOption = Annotated[str | None, typer.Option(help="Database URL (Postgres
 @tools_app.command()
 def curate(
     sources: Annotated[
-        list[str], typer.Argument(help="Videos: folders, globs, s3:// prefixes, http(s) addresses, lists, WebDataset tars.")
+        list[str],
+        typer.Argument(help="Videos: folders, globs, s3:// prefixes, http(s) addresses, lists, WebDataset tars."),
     ],
     name: Annotated[str, typer.Option(help="Results go to outputs/NAME.")] = "mine",
     preset: PresetOption = "tiny",
