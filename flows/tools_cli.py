@@ -32,7 +32,8 @@ DatabaseOption = Annotated[str | None, typer.Option(help="Database URL (Postgres
 @tools_app.command()
 def curate(
     sources: Annotated[
-        list[str], typer.Argument(help="Videos: folders, globs, s3:// prefixes, lists, WebDataset tars.")
+        list[str],
+        typer.Argument(help="Videos: folders, globs, s3:// prefixes, http(s) addresses, lists, WebDataset tars."),
     ],
     name: Annotated[str, typer.Option(help="Results go to outputs/NAME.")] = "mine",
     preset: PresetOption = "tiny",
@@ -48,7 +49,7 @@ def curate(
         found = list_sources(sources)
         if not found:
             raise UserError(f"{', '.join(sources)}: no videos there")
-        print("\n".join(plan(found, chosen.curation, chosen.sources.sources_per_shard).lines()))
+        print("\n".join(plan(found, chosen.curation, chosen.sources.sources_per_shard, chosen.encoders).lines()))
         return
     run_preset_stage("sources", chosen)
     run_preset_stage("encoders", chosen)

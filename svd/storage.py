@@ -1,6 +1,6 @@
 """Files on this machine and objects in S3 behind one interface.
 
-A location is a path, a `file://` URI, `s3://bucket/key`, or for reading whole files an http(s) address. Endpoint and
+A location is a path, a `file://` URI, `s3://bucket/key`, or for reading an http(s) address. Endpoint and
 credentials come from the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`).
 Writes are atomic (temporary name and rename; multipart upload that is completed or aborted), the SHA-256 of an object
 travels in its metadata and is verified on the way back, and everything around the network is tried again with
@@ -16,7 +16,7 @@ import mimetypes
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from svd import s3
 from svd.retries import Transient, retrying
 from svd.stage import UserError
-from svd.web import download_address
+from svd.web import download_address, ranged_address
 
 Location = str | Path
 
@@ -166,12 +166,10 @@ def read_bytes(location: Location) -> bytes:
 
 
 class RangedReader(io.RawIOBase):
-    """A seekable stream over one version of an object; `open_read` wraps it in a buffer."""
+    """A seekable stream over one version of an object or address; `open_read` wraps it in a buffer."""
 
     def __init__(self, location: str) -> None:
-        self._address = _address(location)
-        about = s3.head(self._address)
-        self._size, self._etag = int(about["ContentLength"]), str(about["ETag"])
+        self._fetch, self._size = _ranges(location)
         self._position = 0
 
     def readable(self) -> bool:
@@ -191,16 +189,28 @@ class RangedReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` with one ranged request."""
         length = min(len(buffer), max(0, self._size - self._position))
-        data = s3.get_range(self._address, self._position, length, self._etag) if length else b""
+        data = self._fetch(self._position, length) if length else b""
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
 
-def open_read(location: Location) -> BinaryIO:
-    """A seekable binary stream; remote objects are read in ranges of 4 MB."""
-    if is_remote(location):
-        return io.BufferedReader(RangedReader(str(location)), buffer_size=4 << 20)
+def _ranges(location: str) -> tuple[Callable[[int, int], bytes], int]:
+    """What reads (start, length) of one version of an object or address, and its size in bytes."""
+    if not is_remote(location):
+        return ranged_address(location)
+    address = _address(location)
+    about = s3.head(address)
+    return lambda start, length: s3.get_range(address, start, length, str(about["ETag"])), int(about["ContentLength"])
+
+
+def open_read(location: Location, block: int = 4 << 20) -> BinaryIO:
+    """A seekable binary stream; objects and http(s) addresses are read in ranges of `block` bytes.
+
+    Raises FileNotFoundError, and UserError when a web server does not answer ranged requests.
+    """
+    if is_remote(location) or str(location).startswith(("http://", "https://")):
+        return io.BufferedReader(RangedReader(str(location)), buffer_size=block)
     return local_path(location).open("rb")
 
 

@@ -1,4 +1,4 @@
-"""Files from http(s) addresses: tried again after failures, going on where a broken transfer stopped."""
+"""Files from http(s) addresses: tried again after failures, going on where a broken transfer stopped; or in ranges."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import math
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+import httpx
 
 from svd.retries import Transient, retrying
 from svd.stage import UserError
@@ -42,7 +45,7 @@ def _continue(address: str, path: Path, validator: list[str], limits: tuple[floa
         with urllib.request.urlopen(request, timeout=_PATIENCE) as response:
             _receive(response, path, have, validator, limits)
     except urllib.error.HTTPError as error:
-        raise _refusal(error, address) from None
+        raise _refusal(error.code, error.reason, address) from None
     except (http.client.HTTPException, OSError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise Transient(str(reason) or type(error).__name__) from error
@@ -75,9 +78,51 @@ def _copy(response: http.client.HTTPResponse, stream: BinaryIO, limits: tuple[fl
             raise UserError(f"{response.url}: does not come to an end; the transfer was given up")
 
 
-def _refusal(error: urllib.error.HTTPError, address: str) -> Exception:
-    if error.code >= 500 or error.code in _PASSING:
-        return Transient(f"the server answers {error.code} {error.reason}")
-    if error.code in (404, 410):
-        return FileNotFoundError(f"{address}: no such file ({error.code})")
-    return UserError(f"{address}: the server answers {error.code} {error.reason}; check the address and your access")
+def _refusal(code: int, reason: str, address: str) -> Exception:
+    if code >= 500 or code in _PASSING:
+        return Transient(f"the server answers {code} {reason}")
+    if code in (404, 410):
+        return FileNotFoundError(f"{address}: no such file ({code})")
+    return UserError(f"{address}: the server answers {code} {reason}; check the address and your access")
+
+
+def ranged_address(address: str) -> tuple[Callable[[int, int], bytes], int]:
+    """What reads (start, length) of the file at `address` over one kept connection, and its size in bytes.
+
+    Raises FileNotFoundError (404, 410), svd.retries.Unreachable, and UserError: refusals, a server that ignores ranges
+    or does not tell the size, and from the reading function a file that became another one.
+    """
+    client = httpx.Client(follow_redirects=True, timeout=_PATIENCE, headers={"User-Agent": "svd-platform"})
+    _, headers = retrying(lambda: _get_range(client, address, 0, 1), address)
+    total = headers.get("Content-Range", "").rpartition("/")[2]
+    if not total.isdigit():
+        raise UserError(f"{address}: the server does not tell the size of the file; download it first")
+    strong = headers.get("ETag", "")
+    validator = strong if strong and not strong.startswith("W/") else headers.get("Last-Modified", "")
+
+    def read(start: int, length: int) -> bytes:
+        return retrying(lambda: _get_range(client, address, start, length, validator), address)[0]
+
+    return read, int(total)
+
+
+def _get_range(
+    client: httpx.Client, address: str, start: int, length: int, validator: str = ""
+) -> tuple[bytes, httpx.Headers]:
+    """One try; nothing but the range is read when the server sends the whole file instead."""
+    headers = {"Range": f"bytes={start}-{start + length - 1}"} | ({"If-Range": validator} if validator else {})
+    try:
+        with client.stream("GET", address, headers=headers) as response:
+            if response.status_code == httpx.codes.OK:
+                change = "the file became another one while it was read" if validator else "the server ignores ranges"
+                raise UserError(f"{address}: {change}; download it first")
+            if response.status_code != httpx.codes.PARTIAL_CONTENT:
+                raise _refusal(response.status_code, response.reason_phrase, address)
+            data = b"".join(response.iter_raw())
+    except httpx.InvalidURL as error:
+        raise UserError(f"{address}: {error}") from None
+    except httpx.HTTPError as error:
+        raise Transient(str(error) or type(error).__name__) from error
+    if len(data) != length:
+        raise Transient(f"{len(data)} of {length} bytes arrived")
+    return data, response.headers

@@ -11,12 +11,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 
 from svd.config import CurationConfig
 from svd.curation.analysis import COPY_CODECS, Taken, analyse
 from svd.curation.clips import Timeline
-from svd.curation.probe import PacketIndex, SourceInfo, read_packets, read_source
+from svd.curation.probe import PacketIndex, SourceInfo, open_video, read_packets, read_source
 from svd.curation.types import Analysis, ClipSpan, Cut, DroppedSpan, SourceFacts, SourceFailure
 from svd.curation.writing import write_clip
 
@@ -40,6 +41,15 @@ def part_starts(timeline: Timeline, seconds: float) -> list[int]:
 def _timeline(index: PacketIndex) -> Timeline:
     shown = index.shown()
     return Timeline(shown, int(shown[-1]) + max(1, index.last_duration), index, index.time_base)
+
+
+def seconds_claimed(path: Path) -> float:
+    """The duration in the header, but no more than the bytes can hold: broken headers promise years.
+
+    Raises SourceFailure when it is no readable video.
+    """
+    with open_video(path) as (container, _):
+        return min((container.duration or 0) / av.time_base, path.stat().st_size / LEAST_RATE)
 
 
 def count_parts(path: Path, config: CurationConfig) -> int:

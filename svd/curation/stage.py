@@ -28,7 +28,7 @@ from svd.curation.merge import Merged, merge
 from svd.curation.parts import LEAST_RATE
 from svd.curation.report import write_report
 from svd.curation.scoring import Scorer, pick_device
-from svd.curation.sources import Source, list_sources
+from svd.curation.sources import Source, list_sources, local_file
 from svd.curation.statistics import write_statistics
 from svd.curation.summary import metrics, summary
 from svd.curation.types import SourceFailure
@@ -49,7 +49,7 @@ def run(context: StageContext) -> Report:
     if not sources:
         raise UserError(f"{folder}: no videos in {', '.join(SPLITS)}; set sources.paths or sources.synthetic")
     context.work.mkdir(parents=True, exist_ok=True)
-    identified = split_long(find_duplicates(sources, config.workers), config)
+    identified = split_long(find_duplicates(sources, config.workers), config, context.work / "fetched")
     units = list(units_of(identified, context.preset.sources.sources_per_shard))
     scorer = make_scorer(config, context.preset.encoders, context.inputs["encoders"])
     measured, scored = process(units, config, scorer, context)
@@ -90,18 +90,20 @@ def find_duplicates(sources: Sequence[Source], workers: int) -> list[Identified]
     return found
 
 
-def split_long(identified: Sequence[Identified], config: CurationConfig) -> list[Identified]:
-    """Put the parts of each long local source in its place; others, and those that can't be read, stay whole."""
+def split_long(identified: Sequence[Identified], config: CurationConfig, folder: Path) -> list[Identified]:
+    """Put the parts of each long local source in its place, a member of a local tar too (it is extracted to `folder`).
+
+    What must be fetched stays whole: its parts would be fetched again each. So does what can't be read.
+    """
     least = config.part_seconds * LEAST_RATE
     found: list[Identified] = []
     with Analyst() as analyst:
         for one in identified:
             count = 1
-            path = one.source.path
-            usable = not one.failure and not one.duplicate_of and one.source.offset is None
-            if usable and path is not None and one.bytes >= least:
-                with contextlib.suppress(SourceFailure):  # its row will say why
-                    count = analyst.count_parts(path, config)
+            usable = not one.failure and not one.duplicate_of and not one.source.remote
+            if usable and one.bytes >= least:
+                with contextlib.suppress(SourceFailure, OSError), local_file(one.source, folder) as path:
+                    count = analyst.count_parts(path, config)  # a failure is told in its row
             found += [replace(one, part=(number, count)) for number in range(count)]
     return found
 

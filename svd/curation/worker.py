@@ -27,7 +27,8 @@ from svd.stage import UserError
 if TYPE_CHECKING:
     from svd.curation.analysis import Taken
 
-DEFAULT_TIMEOUT = 3600.0  # seconds for one source
+DEFAULT_TIMEOUT = 3600.0  # seconds for half an hour of video, and for anything shorter
+TIMED_SECONDS = 1800.0
 DEFAULT_MEMORY = 2 << 30  # bytes that analysing may add to a fresh process
 ATTEMPTS = 2  # a process may be killed for what is no source's fault, as when the machine runs out of memory
 
@@ -46,8 +47,11 @@ def _limit_memory(extra: int) -> None:
 
 
 def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
-    """What a request leads to: a result, or the reason why there is none. Clips are sent as soon as they are there."""
-    from svd.curation.parts import analyse_part, count_parts
+    """What a request leads to: a result, or the reason why there is none.
+
+    Sent before it: how many seconds of video it is about, and clips as soon as they are there.
+    """
+    from svd.curation.parts import analyse_part, count_parts, seconds_claimed
     from svd.curation.writing import write_clips
 
     def taken(clip: ClipAnalysis) -> ClipAnalysis:
@@ -57,9 +61,11 @@ def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
     try:
         if request[0] == "analyse":
             _, path, config, part, scratch = request
+            connection.send(seconds_claimed(path) / part[1])
             return analyse_part(path, config, taken, part, scratch)
         if request[0] == "parts":
             return count_parts(*request[1:])
+        connection.send(float(sum(span.end_seconds - span.start_seconds for span, _ in request[3])))
         return write_clips(*request[1:])
     except SourceFailure as failure:
         return failure.reason
@@ -104,9 +110,10 @@ def _serve(connection: Connection, memory: int, motion: MotionConfig) -> None:
 class Analyst:
     """A child process that analyses sources one at a time; it is replaced when it hangs, crashes or runs out of memory.
 
-    timeout: seconds a source may take; memory: bytes that it may need beyond the empty process. A source on which it
-    dies is tried once more. It ends when this process does, however this process ends. Methods raise WorkerError when
-    no process can be had, which is no source's fault.
+    timeout: seconds that half an hour of video may take, and anything shorter; a longer source gets more, in
+    proportion. memory: bytes that it may need beyond the empty process. A source on which it dies is tried once more.
+    It ends when this process does, however this process ends. Methods raise WorkerError when no process can be had,
+    which is no source's fault.
     """
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT, memory: int = DEFAULT_MEMORY) -> None:
@@ -167,15 +174,19 @@ class Analyst:
     def _exchange(
         self, connection: Connection, request: tuple[Any, ...], take: Callable[[ClipAnalysis], None] | None
     ) -> Any:
-        left = self.timeout
+        limit = left = self.timeout
         try:
             connection.send(request)
             while True:
                 started = time.monotonic()
                 if left <= 0 or not connection.poll(left):
-                    raise SourceFailure(f"not finished after {self.timeout:g} s")
+                    raise SourceFailure(f"not finished after {limit:g} s")
                 left -= time.monotonic() - started
                 answer = connection.recv()
+                if isinstance(answer, float):
+                    more = self.timeout * max(0.0, answer / TIMED_SECONDS - 1)
+                    limit, left = limit + more, left + more
+                    continue
                 if take is None or not isinstance(answer, ClipAnalysis):
                     return answer
                 take(answer)

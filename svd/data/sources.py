@@ -2,8 +2,9 @@
 
 `train/` and `test/` hold the synthetic worlds with `truth.json`, `ucf101_fixture/` the stand-in for UCF-101, `footage/`
 what `sources.paths` names. Local folders and files are copied there, so that a run is reproducible from its cache
-alone; when they are larger than `sources.copied_bytes` together, and for addresses (s3:, https:, ytdl:) and lists (CSV,
-Parquet, JSONL, text), `footage/sources.jsonl` lists them instead, one JSON object with the key `uri` a line.
+alone; when they are larger than `sources.copied_bytes` together, and for addresses (s3:, https:, ytdl:) and lists,
+`footage/sources.jsonl` holds what svd/data/listing.py finds there instead: one JSON object a video, with `uri`,
+captions, licence, other columns, and for a member of a tar its place.
 """
 
 from __future__ import annotations
@@ -12,20 +13,18 @@ import glob
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import BinaryIO
 
-import polars
 from rich.console import Console
 from rich.progress import track
 
+from svd import storage
 from svd.data.fixture import write_ucf101_fixture
+from svd.data.listing import LISTS_IN_FOLDERS, NOT_VIDEOS, REMOTE, Source, as_row, list_sources
+from svd.data.rows import LISTS
 from svd.data.synthetic import write_worlds
 from svd.stage import Report, StageContext, UserError, publish
-
-_REMOTE = ("s3://", "http://", "https://", "ytdl:")
-_LISTS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
-_ADDRESS_COLUMNS = ("uri", "url", "path", "video", "video_path", "video_url", "contentUrl", "file")
 
 
 def run(context: StageContext) -> Report:
@@ -62,41 +61,54 @@ def gather(patterns: list[str], folder: Path, copied_bytes: int) -> tuple[int, i
 
     Raises UserError that names the pattern when nothing is there, or a list has no column of addresses.
     """
-    rows: list[dict[str, Any]] = []
+    listed = [pattern for pattern in patterns if pattern.startswith(REMOTE)]
     files: list[tuple[Path, str]] = []
-    for pattern in patterns:
-        if pattern.startswith(_REMOTE):
-            rows += _remote(pattern)
-            continue
-        for path in _matches(pattern):
-            if path.suffix.lower() in _LISTS and path.is_file():
-                rows += _list_rows(path)
-            else:
-                files += _files(path, {name.split("/")[0] for _, name in files})
-    small = sum(path.stat().st_size for path, _ in files if path.exists()) <= copied_bytes
-    copied = 0
-    for path, name in track(files, "footage", console=Console(stderr=True)):
-        if small and _copy(path, folder / name):
-            copied += 1
+    tops: list[str] = []
+    for path in (path for pattern in patterns if pattern not in listed for path in _matches(pattern)):
+        if _to_be_listed(path):
+            listed.append(str(path))
         else:
-            rows.append({"uri": str(path.absolute())})
-    if rows:
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = sorted(json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)
-        text = "".join(f"{line}\n" for line in lines)
-        (folder / "sources.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
-    return copied, len(rows)
+            tops.append(str(path))
+            files += _files(path, {name.split("/")[0] for _, name in files})
+    if sum(path.stat().st_size for path, _ in files if path.exists()) > copied_bytes:
+        listed, files = listed + tops, []
+    bar = track(files, "footage", console=Console(stderr=True), disable=not files)
+    unread = [path for path, name in bar if not _copy(path, folder / name)]
+    broken = [Source(str(path), path) for path in unread if path.suffix.lower() not in NOT_VIDEOS]
+    sources = [*list_sources(listed), *broken]
+    _write_list(sources, folder)
+    return len(files) - len(unread), len(sources)
+
+
+def _write_list(sources: list[Source], folder: Path) -> None:
+    if not sources:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = sorted(json.dumps(as_row(source), sort_keys=True, ensure_ascii=False) for source in sources)
+    text = "".join(f"{line}\n" for line in lines)
+    (folder / "sources.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _matches(pattern: str) -> list[Path]:
-    """What a pattern names on this machine, sorted."""
-    path = Path(pattern).expanduser()
-    if path.exists():
-        return [path]
-    found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    """What a pattern names on this machine, absolute, sorted."""
+    path = storage.local_path(pattern).expanduser().absolute()
+    found = [path] if os.path.lexists(path) else sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not found:
-        raise UserError(f"sources.paths: '{pattern}' does not exist; give a folder, file, glob, list or address")
+        list_sources([pattern])  # says what is wrong with it
     return found
+
+
+def _to_be_listed(path: Path) -> bool:
+    """Whether `path` is a list, or a folder with a list that names something elsewhere: copied, it would name nothing.
+
+    Raises UserError for a list that can't be read.
+    """
+    if not path.is_dir():
+        return path.suffix.lower() in LISTS
+    inside = os.path.normpath(path) + os.sep
+    lists = [str(file) for file, _ in _files(path, set()) if file.suffix.lower() in LISTS_IN_FOLDERS]
+    local = (source.path for source in list_sources(lists) if source.path is not None)
+    return any(not os.path.normpath(file).startswith(inside) for file in local)
 
 
 def _files(path: Path, taken: set[str]) -> Iterator[tuple[Path, str]]:
@@ -156,40 +168,3 @@ def _pour(read: BinaryIO, write: BinaryIO) -> bool:
         if not block:
             return True
         write.write(block)
-
-
-def _remote(pattern: str) -> list[dict[str, Any]]:
-    """An address, or everything below an s3:// prefix."""
-    if not pattern.startswith("s3://") or PurePosixPath(pattern).suffix:
-        return [{"uri": pattern}]
-    from svd import storage
-
-    found = (entry.location for entry in storage.list_files(pattern))
-    return [{"uri": uri} for uri in found if PurePosixPath(uri).suffix.lower() != ".json"]
-
-
-def _list_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a list with local paths made absolute, because the list itself does not stay where it is."""
-    if path.suffix.lower() == ".txt":
-        rows: list[dict[str, Any]] = [{"uri": line.strip()} for line in path.read_text().splitlines() if line.strip()]
-    else:
-        rows = _read_table(path).to_dicts()
-    for number, row in enumerate(rows, 1):
-        column = next((name for name in _ADDRESS_COLUMNS if row.get(name)), None)
-        if column is None:
-            raise UserError(f"{path}: row {number} has no address; expected one of {', '.join(_ADDRESS_COLUMNS)}")
-        if not str(row[column]).startswith(_REMOTE):
-            row[column] = str((path.parent / Path(str(row[column])).expanduser()).absolute())
-    return rows
-
-
-def _read_table(path: Path) -> polars.DataFrame:
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            return polars.read_parquet(path)
-        if suffix == ".jsonl":
-            return polars.read_ndjson(path)
-        return polars.read_csv(path, separator="\t" if suffix == ".tsv" else ",")
-    except (polars.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path}: not a readable list: {' '.join(str(error).split())[:200]}") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tarfile
+
 import numpy as np
 import polars as pl
 import pytest
@@ -10,8 +12,11 @@ from media_files import Kind, decode_rgb, shots, tiny_config, write
 
 from svd.curation import catalog, stage
 from svd.curation.analysis import analyse
+from svd.curation.measure import identify, measure_unit, units_of
 from svd.curation.merge import join_parts
-from svd.curation.parts import analyse_part, count_parts
+from svd.curation.parts import analyse_part, count_parts, seconds_claimed
+from svd.curation.sources import list_sources
+from svd.curation.worker import Analyst
 from svd.curation.writing import write_clip
 
 LENGTHS = [100, 57, 130, 113]
@@ -92,6 +97,34 @@ def test_a_split_source_has_one_row_and_its_clips_those_of_the_whole(tmp_path):
     assert len(both) > len(clips) / 3
     for column in ("start_seconds", "frames", "method", "captions", "camera"):
         assert both[column].to_list() == both[f"{column}_of_part"].to_list()
+
+
+def test_long_members_of_tars_are_split_as_files_are(tmp_path):
+    source = write(tmp_path / "source", list(shots(LENGTHS)), kind=Kind(gop=24))
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "w.tar", "w") as tar:
+        tar.add(source, "film.mp4")
+    config = tiny_config(part_seconds=4.0)
+    found = [identify(one) for one in list_sources([str(tmp_path / "in"), str(source)])]
+    parts = stage.split_long(found, config, tmp_path / "fetched")
+    assert [one.part for one in parts] == 2 * [(number, 4) for number in range(4)]
+    frames = []
+    with Analyst() as analyst:
+        for unit in units_of(parts[:4], 5):
+            folder = measure_unit(unit, config, tmp_path / "measured", analyst)
+            rows = pl.read_parquet(folder / "sources.parquet")
+            frames += rows["frames"].to_list()
+            assert rows["source_uri"].to_list() == [f"{tmp_path}/in/w.tar#film.mp4"]
+    assert sum(frames) == sum(LENGTHS) and len(frames) == 4
+    assert not list((tmp_path / "fetched").iterdir())
+
+
+def test_a_header_promises_no_more_seconds_than_the_bytes_can_hold(tmp_path):
+    frames = list(shots([48]))
+    honest = write(tmp_path / "honest", frames)
+    assert seconds_claimed(honest) == pytest.approx(2.0, abs=0.1)
+    boastful = write(tmp_path / "boastful", frames, kind=Kind(suffix="mkv", pts=[*range(47), 10**5]))
+    assert seconds_claimed(boastful) == boastful.stat().st_size / 4000
 
 
 def test_a_part_that_fails_is_told():

@@ -15,6 +15,7 @@ from svd.curation import stage
 from svd.curation.measure import identify, measure_unit, units_of
 from svd.curation.scoring import Scorer
 from svd.curation.sources import list_sources
+from svd.curation.types import SourceFailure
 from svd.curation.worker import Analyst, WorkerError
 from svd.stage import UserError
 
@@ -22,6 +23,38 @@ from svd.stage import UserError
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
     return write(tmp_path_factory.mktemp("video") / "video", list(shots([150], height=144, width=256, speed=0.2)))
+
+
+class Scripted:
+    """A connection that gives prepared answers; `waits` are the seconds that each was waited for."""
+
+    def __init__(self, *answers):
+        self.answers, self.waits = list(answers), []
+
+    def send(self, request):
+        pass
+
+    def poll(self, seconds):
+        self.waits.append(round(seconds))
+        return bool(self.answers)
+
+    def recv(self):
+        return self.answers.pop(0)
+
+
+def test_a_long_source_has_more_time(video, tmp_path):
+    analyst = Analyst()
+    long = Scripted(3 * 1800.0, "done")
+    assert analyst._exchange(long, ("analyse",), None) == "done" and long.waits == [3600, 3 * 3600]
+    short = Scripted(5.0, "done")
+    assert analyst._exchange(short, ("analyse",), None) == "done" and short.waits == [3600, 3600]
+    with pytest.raises(SourceFailure, match="not finished after 14400 s"):
+        analyst._exchange(Scripted(4 * 1800.0), ("analyse",), None)
+    config = tiny_config()
+    with analyst:
+        connection = analyst._start(config.motion)
+        connection.send(("analyse", video, config, (0, 2), tmp_path / "part.mp4"))
+        assert connection.recv() == pytest.approx(150 / 24 / 2, abs=0.05), "the seconds of one of two parts"
 
 
 def when_busy(analyst: Analyst, action) -> threading.Thread:

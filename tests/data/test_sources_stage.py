@@ -56,7 +56,7 @@ def test_lists_keep_their_columns_and_get_absolute_paths(tmp_path: Path) -> None
         target = tmp_path / suffix
         assert sources.gather([str(tmp_path / f"list.{suffix}")], target, 10**6) == (0, 2)
         expected = {"https://example.org/b.mp4": "b", str(tmp_path / "clips/a.mp4"): "a"}
-        assert {row["url"]: row["caption"] for row in rows(target)} == expected
+        assert {row["uri"]: row["caption"] for row in rows(target)} == expected
     assert sources.gather([str(tmp_path / "list.txt")], tmp_path / "txt", 10**6) == (0, 2)
     (tmp_path / "broken.parquet").write_text("no")
     with pytest.raises(UserError, match=r"broken\.parquet"):
