@@ -330,14 +330,15 @@ def clip_size(networks: Networks, size: Size, phase: Phase) -> tuple[int, int, i
     at.
     """
     from svd.model.layout import read_config
+    from svd.model.sgm import trained_frames
 
     known = (phase.frames, phase.height, phase.width)
     model = networks.model
     if model is not None and is_released(model):
-        # A single file doesn't say how many frames it was trained on; only its published name does.
-        frames = 25 if "xt" in model.stem.lower() else 14
         if model.is_dir():
-            frames = int(read_config(model / "unet" / "config.json").get("num_frames", frames))
+            frames = int(read_config(model / "unet" / "config.json").get("num_frames", 14))
+        else:
+            frames = trained_frames(model)
         known = (frames, 576, 1024)
     return size.frames or known[0], size.height or known[1], size.width or known[2]
 

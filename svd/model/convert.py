@@ -21,7 +21,6 @@ from svd.model.clip_keys import heads_of, to_open_clip, to_transformers, transfo
 from svd.model.layout import (
     autoencoder_from_json,
     autoencoder_to_json,
-    published_frames,
     read_config,
     unet_from_json,
     unet_to_json,
@@ -38,6 +37,7 @@ from svd.model.sgm import (
     read_sgm,
     split,
     stored_config,
+    trained_frames,
     unet_config,
     unet_from_sgm,
     unet_to_sgm,
@@ -93,8 +93,7 @@ def convert(
             raise UserError(
                 f"{source}: a folder, so it's in diffusers' layout already; give a single .safetensors file"
             )
-        parts = read_sgm(source, sha256)
-        return _to_folder(parts, target, dtype, frames or parts.config.get("frames") or published_frames(source))
+        return _to_folder(read_sgm(source, sha256), target, dtype, frames or trained_frames(source))
     if source.is_file():
         raise UserError(f"{source}: a single file, so it's in sgm's layout already; give a folder in diffusers' layout")
     return _to_file(source, target, dtype, frames)
