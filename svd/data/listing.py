@@ -223,7 +223,8 @@ def _listed_local(row: tuple[str, dict[str, Any]], folder: Path, root: Path | No
     elif path.is_dir():
         found = _folder(path, root)
     else:
-        found = _tar(str(path), one) if path.suffix.lower() == ".tar" and path.is_file() else [one]
+        tar = path.suffix.lower() == ".tar" and path.is_file()
+        found = _tar(str(path), replace(one, uri=name)) if tar else [one]
     yield from (with_sidecar(source, values) for source in found)
 
 

@@ -54,7 +54,7 @@ def test_a_part_of_a_prefix_is_probed_and_the_rest_estimated(
 def test_sizes_weigh_an_estimate(videos: Path) -> None:
     (known,) = list_sources([str(videos / "2.mp4")])
     size = (videos / "2.mp4").stat().st_size
-    found = plan([known, Source("ytdl:x"), Source("http://x/y", size=10 * size)], tiny().curation, 64)
+    found = plan([known, Source("ytdl:x"), Source("ytdl:y", size=10 * size)], tiny().curation, 64)
     assert found.estimated_hours == pytest.approx((2 + 20) / 3600, rel=0.02)
 
 

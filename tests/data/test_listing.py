@@ -134,6 +134,8 @@ def test_tars_folders_and_nothing_in_a_list(tmp_path: Path) -> None:
     (tmp_path / "vids/a.mp4").write_bytes(b"a")
     (tmp_path / "l.csv").write_text("uri,licence,caption\nw.tar,CC-BY,\nvids,CC0,mine\ngone.mp4,,\n")
     found = both([tmp_path / "l.csv"], tmp_path / "out")
+    members = [s.uri for s in gathered([tmp_path / "l.csv"], tmp_path / "again") if s.archive]
+    assert members == [f"{tmp_path}/w.tar#a/1.mp4", f"{tmp_path}/w.tar#c.video.mp4"]
     mine, cat, dots = (SceneCaption("mine"),), (SceneCaption("a cat"),), (SceneCaption("two dots"),)
     assert {name.removeprefix(f"{tmp_path}/"): facts[:2] for name, facts in found.items()} == {
         **{"gone.mp4": ((), None), "vids/a.mp4": (mine, "CC0")},
