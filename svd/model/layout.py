@@ -7,6 +7,7 @@ which diffusers ignores. A folder made by diffusers has no "svd" and is read fro
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def autoencoder_from_json(value: dict[str, Any], path: Path) -> AutoencoderConfi
 
 def published_frames(path: Path) -> int:
     """How many frames a released single file was trained on, which its name alone tells: 25 for SVD-XT, 14 for SVD."""
-    return 25 if "xt" in path.stem.lower() else 14
+    return 25 if re.search(r"(?<![a-z])xt(?![a-z])", path.stem.lower()) else 14
 
 
 def unet_to_json(config: UNetConfig, frames: int = 14, sample_size: int = 96) -> dict[str, Any]:

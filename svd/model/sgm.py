@@ -220,7 +220,7 @@ def autoencoder_from_sgm(tensors: Mapping[str, Lazy], config: AutoencoderConfig)
     renamed = rename(tensors, invert(autoencoder_table(config)))
     return {
         name: tensor.map(lambda t: t[:, :, 0, 0])
-        if is_attention_projection(name) and len(tensor.shape) == 4
+        if is_attention_projection(name) and tuple(tensor.shape[2:]) == (1, 1)
         else tensor
         for name, tensor in renamed.items()
     }

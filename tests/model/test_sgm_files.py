@@ -215,7 +215,10 @@ def test_a_unet_alone_becomes_a_file_that_can_be_read(tmp_path: Path, kind: dict
     assert config == (tmp_path / "unet" / "config.json").read_text() and '"num_frames": 9' in config
 
 
-@pytest.mark.parametrize(("name", "given", "frames"), [("svd", None, 14), ("svd_xt_1_1", None, 25), ("svd", 21, 21)])
+@pytest.mark.parametrize(
+    ("name", "given", "frames"),
+    [("svd", None, 14), ("svd_xt_1_1", None, 25), ("svd", 21, 21), ("text2video", None, 14)],
+)
 def test_a_released_files_name_tells_its_frames(tmp_path: Path, name: str, given: int | None, frames: int) -> None:
     convert(write(tmp_path, f"{name}.safetensors"), tmp_path / "folder", "diffusers", frames=given)
     assert json.loads((tmp_path / "folder" / "unet" / "config.json").read_text())["num_frames"] == frames
