@@ -111,7 +111,8 @@ class _Pass:
         self.cuts: list[Cut] = []
         self.clips: list[ClipAnalysis] = []
         self.dropped: list[DroppedSpan] = []
-        self._first, self._end_frame = window or (0, None)
+        self._first = window[0] if window else 0
+        self._end_frame = window[1] if window else None
         self._inherited = False
         self._shot_start = self._first
         self._shot_cut: int | None = None
