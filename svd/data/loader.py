@@ -176,7 +176,7 @@ class Examples(Dataset[Batch]):
 
     def _text(self, sample: Sample, index: int) -> Tensor:
         """(S, D): one of the sample's captions, drawn by its captioner's probability, or the empty prompt when
-        dropped.
+        dropped. The probabilities of the captioners that a sample has are scaled to a sum of 1.
         """
         draws = self.draws
         if not draws.kept(index, "text", draws.text_dropout):
