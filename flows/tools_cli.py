@@ -78,10 +78,11 @@ def browse(
 
 @tools_app.command()
 def refilter(catalogue: CatalogueArgument, preset: PresetOption = "tiny") -> None:
-    """Judge a catalogue again with the preset's filters; touches no video."""
+    """Judge a catalogue again with the preset's filters and renew its subsets; touches no video."""
     from svd.curation.filters import refilter as judge
 
-    for axis, threshold in judge(catalogue, load_preset(preset).curation.filters).items():
+    chosen = load_preset(preset).curation
+    for axis, threshold in judge(catalogue, chosen.filters, chosen.subsets).items():
         out.print(f"{axis}: {threshold:.6g}")
 
 

@@ -46,6 +46,12 @@ class CutPass(Section):
     fps: float | None = Field(None, gt=0, description="None: every frame of the source")
     threshold: float = Field(gt=0)
 
+    @model_validator(mode="after")
+    def _every_frame(self) -> Self:
+        if self.detector == "transnetv2" and self.fps is not None:
+            raise ValueError("'transnetv2' reads every frame of the source: leave 'fps' out")
+        return self
+
 
 class CutsConfig(Section):
     """Cascaded cut detection (§3.1)."""

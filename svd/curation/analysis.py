@@ -32,13 +32,18 @@ from svd.curation.types import Analysis, ClipAnalysis, Cut, DroppedSpan, SourceF
 CHUNK_SECONDS = 20.0
 COPY_CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video", "av1", "vp9")
 Taken = Callable[[ClipAnalysis], ClipAnalysis]
+Window = tuple[int, int]  # numbers of frames
 
 
-def analyse(path: Path, config: CurationConfig, taken: Taken = lambda clip: clip) -> Analysis:
+def analyse(
+    path: Path, config: CurationConfig, taken: Taken = lambda clip: clip, window: Window | None = None
+) -> Analysis:
     """Decode `path` once and find its cuts, clips, motion and sampled frames.
 
     taken: called with each clip once it is complete; the analysis holds what it returns. Frames that it puts elsewhere
     take no memory, however long the source is. A source that has to be begun again begins again with its first clip.
+    window: frames [first, end) that count: those around them are only looked at, so that a cut at either end is found
+    as in the middle; a cut belongs to the window that holds its start, or that ends there.
     Raises SourceFailure, with a readable reason, for anything that can't be decoded as video. It trusts the decoder
     with the file: for untrusted files use worker.analyse_guarded.
     """
@@ -46,29 +51,31 @@ def analyse(path: Path, config: CurationConfig, taken: Taken = lambda clip: clip
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # one source, one thread: sources run side by side
     try:
-        return _analyse(path, config, started, taken)
+        return _analyse(path, config, started, taken, window)
     finally:
         cv2.setNumThreads(threads)
 
 
-def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken) -> Analysis:
+def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken, window: Window | None) -> Analysis:
     info, index = read_source(path), read_packets(path)
     demuxed = time.process_time()
-    analysis = _decode(path, config, info, index, taken)
+    analysis = _decode(path, config, info, index, taken, window)
     timing = {"demux": demuxed - started, "decode_and_analyse": time.process_time() - demuxed}
     return replace(analysis, timing=timing)
 
 
-def _decode(path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, taken: Taken) -> Analysis:
+def _decode(
+    path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, taken: Taken, window: Window | None
+) -> Analysis:
     """Try the cheapest pass first: without frames that nothing depends on; every frame; without timestamps."""
     try:
-        return _Pass(path, config, info, index, taken, skipping=info.codec in SKIPPING_CODECS).run()
+        return _Pass(path, config, info, index, taken, window, skipping=info.codec in SKIPPING_CODECS).run()
     except _UnexpectedError:
         pass
     try:
-        return _Pass(path, config, info, index, taken, skipping=False).run()
+        return _Pass(path, config, info, index, taken, window, skipping=False).run()
     except _UnexpectedError:
-        return _Pass(path, config, info, index.without_timestamps(), taken, skipping=False).run()
+        return _Pass(path, config, info, index.without_timestamps(), taken, window, skipping=False).run()
 
 
 class _UnexpectedError(Exception):
@@ -80,7 +87,14 @@ class _Pass:
     """The state of one decode pass."""
 
     def __init__(
-        self, path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, taken: Taken, skipping: bool
+        self,
+        path: Path,
+        config: CurationConfig,
+        info: SourceInfo,
+        index: PacketIndex,
+        taken: Taken,
+        window: Window | None,
+        skipping: bool,
     ) -> None:
         self.config, self.info, self.index, self.taken = config, info, index, taken
         self.rate = info.fps(index)
@@ -89,14 +103,18 @@ class _Pass:
         self.skipped = self._skippable() if skipping else np.zeros(0, np.int64)
         self.decoder = Decoder(path, self.skipped.tolist())
         self.numbering = Numbering(self.skipped)
-        self.debt = Debt(np.searchsorted(index.shown(), np.sort(index.pts[index.keyframe])))
+        self.keyframes = np.searchsorted(index.shown(), np.sort(index.pts[index.keyframe]))
+        self.debt = Debt(self.keyframes)
         self.finder = CutFinder(config.cuts, float(self.rate), self._look_again)
         self.sampler: Sampler | None = None
         self.motion: list[np.ndarray] = []  # (n, 4) between neighbouring frames, from frame 0 on
         self.cuts: list[Cut] = []
         self.clips: list[ClipAnalysis] = []
         self.dropped: list[DroppedSpan] = []
-        self._shot_start = 0
+        self._first = window[0] if window else 0
+        self._end_frame = window[1] if window else None
+        self._inherited = False
+        self._shot_start = self._first
         self._shot_cut: int | None = None
 
     def _skippable(self) -> np.ndarray:
@@ -172,17 +190,31 @@ class _Pass:
 
     def _close(self, found: Found, timeline: Timeline) -> None:
         """A cut is certain: the shot before it is complete."""
-        if found.end <= self._shot_start and self.cuts:
+        start, last = max(found.start, self._shot_start), self._last(timeline)
+        inherited = 0 < start <= self._first
+        known = found.end <= self._shot_start and bool(self.cuts) and not inherited
+        if known or start > last or (inherited and self._keyframe_before_first(found.end)):
             return
+        if inherited:
+            self.cuts.clear()  # of several before the first frame, the last one counts
+        self._inherited |= inherited
         number = len(self.cuts)
-        start = max(found.start, self._shot_start)
         self.cuts.append(self._cut(found, start, timeline))
         self._shot(Shot(self._shot_start, start, self._shot_cut, number), timeline)
-        if found.end > start:
-            self.dropped.append(self._transition(start, found.end, found.kind, timeline))
-        self._shot_start, self._shot_cut = found.end, number
+        if min(found.end, last) > start:
+            self.dropped.append(self._transition(start, min(found.end, last), found.kind, timeline))
+        self._shot_start, self._shot_cut = max(found.end, self._first), number
         assert self.sampler is not None
         self.sampler.forget(found.end)
+
+    def _keyframe_before_first(self, frame: int) -> bool:
+        """Whether the shot that starts at `frame` has clips before the window."""
+        return bool(((self.keyframes >= frame) & (self.keyframes < self._first)).any())
+
+    def _last(self, timeline: Timeline) -> int:
+        """The end of what counts."""
+        known = len(timeline.pts)
+        return known if self._end_frame is None else min(self._end_frame, known)
 
     def _cut(self, found: Found, start: int, t: Timeline) -> Cut:
         return Cut(
@@ -237,9 +269,9 @@ class _Pass:
             if not np.array_equal(timeline.pts, shown[shown >= timeline.pts[0]]):
                 raise _UnexpectedError
         self._settle(final=True)
-        self._shot(Shot(self._shot_start, len(timeline.pts), self._shot_cut, None), timeline)
+        self._shot(Shot(self._shot_start, self._last(timeline), self._shot_cut, None), timeline)
         self.dropped.sort(key=lambda d: d.start_frame)
-        return Analysis(self._facts(timeline), self.cuts, self.clips, self.dropped)
+        return Analysis(self._facts(timeline), self.cuts, self.clips, self.dropped, inherited=int(self._inherited))
 
     def _facts(self, timeline: Timeline) -> SourceFacts:
         facts, info = self.decoder.facts, self.info

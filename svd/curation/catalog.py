@@ -121,6 +121,7 @@ SOURCES_SCHEMA = pa.schema(
         ("frames", pa.int64()),
         ("cuts", pa.int32()),
         ("clips", pa.int32()),
+        ("scenes", pa.int32()),  # as the source's own metadata cut it; null where they don't
         ("warnings", pa.list_(pa.string())),
         ("licence", pa.string()),
         ("metadata", pa.string()),

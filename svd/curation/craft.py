@@ -7,6 +7,8 @@ names are those of the published weights (`craft_mlt_25k.pth`), so that they loa
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,7 @@ LOW_TEXT = 0.4
 LINK_THRESHOLD = 0.4
 MIN_PIXELS = 10
 MAGNIFICATION = 1.5
+_LOADING = threading.Lock()
 # VGG-16-BN convolutions as torchvision numbers its layers: (first layer of the slice, channels; 0 is a pooling).
 _SLICES = {
     "slice1": (0, (3, 64, 64, 0, 128, 128)),
@@ -134,12 +137,23 @@ def load_craft(path: Path) -> Craft:
     return model.eval()
 
 
+@functools.cache
+def _shared(path: Path, device: str, _changed: int) -> Craft:
+    return load_craft(path).to(device)
+
+
+def shared_craft(path: Path, device: str) -> Craft:
+    """As `load_craft`, on `device`; loaded once a process for all threads, and again when the file changes."""
+    with _LOADING:
+        return _shared(path, device, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
 class CraftTextDetector:
     """Words by CRAFT: its maps are thresholded, joined through affinity, and boxed."""
 
     def __init__(self, weights: Path, long_side: int = 1280, device: str | None = None) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_craft(weights).to(self.device)
+        self.model = shared_craft(weights, self.device)
         self.long_side = long_side
 
     @torch.inference_mode()

@@ -59,7 +59,7 @@ def looked_at_stride(config: CutsConfig, fps: float) -> int:
     """How far apart the frames are that the cascade looks at where nothing happens; 1: it needs every frame.
 
     Where all passes at the source's rate compare frames by content, a cut shows between frames further apart as well:
-    the score is a distance.
+    the score is a distance. The other detectors, TransNetV2 among them, count on every frame.
     """
     simple = all(c.detector == "content" for c in config.passes if c.fps is None or c.fps > LOOKED_AT_FPS)
     return max(1, int(fps / LOOKED_AT_FPS + 0.05)) if simple else 1
@@ -197,7 +197,7 @@ class CutFinder:
     def _proposals(self, cut_pass: CutPass) -> list[Proposal]:
         name, threshold = detector_name(cut_pass), cut_pass.threshold
         if cut_pass.detector == "transnetv2":
-            jumps = transnet_jumps(self.scorer.features.tiny, self.scorer.features.numbers[0], threshold)
+            jumps = transnet_jumps(self.scorer.features.tiny, self.scorer.features.numbers, threshold)
         elif cut_pass.detector == "content":
             jumps = [j for j in self.scorer.jumps(cut_pass.fps) if j.score >= threshold]
         elif cut_pass.detector == "adaptive":

@@ -22,6 +22,7 @@ from svd.curation.types import SourceFailure
 SCORE_WIDTH = 320  # pictures are halved until they are narrower than this
 FRAME_WIDTH = 768  # sampled frames are at most this wide: subtitles of 24 px at 720p stay readable
 MAX_ERROR_SHARE = 0.5
+EARLY_FRAMES = 48  # their majority tells whether a source is interlaced: single frames of telecined film are not
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 _PLANAR_420 = ("yuv420p", "yuvj420p")
 
@@ -127,6 +128,7 @@ class Decoder:
         self.facts = DecodeFacts()
         self._size: tuple[int, int] | None = None
         self._count = 0
+        self._seen = self._interlaced = 0  # of the early frames
 
     def __iter__(self) -> Iterator[Picture]:
         packets = frames = 0
@@ -177,6 +179,10 @@ class Decoder:
     def _picture(self, frame: av.VideoFrame, first: bool) -> Picture:
         if first:
             self._learn(frame)
+        if self._seen < EARLY_FRAMES:
+            self._seen += 1
+            self._interlaced += bool(frame.interlaced_frame)
+            self.facts.interlaced = 2 * self._interlaced > self._seen
         picture = Picture(frame, self._count, self._size)
         if self._size is None:
             height, width = picture.small[0].shape
@@ -186,7 +192,6 @@ class Decoder:
     def _learn(self, frame: av.VideoFrame) -> None:
         facts = self.facts
         facts.rotation = -round(frame.rotation / 90) * 90 % 360
-        facts.interlaced = bool(frame.interlaced_frame)
         facts.pixel_format = frame.format.name
         facts.full_range = frame.format.name.startswith("yuvj") or int(frame.color_range) == 2
         facts.bt709 = int(frame.colorspace) == 1 or (int(frame.colorspace) == 2 and frame.height >= 720)

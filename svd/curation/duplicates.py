@@ -21,13 +21,15 @@ ITERATIONS = 8
 
 def read_embeddings(clips: pl.DataFrame, folder: Path) -> np.ndarray:
     """Unit-length mean embeddings (N, E) float32 of the clips, from `folder`/<unit>.safetensors."""
-    found: dict[str, np.ndarray] = {}
-    for (unit,), group in clips.group_by("unit", maintain_order=True):
+    vectors = np.zeros((0, 0), np.float32)  # one array for all: at ten million clips a copy would not fit
+    for (unit,), group in clips.with_row_index("row").group_by("unit", maintain_order=True):
         with safe_open(folder / f"clips-{unit:06d}.safetensors", framework="numpy") as file:
-            for name in group["clip_id"]:
-                found[name] = file.get_tensor(name).astype(np.float32).mean(0)
-    vectors = np.stack([found[name] for name in clips["clip_id"]])
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            for row, name in group.select("row", "clip_id").iter_rows():
+                vector = file.get_tensor(name).astype(np.float32).mean(0)
+                if not vectors.size:
+                    vectors = np.empty((len(clips), len(vector)), np.float32)
+                vectors[row] = vector / max(float(np.linalg.norm(vector)), 1e-12)
+    return vectors
 
 
 def near_duplicates(clips: pl.DataFrame, folder: Path) -> pl.DataFrame:

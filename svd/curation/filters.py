@@ -165,16 +165,23 @@ def sink(frame: pl.LazyFrame, target: Path) -> None:
     temporary.replace(target)
 
 
-def refilter(folder: Path, config: FiltersConfig) -> dict[str, float]:
+def refilter(
+    folder: Path, config: FiltersConfig, subsets: Mapping[str, FiltersConfig] | None = None
+) -> dict[str, float]:
     """Judge an existing curation output again, in place; touches no video and rewrites no score.
 
-    Verdicts, funnel, statistics, plots, contact sheets and report follow. Returns the thresholds; raises UserError
-    without a catalogue.
+    Verdicts, funnel, statistics, plots, contact sheets and report follow, and so do the named `subsets`; without any,
+    those that are there stay. Returns the thresholds; raises UserError without a catalogue, or for a subset of an axis
+    that has no scores.
     """
     from svd.curation.report import write_report
     from svd.curation.statistics import write_statistics
+    from svd.curation.subsets import write_subsets
 
+    if subsets:
+        write_subsets(folder, subsets)
     thresholds = write_verdicts(folder, config)
     write_statistics(folder, thresholds)
-    write_report([folder], folder / "report.html")
+    # As the stage calls it: outputs/<name>/curation.
+    write_report([folder], folder / "report.html", [folder.resolve().parent.name])
     return thresholds

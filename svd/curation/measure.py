@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import traceback
 import uuid
@@ -178,9 +179,10 @@ class _UnitWork:
             for name, clip, file in zip(targets, analysis.clips, files, strict=True)
         ]
         self.clips.extend(rows)
-        self.cuts.extend(_cut_row(source.uri, cut) for cut in analysis.cuts)
+        own = analysis.cuts[analysis.inherited :]
+        self.cuts.extend(_cut_row(source.uri, cut) for cut in own)
         self.dropped.extend({"source_uri": source.uri, **_dropped(d)} for d in analysis.dropped)
-        row.update(clips=len(rows), cuts=len(analysis.cuts))
+        row.update(clips=len(rows), cuts=len(own))
         row["verdict"] = "ok" if rows else "no-clips"
         if not rows:
             row["reason"] = "no clip: " + ("; ".join(sorted({d.reason for d in analysis.dropped})) or "no frames")
@@ -273,6 +275,7 @@ def _source_row(identified: Identified) -> dict[str, Any]:
         "duplicate_of": None,
         "bytes": identified.bytes,
         "clips": 0,
+        "scenes": sum(c.start > 0 or math.isfinite(c.end) for c in source.captions) or None,
         "licence": source.licence,
         "metadata": _json(source.metadata),
     }

@@ -1,9 +1,10 @@
 """Long sources are split by time into parts, so that several processes work on one film.
 
 A part begins at a keyframe, its packets are copied into a file of their own as those of a clip are, and what is found
-in it is put back on the clock of the source. No clip reaches over the boundary of two parts, as none does in a long
-shot that is split; a cut exactly there is not listed, and the few pictures before it that need the keyframe behind them
-(open groups) are dropped.
+in it is put back on the clock of the source. The copy holds a few seconds on both sides of the part as well, so that
+cuts near a boundary are found as they are in the whole; a cut is listed by the part that holds its start, and one
+exactly on a boundary by the part that ends there. No clip reaches over a boundary, as none does in a long shot that is
+split.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import av
 import numpy as np
 
 from svd.config import CurationConfig
-from svd.curation.analysis import COPY_CODECS, Taken, analyse
+from svd.curation.analysis import COPY_CODECS, Taken, Window, analyse
 from svd.curation.clips import Timeline
+from svd.curation.cuts import SETTLE_SECONDS
 from svd.curation.probe import PacketIndex, SourceInfo, open_video, read_packets, read_source
 from svd.curation.types import Analysis, ClipSpan, Cut, DroppedSpan, SourceFacts, SourceFailure
 from svd.curation.writing import write_clip
 
+MOST_REORDERED = 16  # frames that may be decoded before those shown before them, H.264's limit
 LEAST_RATE = 4000  # bytes a second; what is smaller than a part of this rate is not even looked into
 Part = tuple[int, int]  # number, and of how many
 WHOLE: Part = (0, 1)
@@ -67,7 +70,8 @@ def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, s
     """As analysis.analyse for one part of a source; its packets are copied to `scratch`, which is removed.
 
     Frame numbers and times are those of the source, and so is `facts.start_pts`; `facts.frames` and `duration` are the
-    part's. Raises SourceFailure.
+    part's. A cut that a clip of this part begins with comes first and is counted as `inherited` when the part before
+    lists it. Raises SourceFailure.
     """
     if part == WHOLE:
         return analyse(path, config, taken)
@@ -76,7 +80,9 @@ def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, s
     try:
         write_clip(path, clock.whole(), _copied(info, index), scratch)
         clock.local = read_packets(scratch).time_base
-        analysis = analyse(scratch, config, lambda clip: taken(replace(clip, span=clock.span(clip.span))))
+        analysis = analyse(
+            scratch, config, lambda clip: taken(replace(clip, span=clock.span(clip.span))), clock.window()
+        )
     finally:
         scratch.unlink(missing_ok=True)
     if analysis.facts.time_base != clock.local:
@@ -85,7 +91,7 @@ def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, s
         analysis,
         facts=clock.facts(analysis.facts, info.container, index.warnings),
         cuts=[clock.cut(cut) for cut in analysis.cuts],
-        dropped=[*(clock.dropped(span) for span in analysis.dropped), *clock.lost()],
+        dropped=[clock.dropped(span) for span in analysis.dropped],
     )
 
 
@@ -97,22 +103,33 @@ class _Clock:
         self.local = index.time_base  # of the part's own file
         bounds = [*part_starts(self.source, seconds), len(self.source.pts)]
         self.first, self.next = bounds[number], bounds[number + 1]
-        self.last = self.source.copy_end(self.first, self.next)
-        self.start = self.source.at(self.first)
+        self.lead = self._keyframe_before()
+        self.last = self.source.copy_end(self.lead, self._end_behind())
+        if self.last < self.next:
+            raise SourceFailure("packets are missing between two of its parts, and it is too long for one")
+        self.start = self.source.at(self.lead)
+
+    def _keyframe_before(self) -> int:
+        """A keyframe some seconds before the part, or the first one."""
+        keys = self.source.keyframes
+        early = self.source.pts[keys] <= self.source.at(self.first) - SETTLE_SECONDS / self.source.time_base
+        return int(keys[max(int(early.sum()) - 1, 0)])
+
+    def _end_behind(self) -> int:
+        """A frame some seconds behind the part, or the end of the source."""
+        limit = self.source.at(self.next) + SETTLE_SECONDS / self.source.time_base
+        enough = max(int(np.searchsorted(self.source.pts, limit)), self.next + MOST_REORDERED + 1)
+        return min(enough, len(self.source.pts))
 
     def whole(self) -> ClipSpan:
-        """The part itself, as a clip to be copied."""
-        at, seconds, frames = self.source.at, self.source.seconds, self.last - self.first
-        ends = at(self.first), at(self.last), seconds(self.first), seconds(self.last)
-        return ClipSpan(self.first, self.last, *ends, frames, "copy", self.first, self.last)
+        """What is copied, as a clip: the part with what surrounds it."""
+        at, seconds, frames = self.source.at, self.source.seconds, self.last - self.lead
+        ends = at(self.lead), at(self.last), seconds(self.lead), seconds(self.last)
+        return ClipSpan(self.lead, self.last, *ends, frames, "copy", self.lead, self.last)
 
-    def lost(self) -> list[DroppedSpan]:
-        """The pictures between the part and the next one."""
-        if self.last == self.next:
-            return []
-        at, seconds = self.source.at, self.source.seconds
-        ends = at(self.last), at(self.next), seconds(self.last), seconds(self.next)
-        return [DroppedSpan(self.last, self.next, *ends, "between two parts")]
+    def window(self) -> Window:
+        """The part's own frames in what is copied."""
+        return self.first - self.lead, self.next - self.lead
 
     def pts(self, local: int) -> int:
         """Timestamp in the source of one in the part, whose file begins with 0."""
@@ -120,7 +137,7 @@ class _Clock:
 
     def at(self, frame: int) -> int:
         """Number in the source of a frame of the part."""
-        return self.first + frame
+        return self.lead + frame
 
     def seconds(self, pts: int) -> float:
         """Time on the source's clock."""
@@ -170,12 +187,16 @@ class _Clock:
 
     def facts(self, facts: SourceFacts, container: str, warnings: tuple[str, ...]) -> SourceFacts:
         """Facts of the part with the times of the source."""
+        duration, frames = self.source.seconds(self.next) - self.source.seconds(self.first), self.next - self.first
         return replace(
             facts,
+            frames=frames,
+            duration=duration,
+            fps=frames / duration,
             container=container,
             time_base=self.base,
             start_pts=self.source.at(0),
-            end_pts=self.pts(facts.end_pts),
+            end_pts=self.source.at(self.next),
             keyframes=tuple(self.pts(key) for key in facts.keyframes),
             warnings=(*warnings, *facts.warnings),
         )

@@ -20,10 +20,10 @@ REASONS = 20
 YEAR_HOURS = 365.25 * 24
 # Tab. 1 of the paper, for comparison only: another data set, never measured here.
 PAPER_TABLE = {
-    "LVD": ("577M", "11.58", "212.09", "325", "11.09"),
-    "LVD-F": ("152M", "10.53", "50.64", "301", "4.76"),
-    "LVD-10M": ("9.8M", "12.11", "3.76", "335", "1.2"),
-    "LVD-10M-F": ("2.3M", "10.99", "0.78", "320", "1.1"),
+    "LVD": ("577M", "11.58", "212.09", "325", "11.09", "yes"),
+    "LVD-F": ("152M", "10.53", "50.64", "301", "4.76", "yes"),
+    "LVD-10M": ("9.8M", "12.11", "3.76", "335", "1.2", "yes"),
+    "LVD-10M-F": ("2.3M", "10.99", "0.78", "320", "1.1", "yes"),
 }
 ROWS = (
     ("clips", "clips", "{:,}"),
@@ -31,6 +31,7 @@ ROWS = (
     ("total_duration_years", "total duration (years)", "{:.4g}"),
     ("mean_frames", "mean frames", "{:.1f}"),
     ("mean_clips_per_video", "mean clips / video", "{:.2f}"),
+    ("motion_annotations", "motion annotations", "{:,}"),
 )
 
 
@@ -77,7 +78,7 @@ def _column(folder: Path, name: str) -> Column:
         statistics = json.loads((folder / "statistics.json").read_text())
         funnel = json.loads((folder / "funnel.json").read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: missing; run `svd curate statistics {folder}` first") from None
+        raise UserError(f"{error.filename}: missing; run `svd refilter {folder}` first") from None
     return Column(
         name=name,
         all=_cells(statistics["all"]),

@@ -20,6 +20,7 @@ from svd.stage import write_json
 
 YEAR_SECONDS = 365.25 * 24 * 3600
 BINS = 60
+FILTERED = "after filters"
 BLUE, RED, GREY = "#4878a8", "#c03030", "#999999"
 
 
@@ -45,6 +46,24 @@ def table(clips: pl.LazyFrame) -> dict[str, float | int | None]:
         "mean_clips_per_video": row["clips"] / row["videos"] if row["videos"] else None,
         "motion_annotations": row["with_motion"],
     }
+
+
+def clips_per_video(clips: pl.LazyFrame, sources: pl.DataFrame) -> dict[str, float]:
+    """Mean clips a video (Fig. 2 left): by the scenes of the sources' own metadata, by the cascade, and those kept.
+
+    The first only where metadata give scenes: the mean over the videos that have some.
+    """
+    every, kept = (
+        clips.group_by("source_uri")
+        .agg(pl.len().alias("all"), pl.col("keep").sum().alias("kept"))
+        .select(pl.col("all").mean(), pl.col("kept").mean())
+        .collect(engine="streaming")
+        .row(0)
+    )
+    # Catalogues of earlier versions have no such column.
+    known = sources.filter(verdict="ok")["scenes"].drop_nulls() if "scenes" in sources.columns else pl.Series()
+    given = {"metadata": float(known.to_numpy().mean())} if len(known) else {}
+    return {**given, "cut detection": every or 0.0, FILTERED: kept or 0.0}
 
 
 def histogram(clips: pl.LazyFrame, column: str, bins: int = BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -91,7 +110,7 @@ def write_statistics(folder: Path, thresholds: Mapping[str, float]) -> dict[str,
         if len(every):
             _plot_axis(plots / f"{axis.name}.png", (every, kept, edges), axis, thresholds.get(axis.name))
     _plot_duration(plots / "duration.png", clips)
-    _plot_clips_per_video(plots / "clips_per_video.png", clips)
+    _plot_bars(plots / "clips_per_video.png", clips_per_video(clips, catalog.read_sources(folder)))
     _plot_funnel(plots / "funnel.png", filters.funnel(clips, thresholds))
     write_contact_sheets(folder, thresholds)
     return values
@@ -138,17 +157,11 @@ def _plot_duration(path: Path, clips: pl.LazyFrame) -> None:
     _save(path, plot)
 
 
-def _plot_clips_per_video(path: Path, clips: pl.LazyFrame) -> None:
-    """Fig. 2 left: mean clips a video, all and kept."""
-    counts = (
-        clips.group_by("source_uri")
-        .agg(pl.len().alias("all"), pl.col("keep").sum().alias("kept"))
-        .select(pl.col("all").mean(), pl.col("kept").mean())
-        .collect(engine="streaming")
-        .row(0)
-    )
+def _plot_bars(path: Path, counts: Mapping[str, float]) -> None:
+    """Fig. 2 left."""
     plot = _axes(ylabel="clips a video")
-    bars = plot.bar(["cut detection", "after filters"], [c or 0 for c in counts], color=[GREY, BLUE])
+    colours = [BLUE if name == FILTERED else GREY for name in counts]
+    bars = plot.bar(list(counts), list(counts.values()), color=colours)
     plot.bar_label(bars, fmt="%.2f")
     _save(path, plot)
 

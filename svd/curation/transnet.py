@@ -47,8 +47,11 @@ def transnet_probabilities(frames: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)[:count]
 
 
-def transnet_jumps(tiny: list[np.ndarray], base: int, threshold: float) -> list[Jump]:
-    """The stretches where the probability exceeds `threshold`, as comparisons of the frames around them."""
+def transnet_jumps(tiny: list[np.ndarray], numbers: list[int], threshold: float) -> list[Jump]:
+    """The stretches where the probability exceeds `threshold`, as comparisons of the frames around them.
+
+    tiny, numbers: the pictures, as in `transnet_probabilities`, and which frames of the source they are.
+    """
     if len(tiny) < 2:
         return []
     probability = transnet_probabilities(np.stack(tiny))
@@ -59,5 +62,5 @@ def transnet_jumps(tiny: list[np.ndarray], base: int, threshold: float) -> list[
         # The network marks the last frame of the old shot.
         before, after = int(first), min(int(last), len(tiny) - 1)
         if after > before:
-            jumps.append(Jump(base + before, base + after, float(probability[first:last].max())))
+            jumps.append(Jump(numbers[before], numbers[after], float(probability[first:last].max())))
     return jumps

@@ -157,13 +157,17 @@ class DroppedSpan:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything one decode pass finds in a source."""
+    """Everything one decode pass finds in a source.
+
+    inherited: how many of the first cuts the part before lists as its own; 0 for whole sources.
+    """
 
     facts: SourceFacts
     cuts: list[Cut]
     clips: list[ClipAnalysis]
     dropped: list[DroppedSpan]
     timing: dict[str, float] = field(default_factory=dict)  # CPU seconds by part; never part of an output
+    inherited: int = 0
 
 
 @dataclass(frozen=True)

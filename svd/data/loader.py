@@ -222,7 +222,8 @@ class Examples(Dataset[Batch]):
 
     def _text(self, sample: Sample, index: int, part: str = "") -> Tensor:
         """(S, D): one of the sample's captions, drawn by its captioner's probability, or the empty prompt when
-        dropped or when there is none. `part` tells the images of one index apart.
+        dropped or when there is none. The probabilities of the captioners that a sample has are scaled to a sum of 1.
+        `part` tells the images of one index apart.
         """
         draws = self.draws
         if not sample.texts or not draws.kept(index, f"text{part}", draws.text_dropout):

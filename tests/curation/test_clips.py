@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from media_files import Kind, decode_rgb, shots, tiny_config, write
 
+from svd.curation import decode
 from svd.curation.analysis import analyse
 from svd.curation.types import Analysis, SourceFailure
 from svd.curation.writing import write_clip, write_clips
@@ -193,6 +195,16 @@ def test_interlaced_sources_are_noticed_and_deinterlaced_when_reencoded(tmp_path
     pictures = woven[20], decode_rgb(tmp_path / "clip.mp4")[20]
     combing = [np.abs(np.diff(p.astype(int), n=2, axis=0)).mean() for p in pictures]
     assert combing[1] < 0.5 * combing[0]
+
+
+def test_most_of_the_early_frames_tell_whether_a_source_is_interlaced(tmp_path: Path) -> None:
+    """A progressive first frame, as at a studio's logo, hides nothing; a single interlaced frame makes nothing so."""
+    for flags, expected in (([False] + [True] * 20, True), ([True] + [False] * 20, False)):
+        decoder = decode.Decoder(tmp_path / "unused")
+        decoder._size = (96, 128)
+        for flag in flags:
+            decoder._picture(SimpleNamespace(interlaced_frame=flag, pts=0, key_frame=0), first=False)
+        assert decoder.facts.interlaced is expected
 
 
 def test_an_edit_list_hides_frames(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_every_source_has_a_row_with_a_reason(inputs, finished):
     _, _, expected = inputs
     rows = {row["source_uri"]: row for row in catalog.read_sources(finished[1]).iter_rows(named=True)}
     assert len(rows) == 3 + len(expected)
+    assert rows["train/train_0001.mp4"]["scenes"] == 4 and rows["footage/truncated.mp4"]["scenes"] is None
     for name, verdicts in expected.items():
         row = rows[f"footage/{name}"]
         assert row["verdict"] in verdicts.split("|"), row

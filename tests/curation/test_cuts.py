@@ -19,6 +19,7 @@ from svd.curation.scores import Clock
 from svd.curation.transitions import fit_ramp, unexplained
 from svd.curation.types import Analysis
 from svd.data.synthetic import write_worlds
+from svd.stage import UserError
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 CONTENT = [{"detector": "content", "threshold": 27}]
@@ -140,6 +141,22 @@ def test_other_detectors(tmp_path: Path, detector: str, threshold: float) -> Non
     cuts = analyse(source, config).cuts
     assert [c.frame for c in cuts] == [60, 110]
     assert all(c.detector == detector and c.score >= threshold for c in cuts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("others", [[], CONTENT], ids=["alone", "with content"])
+def test_transnetv2_sees_every_frame_of_a_calm_clip(tmp_path: Path, others: list[dict]) -> None:
+    """Where nothing happens the cascade leaves frames out, but not with this network among its passes."""
+    frames = list(shots([120, 60, 70], height=108, width=192, speed=0.0))
+    kind = Kind(b_frames=3, gop=250, options={"x264-params": "scenecut=0"})
+    passes = [{"detector": "transnetv2", "threshold": 0.5}, *others]
+    cuts = analyse(write(tmp_path / "calm", frames, kind=kind), tiny_config(cuts__passes=passes)).cuts
+    assert [c.frame for c in cuts] == [120, 180]
+
+
+def test_transnetv2_has_no_frame_rate_of_its_own() -> None:
+    with pytest.raises(UserError, match="'transnetv2' reads every frame of the source: leave 'fps' out"):
+        tiny_config(cuts__passes=[{"detector": "transnetv2", "fps": 8, "threshold": 0.5}])
 
 
 def test_settling_in_stages_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

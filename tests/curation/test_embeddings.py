@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import polars as pl
 import pytest
@@ -121,6 +123,26 @@ def test_cells_find_duplicates_among_many(monkeypatch):
     similarity, partner = duplicates.most_similar_earlier(vectors)
     assert (partner[300:] == np.arange(300)).mean() > 0.95
     assert np.quantile(similarity[:300], 0.9) < 0.9 < similarity[300:].min() + 0.2
+
+
+def test_embeddings_are_read_into_one_array(tmp_path):
+    generator, count, width = np.random.default_rng(0), 400, 512
+    vectors = generator.normal(size=(count, 3, width)).astype(np.float16)
+    names = [f"c{i}" for i in range(count)]
+    units = generator.integers(0, 3, count)
+    for unit in range(3):
+        rows = {names[i]: torch.from_numpy(vectors[i]).contiguous() for i in np.flatnonzero(units == unit)}
+        save_file(rows, tmp_path / f"clips-{unit:06d}.safetensors")
+    clips = pl.DataFrame({"clip_id": names, "unit": units})
+    duplicates.read_embeddings(clips.head(1), tmp_path)
+    tracemalloc.start()
+    found = duplicates.read_embeddings(clips, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    expected = vectors.astype(np.float32).mean(1)
+    assert np.allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
+    assert found.dtype == np.float32 and peak < 1.6 * found.nbytes
+    assert duplicates.read_embeddings(clips.clear(), tmp_path).shape == (0, 0)
 
 
 def test_duplicates_become_columns(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,12 +11,14 @@ import pytest
 from curation_inputs import context, tiny, write_encoders, write_sources
 from media_files import Kind, decode_rgb, shots, tiny_config, write
 
+from svd.config import CurationConfig
 from svd.curation import catalog, stage
 from svd.curation.analysis import analyse
 from svd.curation.measure import identify, measure_unit, units_of
 from svd.curation.merge import join_parts
 from svd.curation.parts import analyse_part, count_parts, seconds_claimed
 from svd.curation.sources import list_sources
+from svd.curation.types import Analysis
 from svd.curation.worker import Analyst
 from svd.curation.writing import write_clip
 
@@ -28,6 +31,56 @@ KINDS = {
     "program stream, open groups": Kind(suffix="mpg", codec="mpeg2video", b_frames=2, gop=24),
     "open groups": Kind(b_frames=3, gop=24, options={"x264-params": "open-gop=1"}),
 }
+
+
+def listed(found: Analysis) -> list[tuple]:
+    """The cuts that a source or part lists, without their scores."""
+    return [(c.kind, c.start_frame, c.frame, c.pts, round(c.start_seconds, 6)) for c in found.cuts[found.inherited :]]
+
+
+def split(source: Path, config: CurationConfig, scratch: Path) -> list[Analysis]:
+    """The analyses of all parts of a source."""
+    count = count_parts(source, config)
+    return [analyse_part(source, config, lambda clip: clip, (n, count), scratch) for n in range(count)]
+
+
+@pytest.mark.parametrize("shift", [-30, -2, -1, 0, 1, 2, 30])
+def test_a_cut_near_a_boundary_is_listed_once(tmp_path: Path, shift: int) -> None:
+    """On it, a frame beside it, or farther away; the clips on both sides know the cut, as those of the whole do."""
+    frames = list(shots([120 + shift, 120 - shift]))
+    kind = Kind(b_frames=2, gop=24, options={"x264-params": "scenecut=0"})
+    source, config = write(tmp_path / "source", frames, kind=kind), tiny_config(part_seconds=5.0)
+    whole, parts = analyse(source, config), split(source, config, tmp_path / "part.mp4")
+    assert [part.facts.frames for part in parts] == [120, 120]
+    assert [(c.kind, c.frame) for c in whole.cuts] == [("hard", 120 + shift)]
+    assert [cut for part in parts for cut in listed(part)] == listed(whole)
+    assert [len(listed(part)) for part in parts] == ([1, 0] if shift <= 0 else [0, 1])
+    spans = [(clip.span, part.cuts) for part in parts for clip in part.clips]
+    ends = [cuts[span.end_cut].frame for span, cuts in spans if span.end_cut is not None]
+    starts = [cuts[span.start_cut].frame for span, cuts in spans if span.start_cut is not None]
+    # One or two frames between boundary and cut are no clip; the one before them ends at the boundary.
+    assert starts == [120 + shift] and ends == ([] if shift in (1, 2) else [120 + shift])
+
+
+@pytest.mark.parametrize("shift", [-12, -6, 0])
+def test_a_dissolve_over_a_boundary_belongs_to_no_clip(tmp_path: Path, shift: int) -> None:
+    """It is listed once, with its whole interval, and both parts leave its frames out."""
+    one, other, length = list(shots([132 + shift], seed=1)), list(shots([240], seed=2)), 12
+    start = 120 + shift
+    weights = (np.arange(length) + 1) / (length + 1)
+    mixed = [
+        np.rint(a * (1 - w) + b * w).astype(np.uint8)
+        for a, b, w in zip(one[start:], other[start:], weights, strict=False)
+    ]
+    frames = one[:start] + mixed + other[start + length :]
+    kind = Kind(gop=24, options={"x264-params": "scenecut=0"})
+    source, config = write(tmp_path / "source", frames, kind=kind), tiny_config(part_seconds=5.0)
+    whole, parts = analyse(source, config), split(source, config, tmp_path / "part.mp4")
+    assert [c.kind for c in whole.cuts] == ["dissolve"]
+    assert [cut for part in parts for cut in listed(part)] == listed(whole)
+    cut = whole.cuts[0]
+    spans = [clip.span for part in parts for clip in part.clips]
+    assert spans and all(s.end_frame <= cut.start_frame or s.start_frame >= cut.end_frame for s in spans)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -45,9 +98,7 @@ def test_parts_hold_the_frames_of_the_source(tmp_path, name):
         )
         assert seen == part.clips and part.facts.rotation == whole.facts.rotation
         assert part.facts.start_pts == whole.facts.start_pts and part.facts.time_base == whole.facts.time_base
-        cuts += [(c.kind, c.frame, c.pts, round(c.start_seconds, 6)) for c in part.cuts]
-        lost = [d.end_frame - d.start_frame for d in part.dropped if d.reason == "between two parts"]
-        assert sum(lost) <= 3 and not (lost and "open" not in name)
+        cuts += listed(part)
         spans = sorted((s.start_frame, s.end_frame) for s in [*(c.span for c in part.clips), *part.dropped])
         for start, end in spans:
             assert start == position
@@ -61,8 +112,7 @@ def test_parts_hold_the_frames_of_the_source(tmp_path, name):
             limit = 0 if span.method == "copy" else 3
             assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(frames, expected, strict=True)) <= limit
     assert position == len(truth) and not (tmp_path / "part.mp4").exists()
-    known = [(c.kind, c.frame, c.pts, round(c.start_seconds, 6)) for c in whole.cuts]
-    assert set(cuts) <= set(known) and len(cuts) >= len(known) - (count - 1), "cuts on a boundary are not listed"
+    assert cuts == listed(whole)
 
 
 def test_what_cannot_be_split_stays_whole(tmp_path):

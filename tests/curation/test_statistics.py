@@ -59,9 +59,10 @@ def test_a_report_of_two_catalogues_is_one_file_with_everything_in_it(folder, tm
     empty = r"<td>the file is empty</td><td>2</td><td>train/a.mp4</td>"
     assert len(re.findall(empty, page)) == 2 and page.index("the file is empty") < page.index("no video stream")
     assert "Scores by" not in page
+    assert "<th>motion annotations</th>" in page and re.search(r"<td>first, filtered</td>.*<td>8</td>\s*</tr>", page)
     (folder / "models.json").write_text('{"similarity": "some network"}')
     assert "similarity: some network" in write_report([folder], tmp_path / "one.html").read_text()
-    with pytest.raises(UserError, match=r"statistics\.json: missing"):
+    with pytest.raises(UserError, match=r"statistics\.json: missing; run `svd refilter"):
         write_report([write_catalogue(tmp_path / "bare", count=1)], tmp_path / "x.html")
 
 
@@ -70,6 +71,32 @@ def test_refiltering_renews_what_depends_on_verdicts(folder):
     assert json.loads((folder / "statistics.json").read_text())["kept"]["clips"] == 6
     assert {p.name for p in (folder / "contact").iterdir()} == {"text_area-kept.jpg", "text_area-dropped.jpg"}
     assert "text area" in (folder / "report.html").read_text()
+
+
+def test_refiltering_renews_the_named_subsets_and_keeps_the_title(tmp_path):
+    folder = write_catalogue(tmp_path / "mine" / "curation", config={"min_motion": {"absolute": 0.35}})
+    half = FiltersConfig.model_validate({"min_motion": {"quantile": 0.5}})
+    filters.refilter(folder, FiltersConfig(), {"half": half})
+    assert catalog.read_clips(folder, "half")["keep"].sum() == 6 and catalog.read_clips(folder)["keep"].all()
+    quarter = FiltersConfig.model_validate({"min_motion": {"quantile": 0.25}})
+    filters.refilter(folder, FiltersConfig(), {"half": half, "quarter": quarter})
+    assert json.loads((folder / "subsets.json").read_text()).keys() == {"half", "quarter"}
+    filters.refilter(folder, FiltersConfig())
+    assert catalog.read_clips(folder, "quarter")["keep"].sum() == 9
+    page = (folder / "report.html").read_text()
+    assert "<td>mine, filtered</td>" in page and "<td>curation" not in page
+
+
+def test_clips_a_video_are_compared_with_the_scenes_of_metadata(folder):
+    clips, sources = catalog.scan_clips(folder), catalog.read_sources(folder)
+    assert statistics.clips_per_video(clips, sources) == {
+        "cut detection": pytest.approx(3),
+        "after filters": pytest.approx(2),
+    }
+    given = sources.with_columns(scenes=pl.Series([4, None, 1] + [9] * (len(sources) - 3)))
+    ok = given.filter(verdict="ok")["scenes"].drop_nulls()
+    assert statistics.clips_per_video(clips, given)["metadata"] == ok.mean()
+    assert "metadata" not in statistics.clips_per_video(clips, sources.drop("scenes"))
 
 
 def test_contact_sheets_span_the_scores():

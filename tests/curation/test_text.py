@@ -121,6 +121,8 @@ def test_craft_has_the_published_names_and_loads_them(tmp_path):
         TextConfig(detector="craft", craft_weights=str(tmp_path / "craft.pth"), width=96, height=64)
     )
     assert isinstance(detector.polygons(np.zeros((48, 64, 3), np.uint8)), list)
+    config = TextConfig(detector="craft", craft_weights=str(tmp_path / "craft.pth"))
+    assert make_detector(config).model is detector.model, "the weights are read once a process"
     with torch.inference_mode():
         assert loaded(torch.zeros(1, 3, 64, 96)).shape == (1, 32, 48, 2)
 

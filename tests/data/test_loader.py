@@ -120,6 +120,24 @@ def test_draws_follow_their_distributions(cache: LatentCache) -> None:
     assert chosen["motion"] / (chosen["motion"] + chosen["sidecar"]) == pytest.approx(0.25, abs=0.04)
 
 
+def test_captions_of_three_captioners_are_drawn_as_the_paper_does(cache: LatentCache) -> None:
+    """CoCa one half, V-BLIP and the LLM a quarter each (E.2.2); where one is missing the others keep their ratio."""
+    shares = (("coca", 0.5), ("llm", 0.25), ("video", 0.25))
+    data, count = examples(cache, Draws(7, -1.2, 1.0, caption_probabilities=shares)), 2000
+    sample = cache.read(data.rows[0])
+    texts = [(name, torch.full_like(cache.null_text, i + 1.0)) for i, name in enumerate(("coca", "video", "llm"))]
+
+    def drawn(texts: list[tuple[str, torch.Tensor]]) -> dict[str, float]:
+        some = replace(sample, texts=tuple(texts))
+        chosen = [int(data._text(some, index).flatten()[0]) for index in range(count)]
+        return {name: chosen.count(int(text.flatten()[0])) / count for name, text in texts}
+
+    # 0.035: three standard deviations of a share of 0.5 among 2,000 draws.
+    assert drawn(texts) == pytest.approx({"coca": 0.5, "video": 0.25, "llm": 0.25}, abs=0.035)
+    assert drawn(texts[:2]) == pytest.approx({"coca": 2 / 3, "video": 1 / 3}, abs=0.035)
+    assert drawn(texts[1:]) == pytest.approx({"video": 0.5, "llm": 0.5}, abs=0.035)
+
+
 def test_each_signal_is_dropped_by_itself(cache: LatentCache) -> None:
     """Text, image and conditioning latent at their own rates (D.1), independently of each other."""
     data = examples(cache, Draws(7, -1.2, 1.0, text_dropout=0.3, image_dropout=0.2))
