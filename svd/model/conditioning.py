@@ -7,7 +7,7 @@ dropout takes away in training is drawn in svd.data.loader. Frames are (B, 3, H,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from svd.config import EncodersConfig
 from svd.diffusion.edm import Generators, Network, expand, randn
 from svd.diffusion.guidance import Condition
+from svd.model.checkpoint import Lazy, fill
 from svd.model.clip import PIPELINE_PART, load_clip, load_image_tower
+from svd.model.sgm import read_sgm, told
 from svd.stage import UserError
 
 MAX_IDS = 4
@@ -115,8 +117,8 @@ class ImageEncoder(nn.Module):
 class Encoders:
     """Frozen encoders. label: which weights these are, for reports (`toy-clip`, or open_clip model and weights)."""
 
-    def __init__(self, text: TextEncoder | None, image: ImageEncoder, label: str) -> None:
-        self._text, self.image, self.label = text, image, label
+    def __init__(self, text: TextEncoder | None, image: ImageEncoder | None, label: str) -> None:
+        self._text, self._image, self.label = text, image, label
 
     @property
     def text(self) -> TextEncoder:
@@ -126,9 +128,16 @@ class Encoders:
         return self._text
 
     @property
+    def image(self) -> ImageEncoder:
+        """The image encoder; raises UserError when there is none, as in a released text-to-image model."""
+        if self._image is None:
+            raise UserError(f"{self.label} has no image encoder; give the output of the stage 'encoders'")
+        return self._image
+
+    @property
     def widths(self) -> set[int]:
         """The cross-attention widths that the encoders can serve."""
-        return {self.image.width} if self._text is None else {self.image.width, self._text.width}
+        return {encoder.width for encoder in (self._text, self._image) if encoder is not None}
 
     @torch.no_grad()
     def image_features(self, frames: Tensor) -> Tensor:
@@ -143,15 +152,46 @@ class Encoders:
     def to(self, *args: Any) -> Encoders:
         """Move both encoders, as nn.Module.to."""
         text = None if self._text is None else self._text.to(*args)
-        return Encoders(text, self.image.to(*args), self.label)
+        image = None if self._image is None else self._image.to(*args)
+        return Encoders(text, image, self.label)
+
+
+def load_text_encoder(
+    tensors: Mapping[str, Lazy], what: str, device: torch.device | str = "cpu", head_channels: int = 64
+) -> TextEncoder:
+    """SD 2.1's text encoder, frozen, float32: open_clip's whole text tower, as single files hold it.
+
+    tensors: open_clip's names. what: the beginning of messages. head_channels: 64 in all of open_clip's released text
+    towers. Raises UserError for missing, unexpected and misshaped tensors.
+    """
+    with told(what):
+        length, width = tensors["positional_embedding"].shape
+        vocabulary, embedding = tensors["token_embedding.weight"].shape[0], tensors["text_projection"].shape[1]
+    layers = len({name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")})
+    cfg = open_clip.CLIPTextCfg(length, vocabulary, width=width, heads=max(1, width // head_channels), layers=layers)
+    with torch.device("meta"):
+        encoder = TextEncoder(open_clip.CLIP(embedding, open_clip.CLIPVisionCfg(layers=1, image_size=16), cfg))
+    # CLIP's temperature is no part of the tower, and the mask, which old versions stored, is a constant.
+    fill(
+        encoder,
+        {n: t for n, t in tensors.items() if n not in ("logit_scale", "attn_mask")},
+        what,
+        device,
+        torch.float32,
+    )
+    encoder.attn_mask = torch.full((length, length), float("-inf"), device=device).triu_(1)
+    return encoder.requires_grad_(False).eval()
 
 
 def load_encoders(folder: Path, config: EncodersConfig, device: torch.device | str = "cpu") -> Encoders:
     """The encoders that the stage `encoders` left in `folder`, frozen, float32.
 
-    A released model is accepted too, as a pipeline in diffusers' layout or as a single file: its image encoder is
-    taken, there is no text encoder then. Raises UserError when the encoders can't be had.
+    A released model is accepted too, as a pipeline in diffusers' layout or as a single file: SVD's holds an image
+    encoder, SD 2.1's a text encoder. Raises UserError when the encoders can't be had.
     """
+    if folder.is_file() and (text := read_sgm(folder).text):
+        encoder = load_text_encoder(text, f"{folder}: text encoder", device)
+        return Encoders(encoder, None, f"text encoder of {folder.name}")
     released = folder if folder.is_file() else folder / PIPELINE_PART
     if folder.is_file() or (released / "config.json").is_file():
         tower = load_image_tower(released, device).requires_grad_(False)

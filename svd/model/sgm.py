@@ -102,12 +102,12 @@ def unet_config(parts: SgmParts) -> UNetConfig:
     """
     if "unet" in parts.config:
         return UNetConfig(**_tuples(parts.config["unet"]))
-    with _told("the file's U-Net"):
+    with told("the file's U-Net"):
         return _unet_of_shapes(parts.unet)
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def told(what: str) -> Iterator[None]:
     """Turn what a damaged file does to the reading of shapes into one line."""
     try:
         yield
@@ -154,7 +154,7 @@ def autoencoder_config(tensors: Mapping[str, Lazy], stored: Mapping[str, Any] | 
     """
     if stored:
         return AutoencoderConfig(**_tuples(stored))
-    with _told("the file's autoencoder"):
+    with told("the file's autoencoder"):
         return _autoencoder_of_shapes(tensors)
 
 

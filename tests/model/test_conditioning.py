@@ -5,19 +5,23 @@ import math
 import open_clip
 import pytest
 import torch
+from toy_models import toy_unet
 
 from svd.config import EncodersConfig
 from svd.model import clip as clips
+from svd.model.checkpoint import of_module
 from svd.model.conditioning import (
     Encoders,
     ImageEncoder,
     TextEncoder,
     from_uint8,
     load_encoders,
+    load_text_encoder,
     micro_conditioning,
     noise_augment,
     polar_angle,
 )
+from svd.model.sgm import SgmParts, read_sgm, stored_config, unet_to_sgm, write_sgm
 from svd.stage import UserError
 
 TOY = EncodersConfig(kind="toy-clip", toy_width=32)
@@ -216,3 +220,37 @@ def test_from_uint8_covers_the_range():
     frames = from_uint8(np.array([0, 128, 255], np.uint8).reshape(1, 1, 1, 3))
     assert frames.shape == (1, 3, 1, 1)
     assert frames.flatten().tolist() == pytest.approx([-1, 1 / 255, 1], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def sd_file(tmp_path_factory):
+    """A single file as SD 2.1's: an image U-Net and open_clip's text tower, which is returned, too."""
+    torch.manual_seed(1)
+    vision = open_clip.CLIPVisionCfg(layers=1, width=64, image_size=16)
+    clip = open_clip.CLIP(48, vision, open_clip.CLIPTextCfg(77, 49408, width=128, heads=2, layers=3)).eval()
+    unet = toy_unet(temporal=False, in_channels=4, ids=0)
+    text = {name: tensor for name, tensor in of_module(clip).items() if not name.startswith("visual.")}
+    config = stored_config(unet.config)
+    path = tmp_path_factory.mktemp("sd") / "sd.safetensors"
+    write_sgm(path, SgmParts(unet=unet_to_sgm(of_module(unet), unet.config), text=text, config=config))
+    return path, clip
+
+
+def test_text_encoder_of_a_single_file(sd_file):
+    path, clip = sd_file
+    encoders, captions = load_encoders(path, TOY), ["a red ball", "x " * 200, ""]
+    torch.testing.assert_close(encoders.text(captions), TextEncoder(clip)(captions))
+    torch.testing.assert_close(encoders.text_features(captions), clip.encode_text(encoders.text.tokens(captions), True))
+    assert encoders.widths == {128} and encoders.label == "text encoder of sd.safetensors"
+    assert not any(parameter.requires_grad for parameter in encoders.text.parameters())
+    with pytest.raises(UserError, match=r"text encoder of sd\.safetensors has no image encoder"):
+        encoders.image_features(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["positional_embedding", "token_embedding.weight", "ln_final.bias", "text_projection"])
+def test_a_damaged_text_encoder_is_one_line(sd_file, name):
+    tensors = dict(read_sgm(sd_file[0]).text)
+    del tensors[name]
+    with pytest.raises(UserError, match=name) as error:
+        load_text_encoder(tensors, "sd.safetensors")
+    assert "\n" not in str(error.value)
