@@ -145,12 +145,12 @@ def save_pipeline(
     config = unet.config
     if autoencoder.config.norm_groups != 32:
         raise UserError(
-            f"{folder}: diffusers normalises the autoencoder in 32 groups, this one has "
+            f"diffusers normalises the autoencoder in 32 groups, this one has "
             f"{autoencoder.config.norm_groups}; save its parts instead"
         )
     if not is_image_to_video(config) or not autoencoder.config.temporal_decoder:
         raise UserError(
-            f"{folder}: diffusers has a pipeline for image-to-video models alone (8 input channels, 3 ids, temporal "
+            f"diffusers has a pipeline for image-to-video models alone (8 input channels, 3 ids, temporal "
             f"decoder); this model has {config.in_channels} channels and {config.ids} ids; save its parts instead"
         )
     save_unet(unet, folder / "unet", frames)
