@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = """
@@ -65,3 +68,25 @@ def test_a_toy_run_on_a_bare_machine_says_what_it_leaves_out(tmp_path: Path) -> 
     assert not any("diffusers" in row["variant"] for row in written["rows"])
     measured = [row for row in written["rows"] if row["milliseconds"]]
     assert {row["variant"] for row in measured} >= {"ours, none", "ours, all", "3 GEMMs", "MATH, strided"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_section_of_a_toy_run_measures_all_its_rows(tmp_path: Path) -> None:
+    """Ours and diffusers', eager and compiled, and nothing failed: an error would be the note of a row without time."""
+    result = tmp_path / "rows.json"
+    python("-m", "benchmarks.gpu", "--toy", "--device", "cpu", "--output", str(result))
+    rows = json.loads(result.read_text())["rows"]
+    sections = {row["section"] for row in rows}
+    assert sections == {"decode", "sampling", "forward", "memory", "train", "conv", "norm", "attention"}
+    notes = [row["note"] for row in rows if row["milliseconds"] is None]
+    assert all(re.match(r"relative distance |\d+% of the time", note) for note in notes) and len(notes) == 2, notes
+    assert all(row["milliseconds"] > 0 and not row["note"] for row in rows if row["milliseconds"] is not None)
+    found = {(row["section"], row["case"], row["variant"]) for row in rows}
+    for section in ("sampling", "forward", "train"):
+        cases = {case for name, case, _ in found if name == section}
+        assert len(cases) == {"sampling": 1, "forward": 2, "train": 3}[section]
+        for name in ("ours, eager", "ours, compiled", "diffusers, eager", "diffusers, compiled"):
+            assert {(section, case, name) for case in cases} <= found
+    (distance,) = (float(note.split()[-1]) for note in notes if note.startswith("relative distance"))
+    assert 1e-4 < distance < 3e-2  # bfloat16 has 8 bits
