@@ -66,14 +66,22 @@ class StackProject:
         assert found, said
         return found.group(1)
 
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """What the server answers; 503 means that its SQLite file is busy, and that one may ask again."""
+        deadline = time.monotonic() + 60
+        while (response := self.api.request(method, path, json=body)).status_code == 503:
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.5)
+        return response.raise_for_status().json() if response.content else None
+
     def flow_run(self, run: str) -> dict[str, Any]:
         """A flow run as the server knows it."""
-        return dict(self.api.get(f"/flow_runs/{run}").raise_for_status().json())
+        return dict(self.ask("GET", f"/flow_runs/{run}"))
 
     def children(self, run: str) -> list[dict[str, Any]]:
         """The flow runs that `run` started, oldest first."""
         wanted = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
-        return list(self.api.post("/flow_runs/filter", json=wanted).raise_for_status().json())
+        return list(self.ask("POST", "/flow_runs/filter", wanted))
 
     def wait(self, run: str, seconds: float = 400) -> dict[str, Any]:
         """The flow run once it has ended; a server that is away is waited for."""
@@ -96,14 +104,14 @@ class StackProject:
     def said(self, run: str) -> str:
         """The log of a flow run as the server shows it, task runs included."""
         wanted = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
-        return "\n".join(log["message"] for log in self.api.post("/logs/filter", json=wanted).raise_for_status().json())
+        return "\n".join(log["message"] for log in self.ask("POST", "/logs/filter", wanted))
 
     def silence(self, seconds: int) -> None:
         """Let runs count as crashed after `seconds` without a heartbeat."""
-        (automation,) = self.api.post("/automations/filter", json={}).raise_for_status().json()
+        (automation,) = self.ask("POST", "/automations/filter", {})
         changed = {name: automation[name] for name in ("name", "description", "enabled", "trigger", "actions")}
         changed["trigger"] |= {"within": seconds}
-        self.api.put(f"/automations/{automation['id']}", json=changed).raise_for_status()
+        self.ask("PUT", f"/automations/{automation['id']}", changed)
 
     def kill(self, name: str) -> list[int]:
         """SIGKILL a process of the stack with all its descendants, as when a machine dies; returns their pids."""
