@@ -91,11 +91,11 @@ def test_files_with_secrets_are_private_and_status_shows_addresses(project: Stac
 
 def test_nightly_runs_are_scheduled(project: StackProject) -> None:
     wanted = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-    runs = project.api.post("/flow_runs/filter", json=wanted).json()
-    nightly = project.api.get("/deployments/name/nightly-evaluation/nightly-evaluation").json()
+    runs = project.ask("POST", "/flow_runs/filter", wanted)
+    nightly = project.ask("GET", "/deployments/name/nightly-evaluation/nightly-evaluation")
     times = [run["expected_start_time"] for run in runs if run["deployment_id"] == nightly["id"]]
     assert len(times) >= 2 and all("T02:00:00" in time for time in times)
-    queue = project.api.get("/work_pools/cpu/queues/pipelines").json()
+    queue = project.ask("GET", "/work_pools/cpu/queues/pipelines")
     assert nightly["work_queue_name"] == "pipelines" and queue["concurrency_limit"] == 1
 
 
