@@ -329,17 +329,12 @@ def clip_size(networks: Networks, size: Size, phase: Phase) -> tuple[int, int, i
     """Frames, height and width: the options', or what the preset trains last, or what a released model was trained
     at.
     """
-    from svd.model.layout import read_config
-    from svd.model.sgm import trained_frames
+    from svd.model.weights import trained_frames
 
     known = (phase.frames, phase.height, phase.width)
     model = networks.model
     if model is not None and is_released(model):
-        if model.is_dir():
-            frames = int(read_config(model / "unet" / "config.json").get("num_frames", 14))
-        else:
-            frames = trained_frames(model)
-        known = (frames, 576, 1024)
+        known = (trained_frames(model) or 14, 576, 1024)
     return size.frames or known[0], size.height or known[1], size.width or known[2]
 
 

@@ -42,7 +42,7 @@ def curate(
     """Cut, clip, caption, score and filter your own videos: catalogue, shards and report in outputs/NAME/curation."""
     from flows.runner import run_preset_stage
     from svd.curation.plan import plan
-    from svd.curation.sources import list_sources
+    from svd.data.listing import list_sources
 
     chosen = load_preset(preset, {"name": name, "sources.paths": sources, "sources.synthetic": None})
     if dry_run:

@@ -25,9 +25,8 @@ from svd.diffusion.guidance import Condition, Passes, guided
 from svd.diffusion.sampler import karras_sigmas, sample
 from svd.model.autoencoder import Autoencoder, mean
 from svd.model.conditioning import Encoders, conditioned, load_encoders
-from svd.model.layout import read_config
 from svd.model.unet import UNet
-from svd.model.weights import load_autoencoder, load_unet
+from svd.model.weights import load_autoencoder, load_unet, trained_frames
 from svd.stage import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -95,15 +94,8 @@ def load_models(
         raise UserError(f"{unet_folder}: cross-attention width {width}, the encoders in {encoders_folder} give {found}")
     for module in (unet, autoencoder):
         module.eval().requires_grad_(False)
-    return Models(
-        unet, autoencoder, encoders, device, dtype, kind, offload, trained_frames=_trained_frames(Path(unet_folder))
-    )
-
-
-def _trained_frames(folder: Path) -> int | None:
-    """`num_frames` of a folder in diffusers' layout, of a U-Net or a pipeline; None where nothing says it."""
-    part = folder / "unet" if (folder / "unet").is_dir() else folder
-    return read_config(part / "config.json").get("num_frames") if part.is_dir() else None
+    frames = trained_frames(Path(unet_folder))
+    return Models(unet, autoencoder, encoders, device, dtype, kind, offload, trained_frames=frames)
 
 
 def _device(name: torch.device | str) -> torch.device:

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from svd.curation.sources import SceneCaption
 from svd.curation.types import CameraLabel
+from svd.data.listing import SceneCaption
 
 # Captions that say what is to be seen; a sentence about the camera alone says nothing to CLIP.
 MOTION = "motion"

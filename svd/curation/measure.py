@@ -23,10 +23,11 @@ from safetensors.numpy import save_file
 
 from svd.config import CurationConfig
 from svd.curation import captions, catalog
-from svd.curation.sources import Source, local_file, printable
+from svd.curation.sources import local_file
 from svd.curation.text import TextDetector, make_detector, text_areas
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, Cut, SourceFailure
 from svd.curation.worker import Analyst, WorkerError
+from svd.data.listing import Source, printable
 from svd.stage import UserError
 
 log = logging.getLogger(__name__)

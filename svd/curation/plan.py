@@ -13,11 +13,11 @@ from rich.progress import track
 
 from svd import storage
 from svd.config import CurationConfig, EncodersConfig
-from svd.curation.sources import Source
+from svd.data.listing import Source
 from svd.stage import UserError
 
 # CPU-seconds a second of video, measured with benchmarks/curation and benchmarks/text on one core of an EPYC (Zen 3):
-# one pass over h264 at 720p, and a text detection; see the README of the benchmarks for other sizes.
+# one pass over h264 at 720p, and a text detection.
 PASS_PER_MEGAPIXEL_SECOND = 0.10
 TEXT_SECONDS = 0.035
 CLIP_SECONDS = 8.0  # mean length of a clip, for the number of clips
@@ -92,9 +92,7 @@ class Plan:
         return _table(shown)
 
 
-def plan(
-    sources: Sequence[Source], config: CurationConfig, sources_per_unit: int, encoders: EncodersConfig | None = None
-) -> Plan:
+def plan(sources: Sequence[Source], config: CurationConfig, sources_per_unit: int, encoders: EncodersConfig) -> Plan:
     """Probe the headers of local sources, of members of tars and of some remote sources, and add up."""
     facts = _probe_all(sources)
     known = [one for one in facts if one is not None]
@@ -137,15 +135,15 @@ def _guess(source: Source, known: Sequence[Facts]) -> Facts:
     return Facts(seconds * source.size / size, megapixels, source.size)
 
 
-def _embedding_seconds(encoders: EncodersConfig | None) -> float:
-    return EMBEDDING_SECONDS.get(encoders.model, 0.0) if encoders and encoders.kind == "open_clip" else 0.0
+def _embedding_seconds(encoders: EncodersConfig) -> float:
+    return EMBEDDING_SECONDS.get(encoders.model, 0.0) if encoders.kind == "open_clip" else 0.0
 
 
-def _networks(config: CurationConfig, encoders: EncodersConfig | None, clips: int) -> tuple[tuple[str, str], ...]:
+def _networks(config: CurationConfig, encoders: EncodersConfig, clips: int) -> tuple[tuple[str, str], ...]:
     """The networks that the preset names, with what they cost on one core where that was measured."""
     captions = config.captions
     rows = []
-    if encoders is not None and encoders.kind == "open_clip":
+    if encoders.kind == "open_clip":
         rows.append((f"CLIP {encoders.model}", "about", _embedding_seconds(encoders) * FRAMES_A_CLIP))
     if "coca" in captions.captioners:
         rows.append((f"CoCa {captions.coca_model}", "up to", COCA_SECONDS.get(captions.coca_model, 0.0)))

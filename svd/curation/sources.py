@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from svd import storage
-from svd.data.listing import SceneCaption, Source, list_sources, printable
+from svd.data.listing import Source
 from svd.stage import UserError
-
-__all__ = ["SceneCaption", "Source", "list_sources", "local_file", "printable"]
 
 MAX_BYTES = 100 << 30
 MAX_SECONDS = 6 * 3600.0

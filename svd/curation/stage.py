@@ -28,11 +28,12 @@ from svd.curation.merge import Merged, merge
 from svd.curation.parts import LEAST_RATE
 from svd.curation.report import write_report
 from svd.curation.scoring import Scorer, pick_device
-from svd.curation.sources import Source, list_sources, local_file
+from svd.curation.sources import local_file
 from svd.curation.statistics import write_statistics
 from svd.curation.summary import metrics, summary
 from svd.curation.types import SourceFailure
 from svd.curation.worker import Analyst
+from svd.data.listing import Source, list_sources
 from svd.stage import Report, StageContext, UserError, publish, write_json
 
 SPLITS = ("train", "test", "footage")

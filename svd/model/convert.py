@@ -37,7 +37,6 @@ from svd.model.sgm import (
     read_sgm,
     split,
     stored_config,
-    trained_frames,
     unet_config,
     unet_from_sgm,
     unet_to_sgm,
@@ -48,6 +47,7 @@ from svd.model.weights import (
     WEIGHTS,
     is_image_to_video,
     modern_attention_names,
+    trained_frames,
     weights_file,
     write_pipeline_files,
 )
@@ -93,10 +93,10 @@ def convert(
             raise UserError(
                 f"{source}: a folder, so it's in diffusers' layout already; give a single .safetensors file"
             )
-        return _to_folder(read_sgm(source, sha256), target, dtype, frames or trained_frames(source))
+        return _to_folder(read_sgm(source, sha256), target, dtype, frames or trained_frames(source) or 14)
     if source.is_file():
         raise UserError(f"{source}: a single file, so it's in sgm's layout already; give a folder in diffusers' layout")
-    return _to_file(source, target, dtype, frames)
+    return _to_file(source, target, dtype, frames or trained_frames(source) or 14)
 
 
 def _typed(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
@@ -161,14 +161,12 @@ def _write_rest(work: Path, parts: SgmParts, dtype: torch.dtype | None) -> int:
     return count + len(tensors)
 
 
-def _to_file(source: Path, target: Path, dtype: torch.dtype | None, frames: int | None) -> Conversion:
+def _to_file(source: Path, target: Path, dtype: torch.dtype | None, frames: int) -> Conversion:
     unet = source / "unet" if (source / "unet").is_dir() else source
-    described = read_config(unet / "config.json")
-    config = unet_from_json(described, unet / "config.json")
-    frames = frames or int(described.get("num_frames") or 14)
+    config = unet_from_json(read_config(unet / "config.json"), unet / "config.json")
     tensors = read_tensors(weights_file(unet))
     check_fit(expected(UNet, config), tensors, f"{unet}: U-Net")
-    parts = SgmParts(unet=unet_to_sgm(tensors, config), config=stored_config(config, frames=frames))
+    parts = SgmParts(unet=unet_to_sgm(tensors, config), config=stored_config(config, None, frames))
     missing = []
     if (source / "vae").is_dir():
         value = read_config(source / "vae" / "config.json")

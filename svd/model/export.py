@@ -9,9 +9,8 @@ from typing import Literal
 from svd.config import EncodersConfig
 from svd.model.checkpoint import of_module
 from svd.model.conditioning import load_encoders
-from svd.model.layout import read_config
 from svd.model.sgm import save_sgm
-from svd.model.weights import load_autoencoder, load_unet, save_pipeline
+from svd.model.weights import load_autoencoder, load_unet, save_pipeline, trained_frames
 from svd.stage import UserError
 
 
@@ -27,7 +26,7 @@ def export(model: Path, target: Path, to: Literal["sgm", "diffusers"], config: E
     autoencoder = load_autoencoder(model.parent / "autoencoder")
     visual = load_encoders(model.parent / "encoders", config).image.visual
     heads = int(visual.transformer.resblocks[0].attn.num_heads)
-    frames = int(read_config(model / "unet" / "config.json").get("num_frames", 14))
+    frames = trained_frames(model) or 14
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.tmp")
     if to == "sgm":

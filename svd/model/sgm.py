@@ -21,7 +21,6 @@ import torch
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.checkpoint import Lazy, fill, of_module, read_metadata, read_tensors, write_tensors
 from svd.model.keys import autoencoder_table, invert, is_attention_projection, unet_table
-from svd.model.layout import published_frames
 from svd.model.unet import UNet, UNetConfig
 from svd.stage import UserError
 
@@ -70,12 +69,6 @@ def read_sgm(path: Path, sha256: str | None = None) -> SgmParts:
             f"{path}: no U-Net ('{PREFIXES['unet']}…'); not an sgm file of Stable Video Diffusion or SD 2.1"
         )
     return parts
-
-
-def trained_frames(path: Path) -> int:
-    """How many frames a single file was trained on: as stored by us, else what its published name tells."""
-    stored = json.loads(read_metadata(path).get(METADATA, "{}")).get("frames")
-    return int(stored) if stored else published_frames(path)
 
 
 def split(tensors: Mapping[str, Lazy]) -> tuple[SgmParts, list[str]]:

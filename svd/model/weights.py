@@ -7,6 +7,7 @@ folders as `unet/`, `vae/`, … with `model_index.json`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,19 +15,20 @@ import torch
 from torch import nn
 
 from svd.model.autoencoder import Autoencoder
-from svd.model.checkpoint import Lazy, file_hash, fill, of_module, read_tensors, write_tensors
+from svd.model.checkpoint import Lazy, file_hash, fill, of_module, read_metadata, read_tensors, write_tensors
 from svd.model.clip_keys import to_transformers, transformers_config
 from svd.model.layout import (
     autoencoder_from_json,
     autoencoder_to_json,
     image_processor_json,
     model_index_json,
+    published_frames,
     read_config,
     scheduler_json,
     unet_from_json,
     unet_to_json,
 )
-from svd.model.sgm import build_autoencoder, build_unet, read_sgm
+from svd.model.sgm import METADATA, build_autoencoder, build_unet, read_sgm
 from svd.model.unet import UNet, UNetConfig
 from svd.stage import UserError, write_json
 
@@ -92,6 +94,17 @@ def modern_attention_names(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
                 tensor = tensor.map(lambda t: t[:, :, 0, 0])
         renamed[".".join(parts)] = tensor
     return renamed
+
+
+def trained_frames(folder_or_file: Path) -> int | None:
+    """How many frames a U-Net was trained on, None where nothing says so.
+
+    A folder's config.json says it, a single file's metadata when it is ours, else its published name.
+    """
+    if not folder_or_file.is_file():
+        return read_config(part_of(folder_or_file, "unet") / "config.json").get("num_frames")
+    stored = json.loads(read_metadata(folder_or_file).get(METADATA, "{}")).get("frames")
+    return int(stored) if stored else published_frames(folder_or_file)
 
 
 def save_unet(unet: UNet, folder: Path, frames: int = 14) -> None:

@@ -16,7 +16,7 @@ from svd.config import CaptionsConfig
 from svd.curation import captioners, video_captioner
 from svd.curation.beam import beam_search
 from svd.curation.captions import CaptionRequest, describe_all, own_captions
-from svd.curation.sources import SceneCaption
+from svd.data.listing import SceneCaption
 from svd.stage import UserError
 
 WORDS = ["a", "dog", "runs", "Question", "What", "happens", "in", "this", "video", "Answer", ":", "?", "Frame", "Time"]

@@ -17,10 +17,10 @@ from svd.curation.analysis import analyse
 from svd.curation.measure import identify, measure_unit, units_of
 from svd.curation.merge import join_parts
 from svd.curation.parts import analyse_part, count_parts, seconds_claimed
-from svd.curation.sources import list_sources
 from svd.curation.types import Analysis
 from svd.curation.worker import Analyst
 from svd.curation.writing import write_clip
+from svd.data.listing import list_sources
 
 LENGTHS = [100, 57, 130, 113]
 KINDS = {

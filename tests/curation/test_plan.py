@@ -13,7 +13,9 @@ from svd import storage
 from svd.config import EncodersConfig
 from svd.curation import plan as planning
 from svd.curation.plan import plan
-from svd.curation.sources import Source, list_sources
+from svd.data.listing import Source, list_sources
+
+TOY = EncodersConfig(kind="toy-clip")
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,11 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_members_of_tars_are_probed_where_they_lie(videos: Path) -> None:
-    local = plan(list_sources([str(videos / "w.tar")]), tiny().curation, 2)
+    local = plan(list_sources([str(videos / "w.tar")]), tiny().curation, 2, TOY)
     assert (local.sources, local.unknown, local.units) == (3, 0, 2)
     assert local.hours == pytest.approx(6 / 3600, rel=0.02) and local.download_gigabytes == 0
     with serving(videos) as (address, _):
-        remote = plan(list_sources([f"{address}/w.tar"]), tiny().curation, 2)
+        remote = plan(list_sources([f"{address}/w.tar"]), tiny().curation, 2, TOY)
     assert (remote.hours, remote.cpu_hours, remote.unknown) == (local.hours, local.cpu_hours, 0)
     assert remote.download_gigabytes == pytest.approx(sum(p.stat().st_size for p in videos.glob("*.mp4")) / 1e9)
 
@@ -44,7 +46,7 @@ def test_a_part_of_a_prefix_is_probed_and_the_rest_estimated(
         storage.upload(videos / "2.mp4", f"{bucket}/raw/{number}.mp4")
     monkeypatch.setattr(planning, "REMOTE_PROBES", 2)
     sources = list_sources([f"{bucket}/raw"])
-    found = plan(sources, tiny().curation, 64)
+    found = plan(sources, tiny().curation, 64, TOY)
     assert (found.sources, found.unknown, found.estimated) == (6, 4, 4)
     assert (found.hours, found.estimated_hours) == pytest.approx((4 / 3600, 8 / 3600), rel=0.02)
     assert found.download_gigabytes == pytest.approx(6 * (videos / "2.mp4").stat().st_size / 1e9)
@@ -54,13 +56,13 @@ def test_a_part_of_a_prefix_is_probed_and_the_rest_estimated(
 def test_sizes_weigh_an_estimate(videos: Path) -> None:
     (known,) = list_sources([str(videos / "2.mp4")])
     size = (videos / "2.mp4").stat().st_size
-    found = plan([known, Source("ytdl:x"), Source("ytdl:y", size=10 * size)], tiny().curation, 64)
+    found = plan([known, Source("ytdl:x"), Source("ytdl:y", size=10 * size)], tiny().curation, 64, TOY)
     assert found.estimated_hours == pytest.approx((2 + 20) / 3600, rel=0.02)
 
 
 def test_nothing_known_is_said(tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_text("nothing")
-    found = plan([*list_sources([str(tmp_path)]), Source("ytdl:x")], tiny().curation, 64)
+    found = plan([*list_sources([str(tmp_path)]), Source("ytdl:x")], tiny().curation, 64, TOY)
     assert (found.unknown, found.estimated, found.cpu_hours) == (2, 1, 0)
     assert any("not known" in line for line in found.lines()) and not any("CPU" in line for line in found.lines())
 
@@ -75,4 +77,4 @@ def test_small_inputs_have_no_zeros_and_networks_have_their_cost(videos: Path) -
     assert "llm captioner: cost not measured" in text
     frames = found.clips * planning.FRAMES_A_CLIP
     assert found.wall_hours == pytest.approx(frames * planning.EMBEDDING_SECONDS["ViT-L-14"] / 3600)
-    assert plan(sources, config, 64).wall_hours < found.wall_hours
+    assert plan(sources, config, 64, TOY).wall_hours < found.wall_hours

@@ -18,7 +18,8 @@ import polars as pl
 import pytest
 
 from svd import storage
-from svd.curation.sources import SceneCaption, list_sources, local_file
+from svd.curation.sources import local_file
+from svd.data.listing import SceneCaption, list_sources
 from svd.stage import UserError
 
 

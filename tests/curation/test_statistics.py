@@ -12,16 +12,18 @@ import pytest
 from catalogue_inputs import write_catalogue
 from curation_inputs import SAMPLES, tiny, write_video
 
-from svd.config import FiltersConfig
+from svd.config import EncodersConfig, FiltersConfig
 from svd.curation import catalog, filters, statistics
 from svd.curation.contact import pick
 from svd.curation.merge import bucket, motion_edges
 from svd.curation.plan import plan
 from svd.curation.report import write_report
-from svd.curation.sources import list_sources
 from svd.curation.subsets import calibration_subsets, write_subsets
 from svd.curation.summary import match
+from svd.data.listing import list_sources
 from svd.stage import UserError
+
+TOY = EncodersConfig(kind="toy-clip")
 
 
 @pytest.fixture
@@ -154,13 +156,13 @@ def test_the_dry_run_adds_up(tmp_path):
     (tmp_path / "broken.mp4").write_text("nothing")
     (tmp_path / "remote.txt").write_text("s3://bucket/c.mp4\n")
     sources = list_sources([str(tmp_path), str(tmp_path / "remote.txt")])
-    found = plan(sources, tiny().curation, 2)
+    found = plan(sources, tiny().curation, 2, TOY)
     assert (found.sources, found.unknown, found.units) == (4, 2, 2)
     assert found.hours == pytest.approx(3 / 3600, rel=0.05)
-    split = plan(sources, tiny(curation__part_seconds=0.5).curation, 2)
+    split = plan(sources, tiny(curation__part_seconds=0.5).curation, 2, TOY)
     assert split.units == 4 + 2 + 1, "the parts of two videos, and one unit of two sources"
     assert found.wall_hours == pytest.approx(found.cpu_hours / 2)
-    real = plan(list_sources([str(SAMPLES)]), tiny().curation, 2)
+    real = plan(list_sources([str(SAMPLES)]), tiny().curation, 2, TOY)
     assert real.cpu_hours > found.cpu_hours and any("sources" in line for line in real.lines())
 
 

@@ -14,9 +14,9 @@ from media_files import shots, tiny_config, write
 from svd.curation import stage
 from svd.curation.measure import identify, measure_unit, units_of
 from svd.curation.scoring import Scorer
-from svd.curation.sources import list_sources
 from svd.curation.types import SourceFailure
 from svd.curation.worker import Analyst, WorkerError
+from svd.data.listing import list_sources
 from svd.stage import UserError
 
 

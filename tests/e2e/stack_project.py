@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,16 @@ class StackProject:
         """The ends of the stack's logs, for a failed assertion."""
         files = sorted((self.folder / ".local" / "log").glob("*.log"))
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in files)
+
+
+@contextlib.contextmanager
+def running(project: StackProject) -> Iterator[StackProject]:
+    """The project with its stack up, and down again afterwards."""
+    try:
+        project.up()
+        yield project
+    finally:
+        project.run("svd", "stack", "down", check=False)
 
 
 def take_environment(project: StackProject, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:

@@ -17,7 +17,7 @@ import mlflow
 import pytest
 from micro_project import ROOT
 from servers import BIN
-from stack_project import StackProject, take_environment
+from stack_project import StackProject, running, take_environment
 
 from flows.stages import PIPELINE, STAGES
 
@@ -30,11 +30,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackProject]:
     project.preset("micro")
     project.preset("broken", sources__paths=["footage-that-is-not-there"])
     project.select("micro")
-    try:
-        project.up()
+    with running(project):
         yield project
-    finally:
-        project.run("svd", "stack", "down", check=False)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from stack_project import StackProject, take_environment
+from stack_project import StackProject, running, take_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 STEPS = 150
@@ -20,11 +20,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackProject]:
     project = StackProject(tmp_path_factory.mktemp("killed") / "clone")
     project.preset("training", encoders__toy_iterations=STEPS)
     project.select("training")
-    try:
-        project.up()
+    with running(project):
         yield project
-    finally:
-        project.run("svd", "stack", "down", check=False)
 
 
 @pytest.fixture(autouse=True)
