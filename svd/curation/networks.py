@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from svd.curation.scoring import Scorer
 
 START_METHOD = "spawn"  # CUDA does not survive a fork
+PATIENCE = 5.0  # seconds
 
 
 class Networks:
@@ -55,7 +56,7 @@ class Networks:
         try:
             error = self._connection.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join(5)
+            self._process.join(PATIENCE)
             raise UserError(
                 f"the process with curation's networks ended with {exit_name(self._process.exitcode)} (SIGKILL: "
                 "probably the machine ran out of memory); run the stage again, it goes on where it was"
@@ -64,11 +65,12 @@ class Networks:
             raise error
 
     def close(self) -> None:
-        """End the child process."""
+        """End the child process; what it is at work on is lost."""
+        self._connection.close()
+        self._process.join(PATIENCE)  # one that is idle ends by itself, and tidies up
         self._process.kill()
         self._process.join()
         self._process.close()
-        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
