@@ -66,11 +66,13 @@ class Networks:
 
     def close(self) -> None:
         """End the child process; what it is at work on is lost."""
-        self._connection.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._connection.send(None)
         self._process.join(PATIENCE)  # one that is idle ends by itself, and tidies up
         self._process.kill()
         self._process.join()
         self._process.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -82,14 +84,14 @@ class Networks:
 
 
 def _serve(connection: Connection, config: CurationConfig, encoders: EncodersConfig, folder: Path) -> None:
-    """Child: load everything, then score units; says None after each, or the error."""
+    """Child: load everything, then score units until it is sent None; says None after each, or the error."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         scorer = _load(config, encoders, folder)
         connection.send(None)
-        while True:
-            scorer.score_unit(*connection.recv())
+        while request := connection.recv():
+            scorer.score_unit(*request)
             connection.send(None)
     except EOFError:
         return
