@@ -19,15 +19,18 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+import av.logging
 
 from svd.config import CurationConfig
+from svd.curation.analysis import Taken
+from svd.curation.motion import prepare
+from svd.curation.parts import analyse_part, count_parts, seconds_claimed
 from svd.curation.text import make_detector, text_areas
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
+from svd.curation.writing import write_clips
 from svd.stage import UserError
-
-if TYPE_CHECKING:
-    from svd.curation.analysis import Taken
 
 DEFAULT_TIMEOUT = 3600.0  # seconds for half an hour of video, and for anything shorter
 TIMED_SECONDS = 1800.0
@@ -54,9 +57,6 @@ def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
 
     Sent before it: how many seconds of video it is about, and clips as soon as they are there.
     """
-    from svd.curation.parts import analyse_part, count_parts, seconds_claimed
-    from svd.curation.writing import write_clips
-
     try:
         if request[0] == "analyse":
             _, path, config, part, scratch = request
@@ -90,10 +90,6 @@ def end_with_parent() -> None:
 
 def _serve(connection: Connection, memory: int, config: CurationConfig | None) -> None:
     """Child: say that it is ready ("") or why not, then answer requests until the parent hangs up."""
-    import av.logging
-
-    from svd.curation.motion import prepare
-
     threading.Thread(target=end_with_parent, daemon=True).start()
     av.logging.set_level(None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
