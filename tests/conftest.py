@@ -1,5 +1,18 @@
 """Makes the helpers of this folder importable from every test: pytest puts the folder of a conftest.py on the path."""
 
+import multiprocessing
+
+import pytest
 from s3_fixtures import bucket, s3_server
 
+from svd.curation import networks
+
 __all__ = ["bucket", "s3_server"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def networks_are_forked() -> None:
+    """torch and open_clip are imported once for the networks of curation, not for each of many runs."""
+    preloaded = ["svd.curation.stage", "svd.curation.scoring", "svd.curation.captioners", "svd.model.conditioning"]
+    multiprocessing.set_forkserver_preload(preloaded)
+    networks.START_METHOD = "forkserver"

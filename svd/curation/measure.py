@@ -24,7 +24,6 @@ from safetensors.numpy import save_file
 from svd.config import CurationConfig
 from svd.curation import captions, catalog
 from svd.curation.sources import local_file
-from svd.curation.text import TextDetector, make_detector, text_areas
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, Cut, SourceFailure
 from svd.curation.worker import Analyst, WorkerError
 from svd.data.listing import Source, printable
@@ -118,8 +117,6 @@ class _UnitWork:
         self.dropped: list[dict[str, Any]] = []
         self.flow: dict[str, np.ndarray] = {}
         self.captions: dict[str, dict[str, str]] = {}
-        self.areas: dict[str, list[float]] = {}
-        self.detector: TextDetector = make_detector(config.text)
         self.analyst = analyst
 
     def add(self, identified: Identified) -> None:
@@ -189,12 +186,10 @@ class _UnitWork:
             row["reason"] = "no clip: " + ("; ".join(sorted({d.reason for d in analysis.dropped})) or "no frames")
 
     def _take(self, clip: ClipAnalysis, source_id: str) -> ClipAnalysis:
-        """Look for text in a clip's frames and write them, while the source is still being decoded; returns the rest.
-
-        Frames of a whole film would not fit into memory.
+        """Write a clip's frames while the source is still being decoded: those of a whole film would not fit into
+        memory. Returns the rest.
         """
         name = catalog.clip_id(source_id, clip.span.start_pts, clip.span.end_pts)
-        self.areas[name] = text_areas(list(clip.frames), self.detector)
         for position, frame in enumerate(clip.frames):
             _write_jpeg(self.folder / "frames" / f"{name}-{position}.jpg", frame)
         return replace(clip, frames=clip.frames[:0].copy())  # a copy: a view would keep the frames
@@ -208,7 +203,7 @@ class _UnitWork:
         source: Source,
         row: Mapping[str, Any],
     ) -> dict[str, Any]:
-        areas = self.areas[name]
+        areas = list(clip.text_areas)
         self.flow[name] = np.ascontiguousarray(clip.flow, np.float16)
         span, facts = clip.span, analysis.facts
         self.captions[name] = captions.own_captions(

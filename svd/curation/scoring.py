@@ -1,13 +1,14 @@
 """Scoring a measured unit: captions, CLIP similarity and aesthetics, then its clips packed into a shard.
 
-The networks run in the parent process, on the GPU when there is one, batched over all clips of a unit. The scored unit
-appears by one rename, as the measured one does.
+The networks run on the GPU when there is one, batched over all clips of a unit. The scored unit appears by one rename,
+as the measured one does.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,10 @@ class Scorer:
         """
         target = folder / measured.name
         if not target.exists():
-            temporary = folder / f".{measured.name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
+            for leftover in folder.glob(f".{measured.name}.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            # A name of its own: what the process of a killed run still writes can't get into this unit.
+            temporary = folder / f".{measured.name}.{uuid.uuid4().hex}"
             temporary.mkdir(parents=True)
             self._score(measured, temporary, shard_bytes)
             temporary.rename(target)

@@ -1,9 +1,9 @@
 """The stage `curation`: from a folder of raw videos to a catalogue, clip shards and statistics (§3, App. C).
 
 Work is split into units of sources. Threads measure units, each with a decoding process of its own (decode, cuts,
-motion, clips) that may crash without harm; this thread scores finished ones with the networks as they come. Both
-kinds of result appear by rename in the work folder, so a killed run goes on where it was; the merge sorts by content,
-so the result does not depend on order, kills or workers.
+motion, text, clips) that may crash without harm; one more process scores finished units with the networks as they
+come. Both kinds of result appear by rename in the work folder, so a killed run goes on where it was; the merge sorts by
+content, so the result does not depend on order, kills or workers.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from svd.config import CurationConfig, EncodersConfig
-from svd.curation import embeddings
-from svd.curation.captioners import make_captioners
 from svd.curation.measure import Identified, Unit, identify, measure_unit, units_of
 from svd.curation.merge import Merged, merge
+from svd.curation.networks import Networks
 from svd.curation.parts import LEAST_RATE
 from svd.curation.report import write_report
-from svd.curation.scoring import Scorer, pick_device
 from svd.curation.sources import local_file
 from svd.curation.statistics import write_statistics
 from svd.curation.summary import metrics, summary
@@ -52,8 +50,8 @@ def run(context: StageContext) -> Report:
     context.work.mkdir(parents=True, exist_ok=True)
     identified = split_long(find_duplicates(sources, config.workers), config, context.work / "fetched")
     units = list(units_of(identified, context.preset.sources.sources_per_shard))
-    scorer = make_scorer(config, context.preset.encoders, context.inputs["encoders"])
-    measured, scored = process(units, config, scorer, context)
+    with Networks(config, context.preset.encoders, context.inputs["encoders"]) as networks:
+        measured, scored = process(units, config, networks, context)
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     with progress() as bar:
@@ -109,22 +107,6 @@ def split_long(identified: Sequence[Identified], config: CurationConfig, folder:
     return found
 
 
-def make_scorer(config: CurationConfig, encoders: EncodersConfig, folder: Path) -> Scorer:
-    """Load the networks that the preset names; raises UserError for missing weights."""
-    from svd.model.conditioning import load_encoders
-
-    device = pick_device()
-    head = embeddings.load_aesthetics(Path(encoders.aesthetics_weights)) if encoders.aesthetics_weights else None
-    return Scorer(
-        encoders=load_encoders(folder, encoders, device),
-        captioners=make_captioners(config.captions, device),
-        used=config.captions.captioners,
-        head=head,
-        nsfw=embeddings.load_nsfw(Path(config.nsfw_weights)) if config.nsfw_weights else None,
-        device=device,
-    )
-
-
 def scored_by(config: CurationConfig, encoders: EncodersConfig) -> dict[str, str]:
     """What made each score, for people who read the report."""
     toy = "toy-clip, a small model trained here on synthetic captions"
@@ -142,7 +124,7 @@ def scored_by(config: CurationConfig, encoders: EncodersConfig) -> dict[str, str
 
 
 def process(
-    units: Sequence[Unit], config: CurationConfig, scorer: Scorer, context: StageContext
+    units: Sequence[Unit], config: CurationConfig, networks: Networks, context: StageContext
 ) -> tuple[list[Path], list[Path]]:
     """Measure and score all units; returns their folders in order. A unit that is there already is not done again."""
     measured = [context.work / "measured" / unit.name for unit in units]
@@ -151,7 +133,7 @@ def process(
         task = bar.add_task("curating (units of sources)", total=len(units))
         for count, unit in enumerate(done, start=1):
             path = context.work / "measured" / unit.name
-            scorer.score_unit(path, context.work / "scored", config.shard_bytes)
+            networks.score_unit(path, context.work / "scored", config.shard_bytes)
             bar.advance(task)
             context.tracker.log_metrics({"curation/units": float(count)}, count)
     return measured, scored

@@ -132,7 +132,8 @@ class CameraMotion:
 class ClipAnalysis:
     """One clip. flow: (P, h, w, 2) float16, dx and dy in pixels of the stored map between samples, short side 16 px;
     frames: first, middle and last sampled frame, (3, H, W, 3) RGB uint8, upright, square pixels, at most 768 px wide;
-    motion_score: mean magnitude of the flow over time and space (§3.1), pixels of the stored map a sample step."""
+    motion_score: mean magnitude of the flow over time and space (§3.1), pixels of the stored map a sample step;
+    text_areas: share of each of the frames that text covers, in [0, 1]; empty where nobody looked for it."""
 
     span: ClipSpan
     motion_score: float
@@ -140,6 +141,7 @@ class ClipAnalysis:
     camera: CameraMotion
     frames: np.ndarray
     frame_seconds: tuple[float, float, float]
+    text_areas: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

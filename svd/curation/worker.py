@@ -6,6 +6,7 @@ A decoder that hangs, crashes or eats memory takes its process with it; the sour
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import resource
@@ -18,14 +19,18 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from svd.config import CurationConfig, MotionConfig
+import av.logging
+
+from svd.config import CurationConfig
+from svd.curation.analysis import Taken
+from svd.curation.motion import prepare
+from svd.curation.parts import analyse_part, count_parts, seconds_claimed
+from svd.curation.text import make_detector, text_areas
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
+from svd.curation.writing import write_clips
 from svd.stage import UserError
-
-if TYPE_CHECKING:
-    from svd.curation.analysis import Taken
 
 DEFAULT_TIMEOUT = 3600.0  # seconds for half an hour of video, and for anything shorter
 TIMED_SECONDS = 1800.0
@@ -33,6 +38,7 @@ DEFAULT_MEMORY = 2 << 30  # bytes that analysing may add to a fresh process
 ATTEMPTS = 2  # a process may be killed for what is no source's fault, as when the machine runs out of memory
 
 _NO_MEMORY = "more memory needed than allowed"
+_detector = functools.lru_cache(maxsize=1)(make_detector)  # loaded once a process
 
 
 class WorkerError(UserError):
@@ -51,16 +57,15 @@ def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
 
     Sent before it: how many seconds of video it is about, and clips as soon as they are there.
     """
-    from svd.curation.parts import analyse_part, count_parts, seconds_claimed
-    from svd.curation.writing import write_clips
-
-    def taken(clip: ClipAnalysis) -> ClipAnalysis:
-        connection.send(clip)
-        return replace(clip, frames=clip.frames[:0].copy())  # a copy: a view would keep the frames
-
     try:
         if request[0] == "analyse":
             _, path, config, part, scratch = request
+            detector = _detector(config.text)
+
+            def taken(clip: ClipAnalysis) -> ClipAnalysis:
+                connection.send(replace(clip, text_areas=tuple(text_areas(list(clip.frames), detector))))
+                return replace(clip, frames=clip.frames[:0].copy())  # a copy: a view would keep the frames
+
             connection.send(seconds_claimed(path) / part[1])
             return analyse_part(path, config, taken, part, scratch)
         if request[0] == "parts":
@@ -75,7 +80,7 @@ def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Wait for the parent's death, then end at once: a killed run leaves nothing behind that decodes or writes."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -83,17 +88,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _serve(connection: Connection, memory: int, motion: MotionConfig) -> None:
+def _serve(connection: Connection, memory: int, config: CurationConfig | None) -> None:
     """Child: say that it is ready ("") or why not, then answer requests until the parent hangs up."""
-    import av.logging
-
-    from svd.curation.motion import prepare
-
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     av.logging.set_level(None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        prepare(motion)  # a network is loaded before memory is limited: its size is no source's fault
+        if config is not None:  # networks are loaded before memory is limited: their size is no source's fault
+            prepare(config.motion)
+            _detector(config.text)
     except Exception as error:
         connection.send(" ".join(str(error).split()) or type(error).__name__)
         return
@@ -124,7 +127,7 @@ class Analyst:
 
     def count_parts(self, path: Path, config: CurationConfig) -> int:
         """As parts.count_parts, with the same guards as `analyse`."""
-        count: int = self._ask(config.motion, None, "parts", path, config)
+        count: int = self._ask(config, None, "parts", path, config)
         return count
 
     def analyse(
@@ -135,13 +138,16 @@ class Analyst:
         part: tuple[int, int] = (0, 1),
         scratch: Path | None = None,
     ) -> Analysis:
-        """As parts.analyse_part, `taken` runs here; a hang, a crash and a lack of memory are SourceFailures too."""
+        """As parts.analyse_part, and looks for text; a hang, a crash and a lack of memory are SourceFailures too.
+
+        `taken` runs here.
+        """
         clips: dict[ClipSpan, ClipAnalysis] = {}
 
         def take(clip: ClipAnalysis) -> None:
             clips[clip.span] = taken(clip)
 
-        analysis: Analysis = self._ask(config.motion, take, "analyse", path, config, part, scratch)
+        analysis: Analysis = self._ask(config, take, "analyse", path, config, part, scratch)
         return replace(analysis, clips=[clips[clip.span] for clip in analysis.clips])
 
     def write_clips(self, source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:
@@ -153,14 +159,14 @@ class Analyst:
                 target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
         return written
 
-    def _ask(self, motion: MotionConfig | None, take: Callable[[ClipAnalysis], None] | None, *request: Any) -> Any:
+    def _ask(self, config: CurationConfig | None, take: Callable[[ClipAnalysis], None] | None, *request: Any) -> Any:
         for attempt in range(ATTEMPTS):
-            connection = self._start(motion)
+            connection = self._start(config)
             try:
                 answer = self._exchange(connection, request, take)
                 break
             except (EOFError, ConnectionResetError, BrokenPipeError):
-                name = _exit_name(self._reap())
+                name = exit_name(self._reap())
                 if self._stopped:
                     raise WorkerError("curation was stopped") from None
                 if attempt + 1 == ATTEMPTS:
@@ -196,28 +202,28 @@ class Analyst:
             self.close()
             raise
 
-    def _start(self, motion: MotionConfig | None) -> Connection:
+    def _start(self, config: CurationConfig | None) -> Connection:
         for _ in range(ATTEMPTS + 1):
             if self._stopped:
                 raise WorkerError("curation was stopped")
             if self._process is not None and self._process.is_alive() and self._connection is not None:
                 return self._connection
             self.close()
-            problem = self._launch(motion or MotionConfig())
+            problem = self._launch(config)
         raise WorkerError(f"a decoding process can't start: {problem}")
 
-    def _launch(self, motion: MotionConfig) -> str:
+    def _launch(self, config: CurationConfig | None) -> str:
         """Start a process and wait until it is ready; returns how it ended if it did. Raises WorkerError."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.memory, motion), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, self.memory, config), daemon=True)
         process.start()
         theirs.close()
         self._process, self._connection = process, ours
         try:
             problem = str(ours.recv())
         except (EOFError, ConnectionResetError):
-            return f"it ended with {_exit_name(self._reap())}"
+            return f"it ended with {exit_name(self._reap())}"
         if problem:
             self.close()
             raise WorkerError(f"a decoding process can't start: {problem}")
@@ -260,7 +266,8 @@ class Analyst:
         self.close()
 
 
-def _exit_name(code: int | None) -> str:
+def exit_name(code: int | None) -> str:
+    """How a process ended, for people."""
     if code is None:
         return "no exit status"
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"

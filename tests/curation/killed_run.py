@@ -15,7 +15,7 @@ from typing import Any
 
 from curation_inputs import context, tiny
 
-from svd.curation import stage
+from svd.curation import networks, stage
 
 MARK = "SVD_TEST_KILLED_RUN"  # an environment variable that all processes of a run share
 PHASES = ("measuring", "scoring", "shards", "merging", "publishing")
@@ -55,7 +55,11 @@ def run_once(
         now.value = phase
         counts[phase] += 1
         if kill is not None and kill[0] == phase and kill[1] <= counts[phase]:
+            os.kill(run, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    run = os.getpid()
     sys.addaudithook(hook)
+    # A fork of this process: it has the hook, and torch already, which takes seconds to import in each of many runs.
+    networks.START_METHOD = "fork"
     stage.run(context(tiny(sources__sources_per_shard=3), inputs / "sources", inputs / "encoders", folder))

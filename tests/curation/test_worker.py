@@ -13,7 +13,7 @@ from media_files import shots, tiny_config, write
 
 from svd.curation import stage
 from svd.curation.measure import identify, measure_unit, units_of
-from svd.curation.scoring import Scorer
+from svd.curation.networks import Networks
 from svd.curation.types import SourceFailure
 from svd.curation.worker import Analyst, WorkerError
 from svd.data.listing import list_sources
@@ -52,7 +52,7 @@ def test_a_long_source_has_more_time(video, tmp_path):
         analyst._exchange(Scripted(4 * 1800.0), ("analyse",), None)
     config = tiny_config()
     with analyst:
-        connection = analyst._start(config.motion)
+        connection = analyst._start(config)
         connection.send(("analyse", video, config, (0, 2), tmp_path / "part.mp4"))
         assert connection.recv() == pytest.approx(150 / 24 / 2, abs=0.05), "the seconds of one of two parts"
 
@@ -118,7 +118,7 @@ def test_an_error_ends_the_run_at_once_and_leaves_work_that_can_be_continued(tmp
     whole, broken = (context(preset, sources, encoders, tmp_path / name) for name in ("whole", "broken"))
     stage.run(whole)
     with monkeypatch.context() as patched:
-        patched.setattr(Scorer, "score_unit", lambda *args: (_ for _ in ()).throw(error))
+        patched.setattr(Networks, "score_unit", lambda *args: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             stage.run(broken)
     assert len([unit for unit in (broken.work / "measured").iterdir() if not unit.name.startswith(".")]) < 6
