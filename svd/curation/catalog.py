@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,6 +23,8 @@ from svd.stage import UserError
 
 VERSION = 1
 HASH_BYTES = 1 << 20
+# Clips in a row group of `clips.parquet`: a page of the browser reads one for every clip that it shows.
+ROW_GROUP = 1 << 14
 
 BOUNDARY = pa.struct(
     [
@@ -199,8 +202,11 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema)
 
 
 def with_schema(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
-    """`frame` as an Arrow table with exactly the columns and types of `schema`; a missing column becomes null."""
-    table = frame.to_arrow()
+    """`frame` as an Arrow table with exactly the columns and types of `schema`; a missing column becomes null.
+
+    So does a number that is none: a score that a network could not give must not pass for a high one.
+    """
+    table = frame.with_columns(cs.float().fill_nan(None)).to_arrow()
     columns = [
         table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
         for field in schema
