@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from svd.stage import UserError
 
 VERSION = 1
 HASH_BYTES = 1 << 20
-# Clips in a row group of `clips.parquet`: a page of the browser reads one for every clip that it shows.
+# Rows of a row group: a page of the browser reads one for every clip that it shows.
 ROW_GROUP = 1 << 14
 
 BOUNDARY = pa.struct(
@@ -189,6 +189,24 @@ def write_table(path: Path, table: pa.Table) -> None:
     with temporary.open("wb") as stream:
         pq.write_table(table, stream, compression="zstd", row_group_size=1 << 17)
         stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_stream(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """As `write_table`, of tables as they come; memory holds one of them or a row group, whichever is more."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        held, count = list[pa.Table](), 0
+        for table in tables:
+            held, count = [*held, table], count + len(table)
+            if count >= ROW_GROUP:
+                whole, full = pa.concat_tables(held), count - count % ROW_GROUP
+                writer.write_table(whole.slice(0, full), row_group_size=ROW_GROUP)
+                held, count = [whole.slice(full)], count - full
+        if count:
+            writer.write_table(pa.concat_tables(held))
+    with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     temporary.replace(path)
 
