@@ -97,7 +97,7 @@ def write_catalogue(folder: Path, rows: int) -> None:
     temporary = target.with_suffix(".tmp")
     with pq.ParquetWriter(temporary, catalog.SCORES_SCHEMA, compression="zstd") as writer:
         for start in track(range(0, rows, CHUNK), "writing synthetic catalogue"):
-            writer.write_table(chunk(start, min(CHUNK, rows - start)))
+            writer.write_table(chunk(start, min(CHUNK, rows - start)), row_group_size=catalog.ROW_GROUP)
     temporary.replace(target)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from threading import Lock
@@ -19,7 +20,6 @@ from typing import Any
 
 import av
 import numpy as np
-import polars as pl
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, select_autoescape
@@ -29,6 +29,7 @@ from ruamel.yaml.comments import CommentedMap
 
 from svd.config import FiltersConfig
 from svd.curation import catalog, filters
+from svd.curation.browsing import SORTABLE, Clips, Verdicts
 from svd.curation.statistics import histogram
 from svd.data.shards import read_clip, read_thumbnail
 from svd.presets import parse_preset
@@ -37,32 +38,6 @@ from svd.stage import UserError
 PLAYABLE = {"h264", "vp8", "vp9", "av1"}
 PAGE = 48
 CACHED_PREVIEWS = 64
-SHOWN = (
-    "clip_id",
-    "source_uri",
-    "start_seconds",
-    "end_seconds",
-    "duration",
-    "frames",
-    "fps",
-    "width",
-    "height",
-    "codec",
-    "method",
-    "motion_score",
-    "motion_bucket",
-    "camera",
-    "text_area",
-    "aesthetics",
-    "nsfw",
-    "similarity",
-    "duplicate_similarity",
-    "captions",
-    "verdict",
-    "reason",
-    "keep",
-)
-SORTABLE = ("source_uri", "duration", *(axis.column for axis in filters.AXES))
 
 
 class Thresholds(BaseModel):
@@ -91,45 +66,25 @@ class ClipsQuery(Thresholds):
     offset: int = 0
 
 
-class Catalogue:
-    """A catalogue in memory, without what the page never shows."""
+class Previews:
+    """The clips of one curation output as browsers play them; the latest transcoded ones are kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        lazy = catalog.scan_clips(folder)
-        places = ("shard", "offset", "size", "thumbnail_offset", "thumbnail_size", "start_frame")
-        self.clips = lazy.select(*SHOWN, *places).collect()
-        self.index = {name: row for row, name in enumerate(self.clips["clip_id"])}
-        self.histograms: dict[str, dict[str, Any]] = {}
-        for axis in filters.AXES:
-            every, _, edges = histogram(lazy, axis.column)
-            if len(every):
-                self.histograms[axis.name] = {"counts": every.tolist(), "edges": edges.tolist()}
         self._previews: OrderedDict[str, bytes] = OrderedDict()
         self._lock = Lock()
 
-    def row(self, clip_id: str) -> dict[str, Any]:
-        """The row of a clip; raises HTTPException 404."""
-        place = self.index.get(clip_id)
-        if place is None:
-            raise HTTPException(404, f"no clip {clip_id}")
-        return self.clips.row(place, named=True)
-
-    def judged(self, thresholds: Thresholds) -> pl.LazyFrame:
-        """Clips with the verdicts of other thresholds."""
-        return filters.apply(self.clips.lazy(), thresholds.config())[0]
-
-    def video(self, clip_id: str) -> bytes:
+    def video(self, row: Mapping[str, Any]) -> bytes:
         """An mp4 that a browser plays: the clip itself, or an H.264 preview of it."""
-        row = self.row(clip_id)
         if row["codec"] in PLAYABLE:
             return read_clip(self.folder, row)
+        name = row["clip_id"]
         with self._lock:
-            if clip_id not in self._previews:
-                self._previews[clip_id] = transcode(read_clip(self.folder, row))
+            if name not in self._previews:
+                self._previews[name] = transcode(read_clip(self.folder, row))
                 if len(self._previews) > CACHED_PREVIEWS:
                     self._previews.popitem(last=False)
-            return self._previews[clip_id]
+            return self._previews[name]
 
 
 def transcode(data: bytes) -> bytes:
@@ -206,23 +161,25 @@ def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
 
     Raises UserError when there is no catalogue.
     """
-    data = Catalogue(folder)
+    data, previews = Clips(folder), Previews(folder)
     app = FastAPI(title="SVD clip catalogue", docs_url=None, redoc_url=None)
     page = Environment(loader=PackageLoader("svd.curation"), autoescape=select_autoescape()).get_template("browse.html")
-    used = _current(folder)
+    state = {"axes": _axes(folder), "thresholds": _current(folder), "total": len(data), "page": PAGE, "sorts": SORTABLE}
+
+    def row(clip_id: str) -> dict[str, Any]:
+        found = data.find(clip_id)
+        if found is None:
+            raise HTTPException(404, f"no clip {clip_id}")
+        return found
 
     @app.get("/", response_class=HTMLResponse)
     def index() -> str:
-        axes = [
-            {"name": a.name, "column": a.column, "side": a.side, "title": a.title, **data.histograms[a.name]}
-            for a in filters.AXES
-            if a.name in data.histograms
-        ]
-        return page.render(
-            folder=f"{folder.resolve().parent.name}/{folder.name}",
-            preset=preset.name if preset else "",
-            state={"axes": axes, "thresholds": used, "total": len(data.clips), "page": PAGE, "sorts": SORTABLE},
-        )
+        name = f"{folder.resolve().parent.name}/{folder.name}"
+        return page.render(folder=name, preset=preset.name if preset else "", state=state)
+
+    @app.post("/api/counts")
+    def counts(query: Thresholds) -> dict[str, Any]:
+        return count(data.judge(query.config()))
 
     @app.post("/api/clips")
     def clips(query: ClipsQuery) -> dict[str, Any]:
@@ -230,12 +187,12 @@ def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
 
     @app.get("/clips/{clip_id}.mp4")
     def video(clip_id: str, request: Request) -> Response:
-        return partial(data.video(clip_id), request.headers.get("range"), "video/mp4")
+        return partial(previews.video(row(clip_id)), request.headers.get("range"), "video/mp4")
 
     @app.get("/clips/{clip_id}.jpg")
     def thumbnail(clip_id: str) -> Response:
-        row = data.row(clip_id)
-        return Response(read_thumbnail(folder, row), media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
+        picture = read_thumbnail(folder, row(clip_id))
+        return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 
     @app.post("/api/save")
     def save(thresholds: Thresholds) -> dict[str, str]:
@@ -250,6 +207,17 @@ def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
     return app
 
 
+def _axes(folder: Path) -> list[dict[str, Any]]:
+    """Name, column, side, title and histogram of every axis that has scores."""
+    found = []
+    for axis in filters.AXES:
+        every, _, edges = histogram(catalog.scan_clips(folder), axis.column)
+        if len(every):
+            shown = {"name": axis.name, "column": axis.column, "side": axis.side, "title": axis.title}
+            found.append({**shown, "counts": every.tolist(), "edges": edges.tolist()})
+    return found
+
+
 def _current(folder: Path) -> dict[str, float]:
     """Thresholds that the catalogue was judged with, from its funnel."""
     path = folder / "funnel.json"
@@ -259,36 +227,26 @@ def _current(folder: Path) -> dict[str, float]:
     return thresholds
 
 
-def select(data: Catalogue, query: ClipsQuery) -> dict[str, Any]:
-    """A page of clips with the verdicts of the query's thresholds, and how many each axis keeps and drops."""
+def count(verdicts: Verdicts) -> dict[str, Any]:
+    """How many clips are kept and dropped, and how many each axis drops on its own."""
+    kept = int(verdicts.keep.sum())
+    axes = {name: {"drops": drops} for name, drops in verdicts.drops.items()}
+    return {"kept": kept, "dropped": len(verdicts.keep) - kept, "axes": axes}
+
+
+def select(data: Clips, query: ClipsQuery) -> dict[str, Any]:
+    """A page of clips with the verdicts of the query's thresholds, and what `count` says."""
     if query.sort not in SORTABLE:
         raise HTTPException(422, f"can't sort by '{query.sort}'; known: {', '.join(SORTABLE)}")
-    judged = data.judged(query).collect()
-    counts = {
-        axis: {"drops": int((~judged[f"pass_{axis}"]).sum() or 0)}
-        for axis in query.thresholds
-        if axis in data.histograms
-    }
-    shown = judged
+    verdicts = data.judge(query.config())
+    order = data.order(query.sort, query.descending)
     if query.show in ("kept", "dropped"):
-        shown = shown.filter(pl.col("keep") == (query.show == "kept"))
+        order = order[verdicts.keep[order] == (query.show == "kept")]
     if query.search:
-        needle = query.search.lower()
-        texts = pl.col("captions").list.eval(pl.element().struct.field("text")).list.join(" ")
-        found = pl.concat_str("source_uri", "camera", texts, separator=" ", ignore_nulls=True)
-        shown = shown.filter(found.str.to_lowercase().str.contains(needle, literal=True))
-    shown = shown.sort(
-        query.sort, "source_uri", "start_frame", descending=[query.descending, False, False], nulls_last=True
-    )
-    rows = shown.slice(query.offset, PAGE)
-    keep = int(judged["keep"].sum())
-    return {
-        "kept": keep,
-        "dropped": len(judged) - keep,
-        "matching": len(shown),
-        "axes": counts,
-        "clips": [_public(row) for row in rows.select(SHOWN).iter_rows(named=True)],
-    }
+        order = order[data.matching(query.search.lower())[order]]
+    numbers = [int(number) for number in order[query.offset : query.offset + PAGE]]
+    shown = [_public(row) for row in data.page(numbers, verdicts)]
+    return {**count(verdicts), "matching": len(order), "clips": shown}
 
 
 def _public(row: dict[str, Any]) -> dict[str, Any]:

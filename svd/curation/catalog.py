@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,6 +23,8 @@ from svd.stage import UserError
 
 VERSION = 1
 HASH_BYTES = 1 << 20
+# Rows of a row group: a page of the browser reads one for every clip that it shows.
+ROW_GROUP = 1 << 14
 
 BOUNDARY = pa.struct(
     [
@@ -190,6 +193,24 @@ def write_table(path: Path, table: pa.Table) -> None:
     temporary.replace(path)
 
 
+def write_stream(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """As `write_table`, of tables as they come; memory holds one of them or a row group, whichever is more."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        held, count = list[pa.Table](), 0
+        for table in tables:
+            held, count = [*held, table], count + len(table)
+            if count >= ROW_GROUP:
+                whole, full = pa.concat_tables(held), count - count % ROW_GROUP
+                writer.write_table(whole.slice(0, full), row_group_size=ROW_GROUP)
+                held, count = [whole.slice(full)], count - full
+        if count:
+            writer.write_table(pa.concat_tables(held))
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write rows (dicts) under `schema`; a key that the schema lacks is a programming error and raises KeyError."""
     for row in rows[:1]:
@@ -199,8 +220,11 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema)
 
 
 def with_schema(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
-    """`frame` as an Arrow table with exactly the columns and types of `schema`; a missing column becomes null."""
-    table = frame.to_arrow()
+    """`frame` as an Arrow table with exactly the columns and types of `schema`; a missing column becomes null.
+
+    So does a number that is none: a score that a network could not give must not pass for a high one.
+    """
+    table = frame.with_columns(cs.float().fill_nan(None)).to_arrow()
     columns = [
         table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
         for field in schema

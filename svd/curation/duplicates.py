@@ -38,7 +38,7 @@ def near_duplicates(clips: pl.DataFrame, folder: Path) -> pl.DataFrame:
     Null for a clip that has no earlier one to be compared with.
     """
     if not len(clips):
-        return clips
+        return clips.with_columns(duplicate_of=pl.lit(None, pl.String), duplicate_similarity=pl.lit(None, pl.Float32))
     similarity, partner = most_similar_earlier(read_embeddings(clips, folder))
     names = clips["clip_id"].to_list()
     return clips.with_columns(

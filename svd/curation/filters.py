@@ -92,9 +92,8 @@ def _explanation(axis: Axis, threshold: float) -> pl.Expr:
     return pl.when(~pl.col(f"pass_{axis.name}")).then(told)
 
 
-def apply(clips: pl.LazyFrame, filters: FiltersConfig) -> tuple[pl.LazyFrame, dict[str, float]]:
-    """`clips` with `pass_<axis>`, `verdict` ("kept" or first failing axis), `keep` and `reason`; and the thresholds."""
-    thresholds = resolve(clips, filters)
+def judge(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> pl.LazyFrame:
+    """`clips` with `pass_<axis>`, `verdict` ("kept" or first failing axis), `keep` and `reason`; a row at a time."""
     used = [axis for axis in AXES if axis.name in thresholds]
     clips = clips.with_columns(
         *(
@@ -104,13 +103,18 @@ def apply(clips: pl.LazyFrame, filters: FiltersConfig) -> tuple[pl.LazyFrame, di
             for axis in AXES
         )
     )
-    first = pl.coalesce(
-        *(pl.when(~pl.col(f"pass_{axis.name}")).then(pl.lit(axis.name)) for axis in used), pl.lit("kept")
-    )
+    passed = {axis.name: pl.col(f"pass_{axis.name}").fill_null(True) for axis in used}
+    first = pl.coalesce(*(pl.when(~passes).then(pl.lit(name)) for name, passes in passed.items()), pl.lit("kept"))
     reasons = [_explanation(axis, thresholds[axis.name]) for axis in used]
     reason = pl.concat_str(*reasons, separator="; ", ignore_nulls=True) if reasons else pl.lit("")
-    clips = clips.with_columns(first.alias("verdict"), reason.alias("reason"))
-    return clips.with_columns((pl.col("verdict") == "kept").alias("keep")), thresholds
+    keep = pl.all_horizontal(*passed.values()) if passed else pl.lit(True)
+    return clips.with_columns(first.alias("verdict"), reason.alias("reason"), keep.alias("keep"))
+
+
+def apply(clips: pl.LazyFrame, filters: FiltersConfig) -> tuple[pl.LazyFrame, dict[str, float]]:
+    """`clips` with the columns of `judge`, and the thresholds that the filters come to on them."""
+    thresholds = resolve(clips, filters)
+    return judge(clips, thresholds), thresholds
 
 
 def funnel(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> list[dict[str, str | int | float]]:

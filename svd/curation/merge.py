@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from svd.config import CurationConfig
 from svd.curation import catalog, filters
@@ -21,24 +21,26 @@ from svd.stage import write_json
 # Buckets of the motion id that the model is conditioned on (spec: 0…255).
 BUCKETS = 256
 # What metrics are made of; captions and paths of ten million clips would not fit into memory.
-SUMMARY_COLUMNS = [
-    *("source_uri", "start_frame", "end_frame", "duration", "method", "camera", "text_area", "duplicate_similarity"),
-    *catalog.VERDICTS_SCHEMA.names,
-]
+CLIP_COLUMNS = ("duration", "method", "duplicate_similarity", "verdict", "keep")
+SOURCE_COLUMNS = ("source_uri", "verdict", "reason")
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The finished tables; `clips` has the columns SUMMARY_COLUMNS."""
+    """The finished tables in `folder`; of `clips` the columns CLIP_COLUMNS, of `sources` SOURCE_COLUMNS."""
 
+    folder: Path
     clips: pl.DataFrame
     sources: pl.DataFrame
-    cuts: pl.DataFrame
     thresholds: Mapping[str, float]
 
 
 def merge(measured: Sequence[Path], scored: Sequence[Path], finished: Path, config: CurationConfig) -> Merged:
-    """Write catalogue, shards, flow and embeddings of all units into `finished`; units are given in their order."""
+    """Write catalogue, shards, flow and embeddings of all units into `finished`.
+
+    Units come in their order: that of their sources' uris. They are read one at a time, so what memory holds of all
+    sources is their uris, verdicts and hashes, and of all clips a few numbers.
+    """
     for name in ("catalogue", "shards", "flow", "embeddings"):
         (finished / name).mkdir(parents=True, exist_ok=True)
     for one, other in zip(measured, scored, strict=True):
@@ -46,55 +48,112 @@ def merge(measured: Sequence[Path], scored: Sequence[Path], finished: Path, conf
         _link(other / "embeddings.safetensors", finished / "embeddings" / f"{one.name}.safetensors")
         for shard in sorted(other.glob("*.tar")):
             _link(shard, finished / "shards" / shard.name)
-    sources = _resolve_duplicates(join_parts(_concat(measured, "sources")))
     tables = finished / "catalogue"
-    units = list(zip(measured, scored, strict=True))
-    _write_clips(tables / "clips.parquet", units, _global_columns(measured, sources, finished, config))
-    cuts, dropped = _concat(measured, "cuts"), _concat(measured, "dropped")
-    catalog.write_table(tables / "sources.parquet", catalog.with_schema(sources, catalog.SOURCES_SCHEMA))
-    catalog.write_table(tables / "cuts.parquet", catalog.with_schema(cuts, catalog.CUTS_SCHEMA))
-    catalog.write_table(tables / "dropped.parquet", catalog.with_schema(dropped, catalog.DROPPED_SCHEMA))
+    again = _duplicates(measured)
+    _write(tables / "sources.parquet", _sources(measured, again), catalog.SOURCES_SCHEMA)
+    columns = _global_columns(measured, again, finished, config)
+    _write(tables / "clips.parquet", _clips(measured, scored, again, columns), catalog.SCORES_SCHEMA)
+    for name, schema in (("cuts", catalog.CUTS_SCHEMA), ("dropped", catalog.DROPPED_SCHEMA)):
+        _write(tables / f"{name}.parquet", (pl.read_parquet(unit / f"{name}.parquet") for unit in measured), schema)
     thresholds = filters.write_verdicts(finished, config.filters)
     if config.subsets:
         write_subsets(finished, config.subsets)
-    clips = catalog.scan_clips(finished).select(SUMMARY_COLUMNS).collect()
-    return Merged(clips, sources, cuts, thresholds)
+    clips = (
+        catalog.scan_clips(finished).select(CLIP_COLUMNS).with_columns(pl.col("method", "verdict").cast(pl.Categorical))
+    )
+    sources = pl.read_parquet(tables / "sources.parquet", columns=list(SOURCE_COLUMNS))
+    return Merged(finished, clips.collect(engine="streaming"), sources, thresholds)
+
+
+def _write(path: Path, frames: Iterable[pl.DataFrame], schema: pa.Schema) -> None:
+    catalog.write_stream(path, (catalog.with_schema(frame, schema) for frame in frames), schema)
+
+
+def _duplicates(measured: Sequence[Path]) -> dict[str, str]:
+    """Sources whose bytes came before under another uri, and that one; those hashed only once fetched are found here.
+
+    Of equal sources the first uri counts.
+    """
+    narrow = ["source_uri", "source_id", "verdict"]
+    rows = pl.concat([pl.read_parquet(unit / "sources.parquet", columns=narrow) for unit in measured])
+    rows = rows.sort("source_uri").with_columns(first=pl.col("source_uri").first().over("source_id"))
+    again = pl.col("source_id").is_not_null() & (pl.col("verdict") == "ok") & (pl.col("first") != pl.col("source_uri"))
+    return dict(rows.filter(again).select("source_uri", "first").iter_rows())
+
+
+def _sources(measured: Sequence[Path], again: Mapping[str, str]) -> Iterator[pl.DataFrame]:
+    """The rows of all sources, parts joined: the units of a source's parts follow each other."""
+    parts = pl.DataFrame()
+    for unit in measured:
+        rows = pl.read_parquet(unit / "sources.parquet").sort("source_uri")
+        if len(parts):
+            more = pl.col("source_uri") == parts["source_uri"][0]
+            parts, rows = pl.concat([parts, rows.filter(more)]), rows.filter(~more)
+        if len(rows):
+            last = pl.col("source_uri") == rows["source_uri"][-1]
+            yield from (_marked(join_parts(one), again) for one in (parts, rows.filter(~last)) if len(one))
+            parts = rows.filter(last)
+    yield _marked(join_parts(parts), again)
+
+
+def _marked(sources: pl.DataFrame, again: Mapping[str, str]) -> pl.DataFrame:
+    """Sources with their verdict, when their bytes came before."""
+    first = pl.Series("first", [again.get(uri) for uri in sources["source_uri"]], pl.String)
+    repeated = pl.col("first").is_not_null()
+    return (
+        sources.with_columns(first)
+        .with_columns(
+            pl.when(repeated).then(pl.lit("duplicate")).otherwise("verdict").alias("verdict"),
+            pl.when(repeated).then(pl.format("same bytes as {}", "first")).otherwise("reason").alias("reason"),
+            pl.coalesce("first", "duplicate_of").alias("duplicate_of"),
+            pl.when(repeated).then(0).otherwise("clips").alias("clips"),
+        )
+        .drop("first")
+    )
+
+
+def _counting(
+    unit: Path, again: Mapping[str, str], columns: Sequence[str] | None = None
+) -> tuple[pl.DataFrame, pl.Series]:
+    """Some columns of a unit's clips, and which of them count: not those of sources whose bytes came before."""
+    clips = pl.read_parquet(unit / "clips.parquet", columns=[*columns, "source_uri"] if columns else None)
+    return clips, pl.Series([uri not in again for uri in clips["source_uri"]], dtype=pl.Boolean)
 
 
 def _global_columns(
-    measured: Sequence[Path], sources: pl.DataFrame, finished: Path, config: CurationConfig
+    measured: Sequence[Path], again: Mapping[str, str], finished: Path, config: CurationConfig
 ) -> pl.DataFrame:
-    """What depends on all clips, a narrow row a clip of the sources that count: motion bucket and near duplicates."""
-    narrow = ("clip_id", "source_uri", "split", "unit", "motion_score")
-    clips = pl.concat([pl.read_parquet(unit / "clips.parquet", columns=list(narrow)) for unit in measured])
-    primary = sources.filter(pl.col("verdict") == "ok").select("source_uri")
-    clips = clips.join(primary, on="source_uri", how="semi", maintain_order="left")
-    clips = clips.with_columns(pl.Series("motion_bucket", motion_buckets(clips, finished), pl.Int16))
+    """What depends on all clips, a row for each one that counts: motion bucket and near duplicates."""
+    wanted = ("split", "motion_score", *(("clip_id", "unit") if config.near_duplicates else ()))
+    parts = []
+    for unit in measured:
+        clips, counts = _counting(unit, again, wanted)
+        parts.append(clips.filter(counts).select(pl.col("split").cast(pl.Categorical), *wanted[1:]))
+    clips = pl.concat(parts, rechunk=True)
+    columns = [pl.Series("motion_bucket", motion_buckets(clips, finished), pl.Int16)]
     if config.near_duplicates:
-        clips = near_duplicates(clips, finished / "embeddings")
-    return clips.drop("split", "unit", "motion_score")
+        found = near_duplicates(clips, finished / "embeddings")
+        columns += [found["duplicate_of"], found["duplicate_similarity"]]
+    return pl.DataFrame(columns)
 
 
-def _write_clips(target: Path, units: Sequence[tuple[Path, Path]], columns: pl.DataFrame) -> None:
-    """Write `clips.parquet` unit by unit, so that memory holds one unit; `columns` says which clips.
+def _clips(
+    measured: Sequence[Path], scored: Sequence[Path], again: Mapping[str, str], columns: pl.DataFrame
+) -> Iterator[pl.DataFrame]:
+    """The clips that count with their scores; `columns` has a row for each.
 
-    Units hold sources in the order of their uris and clips in that of time, so the whole is sorted.
+    Units hold sources in the order of their uris and clips in that of time, so the whole is sorted. Scores are in the
+    order of the clips; ids are no key: sources of equal bytes in one unit have the same.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
-    with pq.ParquetWriter(temporary, catalog.SCORES_SCHEMA, compression="zstd") as writer:
-        for measured, scored in units:
-            scores = pl.read_parquet(scored / "scores.parquet")
-            clips = pl.read_parquet(measured / "clips.parquet")
-            clips = clips.join(scores, on="clip_id", how="left", maintain_order="left")
-            clips = clips.join(columns, on=["clip_id", "source_uri"], how="inner", maintain_order="left")
-            writer.write_table(catalog.with_schema(clips, catalog.SCORES_SCHEMA))
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(target)
-
-
-def _concat(units: Sequence[Path], table: str) -> pl.DataFrame:
-    return pl.concat([pl.read_parquet(unit / f"{table}.parquet") for unit in units])
+    at = 0
+    for one, other in zip(measured, scored, strict=True):
+        clips, counts = _counting(one, again)
+        scores = pl.read_parquet(other / "scores.parquet")
+        if not scores["clip_id"].equals(clips["clip_id"]):
+            raise RuntimeError(f"{other}: its scores are not those of the clips of {one}")
+        clips = clips.hstack(scores.drop("clip_id")).filter(counts)
+        yield clips.hstack(columns.slice(at, len(clips)))
+        at += len(clips)
 
 
 def join_parts(sources: pl.DataFrame) -> pl.DataFrame:
@@ -118,19 +177,6 @@ def join_parts(sources: pl.DataFrame) -> pl.DataFrame:
         told.alias("warnings"),
     )
     return joined.select(sources.columns)
-
-
-def _resolve_duplicates(sources: pl.DataFrame) -> pl.DataFrame:
-    """Mark every source whose bytes came before under another uri; needed for sources hashed only once fetched."""
-    sources = sources.sort("source_uri")
-    first = pl.col("source_uri").first().over("source_id")
-    again = pl.col("source_id").is_not_null() & (pl.col("verdict") == "ok") & (first != pl.col("source_uri"))
-    return sources.with_columns(
-        pl.when(again).then(pl.lit("duplicate")).otherwise("verdict").alias("verdict"),
-        pl.when(again).then(pl.format("same bytes as {}", first)).otherwise("reason").alias("reason"),
-        pl.when(again).then(first).otherwise("duplicate_of").alias("duplicate_of"),
-        pl.when(again).then(0).otherwise("clips").alias("clips"),
-    )
 
 
 def motion_edges(scores: np.ndarray) -> np.ndarray:

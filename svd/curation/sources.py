@@ -13,6 +13,7 @@ from pathlib import Path
 
 from svd import storage
 from svd.data.listing import Source
+from svd.data.tars import header_hash
 from svd.stage import UserError
 
 MAX_BYTES = 100 << 30
@@ -45,6 +46,8 @@ def _extract(source: Source, target: Path) -> None:
     archive = source.path or source.archive or ""
     left = source.size or 0
     with storage.open_read(archive, _BLOCK) as stream, target.open("wb") as file:
+        if source.header and header_hash(stream, source.offset or 0) != source.header:
+            raise OSError(f"{archive}: it is another tar than the one that was listed; list the sources again")
         stream.seek(source.offset or 0)
         while block := stream.read(min(left, _BLOCK)):
             file.write(block)

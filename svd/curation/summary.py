@@ -12,11 +12,13 @@ from typing import Any
 
 import polars as pl
 
+from svd.curation import catalog
 from svd.curation.merge import Merged
 
 NEAR_DUPLICATE = 0.98  # cosine of mean embeddings, for the report only
 TOLERANCE = 2  # frames, for hard cuts
 DEFECTS = ("static", "text", "wrong_caption", "blur")
+JUDGED = ("source_uri", "start_frame", "end_frame", "text_area", "camera")  # what is compared with the truth
 TEXT_RULE = 0.005  # a clip shows text when more than this share of its frames is covered
 
 
@@ -34,10 +36,10 @@ def metrics(merged: Merged, sources_folder: Path) -> dict[str, float | int]:
         "kept_share": round(kept / len(clips), 4) if len(clips) else 0.0,
         "clip_hours": round(float(clips["duration"].sum()) / 3600, 6),
         "clips_stream_copied": int((clips["method"] == "copy").sum()),
-        "cuts": len(merged.cuts),
+        "cuts": pl.scan_parquet(_cuts(merged)).select(pl.len()).collect().item(),
         "near_duplicates": int((clips["duplicate_similarity"].fill_null(0) >= NEAR_DUPLICATE).sum()),
     }
-    for verdict, count in clips.group_by("verdict").len().sort("verdict").rows():
+    for verdict, count in clips.group_by(pl.col("verdict").cast(pl.String)).len().sort("verdict").rows():
         values[f"verdict_{verdict}"] = int(count)
     for axis, threshold in merged.thresholds.items():
         values[f"threshold_{axis}"] = round(float(threshold), 6)
@@ -71,9 +73,14 @@ def truth_metrics(truth: Mapping[str, Mapping[str, Any]], merged: Merged) -> dic
     """Cut precision and recall, gradual transitions by overlap, and what became of the planted defects."""
     usable = set(merged.sources.filter(pl.col("verdict") == "ok")["source_uri"])
     known = {uri: video for uri, video in truth.items() if uri in usable}
-    values = _cut_metrics(known, merged.cuts)
+    cuts = pl.scan_parquet(_cuts(merged)).filter(pl.col("source_uri").is_in(list(known)))
+    values = _cut_metrics(known, cuts.collect())
     values |= _defect_metrics(known, merged)
     return {f"truth_{name}": round(value, 4) for name, value in values.items()}
+
+
+def _cuts(merged: Merged) -> Path:
+    return merged.folder / "catalogue" / "cuts.parquet"
 
 
 def _cut_metrics(truth: Mapping[str, Mapping[str, Any]], cuts: pl.DataFrame) -> dict[str, float]:
@@ -143,8 +150,12 @@ def scenes_of(
 
 
 def _defect_metrics(truth: Mapping[str, Mapping[str, Any]], merged: Merged) -> dict[str, float]:
-    pairs = scenes_of(truth, merged.clips)
-    values: dict[str, float] = {"clips_in_one_scene": len(pairs) / max(1, _known(truth, merged.clips))}
+    clips = (
+        catalog.scan_clips(merged.folder).filter(pl.col("source_uri").is_in(list(truth))).select(*JUDGED, "^pass_.*$")
+    )
+    known = clips.collect()
+    pairs = scenes_of(truth, known)
+    values: dict[str, float] = {"clips_in_one_scene": len(pairs) / max(1, len(known))}
     for defect, axis in (("static", "motion"), ("wrong_caption", "similarity"), ("text", "text_area")):
         planted = [row for row, scene in pairs if scene[defect]]
         clean = [row for row, scene in pairs if not any(scene[name] for name in DEFECTS)]
@@ -159,7 +170,3 @@ def _defect_metrics(truth: Mapping[str, Mapping[str, Any]], merged: Merged) -> d
     camera = [row["camera"] == scene["camera"] for row, scene in pairs]
     values["camera_accuracy"] = sum(camera) / max(1, len(camera))
     return values
-
-
-def _known(truth: Mapping[str, Any], clips: pl.DataFrame) -> int:
-    return int(clips["source_uri"].is_in(list(truth)).sum())

@@ -23,7 +23,7 @@ from typing import Any
 
 from svd import storage
 from svd.data.rows import LISTS, read_rows
-from svd.data.tars import VIDEOS, parse, read_index
+from svd.data.tars import VIDEOS, parse, read_index, refuse_compressed
 from svd.stage import UserError
 
 REMOTE = ("s3://", "http://", "https://", "ytdl:")
@@ -53,7 +53,8 @@ class SceneCaption:
 class Source:
     """One raw video. `uri` names it in the catalogue; `path` is where it (or its tar) lies when that is local.
 
-    archive, offset: the tar that holds it, a path or address, and where in it; size: its bytes, where they are known.
+    archive, offset: the tar that holds it, a path or address, and where in it; header: by which a tar is noticed that
+    became another one (svd.data.tars.header_hash); size: its bytes, where they are known.
     """
 
     uri: str
@@ -65,6 +66,7 @@ class Source:
     offset: int | None = None
     size: int | None = None
     archive: str | None = None
+    header: str | None = None
 
     @property
     def remote(self) -> bool:
@@ -102,7 +104,7 @@ def as_row(source: Source) -> dict[str, Any]:
     row = {**source.metadata, "uri": source.uri}
     if source.archive is not None:
         archive = source.archive if source.path is None else str(source.path.absolute())
-        row |= {"archive": archive, "offset": source.offset, "size": source.size}
+        row |= {"archive": archive, "offset": source.offset, "size": source.size, "header": source.header}
     elif source.path is not None:
         row["uri"] = str(source.path.absolute())
     whole = [caption for caption in source.captions if caption == SceneCaption(caption.text)]
@@ -120,9 +122,13 @@ def _scene(caption: SceneCaption) -> dict[str, Any]:
 
 def suffix_of(address: str) -> str:
     """The suffix of a path or address, in lower case; what follows `?` or `#` in a web address is no part of it."""
+    return PurePosixPath(_file_name(address)).suffix.lower()
+
+
+def _file_name(address: str) -> str:
     if address.startswith(("http://", "https://")):
         address = re.split(r"[?#]", address)[0]
-    return PurePosixPath(address).suffix.lower()
+    return PurePosixPath(address).name
 
 
 def _expand(pattern: str, root: Path | None) -> Iterator[Source]:
@@ -163,6 +169,7 @@ def _folder(path: Path, root: Path | None) -> Iterator[Source]:
 def _local(file: Path, root: Path | None, listed: bool) -> Iterator[Source]:
     """The sources in one local file; `listed`: the user named this very file, so a list is read as a list."""
     suffix = file.suffix.lower()
+    refuse_compressed(str(file), file.name)
     uri, split = _name(file, root)
     if suffix == ".tar":
         yield from _tar(str(file), Source(uri, file, split))
@@ -194,7 +201,7 @@ def _tar(location: str, tar: Source) -> Iterator[Source]:
     """The videos of a tar; `tar` is the tar itself as a source."""
     for video in read_index(location):
         named = replace(tar, uri=f"{tar.uri}#{video.name}", archive=location)
-        yield with_sidecar(replace(named, offset=video.offset, size=video.size), video.facts)
+        yield with_sidecar(replace(named, offset=video.offset, size=video.size, header=video.header), video.facts)
 
 
 def _addressed(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -215,6 +222,7 @@ def _listed_local(row: tuple[str, dict[str, Any]], folder: Path, root: Path | No
         return
     _refuse_scheme(uri)
     member = _take_member(values)
+    refuse_compressed(uri, "" if member else _file_name(uri))
     path = folder / storage.local_path(member.get("archive", uri)).expanduser()
     name, own = _name(path, root)
     one = Source(name if root is not None else uri, path, own or split)
@@ -233,7 +241,8 @@ def _take_member(values: dict[str, Any]) -> dict[str, Any]:
     names = {"archive": str, "offset": int, "size": int}
     if not all(isinstance(values.get(name), kind) for name, kind in names.items()):
         return {}
-    return {name: values.pop(name) for name in names}
+    # Lists of earlier versions have no header.
+    return {name: values.pop(name) for name in (*names, "header") if name in values}
 
 
 def _expand_remote(pattern: str) -> Iterator[Source]:
@@ -250,6 +259,7 @@ def _expand_remote(pattern: str) -> Iterator[Source]:
 
 def _object(location: str, suffix: str, listed: bool, size: int | None = None) -> Iterator[Source]:
     """The sources in one object or web address; `listed` as in `_local`."""
+    refuse_compressed(location, _file_name(location))
     if suffix == ".tar":
         yield from _tar(location, Source(location))
     elif suffix in (LISTS if listed else LISTS_IN_FOLDERS):
@@ -310,6 +320,7 @@ def _beside(location: str, uri: str) -> str:
 
 def _listed_remote(uri: str, values: dict[str, Any], split: str) -> Iterator[Source]:
     """What a row names by address: a tar, a prefix that ends with `/`, or else a video."""
+    refuse_compressed(uri, _file_name(uri))
     if member := _take_member(values):
         found: Iterable[Source] = [Source(uri, **member)]
     elif uri.startswith("s3://") and uri.endswith("/"):

@@ -6,12 +6,13 @@ members belong together when their names agree up to the first dot of the base n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from svd import storage
 from svd.stage import UserError
@@ -23,15 +24,20 @@ VIDEOS = {
 # A header and the texts that follow it in one request; more would be bytes of a video that nobody wants here.
 BLOCK = 16 << 10
 MOST_TEXT = 16 << 20  # bytes of a text member that are read
+COMPRESSED = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst", *(f".tar.{kind}" for kind in ("gz", "bz2", "xz", "zst", "lz4")))
 
 
 @dataclass(frozen=True)
 class TarVideo:
-    """A video inside a tar: its name there, its place, and what the members with the same key say of it."""
+    """A video inside a tar: its name there, its place, and what the members with the same key say of it.
+
+    header: `header_hash` of its place, by which a tar that was replaced is noticed.
+    """
 
     name: str
     offset: int
     size: int
+    header: str
     facts: Mapping[str, Any]
 
 
@@ -40,7 +46,7 @@ def read_index(location: str) -> Iterator[TarVideo]:
 
     Raises UserError that names it when it can't be read, or when a web server does not answer ranged requests.
     """
-    videos: list[tuple[str, tarfile.TarInfo]] = []
+    videos: list[tuple[str, tarfile.TarInfo, str]] = []
     facts: dict[str, dict[str, Any]] = {}
     try:
         with storage.open_read(location, BLOCK) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -49,15 +55,33 @@ def read_index(location: str) -> Iterator[TarVideo]:
                 if not info.isfile() or not key:
                     continue
                 if suffix in VIDEOS:
-                    videos.append((key, info))
+                    videos.append((key, info, header_hash(stream, info.offset_data)))
                 elif suffix in (".txt", ".json"):
                     text = _text(tar.extractfile(info))
                     facts.setdefault(key, {}).update(parse(text) if suffix == ".json" else {"caption": text.strip()})
     except (OSError, tarfile.TarError) as error:
         reason = str(error).removeprefix(f"{location}: ")
         raise UserError(f"{location}: not a readable tar: {reason}") from None
-    for key, info in videos:
-        yield TarVideo(info.name, info.offset_data, info.size, facts.get(key, {}))
+    for key, info, header in videos:
+        yield TarVideo(info.name, info.offset_data, info.size, header, facts.get(key, {}))
+
+
+def header_hash(stream: BinaryIO, offset: int) -> str:
+    """Hash of the header (name, size, time) of the member whose bytes begin at `offset`; the stream is left there.
+
+    As it is part of the tar, it stays the same when the tar is copied or touched.
+    """
+    stream.seek(offset - tarfile.BLOCKSIZE)
+    return hashlib.blake2b(stream.read(tarfile.BLOCKSIZE), digest_size=8).hexdigest()
+
+
+def refuse_compressed(address: str, name: str) -> None:
+    """Raise UserError when `name`, the last part of `address`, is that of a compressed tar: it has to be read whole."""
+    if name.lower().endswith(COMPRESSED):
+        raise UserError(
+            f"sources: '{address}' is a compressed tar, whose videos can't be read in place; decompress it (videos "
+            "hardly get smaller by it) and give the .tar"
+        )
 
 
 def _key(name: str) -> str:

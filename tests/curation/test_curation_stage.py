@@ -152,7 +152,8 @@ def test_reading_says_where_a_catalogue_was_expected(tmp_path):
         catalog.read_clips(tmp_path)
 
 
-def test_equal_bytes_behind_two_addresses_count_once(inputs, tmp_path):
+@pytest.mark.parametrize("per_unit", [1, 3])
+def test_equal_bytes_behind_two_addresses_count_once(inputs, tmp_path, per_unit):
     """A source that must be fetched is hashed only then, so equal ones are found when the units are merged."""
     sources, encoders, _ = inputs
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(sources / "train"))
@@ -163,7 +164,7 @@ def test_equal_bytes_behind_two_addresses_count_once(inputs, tmp_path):
     uris = [f"{address}/train_0000.mp4", f"{address}/train_0000.mp4?again", f"{address}/gone.mp4"]
     rows = "".join(json.dumps({"uri": uri, "licence": "CC0-1.0", "views": 7}) + "\n" for uri in uris)
     (tmp_path / "in" / "footage" / "sources.jsonl").write_text(rows)
-    run = context(tiny(sources__sources_per_shard=1), tmp_path / "in", encoders, tmp_path)
+    run = context(tiny(sources__sources_per_shard=per_unit), tmp_path / "in", encoders, tmp_path)
     stage.run(run)
     server.shutdown()
     found = {row["source_uri"]: row for row in catalog.read_sources(run.output).iter_rows(named=True)}

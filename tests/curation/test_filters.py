@@ -89,6 +89,13 @@ def test_reasons_name_score_sign_and_threshold():
     ]
 
 
+def test_a_score_that_is_no_number_is_not_measured():
+    table = frame(aesthetics=[float("nan"), 5.0, 3.0])
+    clips, thresholds = judge(table, min_aesthetics={"quantile": 0.5})
+    assert thresholds == {"aesthetics": 5.0}
+    assert clips["reason"].to_list() == ["aesthetics not measured", "", "aesthetics 3.0 < 5"]
+
+
 @pytest.mark.parametrize("config", [{}, {"min_aesthetics": {"quantile": 0.25}}])
 def test_without_scores_an_axis_is_unused(config):
     clips, thresholds = judge(frame(motion_score=[1.0, 2.0]), **config)

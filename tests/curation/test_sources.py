@@ -7,6 +7,7 @@ import csv
 import functools
 import io
 import json
+import os
 import sys
 import tarfile
 import threading
@@ -16,10 +17,11 @@ from types import SimpleNamespace
 
 import polars as pl
 import pytest
+from web_server import serving
 
 from svd import storage
 from svd.curation.sources import local_file
-from svd.data.listing import SceneCaption, list_sources
+from svd.data.listing import SceneCaption, as_row, list_sources
 from svd.stage import UserError
 
 
@@ -118,6 +120,71 @@ def test_a_webdataset_tar_is_read_in_place(tmp_path):
         with local_file(source, tmp_path / "work") as file:
             assert file.read_bytes() == content
     assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.fixture
+def ranged(tmp_path):
+    (tmp_path / "served").mkdir(exist_ok=True)
+    with serving(tmp_path / "served") as (address, _):
+        yield address
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("where", ["path", "list", "http", "s3"])
+def test_a_tar_that_was_replaced_is_noticed(tmp_path, where, request):
+    members = {"0001.mp4": b"first video", "0002.mp4": b"second video"}
+    path = write_tar(tmp_path / "served" / "w.tar", members)
+    location = str(path)
+    if where == "http":
+        location = f"{request.getfixturevalue('ranged')}/w.tar"
+    elif where == "s3":
+        location = f"{request.getfixturevalue('bucket')}/w.tar"
+        storage.upload(path, location)
+    found = list_sources([location])
+    if where == "list":
+        written = tmp_path / "list.jsonl"
+        written.write_text("".join(json.dumps(as_row(source)) + "\n" for source in found))
+        found = list_sources([str(written)])
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(local_file(source, tmp_path / "work")) for source in found]
+        assert [file.read_bytes() for file in files] == [b"first video", b"second video"]
+    write_tar(path, {"0001.mp4": b"first video", "0002.mp4": b"another length", "0003.mp4": b"third video"})
+    if where == "s3":
+        storage.upload(path, location)
+    first, second = found
+    with local_file(first, tmp_path / "work") as file:
+        assert file.read_bytes() == b"first video"
+    with pytest.raises(OSError, match=r"w\.tar: it is another tar than .* list the sources again"):
+        local_file(second, tmp_path / "work").__enter__()
+
+
+def test_a_tar_that_was_copied_or_touched_is_the_same(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"0001.mp4": b"first video"})
+    (source,) = list_sources([str(path)])
+    path.write_bytes(path.read_bytes())
+    os.utime(path, (1, 1))
+    with local_file(source, tmp_path / "work") as file:
+        assert file.read_bytes() == b"first video"
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "b.TGZ", "c.tar.zst"])
+def test_a_compressed_tar_is_refused(tmp_path, name, server):
+    path = touch(tmp_path / "in" / name)
+    (tmp_path / "list.txt").write_text(f"in/{name}\n")
+    (tmp_path / "remote.txt").write_text(f"{server}/{name}?token=1\n")
+    wanted = [path, path.parent, tmp_path / "list.txt", tmp_path / "remote.txt", f"{server}/{name}"]
+    for pattern in wanted:
+        with pytest.raises(UserError, match=rf"{name}.* is a compressed tar, .* decompress it"):
+            uris(pattern)
 
 
 def test_sidecars(tmp_path):
