@@ -105,7 +105,7 @@ class _Pass:
         self.numbering = Numbering(self.skipped)
         self.keyframes = np.searchsorted(index.shown(), np.sort(index.pts[index.keyframe]))
         self.debt = Debt(self.keyframes)
-        self.finder = CutFinder(config.cuts, float(self.rate), self._look_again)
+        self.finder = CutFinder(config.cuts, float(self.rate), self._look_again, window or ())
         self.sampler: Sampler | None = None
         self.motion: list[np.ndarray] = []  # (n, 4) between neighbouring frames, from frame 0 on
         self.cuts: list[Cut] = []

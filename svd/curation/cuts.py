@@ -72,12 +72,18 @@ class CutFinder:
     and in order, and forgets what is no longer needed, so that memory is bounded by the time between two calls.
     look_again: decodes frames that were left out: given pairs of frame numbers, it returns all frames from the first to
     the second of each, pair after pair.
+    edges: frames on whose sides a source is split: which side a cut starts on must not depend on what was looked at.
     """
 
     def __init__(
-        self, config: CutsConfig, fps: float, look_again: Callable[[list[Step]], Iterable[list[Look]]] | None = None
+        self,
+        config: CutsConfig,
+        fps: float,
+        look_again: Callable[[list[Step]], Iterable[list[Look]]] | None = None,
+        edges: tuple[int, ...] = (),
     ) -> None:
         self.config = config
+        self._edges = edges
         self.scorer = Scorer(config.passes, config.min_scene_seconds, fps)
         self._look_again = look_again
         self._next = 0
@@ -169,14 +175,23 @@ class CutFinder:
         judge.jumps(neighbours, scores)
         judge.pairs([p for p in proposals if p.after - p.before > 1])
         found, places = [], {p.after for p in neighbours if judge.prominent(p, scores, SUSPECT)}
+        certain = set[int]()
         for cut in sorted(judge.found, key=lambda c: c.end):
             # A fade's ends are known to a frame or two in any case; what looks like a dissolve may be motion.
             places.update(() if cut.kind == "fade" else range(cut.start, cut.end + 1))
+            certain.update(self._start_at_edge(cut))
             end = numbers[cut.end] if cut.end < len(numbers) else self._next
             start = end if cut.kind == "hard" else numbers[cut.start - 1] + 1 if cut.start else numbers[0]
             found.append(replace(cut, start=min(start, end), end=end))
-        inner = sorted(p for p in places if 0 < p < len(numbers) and self._differs(p))
-        return found, [(numbers[p - 1], numbers[p]) for p in inner]
+        inner = sorted(p for p in places | certain if 0 < p < len(numbers) and (p in certain or self._differs(p)))
+        return found, [(numbers[p - 1], numbers[p]) for p in inner if numbers[p] - numbers[p - 1] > 1]
+
+    def _start_at_edge(self, cut: Found) -> range:
+        """Places around the start of a cut when it is so near an edge that it may be on either side."""
+        numbers, near = self.scorer.features.numbers, 2 * self._stride
+        start = numbers[min(cut.start, len(numbers) - 1)]
+        around = range(cut.start - 1, cut.start + 2)
+        return around if any(abs(start - edge) <= near for edge in self._edges) else range(0)
 
     def _differs(self, place: int) -> bool:
         """Whether frames that were not looked at before this one may matter."""

@@ -67,6 +67,7 @@ class Judge:
         self._exchanges: dict[tuple[int, int], float] = {}
         self.found: list[Found] = []
         self.rejected: list[tuple[int, int]] = []
+        self._taken_out = np.zeros(len(self.pictures), bool)
         span = self.seconds[-1] - self.seconds[0]
         self.rate = (len(self.seconds) - 1) / span if span > 0 else 25.0
 
@@ -101,6 +102,7 @@ class Judge:
         the motion around it look like a transition.
         """
         self.rejected.append((before, after))
+        self._taken_out[before + 1 : after] = True
         weight = (np.arange(1, after - before) / (after - before))[:, None]
         one, other = self.pictures[before].astype(np.float32), self.pictures[after].astype(np.float32)
         self.pictures[before + 1 : after] = np.rint(one * (1 - weight) + other * weight)
@@ -212,8 +214,10 @@ class Judge:
             return True
         key = ramp.start, ramp.end
         if key not in self._exchanges:
-            luma = self.pictures[max(ramp.start - 1, 0) : ramp.end + 1, : self.pixels]
-            self._exchanges[key] = unexplained(luma.reshape(-1, *self.size))
+            frames = slice(max(ramp.start - 1, 0), ramp.end + 1)
+            # What stands in for a flash is a mix itself, which no motion would explain.
+            luma = self.pictures[frames][~self._taken_out[frames], : self.pixels]
+            self._exchanges[key] = unexplained(luma.reshape(-1, *self.size)) if len(luma) > 1 else 0.0
         seconds = self.seconds[min(ramp.end, len(self.seconds) - 1)] - self.seconds[ramp.start]
         # Slow motion is finer than the tiny pictures can follow, so a long ramp has to be clearer.
         clearer = 0.4 * min(max((seconds - 0.7) / 0.8, 0.0), 1.0)

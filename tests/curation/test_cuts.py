@@ -102,6 +102,19 @@ def test_a_flash_a_strobe_and_motion_are_no_cuts(tmp_path: Path) -> None:
         assert _kinds(analyse(write(tmp_path / name, frames), tiny_config())) == [], name
 
 
+@pytest.mark.parametrize("b_frames", [0, 3])
+@pytest.mark.parametrize("level", [0, 90])
+def test_what_stands_in_for_a_blink_or_flash_within_a_pan_is_no_dissolve(
+    tmp_path: Path, b_frames: int, level: int
+) -> None:
+    """Three frames that are black, or brighter, while the picture moves on."""
+    frames = list(shots([96], seed=3, speed=4.0))
+    for i in range(48, 51):
+        frames[i] = np.clip(frames[i].astype(int) + level, 0, 255).astype(np.uint8) if level else 0 * frames[i]
+    kind = Kind(b_frames=b_frames, gop=250, options={"x264-params": "scenecut=0"})
+    assert _kinds(analyse(write(tmp_path / "pan", frames, kind=kind), tiny_config())) == []
+
+
 def test_worlds_reach_the_accuracy_that_is_promised(tmp_path: Path) -> None:
     """Hard cuts F1 ≥ 0.98 at ±2 frames; fades and dissolves ≥ 0.9 by overlap, on rendered worlds with known cuts."""
     write_worlds(tmp_path, SyntheticWorlds(train_videos=4, test_videos=1, scenes_per_video=8, height=96, width=144), 3)

@@ -83,6 +83,26 @@ def test_a_dissolve_over_a_boundary_belongs_to_no_clip(tmp_path: Path, shift: in
     assert spans and all(s.end_frame <= cut.start_frame or s.start_frame >= cut.end_frame for s in spans)
 
 
+@pytest.mark.parametrize(("shift", "length"), [(1, 10), (2, 17), (1, 40)])
+def test_a_fade_that_starts_at_a_boundary_is_listed_once(tmp_path: Path, shift: int, length: int) -> None:
+    """Its start is estimated from the frames that were looked at, and the parts look at different ones."""
+    start = 125 + shift
+    one, other = list(shots([start + length], seed=1, speed=0.3)), list(shots([250], seed=2, speed=0.3))
+    weights = (np.arange(length) + 1) / (length + 1)
+    mixed = [
+        np.rint(a * max(0, 1 - 2 * w) + b * max(0, 2 * w - 1)).astype(np.uint8)
+        for a, b, w in zip(one[start:], other[start:], weights, strict=False)
+    ]
+    frames = one[:start] + mixed + other[start + length :]
+    kind = Kind(gop=25, options={"x264-params": "scenecut=0"})
+    source, config = write(tmp_path / "source", frames, fps=25, kind=kind), tiny_config(part_seconds=5.0)
+    parts = split(source, config, tmp_path / "part.mp4")
+    ((found, first, end, *_),) = [cut for part in parts for cut in listed(part)]
+    assert found == "fade" and abs(first - start) <= 2 and abs(end - start - length) <= 2
+    spans = [clip.span for part in parts for clip in part.clips]
+    assert spans and all(s.end_frame <= first or s.start_frame >= end for s in spans)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_parts_hold_the_frames_of_the_source(tmp_path, name):
     source = write(tmp_path / "source", list(shots(LENGTHS)), kind=KINDS[name])
