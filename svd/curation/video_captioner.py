@@ -18,6 +18,7 @@ from torch import Tensor
 
 from svd.curation.captioners import VIDEO, first_line, import_transformers
 from svd.curation.captions import Captioner, CaptionRequest
+from svd.orientation import upright_rgb
 from svd.stage import UserError
 
 FRAMES = 8
@@ -34,11 +35,7 @@ def sample_frames(video: Path, count: int = FRAMES) -> list[np.ndarray]:
         total = stream.frames or sum(1 for _ in container.decode(stream))
         wanted = {round((i + 0.5) * total / count - 0.5) for i in range(count)}
         container.seek(0)
-        return [
-            frame.to_ndarray(format="rgb24")
-            for number, frame in enumerate(container.decode(stream))
-            if number in wanted
-        ]
+        return [picture for _, picture in upright_rgb(container.decode(stream), wanted)]
 
 
 class VideoBlipCaptioner:

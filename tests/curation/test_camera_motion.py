@@ -20,6 +20,7 @@ from svd.curation.sampling import Geometry
 from svd.curation.tracking import track
 from svd.data.encode import Encoding, encode_video
 from svd.data.scenes import CAMERAS, World, render_scene
+from svd.orientation import Orientation
 from svd.stage import UserError
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
@@ -145,7 +146,7 @@ def test_turned_sources_have_turned_motion(tmp_path: Path) -> None:
     (upright,) = analyse(write(tmp_path / "upright", plain), tiny_config(**FLAT)).clips
     assert turned.camera.label == upright.camera.label == "pan-right"
     assert turned.camera.pan == pytest.approx(upright.camera.pan, rel=0.2)
-    moved = Geometry(90, (96, 128)).upright_motion(np.array([[0.1, 0.0, 0.2, 0.3]]))[0]
+    moved = Geometry(Orientation(90), (96, 128)).upright_motion(np.array([[0.1, 0.0, 0.2, 0.3]]))[0]
     assert moved == pytest.approx([0.0, 0.1 * 128 / 96, 0.2, 0.3])
 
 
