@@ -179,6 +179,29 @@ def test_raft_pads_and_crops_behind_the_same_interface(tmp_path: Path, monkeypat
         prepare(missing)
 
 
+def test_a_lack_of_memory_in_raft_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says where RAFT asks for more than the process may have; other errors stay what they are."""
+    import torch
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, one: torch.Tensor, other: torch.Tensor) -> list[torch.Tensor]:
+            if one.max() > 0:
+                raise RuntimeError("something else")
+            torch.empty(1 << 60, dtype=torch.uint8)
+            return [one]
+
+    monkeypatch.setattr("svd.curation.motion._raft", lambda weights: Network())
+    black = np.zeros((128, 128, 3), np.uint8)
+    with pytest.raises(MemoryError):
+        raft(black, black, None)
+    with pytest.raises(RuntimeError, match="something else"):
+        raft(black + 255, black, None)
+
+
 @pytest.mark.slow
 def test_raft_loads_torchvisions_own_weights(tmp_path: Path) -> None:
     """A state dict as torchvision publishes it, from a file; random values here."""
