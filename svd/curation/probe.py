@@ -179,7 +179,7 @@ def read_packets(path: Path) -> PacketIndex:
         except (av.error.FFmpegError, OSError, ValueError) as error:
             warnings.append(f"the container breaks off: {_reason(error)}")
     if len(pts) < 2:
-        raise SourceFailure("fewer than two frames")
+        raise SourceFailure("; ".join(("fewer than two frames", *warnings)))
     shown_at, decoded_at = np.frombuffer(pts, np.int64), np.frombuffer(dts, np.int64)
     hidden = np.frombuffer(bytes(discarded), np.bool_)
     trusted = _trusted(shown_at, decoded_at, hidden, base)
