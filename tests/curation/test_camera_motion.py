@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_files import Kind, scenery, shots, tiny_config, write
+from media_files import MATRICES, Kind, scenery, set_matrix, shots, tiny_config, write
 
 from svd.curation.analysis import analyse
 from svd.curation.camera import CAPTIONS, camera_caption, fit_similarity
@@ -24,6 +25,7 @@ from svd.orientation import Orientation
 from svd.stage import UserError
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+FOUR_SHOTS = str(Path(__file__).parent / "footage" / "four-shots.mp4")
 FLAT = {"cuts__passes": [{"detector": "content", "threshold": 250}]}  # no cuts: one clip a file
 
 
@@ -91,7 +93,22 @@ SEEN = [
     ("big-buck-bunny.mp4", 66, {"object-motion"}),
     ("city-night.mpg", 10, {"zoom-out", "zoom-in", "pan-right", "pan-left", "tilt-up", "tilt-down", "roll"}),
     ("city-night.mpg", 44, {"roll"}),  # a time lapse that turns slowly
+    (FOUR_SHOTS, 60, {"tilt-down"}),  # from the sky down to a meadow, titles fade in and out over it
+    (FOUR_SHOTS, 155, {"object-motion"}),  # a bird spreads its wings on a branch, text over it
+    (FOUR_SHOTS, 200, {"object-motion"}),  # a face fills the picture, a hand comes in
+    (FOUR_SHOTS, 227, {"static"}),  # white letters on black
 ]
+# As the first of the four is shown in the eight orientations.
+TILTED = {
+    "plain": "tilt-down",
+    "clockwise": "pan-left",
+    "half-turn": "tilt-up",
+    "counterclockwise": "pan-right",
+    "left-right": "tilt-down",
+    "top-bottom": "tilt-up",
+    "transposed": "pan-right",
+    "transposed-half-turn": "pan-left",
+}
 
 
 def test_camera_labels_of_real_footage() -> None:
@@ -101,6 +118,14 @@ def test_camera_labels_of_real_footage() -> None:
         (clip,) = [c for c in analyses[name].clips if c.span.start_frame <= frame < c.span.end_frame]
         assert clip.camera.label in accepted, (name, frame, clip.camera)
     assert sum(len(analysis.clips) for analysis in analyses.values()) == len(SEEN)
+
+
+@pytest.mark.parametrize("name", TILTED)
+def test_camera_labels_of_turned_and_mirrored_footage(name: str, tmp_path: Path) -> None:
+    """The content of the shot moves up; a viewer of the turned file sees it move that way turned."""
+    path = Path(shutil.copy(FOUR_SHOTS, tmp_path / "turned.mp4"))
+    set_matrix(path, MATRICES[name])
+    assert analyse(path, tiny_config()).clips[0].camera.label == TILTED[name]
 
 
 def test_every_label_has_words() -> None:
