@@ -65,7 +65,12 @@ def from_matrix(matrix: np.ndarray) -> Orientation:
 
 def orientation_of(frame: av.VideoFrame) -> Orientation:
     """What the decoder says of a frame; of most, nothing."""
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # PyAV lists no side data at all beside a kind that it has no name for, such as EXIF: a mirror goes unseen then.
+        turned = frame.rotation
+        return Orientation(-round(turned / 90) * 90 % 360) if abs(turned) <= 180 else UPRIGHT
     return UPRIGHT if matrix is None else from_matrix(np.frombuffer(matrix, np.int32))
 
 
