@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from media_files import Kind, shots, write
 
 GIANT_RAW = b"YUV4MPEG2 W65535 H65535 F25:1 Ip A1:1 C420jpeg\nFRAME\n" + bytes(100_000)
 RATELESS_RAW = b"YUV4MPEG2 W64 H64 F0:0 Ip A1:1 C420jpeg\n" + (b"FRAME\n" + bytes(6144)) * 10
+
+
+KINDS = [
+    Kind(b_frames=2),
+    Kind(suffix="mkv"),
+    Kind(suffix="ts"),
+    Kind(suffix="mpg", codec="mpeg2video"),
+    Kind(suffix="avi", codec="mpeg4"),
+]
 
 
 def boxes(data: bytes, name: bytes) -> list[int]:
@@ -57,3 +70,15 @@ def mutate(data: bytes, generator: random.Random) -> bytes:
                         [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0"]
                     )
     return bytes(changed)
+
+
+def write_originals(folder: Path) -> list[Path]:
+    """A good file of each container: two shots of 20 frames."""
+    return [write(folder / f"original{i}", list(shots([20, 20], 64, 96)), kind=k) for i, k in enumerate(KINDS)]
+
+
+def mutants(originals: list[Path], count: int, seed: int) -> Iterator[bytes]:
+    """`count` mutations of the originals in turn."""
+    generator = random.Random(seed)
+    for i in range(count):
+        yield mutate(originals[i % len(originals)].read_bytes(), generator)

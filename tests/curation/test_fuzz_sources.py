@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hostile_files import GIANT_RAW, RATELESS_RAW, lies
+from hostile_files import GIANT_RAW, RATELESS_RAW, lies, mutants, write_originals
 from media_files import Kind, shots, tiny_config, write
 
 from svd.config import CurationConfig
@@ -179,3 +179,23 @@ def test_clips_are_written_behind_the_same_guard(good: Path, config: CurationCon
         with pytest.raises(SourceFailure, match="not finished"):
             analyst.write_clips(good, analysis.facts, [(analysis.clips[0].span, tmp_path / "x.mp4")])
     assert sorted(tmp_path.iterdir()) == targets
+
+
+def test_mutated_files(analyst: Analyst, config: CurationConfig, tmp_path: Path) -> None:
+    """Forty mutations of five containers: each is analysed or fails with a reason. Whole runs: test_hostile_run.py."""
+    originals = write_originals(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    good = bad = 0
+    for i, data in enumerate(mutants(originals, 40, seed=1)):
+        path = tmp_path / f"mutated{originals[i % len(originals)].suffix}"
+        path.write_bytes(data)
+        try:
+            analysis = analyst.analyse(path, config)
+            assert analysis.facts.frames >= 2 and analysis.facts.duration > 0
+            good += 1
+        except SourceFailure as failure:
+            assert failure.reason and "\n" not in failure.reason
+            bad += 1
+        path.unlink()
+    assert sorted(tmp_path.iterdir()) == before
+    assert good + bad == 40 and good and bad
