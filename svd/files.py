@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from svd import watermark
@@ -37,7 +37,8 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_picture(path: Path) -> Tensor:
-    """A picture as (3, H, W) float32 in [0, 1]; transparency becomes white, as in the multi-view training set.
+    """A picture as viewers show it, (3, H, W) float32 in [0, 1]; transparency becomes white, as in the multi-view
+    training set.
 
     Raises UserError when the file is missing or no picture.
     """
@@ -54,7 +55,7 @@ def decode_picture(content: bytes, name: str) -> Tensor:
     """A picture file's content as `read_picture` gives it; errors call it `name`. Raises UserError when it is none."""
     try:
         with Image.open(io.BytesIO(content)) as picture:
-            rgba = picture.convert("RGBA")
+            rgba = ImageOps.exif_transpose(picture).convert("RGBA")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"{name}: not a readable picture ({type(error).__name__})") from None
     white = Image.new("RGBA", rgba.size, "white")

@@ -6,6 +6,7 @@ runs on one thread with bit-exact flags, and no time or host name is written.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from svd.orientation import upright_rgb
 from svd.stage import UserError
 
 Frames = NDArray[np.uint8]
@@ -99,19 +101,15 @@ def _encode(
 
 
 def read_frames(path: Path, *, max_frames: int | None = None) -> tuple[Frames, float]:
-    """Decode a clip (video file, GIF, or one picture) to ((T, H, W, 3) uint8, frames per second).
+    """Decode a clip (video file, GIF, or one picture) to ((T, H, W, 3) uint8, frames per second), as players show it.
 
     Reads at most `max_frames` frames. Raises UserError when the file can't be decoded or holds no frame.
     """
-    pictures: list[Frames] = []
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 1)
-            for frame in container.decode(stream):
-                pictures.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
-                if len(pictures) == max_frames:
-                    break
+            pictures = [picture for _, picture in upright_rgb(itertools.islice(container.decode(stream), max_frames))]
     except (av.FFmpegError, IndexError, OSError) as error:
         raise UserError(f"{path}: not a readable video ({error or type(error).__name__})") from None
     if not pictures:

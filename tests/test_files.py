@@ -28,6 +28,25 @@ def test_pictures_keep_their_values_and_lose_transparency(tmp_path):
     assert read_pictures([tmp_path / "rgba.png"] * 2, (16, 16)).shape == (2, 3, 16, 16)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_pictures_of_phones_are_read_as_viewers_show_them(tmp_path, orientation, suffix):
+    """The eight orientations of EXIF: what its first row and first column of stored pixels are."""
+    stored = np.kron(np.array([[0, 80, 160], [240, 40, 120]], np.uint8), np.ones((16, 16), np.uint8))
+    down, right = stored, stored.T
+    shown = [down, down[:, ::-1], down[::-1, ::-1], down[::-1], right, right[:, ::-1], right[::-1, ::-1], right[::-1]]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"phone.{suffix}"
+    Image.fromarray(np.stack([stored] * 3, -1)).save(path, exif=exif)
+    expected = shown[orientation - 1] / 255
+    picture = read_picture(path)[0].numpy()
+    assert picture.shape == expected.shape and np.abs(picture - expected).max() < 0.03
+    if orientation in (1, 3, 6, 8):  # turned, not mirrored: all that PyAV tells of a picture with EXIF
+        frame = read_frames(path)[0][0, :, :, 0] / 255
+        assert frame.shape == expected.shape and np.abs(frame - expected).max() < 0.03
+
+
 def test_unreadable_pictures_are_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     with pytest.raises(UserError, match=r"bad\.png: not a readable picture"):

@@ -128,7 +128,8 @@ class _Pass:
         for picture in self.decoder:
             number, seconds = self._number(picture)
             if self.sampler is None:
-                geometry = Geometry(self.decoder.facts.rotation, self.info.display(self.decoder.facts.rotation))
+                orientation = self.decoder.facts.orientation
+                geometry = Geometry(orientation, self.info.display(orientation))
                 self.sampler = Sampler(self.config.motion, geometry, self.decoder.facts)
                 checked = seconds
             if self.finder.add(number, seconds, picture) and self.debt.grows_too_large(number):
@@ -282,7 +283,7 @@ class _Pass:
         warnings = list(self.index.warnings)
         if facts.errors:
             warnings.append(f"{facts.errors} packets can't be decoded")
-        width, height = info.display(facts.rotation)
+        width, height = info.display(facts.orientation)
         return SourceFacts(
             container=info.container,
             codec=info.codec,
@@ -291,7 +292,7 @@ class _Pass:
             height=info.height,
             display_width=width,
             display_height=height,
-            rotation=facts.rotation,
+            orientation=facts.orientation,
             sample_aspect=(info.sample_aspect.numerator, info.sample_aspect.denominator),
             interlaced=facts.interlaced,
             fps=len(timeline.pts) / duration,

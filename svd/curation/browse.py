@@ -32,6 +32,7 @@ from svd.curation import catalog, filters
 from svd.curation.browsing import SORTABLE, Clips, Verdicts
 from svd.curation.statistics import histogram
 from svd.data.shards import read_clip, read_thumbnail
+from svd.orientation import upright_rgb
 from svd.presets import parse_preset
 from svd.stage import UserError
 
@@ -96,12 +97,14 @@ def transcode(data: bytes) -> bytes:
         out = av.open(str(target), "w", options={"movflags": "faststart"})
         stack.callback(out.close)
         video = source.streams.video[0]
-        scale = min(1.0, 640 / video.width)
         rate = video.average_rate or Fraction(25)
         stream = out.add_stream("libx264", rate=rate, options={"preset": "veryfast", "bf": "0"})
-        stream.width, stream.height = (max(2, int(side * scale) // 2 * 2) for side in (video.width, video.height))
         stream.pix_fmt = "yuv420p"
-        for number, frame in enumerate(source.decode(video)):
+        for number, picture in upright_rgb(source.decode(video)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if number == 0:
+                scale = min(1.0, 640 / frame.width)
+                stream.width, stream.height = (max(2, int(n * scale) // 2 * 2) for n in (frame.width, frame.height))
             small = frame.reformat(stream.width, stream.height, "yuv420p")
             small.pts, small.time_base = number, 1 / rate
             out.mux(stream.encode(small))

@@ -18,6 +18,7 @@ import numpy as np
 
 from svd.curation.probe import open_video, packets_from
 from svd.curation.types import SourceFailure
+from svd.orientation import UPRIGHT, Orientation, orientation_of
 
 SCORE_WIDTH = 320  # pictures are halved until they are narrower than this
 FRAME_WIDTH = 768  # sampled frames are at most this wide: subtitles of 24 px at 720p stay readable
@@ -58,7 +59,7 @@ class Picture:
 class DecodeFacts:
     """What only decoding tells; filled while frames are read."""
 
-    rotation: int = 0
+    orientation: Orientation = UPRIGHT
     interlaced: bool = False
     pixel_format: str = ""
     full_range: bool = False
@@ -191,7 +192,7 @@ class Decoder:
 
     def _learn(self, frame: av.VideoFrame) -> None:
         facts = self.facts
-        facts.rotation = -round(frame.rotation / 90) * 90 % 360
+        facts.orientation = orientation_of(frame)
         facts.pixel_format = frame.format.name
         facts.full_range = frame.format.name.startswith("yuvj") or int(frame.color_range) == 2
         facts.bt709 = int(frame.colorspace) == 1 or (int(frame.colorspace) == 2 and frame.height >= 720)

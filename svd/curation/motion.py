@@ -68,13 +68,21 @@ def _raft(weights: str | None) -> Any:
     else:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     network.load_state_dict(state)
-    return network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return network.eval().to(raft_device())
+
+
+def raft_device() -> str:
+    """Where RAFT runs."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def raft(one: np.ndarray, other: np.ndarray, weights: str | None) -> np.ndarray:
     """RAFT flow between two (H, W, 3) RGB uint8 pictures, (H, W, 2) float32 pixels.
 
     The network takes sides that are multiples of 8: 800 × 450 is padded to 456 rows and the flow cropped back.
+    Raises MemoryError.
     """
     import torch
 
@@ -84,8 +92,13 @@ def raft(one: np.ndarray, other: np.ndarray, weights: str | None) -> np.ndarray:
     padding = (0, -width % RAFT_MULTIPLE, 0, -height % RAFT_MULTIPLE)
     pair = torch.from_numpy(np.stack([one, other])).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1
     padded = torch.nn.functional.pad(pair, padding, mode="replicate")
-    with torch.inference_mode():
-        flow = network(padded[:1], padded[1:])[-1][0]
+    try:
+        with torch.inference_mode():
+            flow = network(padded[:1], padded[1:])[-1][0]
+    except RuntimeError as error:
+        if "allocate memory" in str(error):  # torch has no class of its own for memory outside the GPU
+            raise MemoryError from None
+        raise
     return flow[:, :height, :width].permute(1, 2, 0).cpu().numpy()
 
 
@@ -103,6 +116,14 @@ def flow_function(config: MotionConfig) -> tuple[Flow, bool, Callable[[int, int]
 
 
 def prepare(config: MotionConfig) -> None:
-    """Load the network when there is one, so that a missing file is reported before any source is opened."""
+    """Load the network when there is one, so that a missing file is reported before any source is opened.
+
+    One small pair goes through it: what CUDA's libraries load with the first is in memory before that is limited. Each
+    process computes with one thread, as in the rest of the analysis.
+    """
     if config.algorithm == "raft":
-        _raft(config.raft_weights)
+        import torch
+
+        torch.set_num_threads(1)
+        blank = np.zeros((128, 128, 3), np.uint8)  # RAFT takes nothing smaller
+        raft(blank, blank, config.raft_weights)

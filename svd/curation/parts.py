@@ -22,6 +22,7 @@ from svd.curation.cuts import SETTLE_SECONDS
 from svd.curation.probe import PacketIndex, SourceInfo, open_video, read_packets, read_source
 from svd.curation.types import Analysis, ClipSpan, Cut, DroppedSpan, SourceFacts, SourceFailure
 from svd.curation.writing import write_clip
+from svd.orientation import UPRIGHT
 
 MOST_REORDERED = 16  # frames that may be decoded before those shown before them, H.264's limit
 LEAST_RATE = 4000  # bytes a second; what is smaller than a part of this rate is not even looked into
@@ -212,7 +213,7 @@ def _copied(info: SourceInfo, index: PacketIndex) -> SourceFacts:
         height=info.height,
         display_width=info.width,
         display_height=info.height,
-        rotation=0,
+        orientation=UPRIGHT,
         sample_aspect=(1, 1),
         interlaced=False,
         fps=float(info.fps(index)),

@@ -20,6 +20,7 @@ import av.error
 import numpy as np
 
 from svd.curation.types import SourceFailure
+from svd.orientation import Orientation
 
 MAX_PIXELS = 1 << 26  # 67 megapixels; a frame of the largest H.264 level has 36
 MAX_PACKETS = 20_000_000  # 92 hours at 60 fps
@@ -138,10 +139,10 @@ class SourceInfo:
             return Fraction(len(shown) - 1) / seconds
         return self.header_rate if 1 <= self.header_rate <= 480 else Fraction(25)
 
-    def display(self, rotation: int) -> tuple[int, int]:
+    def display(self, orientation: Orientation) -> tuple[int, int]:
         """Width and height of the upright picture with square pixels."""
         width = max(1, round(self.width * self.sample_aspect))
-        return (self.height, width) if rotation % 180 else (width, self.height)
+        return (self.height, width) if orientation.sideways else (width, self.height)
 
 
 def read_source(path: Path) -> SourceInfo:
@@ -178,7 +179,7 @@ def read_packets(path: Path) -> PacketIndex:
         except (av.error.FFmpegError, OSError, ValueError) as error:
             warnings.append(f"the container breaks off: {_reason(error)}")
     if len(pts) < 2:
-        raise SourceFailure("fewer than two frames")
+        raise SourceFailure("; ".join(("fewer than two frames", *warnings)))
     shown_at, decoded_at = np.frombuffer(pts, np.int64), np.frombuffer(dts, np.int64)
     hidden = np.frombuffer(bytes(discarded), np.bool_)
     trusted = _trusted(shown_at, decoded_at, hidden, base)

@@ -13,6 +13,7 @@ from svd.curation.decode import FRAME_WIDTH, DecodeFacts, Picture, Planes, halve
 from svd.curation.motion import Flow, farneback, flow_function, grid, motion_score, stored
 from svd.curation.scores import Clock
 from svd.curation.types import CameraMotion, ClipSpan
+from svd.orientation import UPRIGHT, Orientation
 
 FRAMES_PER_SECOND = 4.0
 KEY_SPACING = 0.12  # seconds from a kept frame within which a keyframe need not be kept too
@@ -61,20 +62,20 @@ class ClipSamples:
 class Geometry:
     """How a coded picture becomes an upright one with square pixels."""
 
-    rotation: int = 0
+    orientation: Orientation = UPRIGHT
     display: tuple[int, int] = (0, 0)  # width, height
 
     def upright(self, plane: np.ndarray) -> np.ndarray:
-        """Turn a picture upright."""
-        return np.ascontiguousarray(np.rot90(plane, -self.rotation // 90)) if self.rotation else plane
+        """A coded picture as it is shown."""
+        return self.orientation.upright(plane)
 
     def upright_motion(self, velocity: np.ndarray) -> np.ndarray:
-        """Turn (n, 4) motions dx, dy (coded widths), growth, rotation as the pictures are turned."""
-        dx, dy = velocity[:, 0], velocity[:, 1]
-        turned = {0: (dx, dy), 90: (-dy, dx), 180: (-dx, -dy), 270: (dy, -dx)}[self.rotation]
+        """(n, 4) motions dx, dy (coded widths), growth, rotation as they are seen in the shown pictures."""
+        dx, dy = self.orientation.upright_motion(velocity[:, 0], velocity[:, 1])
         # Widths are those of the upright picture: a turned one is as wide as the coded one is high.
-        scale = self.display[1] / self.display[0] if self.rotation % 180 else 1.0
-        return np.stack([turned[0] * scale, turned[1] * scale, velocity[:, 2], velocity[:, 3]], 1)
+        scale = self.display[1] / self.display[0] if self.orientation.sideways else 1.0
+        clockwise = -velocity[:, 3] if self.orientation.mirrored else velocity[:, 3]
+        return np.stack([dx * scale, dy * scale, velocity[:, 2], clockwise], 1)
 
 
 @dataclass

@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from svd.orientation import Orientation
+
 CutKind = Literal["hard", "fade", "dissolve", "black"]
 ClipMethod = Literal["copy", "reencode"]
 CameraLabel = Literal[
@@ -39,7 +41,7 @@ class SourceFailure(Exception):
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What container and packets say; `width` × `height` are coded, `display_*` after rotation and pixel aspect."""
+    """What container and packets say; `width` × `height` are coded, `display_*` after orientation and pixel aspect."""
 
     container: str
     codec: str
@@ -48,7 +50,7 @@ class SourceFacts:
     height: int
     display_width: int
     display_height: int
-    rotation: int  # degrees, clockwise, to turn the coded picture upright: 0, 90, 180 or 270
+    orientation: Orientation  # makes the shown picture of the coded one
     sample_aspect: tuple[int, int]
     interlaced: bool
     fps: float  # frames / duration

@@ -25,7 +25,7 @@ import av.logging
 
 from svd.config import CurationConfig
 from svd.curation.analysis import Taken
-from svd.curation.motion import prepare
+from svd.curation.motion import prepare, raft_device
 from svd.curation.parts import analyse_part, count_parts, seconds_claimed
 from svd.curation.text import make_detector, text_areas
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
@@ -45,11 +45,21 @@ class WorkerError(UserError):
     """There is no process, whatever the source: it can't start, or the run is being ended."""
 
 
-def _limit_memory(extra: int) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+def limited_resource(device: str) -> tuple[int, int]:
+    """Which resource bounds the memory of a process, and the column of /proc/self/statm that tells how much it has.
+
+    The address space; but CUDA reserves far more of that than it ever uses, so there what the process may write to.
+    """
+    return (resource.RLIMIT_AS, 0) if device == "cpu" else (resource.RLIMIT_DATA, 5)
+
+
+def limit_memory(extra: int, device: str) -> None:
+    """Let this process have `extra` bytes more than it has now; `device`: where its networks run."""
+    kind, column = limited_resource(device)
+    pages = int(Path("/proc/self/statm").read_text().split()[column]) if Path("/proc/self/statm").exists() else 0
     limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
@@ -101,7 +111,8 @@ def _serve(connection: Connection, memory: int, config: CurationConfig | None) -
         connection.send(" ".join(str(error).split()) or type(error).__name__)
         return
     connection.send("")
-    _limit_memory(memory)
+    torch_used = config is not None and (config.motion.algorithm == "raft" or config.text.detector == "craft")
+    limit_memory(memory, raft_device() if torch_used else "cpu")
     while True:
         try:
             request = connection.recv()

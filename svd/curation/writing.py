@@ -34,8 +34,9 @@ def write_clip(source: Path, span: ClipSpan, facts: SourceFacts, target: Path) -
 def write_clips(source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:
     """Write clips of one source; each file appears under its name when it is complete.
 
-    Copied clips keep the source's coding, rotation and pixel aspect; re-encoded ones are H.264, upright, progressive,
-    with square pixels. Raises SourceFailure when the source no longer decodes to the frames of a span.
+    Copied clips keep the source's coding, display matrix and pixel aspect; re-encoded ones are H.264, upright and
+    unmirrored, progressive, with square pixels. Raises SourceFailure when the source no longer decodes to the frames of
+    a span.
     """
     written = []
     with open_video(source) as opened:
@@ -151,8 +152,7 @@ def _chain(frame: av.VideoFrame, facts: SourceFacts) -> av.filter.Graph:
     nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=base)]
     if facts.interlaced:
         nodes.append(graph.add("bwdif", "mode=send_frame:deint=all"))
-    for _ in range(facts.rotation // 90):
-        nodes.append(graph.add("transpose", "clock"))
+    nodes += [graph.add(name, arguments or None) for name, arguments in facts.orientation.filters()]
     width, height = upright_size(facts)
     nodes.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd:out_range=tv"))
     nodes += [graph.add("setsar", "1"), graph.add("format", "yuv420p"), graph.add("buffersink")]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svd.data.loader import generator
+from svd.orientation import upright_rgb
 
 Frames = NDArray[np.uint8]
 
@@ -63,17 +64,11 @@ def choose_windows(
 
 
 def decode(video: bytes, wanted: set[int]) -> dict[int, Frames]:
-    """The `wanted` frames, by number, of an mp4 as (H, W, 3) uint8, upright; raises UnreadableClip."""
+    """The `wanted` frames, by number, of an mp4 as (H, W, 3) uint8, as players show it; raises UnreadableClip."""
     found: dict[int, Frames] = {}
-    last = max(wanted)
     try:
         with av.open(io.BytesIO(video), "r") as container:
-            for number, frame in enumerate(container.decode(container.streams.video[0])):
-                if number in wanted:
-                    picture = frame.to_ndarray(format="rgb24")
-                    found[number] = np.rot90(picture, k=getattr(frame, "rotation", 0) // 90)
-                if number == last:
-                    break
+            found.update(upright_rgb(container.decode(container.streams.video[0]), wanted))
     except (av.error.FFmpegError, IndexError) as error:
         raise UnreadableClip(f"can't be decoded: {error}") from error
     if missing := wanted - found.keys():

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 import torch
 from torch import Tensor
 
 from svd.curation.catalog import read_clips
 from svd.data.loader import generator, shuffled
 from svd.data.shards import read_clip
+from svd.orientation import Orientation, orientation_of
 from svd.stage import UserError
 
 CACHE_BYTES = 2 << 30
@@ -90,15 +90,16 @@ def _draw(last: int, source: torch.Generator) -> int:
 def read_frames(video: bytes, most: int, height: int, width: int) -> Tensor:
     """The first frames of an mp4, at most `most`, scaled to cover (height, width) and cropped: (T, 3, H, W) uint8.
 
-    The decoder's own scaler averages areas while it converts colours, so no full-size picture is ever made; frames
-    after a broken one are left out.
+    They are turned as players show them. The decoder's own scaler averages areas while it converts colours, so no
+    full-size picture is ever made; frames after a broken one are left out.
     """
     frames: list[Tensor] = []
     try:
         with av.open(io.BytesIO(video), "r") as container:
+            orientation: Orientation | None = None
             for frame in itertools.islice(container.decode(container.streams.video[0]), most):
-                turns = getattr(frame, "rotation", 0) // 90
-                across, down = (width, height) if turns % 2 == 0 else (height, width)
+                orientation = orientation or orientation_of(frame)
+                across, down = (height, width) if orientation.sideways else (width, height)
                 scale = max(across / frame.width, down / frame.height)
                 covered = frame.reformat(
                     max(across, round(frame.width * scale)),
@@ -106,7 +107,7 @@ def read_frames(video: bytes, most: int, height: int, width: int) -> Tensor:
                     format="rgb24",
                     interpolation="AREA",
                 )
-                picture = np.rot90(covered.to_ndarray(), k=turns)
+                picture = orientation.upright(covered.to_ndarray())
                 top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
                 frames.append(torch.from_numpy(picture[top : top + height, left : left + width].copy()))
     except (av.error.FFmpegError, IndexError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -45,9 +46,40 @@ def shots(
             yield np.rint(part[:, :-1] * (1 - x + left) + part[:, 1:] * (x - left)).astype(np.uint8)
 
 
+Matrix = tuple[int, int, int, int]
+# a, b, c, d of display matrices: the point (p, q) of the coded picture is shown at (a p + c q, b p + d q).
+MATRICES: dict[str, Matrix] = {
+    "plain": (1, 0, 0, 1),
+    "clockwise": (0, 1, -1, 0),
+    "half-turn": (-1, 0, 0, -1),
+    "counterclockwise": (0, -1, 1, 0),
+    "left-right": (-1, 0, 0, 1),
+    "top-bottom": (1, 0, 0, -1),
+    "transposed": (0, 1, 1, 0),
+    "transposed-half-turn": (0, -1, -1, 0),
+}
+
+
+def shown(picture: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """A coded picture as a player shows it, pixel by pixel after the matrix's definition."""
+    a, b, c, d = matrix
+    q, p = np.indices(picture.shape[:2])
+    x, y = a * p + c * q, b * p + d * q
+    x, y = x - x.min(), y - y.min()
+    result = np.zeros((y.max() + 1, x.max() + 1, *picture.shape[2:]), picture.dtype)
+    result[y, x] = picture
+    return result
+
+
+def coded(picture: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """The picture to encode, so that a player shows `picture`: the matrix is orthogonal, its inverse its transpose."""
+    a, b, c, d = matrix
+    return shown(picture, (a, c, b, d))
+
+
 @dataclass(frozen=True)
 class Kind:
-    """How a file is encoded. pts: timestamp of each frame in 1/fps steps; None: 0, 1, 2, …"""
+    """How a file is encoded. pts: timestamp of each frame in 1/fps steps; None: 0, 1, 2, …; matrix: MP4 files only."""
 
     suffix: str = "mp4"
     codec: str = "libx264"
@@ -57,6 +89,7 @@ class Kind:
     pixel_format: str = "yuv420p"
     pts: list[int] | None = None
     rotation: int = 0
+    matrix: Matrix | None = None
     aspect: Fraction | None = None
     interlaced: bool = False
     container_options: dict[str, str] = field(default_factory=dict)
@@ -90,7 +123,18 @@ def write(path: Path, frames: list[np.ndarray], fps: int | Fraction = 24, kind: 
         container.mux(stream.encode(None))
         if sound is not None:
             _silence(container, sound, len(frames) / float(fps))
+    if kind.matrix is not None:
+        set_matrix(path, kind.matrix)
     return path
+
+
+def set_matrix(path: Path, matrix: Matrix) -> None:
+    """Write a display matrix into the track header of an MP4 file."""
+    data = bytearray(path.read_bytes())
+    a, b, c, d = (value << 16 for value in matrix)
+    at = data.find(b"tkhd") + 44
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
 
 
 def _silence(container: av.container.OutputContainer, stream: av.AudioStream, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_files import Kind, scenery, shots, tiny_config, write
+from media_files import MATRICES, Kind, scenery, set_matrix, shots, tiny_config, write
 
 from svd.curation.analysis import analyse
 from svd.curation.camera import CAPTIONS, camera_caption, fit_similarity
@@ -20,9 +21,11 @@ from svd.curation.sampling import Geometry
 from svd.curation.tracking import track
 from svd.data.encode import Encoding, encode_video
 from svd.data.scenes import CAMERAS, World, render_scene
+from svd.orientation import Orientation
 from svd.stage import UserError
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+FOUR_SHOTS = str(Path(__file__).parent / "footage" / "four-shots.mp4")
 FLAT = {"cuts__passes": [{"detector": "content", "threshold": 250}]}  # no cuts: one clip a file
 
 
@@ -90,7 +93,22 @@ SEEN = [
     ("big-buck-bunny.mp4", 66, {"object-motion"}),
     ("city-night.mpg", 10, {"zoom-out", "zoom-in", "pan-right", "pan-left", "tilt-up", "tilt-down", "roll"}),
     ("city-night.mpg", 44, {"roll"}),  # a time lapse that turns slowly
+    (FOUR_SHOTS, 60, {"tilt-down"}),  # from the sky down to a meadow, titles fade in and out over it
+    (FOUR_SHOTS, 155, {"object-motion"}),  # a bird spreads its wings on a branch, text over it
+    (FOUR_SHOTS, 200, {"object-motion"}),  # a face fills the picture, a hand comes in
+    (FOUR_SHOTS, 227, {"static"}),  # white letters on black
 ]
+# As the first of the four is shown in the eight orientations.
+TILTED = {
+    "plain": "tilt-down",
+    "clockwise": "pan-left",
+    "half-turn": "tilt-up",
+    "counterclockwise": "pan-right",
+    "left-right": "tilt-down",
+    "top-bottom": "tilt-up",
+    "transposed": "pan-right",
+    "transposed-half-turn": "pan-left",
+}
 
 
 def test_camera_labels_of_real_footage() -> None:
@@ -100,6 +118,14 @@ def test_camera_labels_of_real_footage() -> None:
         (clip,) = [c for c in analyses[name].clips if c.span.start_frame <= frame < c.span.end_frame]
         assert clip.camera.label in accepted, (name, frame, clip.camera)
     assert sum(len(analysis.clips) for analysis in analyses.values()) == len(SEEN)
+
+
+@pytest.mark.parametrize("name", TILTED)
+def test_camera_labels_of_turned_and_mirrored_footage(name: str, tmp_path: Path) -> None:
+    """The content of the shot moves up; a viewer of the turned file sees it move that way turned."""
+    path = Path(shutil.copy(FOUR_SHOTS, tmp_path / "turned.mp4"))
+    set_matrix(path, MATRICES[name])
+    assert analyse(path, tiny_config()).clips[0].camera.label == TILTED[name]
 
 
 def test_every_label_has_words() -> None:
@@ -145,7 +171,7 @@ def test_turned_sources_have_turned_motion(tmp_path: Path) -> None:
     (upright,) = analyse(write(tmp_path / "upright", plain), tiny_config(**FLAT)).clips
     assert turned.camera.label == upright.camera.label == "pan-right"
     assert turned.camera.pan == pytest.approx(upright.camera.pan, rel=0.2)
-    moved = Geometry(90, (96, 128)).upright_motion(np.array([[0.1, 0.0, 0.2, 0.3]]))[0]
+    moved = Geometry(Orientation(90), (96, 128)).upright_motion(np.array([[0.1, 0.0, 0.2, 0.3]]))[0]
     assert moved == pytest.approx([0.0, 0.1 * 128 / 96, 0.2, 0.3])
 
 
@@ -176,6 +202,29 @@ def test_raft_pads_and_crops_behind_the_same_interface(tmp_path: Path, monkeypat
     missing = tiny_config(motion__algorithm="raft", motion__raft_weights=str(tmp_path / "gone.pth")).motion
     with pytest.raises(UserError, match="raft_large"):
         prepare(missing)
+
+
+def test_a_lack_of_memory_in_raft_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says where RAFT asks for more than the process may have; other errors stay what they are."""
+    import torch
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, one: torch.Tensor, other: torch.Tensor) -> list[torch.Tensor]:
+            if one.max() > 0:
+                raise RuntimeError("something else")
+            torch.empty(1 << 60, dtype=torch.uint8)
+            return [one]
+
+    monkeypatch.setattr("svd.curation.motion._raft", lambda weights: Network())
+    black = np.zeros((128, 128, 3), np.uint8)
+    with pytest.raises(MemoryError):
+        raft(black, black, None)
+    with pytest.raises(RuntimeError, match="something else"):
+        raft(black + 255, black, None)
 
 
 @pytest.mark.slow

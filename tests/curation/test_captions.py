@@ -160,8 +160,8 @@ def test_video_blip_with_one_frame_is_blip2(request_of_clip, tokenizer):
 
 
 def test_frames_for_video_captioners_are_spread_over_the_clip(request_of_clip):
-    assert len(video_captioner.sample_frames(request_of_clip.video, 8)) == 8
-    assert len(video_captioner.sample_frames(request_of_clip.video, 50)) == 20
+    assert len(video_captioner.sample_frames(request_of_clip.video, 8).pictures) == 8
+    assert len(video_captioner.sample_frames(request_of_clip.video, 50).pictures) == 20
 
 
 def test_a_local_language_model_merges(request_of_clip, tokenizer):

@@ -16,6 +16,7 @@ from svd.curation import decode
 from svd.curation.analysis import analyse
 from svd.curation.types import Analysis, SourceFailure
 from svd.curation.writing import write_clip, write_clips
+from svd.orientation import Orientation
 
 LENGTHS = [40, 33, 47]
 KINDS = {
@@ -131,7 +132,7 @@ def test_rotated_sources_give_upright_samples_and_clips(tmp_path: Path) -> None:
     turned = write(tmp_path / "turned", frames, kind=Kind(rotation=90, gop=1000, options={"x264-params": "scenecut=0"}))
     analysis = analyse(turned, tiny_config())
     facts = analysis.facts
-    assert (facts.rotation, facts.display_width, facts.display_height) == (270, 96, 128)
+    assert (facts.orientation, facts.display_width, facts.display_height) == (Orientation(270), 96, 128)
     assert analysis.clips[0].frames.shape == (3, 128, 96, 3)
     assert np.abs(analysis.clips[0].frames[0].astype(int) - upright[0]).mean() < 6
     assert [c.span.method for c in analysis.clips] == ["copy", "reencode"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import struct
 import tarfile
 import threading
 from pathlib import Path
 
 import polars as pl
 import pytest
+from hostile_files import GIANT_RAW, RATELESS_RAW, lies, mutants, write_originals
 from media_files import Kind, shots, tiny_config, write
 
 from svd.config import CurationConfig
@@ -45,14 +45,6 @@ def _reason(analyst: Analyst, path: Path, config: CurationConfig) -> str:
     reason = failure.value.reason
     assert reason and "\n" not in reason and "Traceback" not in reason
     return reason
-
-
-def _boxes(data: bytes, name: bytes) -> list[int]:
-    places, at = [], data.find(name)
-    while at >= 0:
-        places.append(at)
-        at = data.find(name, at + 1)
-    return places
 
 
 def test_bad_files_have_readable_reasons(analyst: Analyst, good: Path, config: CurationConfig, tmp_path: Path) -> None:
@@ -104,18 +96,7 @@ def test_any_file_name_works(analyst: Analyst, good: Path, config: CurationConfi
 
 def test_lies_in_the_header(analyst: Analyst, good: Path, config: CurationConfig, tmp_path: Path) -> None:
     """65535 × 65535 pixels, 10^9 frames and a rate of zero in the boxes of an MP4 file."""
-    data = good.read_bytes()
-    giant = bytearray(data)
-    for at in _boxes(data, b"avc1"):
-        if data[at - 4 : at - 2] == b"\0\0":
-            giant[at + 28 : at + 32] = struct.pack(">HH", 65535, 65535)
-    many = bytearray(data)
-    for at in _boxes(data, b"stsz"):
-        many[at + 12 : at + 16] = struct.pack(">I", 1_000_000_000)
-    still = bytearray(data)
-    for at in _boxes(data, b"stts"):
-        still[at + 16 : at + 20] = struct.pack(">I", 0)
-    for name, content in (("giant", giant), ("many", many), ("still", still)):
+    for name, content in lies(good.read_bytes()).items():
         path = tmp_path / f"{name}.mp4"
         path.write_bytes(content)
         try:
@@ -127,10 +108,9 @@ def test_lies_in_the_header(analyst: Analyst, good: Path, config: CurationConfig
 
 def test_real_giants_are_refused(analyst: Analyst, config: CurationConfig, tmp_path: Path) -> None:
     """A raw stream whose own header asks for more pixels than any video has."""
-    header = b"YUV4MPEG2 W65535 H65535 F25:1 Ip A1:1 C420jpeg\nFRAME\n"
-    (tmp_path / "giant.y4m").write_bytes(header + bytes(100_000))
+    (tmp_path / "giant.y4m").write_bytes(GIANT_RAW)
     assert _reason(analyst, tmp_path / "giant.y4m", config)
-    (tmp_path / "zero.y4m").write_bytes(b"YUV4MPEG2 W64 H64 F0:0 Ip A1:1 C420jpeg\n" + (b"FRAME\n" + bytes(6144)) * 10)
+    (tmp_path / "zero.y4m").write_bytes(RATELESS_RAW)
     try:
         assert analyst.analyse(tmp_path / "zero.y4m", config).facts.fps > 0
     except SourceFailure as failure:
@@ -201,70 +181,21 @@ def test_clips_are_written_behind_the_same_guard(good: Path, config: CurationCon
     assert sorted(tmp_path.iterdir()) == targets
 
 
-def _mutate(data: bytes, generator: random.Random) -> bytes:
-    changed = bytearray(data)
-    kind = generator.randrange(5)
-    if kind == 0:  # flipped bits
-        for _ in range(generator.choice([1, 10, 200])):
-            at = generator.randrange(len(changed))
-            changed[at] ^= 1 << generator.randrange(8)
-    elif kind == 1:  # cut off
-        del changed[generator.randrange(len(changed)) :]
-    elif kind == 2:  # a piece overwritten with noise
-        at = generator.randrange(len(changed))
-        length = min(generator.choice([16, 500, 4000]), len(changed) - at)
-        changed[at : at + length] = generator.randbytes(length)
-    elif kind == 3:  # a piece left out
-        at = generator.randrange(len(changed))
-        del changed[at : at + generator.choice([1, 100, 2000])]
-    else:  # big numbers where the header is, wherever it is
-        for word in (b"stsz", b"stts", b"ctts", b"mvhd", b"tkhd", b"mdhd", b"avcC", b"stco"):
-            for at in _boxes(data, word):
-                if generator.random() < 0.3:
-                    place = at + 4 + 4 * generator.randrange(6)
-                    changed[place : place + 4] = generator.choice(
-                        [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0"]
-                    )
-    return bytes(changed)
-
-
-def _fuzz(count: int, seed: int, config: CurationConfig, folder: Path) -> tuple[int, int]:
-    generator = random.Random(seed)
-    kinds = [
-        Kind(b_frames=2),
-        Kind(suffix="mkv"),
-        Kind(suffix="ts"),
-        Kind(suffix="mpg", codec="mpeg2video"),
-        Kind(suffix="avi", codec="mpeg4"),
-    ]
-    originals = [write(folder / f"original{i}", list(shots([20, 20], 64, 96)), kind=k) for i, k in enumerate(kinds)]
-    before = sorted(p.name for p in folder.iterdir())
+def test_mutated_files(analyst: Analyst, config: CurationConfig, tmp_path: Path) -> None:
+    """Forty mutations of five containers: each is analysed or fails with a reason. Whole runs: test_hostile_run.py."""
+    originals = write_originals(tmp_path)
+    before = sorted(tmp_path.iterdir())
     good = bad = 0
-    with Analyst(timeout=20, memory=1 << 30) as analyst:
-        for i in range(count):
-            original = originals[i % len(originals)]
-            path = folder / f"mutated{original.suffix}"
-            path.write_bytes(_mutate(original.read_bytes(), generator))
-            try:
-                analysis = analyst.analyse(path, config)
-                assert analysis.facts.frames >= 2 and analysis.facts.duration > 0
-                good += 1
-            except SourceFailure as failure:
-                assert failure.reason and "\n" not in failure.reason
-                bad += 1
-            path.unlink()
-    assert sorted(p.name for p in folder.iterdir()) == before
-    return good, bad
-
-
-def test_mutated_files(config: CurationConfig, tmp_path: Path) -> None:
-    """Forty mutations of five containers: each is analysed or fails with a reason."""
-    good, bad = _fuzz(40, 1, config, tmp_path)
+    for i, data in enumerate(mutants(originals, 40, seed=1)):
+        path = tmp_path / f"mutated{originals[i % len(originals)].suffix}"
+        path.write_bytes(data)
+        try:
+            analysis = analyst.analyse(path, config)
+            assert analysis.facts.frames >= 2 and analysis.facts.duration > 0
+            good += 1
+        except SourceFailure as failure:
+            assert failure.reason and "\n" not in failure.reason
+            bad += 1
+        path.unlink()
+    assert sorted(tmp_path.iterdir()) == before
     assert good + bad == 40 and good and bad
-
-
-@pytest.mark.slow
-def test_many_mutated_files(config: CurationConfig, tmp_path: Path) -> None:
-    """Five hundred of them."""
-    good, bad = _fuzz(500, 2, config, tmp_path)
-    assert good + bad == 500 and good and bad

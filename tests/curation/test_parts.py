@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 from curation_inputs import context, tiny, write_encoders, write_sources
-from media_files import Kind, decode_rgb, shots, tiny_config, write
+from media_files import MATRICES, Kind, decode_rgb, shots, tiny_config, write
 
 from svd.config import CurationConfig
 from svd.curation import catalog, stage
@@ -28,6 +28,7 @@ KINDS = {
     "transport stream": Kind(suffix="ts", b_frames=2, gop=24),
     "matroska": Kind(suffix="mkv", b_frames=2, gop=24),
     "turned": Kind(rotation=90, gop=24),
+    "mirrored": Kind(matrix=MATRICES["transposed"], gop=24),
     "program stream, open groups": Kind(suffix="mpg", codec="mpeg2video", b_frames=2, gop=24),
     "open groups": Kind(b_frames=3, gop=24, options={"x264-params": "open-gop=1"}),
 }
@@ -116,7 +117,7 @@ def test_parts_hold_the_frames_of_the_source(tmp_path, name):
         part = analyse_part(
             source, config, lambda clip, seen=seen: seen.append(clip) or clip, (number, count), tmp_path / "part.mp4"
         )
-        assert seen == part.clips and part.facts.rotation == whole.facts.rotation
+        assert seen == part.clips and part.facts.orientation == whole.facts.orientation
         assert part.facts.start_pts == whole.facts.start_pts and part.facts.time_base == whole.facts.time_base
         cuts += listed(part)
         spans = sorted((s.start_frame, s.end_frame) for s in [*(c.span for c in part.clips), *part.dropped])

@@ -43,7 +43,7 @@ def detector():
 @pytest.fixture(scope="module")
 def clean():
     """Frames of real footage without text."""
-    return sample_frames(SAMPLES / "big-buck-bunny.mp4", 4)
+    return sample_frames(SAMPLES / "big-buck-bunny.mp4", 4).pictures
 
 
 def subtitled(frame: np.ndarray, text: str, height: int) -> np.ndarray:

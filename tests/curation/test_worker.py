@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from curation_inputs import context, tiny, tree, write_encoders, write_sources
-from media_files import shots, tiny_config, write
+from media_files import Kind, shots, tiny_config, write
 
 from svd.curation import stage
 from svd.curation.measure import identify, measure_unit, units_of
 from svd.curation.networks import Networks
 from svd.curation.types import SourceFailure
-from svd.curation.worker import Analyst, WorkerError
+from svd.curation.worker import Analyst, WorkerError, limited_resource
 from svd.data.listing import list_sources
 from svd.stage import UserError
 
@@ -88,6 +92,55 @@ def test_a_killed_process_is_replaced_and_its_source_tried_again(video):
         again = analyst.analyse(video, tiny_config())
         thread.join()
     assert [c.span for c in again.clips] == [c.span for c in expected.clips]
+
+
+WHAT_FITS = """
+import mmap, sys
+import numpy as np
+from svd.curation.worker import limit_memory
+
+limit_memory(256 << 20, sys.argv[1])
+for attempt in (
+    lambda: mmap.mmap(-1, 8 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0),
+    lambda: np.ones(64 << 20, np.uint8),
+    lambda: np.ones(512 << 20, np.uint8),
+):
+    try:
+        attempt()
+        print("yes")
+    except (MemoryError, OSError):
+        print("no")
+"""
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "no yes no"), ("cuda", "yes yes no")])
+def test_memory_is_bounded_where_a_gpu_driver_reserves_addresses_too(device, expected):
+    """8 GiB of addresses that nothing is written to, 64 MiB of memory, 512 MiB; 256 MiB more than now are allowed."""
+    done = subprocess.run([sys.executable, "-c", WHAT_FITS, device], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected.split()
+    assert limited_resource(device)[0] == {"cpu": resource.RLIMIT_AS, "cuda": resource.RLIMIT_DATA}[device]
+
+
+@pytest.fixture(scope="module")
+def raft_weights(tmp_path_factory):
+    import torch
+    from torchvision.models.optical_flow import raft_large
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("raft") / "raft.pth"
+    torch.save(raft_large().state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+def test_raft_at_full_size_fits_into_the_memory_of_a_process(raft_weights, tmp_path):
+    """One pair of 800 × 450, padded to 456, behind the same guard as every source."""
+    frames = list(shots([26], height=450, width=800, speed=2.0))
+    video = write(tmp_path / "v", frames, kind=Kind(options={"preset": "ultrafast"}))
+    config = tiny_config(motion__algorithm="raft", motion__raft_weights=str(raft_weights), motion__fps=1.0)
+    with Analyst() as analyst:
+        (clip,) = analyst.analyse(video, config).clips
+    assert clip.flow.shape == (1, 16, 28, 2) and np.isfinite(clip.flow).all() and clip.motion_score > 0
 
 
 def test_a_process_that_cannot_start_ends_the_run_and_blames_no_source(video, tmp_path):
