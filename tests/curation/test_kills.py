@@ -33,7 +33,7 @@ class Runs:
 
     def __post_init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["svd.curation.stage", "svd.model.conditioning", "rapidocr_onnxruntime"])
+        self.context.set_forkserver_preload(["svd.curation.stage", "svd.model.conditioning", "onnxruntime"])
         self.now = self.context.Value("i", -1, lock=False)
         self.counts = self.context.Array("i", len(PHASES), lock=False)
 
