@@ -87,8 +87,9 @@ class TextConfig(Section):
 
     detector: Literal["rapidocr", "craft"] = "rapidocr"
     craft_weights: str | None = None
-    width: PositiveInt = 736
-    height: PositiveInt = 416
+    craft_long_side: PositiveInt = Field(1280, description="at most this many pixels of the longer side go into CRAFT")
+    width: PositiveInt = 704
+    height: PositiveInt = 384
     box_threshold: Fraction = 0.5
 
 

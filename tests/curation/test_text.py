@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -65,10 +66,71 @@ def test_subtitles_are_found_where_they_are_and_clean_frames_stay_clean(detector
         assert all(polygon[:, 1].mean() > 0.75 * height for polygon in found)
 
 
-def test_small_videos_are_not_enlarged(detector):
+def frames_at(name: str, *seconds: float) -> list[np.ndarray]:
+    """The frames (H, W, 3) of a sample that are shown at these seconds, as the decode pass keeps them."""
+    frames = []
+    with av.open(str(SAMPLES / name), "r") as container:
+        stream = container.streams.video[0]
+        start = float((stream.start_time or 0) * (stream.time_base or 0))
+        for frame in container.decode(stream):
+            if len(frames) < len(seconds) and float(frame.time or 0) - start >= seconds[len(frames)]:
+                frames.append(frame.to_ndarray(format="rgb24"))
+    assert len(frames) == len(seconds)
+    return [cv2.resize(f, (768, 768 * f.shape[0] // f.shape[1]), interpolation=cv2.INTER_AREA) for f in frames]
+
+
+def test_plain_letters_on_footage_are_found(detector):
+    """White or black letters without an outline, the x-height 8 pixels of a kept frame: of 24 pixels at 720p."""
+    meadow = frames_at("big-buck-bunny-trailer.mp4", 4, 7, 10, 18, 22)
+    houses = frames_at("city-night.mpg", 0.2, 1.2)
+    missed = []
+    for i, (frame, white) in enumerate([*((f, w) for f in meadow for w in (255, 0)), *((f, 255) for f in houses)]):
+        drawn = np.ascontiguousarray(frame)
+        place = (200, int(0.94 * frame.shape[0]))
+        shade = (white, white, white)
+        cv2.putText(drawn, "What did you say to him?", place, cv2.FONT_HERSHEY_SIMPLEX, 0.55, shade, 1, cv2.LINE_AA)
+        found = [p for p in detector.polygons(drawn) if p[:, 1].mean() > 0.85 * frame.shape[0]]
+        missed += [i] if area_ratio(found, *frame.shape[:2]) < 0.005 else []
+    assert not missed
+
+
+def test_what_the_network_mistakes_for_text_is_dropped(detector):
+    """Three animals in a row before a meadow, and a soft sky, cover a fifth of the network's map and more."""
+    mistaken = frames_at("big-buck-bunny-trailer.mp4", 21.25, 21.5, 21.75)
+    assert all((detector.probability(frame) > 0.5).mean() > 0.03 for frame in mistaken)
+    assert text_areas(mistaken, detector) == [0.0, 0.0, 0.0]
+
+
+def rectangle_map(width: int, height: int, probability: float) -> np.ndarray:
+    """A text map (192, 352) with one rectangle in its middle."""
+    drawn = np.zeros((192, 352), np.float32)
+    drawn[96 - height // 2 : 96 + height // 2, 176 - width // 2 : 176 + width // 2] = probability
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "probability", "lines"),
+    [
+        (120, 6, 0.6, 1),  # a line of small letters
+        (120, 6, 0.45, 0),
+        (100, 40, 0.7, 0),  # as high as a title, but not as sure
+        (100, 40, 0.95, 1),
+        (180, 100, 1.0, 0),  # higher than any line
+        (24, 18, 0.9, 0),  # one character
+        (20, 40, 0.9, 0),  # a face
+        (10, 80, 0.9, 1),  # a line that stands upright
+    ],
+)
+def test_large_lines_must_be_surer_and_upright_ones_longer(detector, monkeypatch, width, height, probability, lines):
+    monkeypatch.setattr(detector, "probability", lambda frame: rectangle_map(width, height, probability))
+    assert len(detector.polygons(np.zeros((192, 352, 3), np.uint8))) == lines
+
+
+def test_frames_of_any_aspect_are_seen_at_one_area_and_small_videos_are_not_enlarged(detector):
     assert detector.input_size(128, 192) == (128, 192)
-    assert detector.input_size(720, 1280) == (416, 736)
-    assert detector.input_size(1280, 720) == (736, 416)
+    assert detector.input_size(720, 1280) == (384, 704)
+    assert detector.input_size(1280, 720) == (704, 384)
+    assert detector.input_size(576, 768) == (448, 608)
     assert all(side % 32 == 0 and side > 0 for side in (*detector.input_size(1, 1), *detector.input_size(2000, 10)))
     text = subtitled(np.full((128, 192, 3), 90, np.uint8), "hello", 14)
     assert area_ratio(detector.polygons(text), 128, 192) > 0.02
@@ -118,11 +180,12 @@ def test_craft_has_the_published_names_and_loads_them(tmp_path):
     loaded = craft.load_craft(tmp_path / "craft.pth")
     assert all(torch.equal(loaded.state_dict()[name], state[name]) for name in state)
     detector = make_detector(
-        TextConfig(detector="craft", craft_weights=str(tmp_path / "craft.pth"), width=96, height=64)
+        TextConfig(detector="craft", craft_weights=str(tmp_path / "craft.pth"), craft_long_side=96)
     )
     assert isinstance(detector.polygons(np.zeros((48, 64, 3), np.uint8)), list)
     config = TextConfig(detector="craft", craft_weights=str(tmp_path / "craft.pth"))
     assert make_detector(config).model is detector.model, "the weights are read once a process"
+    assert (detector.long_side, make_detector(config).long_side) == (96, 1280)
     with torch.inference_mode():
         assert loaded(torch.zeros(1, 3, 64, 96)).shape == (1, 32, 48, 2)
 
