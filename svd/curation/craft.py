@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from svd.curation.device import pick_device
 from svd.curation.text import MEAN, MULTIPLE, STD
 from svd.stage import UserError
 
@@ -152,7 +153,7 @@ class CraftTextDetector:
     """Words by CRAFT: its maps are thresholded, joined through affinity, and boxed."""
 
     def __init__(self, weights: Path, long_side: int = 1280, device: str | None = None) -> None:
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or pick_device()
         self.model = shared_craft(weights, self.device)
         self.long_side = long_side
 

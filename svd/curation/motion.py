@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from svd.config import MotionConfig
+from svd.curation.device import pick_device
 from svd.stage import UserError
 
 Flow = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -68,14 +69,7 @@ def _raft(weights: str | None) -> Any:
     else:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     network.load_state_dict(state)
-    return network.eval().to(raft_device())
-
-
-def raft_device() -> str:
-    """Where RAFT runs."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return network.eval().to(pick_device())
 
 
 def raft(one: np.ndarray, other: np.ndarray, weights: str | None) -> np.ndarray:
@@ -118,12 +112,8 @@ def flow_function(config: MotionConfig) -> tuple[Flow, bool, Callable[[int, int]
 def prepare(config: MotionConfig) -> None:
     """Load the network when there is one, so that a missing file is reported before any source is opened.
 
-    One small pair goes through it: what CUDA's libraries load with the first is in memory before that is limited. Each
-    process computes with one thread, as in the rest of the analysis.
+    One small pair goes through it: what CUDA's libraries load with the first is in memory before that is limited.
     """
     if config.algorithm == "raft":
-        import torch
-
-        torch.set_num_threads(1)
         blank = np.zeros((128, 128, 3), np.uint8)  # RAFT takes nothing smaller
         raft(blank, blank, config.raft_weights)

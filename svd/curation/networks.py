@@ -13,10 +13,10 @@ import threading
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from svd.config import CurationConfig, EncodersConfig
+from svd.curation.device import pick_device
 from svd.curation.worker import end_with_parent, exit_name
 from svd.stage import UserError
 
@@ -74,14 +74,6 @@ class Networks:
         self._process.close()
         self._connection.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def _serve(connection: Connection, config: CurationConfig, encoders: EncodersConfig, folder: Path) -> None:
     """Child: load everything, then score units until it is sent None; says None after each, or the error."""
@@ -104,7 +96,7 @@ def _load(config: CurationConfig, encoders: EncodersConfig, folder: Path) -> Sco
     """Load the networks that the preset names; raises UserError for missing weights."""
     from svd.curation import embeddings
     from svd.curation.captioners import make_captioners
-    from svd.curation.scoring import Scorer, pick_device
+    from svd.curation.scoring import Scorer
     from svd.model.conditioning import load_encoders
 
     device = pick_device()

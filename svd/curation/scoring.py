@@ -161,8 +161,3 @@ def _sample_json(row: Mapping[str, Any], score: Mapping[str, Any]) -> bytes:
     facts["captions"] = {c["captioner"]: c["text"] for c in score["captions"]}
     facts |= {name: score[name] for name in ("similarity", "aesthetics", "nsfw")}
     return (json.dumps(facts, sort_keys=True) + "\n").encode()
-
-
-def pick_device() -> str:
-    """The device that networks of curation run on."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

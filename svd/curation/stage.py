@@ -50,7 +50,7 @@ def run(context: StageContext) -> Report:
     context.work.mkdir(parents=True, exist_ok=True)
     identified = split_long(find_duplicates(sources, config.workers), config, context.work / "fetched")
     units = list(units_of(identified, context.preset.sources.sources_per_shard))
-    with Networks(config, context.preset.encoders, context.inputs["encoders"]) as networks:
+    with contextlib.closing(Networks(config, context.preset.encoders, context.inputs["encoders"])) as networks:
         measured, scored = process(units, config, networks, context)
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)

@@ -25,7 +25,8 @@ import av.logging
 
 from svd.config import CurationConfig
 from svd.curation.analysis import Taken
-from svd.curation.motion import prepare, raft_device
+from svd.curation.device import pick_device
+from svd.curation.motion import prepare
 from svd.curation.parts import analyse_part, count_parts, seconds_claimed
 from svd.curation.text import make_detector, text_areas
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
@@ -103,7 +104,12 @@ def _serve(connection: Connection, memory: int, config: CurationConfig | None) -
     threading.Thread(target=end_with_parent, daemon=True).start()
     av.logging.set_level(None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    uses_torch = config is not None and (config.motion.algorithm == "raft" or config.text.detector == "craft")
     try:
+        if uses_torch:
+            import torch
+
+            torch.set_num_threads(1)  # as in the rest of the analysis: sources run side by side
         if config is not None:  # networks are loaded before memory is limited: their size is no source's fault
             prepare(config.motion)
             _detector(config.text)
@@ -111,8 +117,7 @@ def _serve(connection: Connection, memory: int, config: CurationConfig | None) -
         connection.send(" ".join(str(error).split()) or type(error).__name__)
         return
     connection.send("")
-    torch_used = config is not None and (config.motion.algorithm == "raft" or config.text.detector == "craft")
-    limit_memory(memory, raft_device() if torch_used else "cpu")
+    limit_memory(memory, pick_device() if uses_torch else "cpu")
     while True:
         try:
             request = connection.recv()
@@ -132,13 +137,15 @@ class Analyst:
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT, memory: int = DEFAULT_MEMORY) -> None:
         self.timeout, self.memory = timeout, memory
+        self._config: CurationConfig | None = None  # of the latest request: what a new process has to load
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._stopped = False
 
     def count_parts(self, path: Path, config: CurationConfig) -> int:
         """As parts.count_parts, with the same guards as `analyse`."""
-        count: int = self._ask(config, None, "parts", path, config)
+        self._config = config
+        count: int = self._ask(None, "parts", path, config)
         return count
 
     def analyse(
@@ -153,26 +160,27 @@ class Analyst:
 
         `taken` runs here.
         """
+        self._config = config
         clips: dict[ClipSpan, ClipAnalysis] = {}
 
         def take(clip: ClipAnalysis) -> None:
             clips[clip.span] = taken(clip)
 
-        analysis: Analysis = self._ask(config, take, "analyse", path, config, part, scratch)
+        analysis: Analysis = self._ask(take, "analyse", path, config, part, scratch)
         return replace(analysis, clips=[clips[clip.span] for clip in analysis.clips])
 
     def write_clips(self, source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:
         """As writing.write_clips, with the same guards; unfinished files are removed."""
         try:
-            written: list[ClipFile] = self._ask(None, None, "write", source, facts, list(jobs))
+            written: list[ClipFile] = self._ask(None, "write", source, facts, list(jobs))
         finally:
             for _, target in jobs:
                 target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
         return written
 
-    def _ask(self, config: CurationConfig | None, take: Callable[[ClipAnalysis], None] | None, *request: Any) -> Any:
+    def _ask(self, take: Callable[[ClipAnalysis], None] | None, *request: Any) -> Any:
         for attempt in range(ATTEMPTS):
-            connection = self._start(config)
+            connection = self._start()
             try:
                 answer = self._exchange(connection, request, take)
                 break
@@ -213,21 +221,21 @@ class Analyst:
             self.close()
             raise
 
-    def _start(self, config: CurationConfig | None) -> Connection:
+    def _start(self) -> Connection:
         for _ in range(ATTEMPTS + 1):
             if self._stopped:
                 raise WorkerError("curation was stopped")
             if self._process is not None and self._process.is_alive() and self._connection is not None:
                 return self._connection
             self.close()
-            problem = self._launch(config)
+            problem = self._launch()
         raise WorkerError(f"a decoding process can't start: {problem}")
 
-    def _launch(self, config: CurationConfig | None) -> str:
+    def _launch(self) -> str:
         """Start a process and wait until it is ready; returns how it ended if it did. Raises WorkerError."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.memory, config), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, self.memory, self._config), daemon=True)
         process.start()
         theirs.close()
         self._process, self._connection = process, ours

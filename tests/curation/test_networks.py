@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,9 +23,9 @@ def encoders(tmp_path_factory):
     return write_encoders(tmp_path_factory.mktemp("networks") / "encoders")
 
 
-def networks(encoders, **overrides) -> Networks:
+def networks(encoders, **overrides) -> closing[Networks]:
     preset = tiny(**overrides)
-    return Networks(preset.curation, preset.encoders, encoders)
+    return closing(Networks(preset.curation, preset.encoders, encoders))
 
 
 def test_missing_weights_are_told_at_once(encoders, tmp_path):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import polars as pl
 import pytest
+from tar_files import write_tar
 from web_server import serving
 
 from svd import storage
@@ -127,16 +128,6 @@ def ranged(tmp_path):
     (tmp_path / "served").mkdir(exist_ok=True)
     with serving(tmp_path / "served") as (address, _):
         yield address
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.mark.parametrize("where", ["path", "list", "http", "s3"])

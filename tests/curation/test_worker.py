@@ -56,7 +56,7 @@ def test_a_long_source_has_more_time(video, tmp_path):
         analyst._exchange(Scripted(4 * 1800.0), ("analyse",), None)
     config = tiny_config()
     with analyst:
-        connection = analyst._start(config)
+        connection = analyst._start()
         connection.send(("analyse", video, config, (0, 2), tmp_path / "part.mp4"))
         assert connection.recv() == pytest.approx(150 / 24 / 2, abs=0.05), "the seconds of one of two parts"
 

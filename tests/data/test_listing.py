@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tar_files import write_tar
 from web_server import serving
 
 from svd import storage
@@ -21,15 +20,6 @@ from svd.data.sources import gather
 from svd.stage import UserError
 
 VIDEO = bytes(range(256)) * 2000  # much more than the headers beside it
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def webdataset(path: Path) -> Path:
