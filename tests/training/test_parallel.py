@@ -112,7 +112,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_branches(folder, "one", "auto")
     script = folder / "ranks.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # Each of two ranks kills itself once in each of two strategies; where one dies before the other has got there, the
+    # other's turn comes in the next life.
+    launcher.append("--max-restarts=4")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # Else ranks that start anew read the addresses of the dead ones from the launcher's store.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
