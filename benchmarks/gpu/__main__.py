@@ -27,6 +27,7 @@ from benchmarks.gpu.harness import Machine, Results, peer
 SECTIONS = {
     "decode": networks.decode,
     "sampling": networks.sampling,
+    "profile": networks.profiles,
     "forward": networks.forward,
     "memory": networks.memory,
     "train": networks.train,
@@ -43,6 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement; the median counts")
+    parser.add_argument("--without", action="append", default=[], choices=networks.VARIANTS, help="leave a variant out")
     parser.add_argument("--output", type=Path, help="a JSON file for the rows")
     options = parser.parse_args()
     options.only = options.only.split(",")
@@ -71,7 +73,8 @@ def facts(machine: Machine) -> dict[str, str]:
 def main() -> None:
     """Entry point."""
     options = parse()
-    machine = Machine(torch.device(options.device), torch.bfloat16, options.toy, 1 if options.toy else options.repeats)
+    repeats = 1 if options.toy else options.repeats
+    machine = Machine(torch.device(options.device), torch.bfloat16, options.toy, repeats, options.without)
     results = Results(machine)
     about = facts(machine)
     print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
@@ -16,12 +16,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how to run. `toy` makes every size small enough for a CPU; `backend` compiles."""
+    """Where and how to run. `toy` makes every size small enough for a CPU; `backend` compiles.
+
+    without: variants that are left out, "diffusers, compiled" say, which takes minutes to build.
+    """
 
     device: torch.device
     dtype: torch.dtype
     toy: bool
     repeats: int
+    without: Collection[str] = ()
 
     @property
     def backend(self) -> str:
@@ -86,12 +90,21 @@ class Results:
         print(row.line(), flush=True)
 
     def measure(
-        self, section: str, case: str, variant: str, work: Callable[[], Any], teraflops: float | None = None
+        self,
+        section: str,
+        case: str,
+        variant: str,
+        work: Callable[[], Any],
+        teraflops: float | None = None,
+        warm_up: Callable[[], Any] | None = None,
     ) -> None:
-        """Time `work` and add a row; an error of the device or compiler becomes its note, and the run goes on."""
+        """Time `work` and add a row; an error of the device or compiler becomes its note, and the run goes on.
+
+        warm_up: what runs first, untimed; `work` itself by default.
+        """
         cuda = self.machine.device.type == "cuda"
         try:
-            milliseconds, peak = self._run(work)
+            milliseconds, peak = self._run(work, warm_up or work)
             self.add(Row(section, case, variant, milliseconds, teraflops, peak if cuda else None))
         except Exception as error:  # compilers of versions yet unseen fail with anything
             note = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -111,9 +124,9 @@ class Results:
             note = f"{type(error).__name__}: {' '.join(str(error).split())}"
         self.add(Row(section, case, variant, note=note[:160]))
 
-    def _run(self, work: Callable[[], Any]) -> tuple[float, float]:
-        """Median milliseconds of the repeats after a first run, which compiles, and peak memory in GiB."""
-        work()
+    def _run(self, work: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple[float, float]:
+        """Median milliseconds of the repeats after the warm-up, which compiles, and peak memory in GiB."""
+        warm_up()
         cuda = self.machine.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()

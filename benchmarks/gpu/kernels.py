@@ -57,13 +57,13 @@ def has_triton(machine: Machine) -> bool:
 
 def triton_attention(results: Results, case: str, strided: list[Tensor], teraflops: float) -> None:
     """Rows of our kernel, which takes the model's tokens (1, T, S, C) as they are."""
-    from benchmarks.gpu.triton_attention import temporal_attention
+    from svd.model.triton_kernels import attend_frames
 
     heads = strided[0].shape[1]
     q, k, v = (x.permute(2, 0, 1, 3).flatten(2)[None] for x in strided)
 
     def fused() -> Tensor:
-        return temporal_attention(q, k, v, heads)
+        return attend_frames(q, k, v, heads)
 
     def exact() -> Tensor:
         return F.scaled_dot_product_attention(*(x.float() for x in strided)).permute(2, 0, 1, 3).flatten(2)[None]
@@ -137,7 +137,7 @@ def gemms(tokens: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
 
 
 def normalisation(results: Results) -> None:
-    """GroupNorm and SiLU of tokens: eager in both layouts, compiled, and as two Triton kernels."""
+    """GroupNorm and SiLU of tokens: eager in both layouts, compiled, and in Triton."""
     full = [(14, 9216, 320), (1, 14 * 9216, 320), (14, 2304, 640), (25, 576 * 1024, 128)]
     for size in [(2, 96, 64)] if results.machine.toy else full:
         normalise(results, *size)
@@ -154,10 +154,10 @@ def normalise(results: Results, rows: int, positions: int, channels: int) -> Non
     results.measure("norm", case, "eager, channels last", lambda: norm_silu(last, weight, bias))
     results.measure("norm", case, "compiled, channels last", lambda: fused(last, weight, bias))
     if has_triton(machine):
-        from benchmarks.gpu.triton_norm import group_norm_silu
+        from svd.model.triton_kernels import group_norm
 
         def ours() -> Tensor:
-            return group_norm_silu(tokens, weight, bias, GROUPS, EPS)
+            return group_norm(tokens, weight, bias, GROUPS, EPS, True)[0]
 
         def eager() -> Tensor:
             return norm_silu(last, weight, bias)[..., 0].transpose(1, 2)

@@ -39,6 +39,9 @@ class Clip:
         return f"{self.batch}x{self.frames}x{self.height}x{self.width}, {self.tokens} token(s)"
 
 
+VARIANTS = ("ours, eager", "diffusers, eager", "diffusers, compiled", "ours, compiled")
+THEIRS = [name for name in VARIANTS if name.startswith("diffusers")]
+TOP = 16  # kernels that a profile lists
 SMALL, LARGE = Clip(14, 320, 576), Clip(14, 576, 1024)
 XT = Clip(25, 576, 1024)
 
@@ -121,11 +124,10 @@ def contestants(machine: Machine, **changes: Any) -> Iterator[tuple[str, Callabl
     """(name, callable, module) of each U-Net, one at a time so that one alone is in memory beside the weights."""
     ours = our_unet(machine, **changes)
     theirs = their_unet(machine, ours.state_dict())
-    yield "ours, eager", ours, ours
-    if theirs is not None:
-        yield "diffusers, eager", theirs, theirs
-        yield "diffusers, compiled", compiled(machine, theirs), theirs
-    yield "ours, compiled", compiled(machine, ours), ours
+    for name in VARIANTS:
+        model = ours if name.startswith("ours") else theirs
+        if model is not None and name not in machine.without:
+            yield name, compiled(machine, model) if name.endswith("compiled") else model, model
 
 
 def compare(results: Results, section: str, case: str) -> None:
@@ -230,8 +232,10 @@ def sampling(results: Results) -> None:
 
         scale = linear(1.0, 3.0, clip.frames).to(machine.device)
         both = guided(denoise, cond, uncond, scale, "batched")
-        work = torch.no_grad()(lambda both=both: sample(both, noise, karras_sigmas(steps)))
-        results.measure("sampling", case, name, work, 2 * steps * forward_teraflops(config, clip))
+        work, warm_up = (
+            torch.no_grad()(lambda both=both, n=n: sample(both, noise, karras_sigmas(n))) for n in (steps, 2)
+        )
+        results.measure("sampling", case, name, work, 2 * steps * forward_teraflops(config, clip), warm_up)
     compare(results, "sampling", case)
 
 
@@ -248,43 +252,52 @@ def decode(results: Results) -> None:
     case = f"{clip.frames}x{clip.height}x{clip.width}"
     for chunk in (None, 14, 7):
         work = torch.no_grad()(lambda chunk=chunk: ours.decode(latents, chunk))
-        results.measure("decode", case, f"ours, eager, chunk {chunk}", work)
-    profile_norms(results, case, lambda: ours.decode(latents, 14))
+        results.measure("decode", case, "ours, eager" if chunk is None else f"ours, eager, chunk {chunk}", work)
+    profile(results, "ours, eager, chunk 14", case, lambda: ours.decode(latents, 14))
     theirs = their_decoder(machine, widths, ours)
     if theirs is not None:
         flat = latents[0]
         work = torch.no_grad()(lambda: theirs.decode(flat, num_frames=clip.frames))
         results.measure("decode", case, "diffusers, eager", work)
+    if theirs is not None and "diffusers, compiled" not in machine.without:
         decoder = torch.compile(theirs.decoder, backend=machine.backend)
         indicator = torch.zeros(1, clip.frames, device=machine.device, dtype=machine.dtype)
         work = torch.no_grad()(lambda: decoder(flat, num_frames=clip.frames, image_only_indicator=indicator))
         results.measure("decode", case, "diffusers, compiled", work)
-    torch._dynamo.reset()
-    ours.decoder.compile(backend=machine.backend)
-    results.measure("decode", case, "ours, compiled", torch.no_grad()(lambda: ours.decode(latents)))
+    if "ours, compiled" not in machine.without:
+        torch._dynamo.reset()
+        ours.decoder.compile(backend=machine.backend)
+        results.measure("decode", case, "ours, compiled", torch.no_grad()(lambda: ours.decode(latents)))
     compare(results, "decode", case)
 
 
-NORMS = ("aten::native_group_norm", "aten::silu")
+def profiles(results: Results) -> None:
+    """Where the time of one forward pass goes, of each variant of ours."""
+    machine = results.machine
+    clip = sized(machine, XT)
+    arguments = inputs(unet_config(machine), clip, machine.device, machine.dtype)
+    for name, run, _ in contestants(replace(machine, without=[*machine.without, *THEIRS])):
+        profile(results, name, str(clip), lambda run=run: run(*arguments))
 
 
 @torch.no_grad()
-def profile_norms(results: Results, case: str, work: Callable[[], Any]) -> None:
-    """A row with the share of GroupNorm and SiLU in the time of all operations, what fusing them can save at most."""
+def profile(results: Results, variant: str, case: str, work: Callable[[], Any]) -> None:
+    """Rows of the kernels (on a CPU: operations) that take most of the time of the second of two runs."""
     cuda = results.machine.device.type == "cuda"
-    kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities={torch.profiler.ProfilerActivity.CPU, kind}) as profiler:
+    work()
+    kinds = {torch.profiler.ProfilerActivity.CPU}
+    if cuda:
+        kinds = {torch.profiler.ProfilerActivity.CUDA}
+    with torch.profiler.profile(activities=kinds) as profiler:
         work()
         results.machine.synchronize()
     times = {
         event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
         for event in profiler.key_averages()
-        if event.key.startswith("aten::")
     }
-    share = sum(times.get(name, 0.0) for name in NORMS) / max(sum(times.values()), 1e-9)
-    results.add(
-        Row("decode", case, "ours, eager: GroupNorm and SiLU", note=f"{share:.0%} of the time of all operations")
-    )
+    total = max(sum(times.values()), 1e-9)
+    for name, time in sorted(times.items(), key=lambda item: -item[1])[:TOP]:
+        results.add(Row("profile", case, variant, time / 1e3, note=f"{time / total:.1%} {name[:100]}"))
 
 
 def their_decoder(machine: Machine, widths: tuple[int, ...], ours: Autoencoder) -> Any | None:

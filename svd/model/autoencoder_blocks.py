@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from svd.model.fused import norm_images
+
 SPATIAL_EPS = 1e-6
 TEMPORAL_EPS = 1e-5
 
@@ -33,8 +35,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_images(self.norm1, x, silu=True))
+        h = self.conv2(norm_images(self.norm2, h, silu=True))
         shortcut = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
         return shortcut + h
 
@@ -64,8 +66,8 @@ class TemporalResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch alone (without the residual path), (B, C, T, S) to (B, C, T, S)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_images(self.norm1, x, silu=True))
+        return self.conv2(norm_images(self.norm2, h, silu=True))
 
 
 class Mixer(nn.Module):
@@ -125,7 +127,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
         n, c, h, w = x.shape
-        tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(n, 1, h * w, c)
+        tokens = norm_images(self.group_norm, x).permute(0, 2, 3, 1).reshape(n, 1, h * w, c)
         out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         return x + self.to_out[0](out).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
@@ -205,7 +207,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(norm_images(self.conv_norm_out, self.mid_block(x), silu=True))
 
 
 class UpBlock(nn.Module):
@@ -281,7 +283,7 @@ class Decoder(nn.Module):
         x = self.mid_block(x, frames) if self.temporal else self.mid_block(x)
         for block in self.up_blocks:
             x = block(x, frames)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(norm_images(self.conv_norm_out, x, silu=True))
         if not self.temporal or frames == 0:
             return x
         return from_time(self.time_conv_out(to_time(x, frames)), x.shape[2], x.shape[3])

@@ -90,9 +90,9 @@ class SpatialResBlock(nn.Module):
         """`skip_NHWC` is concatenated to the input here, so that a checkpoint keeps no copy of the two."""
         x = x_NHWC if skip_NHWC is None else torch.cat([x_NHWC, skip_NHWC], dim=-1)
         embedding = self.time_emb_proj(signals.embedding_BC)[:, None, None, None, :]
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x, silu=True))
         h = (h.unflatten(0, (-1, signals.frames)) + embedding).flatten(0, 1)
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h, silu=True))
         return (self.conv_shortcut(x) if self.has_shortcut else x) + h
 
 
@@ -109,8 +109,8 @@ class TemporalResBlock(nn.Module):
         _zero(self.conv2)
 
     def forward(self, x_BTSC: Tensor, embedding_BC: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x_BTSC))) + self.time_emb_proj(embedding_BC)[:, None, None, :]
-        return self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x_BTSC, silu=True)) + self.time_emb_proj(embedding_BC)[:, None, None, :]
+        return self.conv2(self.norm2(h, silu=True))
 
 
 class VideoResBlock(nn.Module):

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svd.model import fused
+
 # Fused attention kernels put batch·heads or batch on a CUDA grid axis that ends here.
 MAX_ATTENTION_BATCH = 65_535
 NORM_GROUPS = 32
@@ -81,10 +83,8 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__(NORM_GROUPS, channels, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # The kernels accumulate half precision in float32; on CUDA those of torch < 2.15 return NCHW.
-        y = F.group_norm(x.permute(0, 3, 1, 2), self.num_groups, self.weight, self.bias, self.eps)
-        return y.permute(0, 2, 3, 1).contiguous()
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        return fused.norm(self, x, silu=silu)
 
 
 class GEGLU(nn.Module):
@@ -95,10 +95,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim_in, 2 * dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        gate = F.gelu(gate)
-        # The backward pass needs the gate; without one its memory is free.
-        return value * gate if torch.is_grad_enabled() else gate.mul_(value)
+        return fused.gated_gelu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -142,11 +139,11 @@ class Attention(nn.Module):
     def over_frames(self, x_BTSC: Tensor) -> Tensor:
         """Self-attention among the frames at each position, without a mask: (B, T, S, C) -> (B, T, S, C)."""
         B, T, S, C = x_BTSC.shape
+        q, k, v = self.to_q(x_BTSC), self.to_k(x_BTSC), self.to_v(x_BTSC)
+        if fused.can_attend_frames(q, self.heads):
+            return self.to_out[0](fused.attend_frames(q, k, v, self.heads))
         # A view for one clip, a copy for several.
-        q, k, v = (
-            self._split(project(x_BTSC)).permute(0, 2, 3, 1, 4).reshape(B * S, self.heads, T, -1)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
+        q, k, v = (self._split(x).permute(0, 2, 3, 1, 4).reshape(B * S, self.heads, T, -1) for x in (q, k, v))
         out = attend(q, k, v).reshape(B, S, self.heads, T, -1)
         return self.to_out[0](out.permute(0, 3, 1, 2, 4).reshape(B, T, S, C))
 

@@ -140,14 +140,16 @@ class UNet(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block by itself, with the options of torch.compile: minutes less than the whole model.
 
-        The 38 blocks are instances of two classes at many widths and sizes, and dynamo gives up on a function after 8
-        variants (and runs it eagerly, with a warning only), so its limit is raised for the process.
+        The 38 blocks are instances of two classes at many widths and sizes. Left to itself dynamo takes those for one
+        function of changing shape (slower kernels, and an error of torch 2.11's inductor), hence `dynamic=False` unless
+        told otherwise; and it gives up on a function after 8 variants (and runs it eagerly, with a warning only), so
+        its limit is raised for the process.
         """
         import torch._dynamo.config as limits  # seconds of imports that only compilation needs
 
         limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
         for block in self.blocks():
-            block.compile(**options)
+            block.compile(**{"dynamic": False} | options)
 
     def forward(
         self,
@@ -190,7 +192,7 @@ class UNet(nn.Module):
         x = self.mid_block(skips[-1], signals)
         for level in self.up_blocks:
             x = level(x, skips, signals)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
     def _embed(self, c_noise_B: Tensor, ids_Bn: Tensor | None) -> Tensor:
         """Noise-level and id embeddings, added: (B, 4·width)."""
