@@ -22,13 +22,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import av.logging
+import numpy as np
 
 from svd.config import CurationConfig
 from svd.curation.analysis import Taken
 from svd.curation.device import pick_device
-from svd.curation.motion import prepare
+from svd.curation.motion import flow_function
 from svd.curation.parts import analyse_part, count_parts, seconds_claimed
 from svd.curation.text import make_detector, text_areas
+from svd.curation.transnet import transnet_probabilities
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
 from svd.curation.writing import write_clips
 from svd.stage import UserError
@@ -61,6 +63,27 @@ def limit_memory(extra: int, device: str) -> None:
     limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
     hard = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def load_networks(config: CurationConfig) -> str:
+    """Load every network of analysing into this process and put one small picture through each; returns their device.
+
+    Done before memory is limited: neither their size is a source's fault nor what their libraries, CUDA's above all,
+    load with the first picture. Raises UserError for missing weights.
+    """
+    raft, craft = config.motion.algorithm == "raft", config.text.detector == "craft"
+    transnet = any(cut_pass.detector == "transnetv2" for cut_pass in config.cuts.passes)
+    if raft or craft or transnet:
+        import torch
+
+        torch.set_num_threads(1)  # as in the rest of the analysis: sources run side by side
+    blank = np.zeros((128, 128, 3), np.uint8)  # RAFT takes nothing smaller
+    if raft:
+        flow_function(config.motion)[0](blank, blank)
+    if transnet:
+        transnet_probabilities(np.zeros((1, 27, 48, 3), np.uint8))
+    _detector(config.text).polygons(blank)
+    return pick_device() if raft or craft else "cpu"
 
 
 def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
@@ -104,20 +127,12 @@ def _serve(connection: Connection, memory: int, config: CurationConfig | None) -
     threading.Thread(target=end_with_parent, daemon=True).start()
     av.logging.set_level(None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    uses_torch = config is not None and (config.motion.algorithm == "raft" or config.text.detector == "craft")
     try:
-        if uses_torch:
-            import torch
-
-            torch.set_num_threads(1)  # as in the rest of the analysis: sources run side by side
-        if config is not None:  # networks are loaded before memory is limited: their size is no source's fault
-            prepare(config.motion)
-            _detector(config.text)
+        limit_memory(memory, load_networks(config) if config is not None else "cpu")
     except Exception as error:
         connection.send(" ".join(str(error).split()) or type(error).__name__)
         return
     connection.send("")
-    limit_memory(memory, pick_device() if uses_torch else "cpu")
     while True:
         try:
             request = connection.recv()
