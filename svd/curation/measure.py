@@ -327,11 +327,12 @@ def _write_jpeg(path: Path, frame: np.ndarray) -> None:
 
 def read_frames(folder: Path, name: str) -> np.ndarray:
     """First, middle and last frame of a clip of a measured unit: (3, H, W, 3) uint8 RGB."""
-    paths = [folder / "frames" / f"{name}-{position}.jpg" for position in range(3)]
-    return np.stack([_read_jpeg(path) for path in paths])
+    return np.stack([read_frame(folder, name, position) for position in range(3)])
 
 
-def _read_jpeg(path: Path) -> np.ndarray:
+def read_frame(folder: Path, name: str, position: int) -> np.ndarray:
+    """One of the three frames, (H, W, 3) uint8 RGB."""
+    path = folder / "frames" / f"{name}-{position}.jpg"
     picture = cv2.imread(str(path))
     if picture is None:
         raise OSError(f"{path}: not a picture")
