@@ -152,7 +152,8 @@ class Analyst:
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT, memory: int = DEFAULT_MEMORY) -> None:
         self.timeout, self.memory = timeout, memory
-        self._config: CurationConfig | None = None  # of the latest request: what a new process has to load
+        self._config: CurationConfig | None = None  # of the latest request: whose networks a process must have
+        self._loaded: CurationConfig | None = None  # whose networks the process has
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._stopped = False
@@ -240,11 +241,14 @@ class Analyst:
         for _ in range(ATTEMPTS + 1):
             if self._stopped:
                 raise WorkerError("curation was stopped")
-            if self._process is not None and self._process.is_alive() and self._connection is not None:
+            if self._connection is not None and self._loaded == self._config and self._is_alive():
                 return self._connection
             self.close()
             problem = self._launch()
         raise WorkerError(f"a decoding process can't start: {problem}")
+
+    def _is_alive(self) -> bool:
+        return self._process is not None and self._process.is_alive()
 
     def _launch(self) -> str:
         """Start a process and wait until it is ready; returns how it ended if it did. Raises WorkerError."""
@@ -253,7 +257,7 @@ class Analyst:
         process = context.Process(target=_serve, args=(theirs, self.memory, self._config), daemon=True)
         process.start()
         theirs.close()
-        self._process, self._connection = process, ours
+        self._process, self._connection, self._loaded = process, ours, self._config
         try:
             problem = str(ours.recv())
         except (EOFError, ConnectionResetError):
