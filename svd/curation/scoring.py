@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import polars as pl
 import torch
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 
 from svd.curation import catalog, embeddings
 from svd.curation.captions import Captioner, CaptionRequest, describe_all
-from svd.curation.measure import JPEG_QUALITY, THUMBNAIL_WIDTH, read_frame, read_frames
+from svd.curation.stills import read_frame, read_frames, thumbnail
 from svd.data.shards import Member, ShardWriter
 
 GROUP = 32  # clips that are scored together
@@ -160,15 +159,6 @@ def _look(measured: Path, name: str, thumbnails: dict[str, bytes]) -> Iterator[n
         if position == 1:
             thumbnails[name] = thumbnail(frame)
         yield frame
-
-
-def thumbnail(frame: np.ndarray) -> bytes:
-    """A JPEG at most THUMBNAIL_WIDTH wide of an (H, W, 3) uint8 RGB frame."""
-    height, width = frame.shape[:2]
-    scale = min(1.0, THUMBNAIL_WIDTH / width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
 
 
 def _places(members: Mapping[str, Member]) -> dict[str, Any]:

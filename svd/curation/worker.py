@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ import numpy as np
 
 from svd.config import CurationConfig
 from svd.curation.analysis import Taken
+from svd.curation.child import end_with_parent, exit_name
 from svd.curation.device import pick_device
 from svd.curation.motion import flow_function
 from svd.curation.parts import analyse_part, count_parts, seconds_claimed
@@ -112,14 +113,6 @@ def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
         return _NO_MEMORY
     except Exception as error:  # the child speaks for one hostile file; anything it meets is that file's reason
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def end_with_parent() -> None:
-    """Wait for the parent's death, then end at once: a killed run leaves nothing behind that decodes or writes."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _serve(connection: Connection, memory: int, config: CurationConfig | None) -> None:
@@ -302,13 +295,6 @@ class Analyst:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def exit_name(code: int | None) -> str:
-    """How a process ended, for people."""
-    if code is None:
-        return "no exit status"
-    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
 def analyse_guarded(
