@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from svd.curation.types import CameraLabel
-from svd.data.listing import SceneCaption
+if TYPE_CHECKING:  # what reads lists of sources has no business in the process that captions
+    from svd.curation.types import CameraLabel
+    from svd.data.listing import SceneCaption
 
 # Captions that say what is to be seen; a sentence about the camera alone says nothing to CLIP.
 MOTION = "motion"

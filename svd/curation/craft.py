@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svd.curation.device import pick_device
+from svd.curation.device import pick_device, told_memory
 from svd.curation.text import MEAN, MULTIPLE, STD
 from svd.stage import UserError
 
@@ -159,7 +159,7 @@ class CraftTextDetector:
 
     @torch.inference_mode()
     def polygons(self, frame: np.ndarray) -> list[np.ndarray]:
-        """Word boxes (4, 2) in pixels of an (H, W, 3) uint8 RGB frame."""
+        """Word boxes (4, 2) in pixels of an (H, W, 3) uint8 RGB frame. Raises MemoryError."""
         height, width = frame.shape[:2]
         ratio = min(MAGNIFICATION, self.long_side / max(height, width))
         size = [max(1, round(side * ratio)) for side in (height, width)]
@@ -167,7 +167,8 @@ class CraftTextDetector:
         canvas = np.zeros((*padded, 3), np.float32)
         canvas[: size[0], : size[1]] = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR)
         pixels = torch.from_numpy((canvas / 255 - MEAN) / STD).permute(2, 0, 1)[None]
-        maps = self.model(pixels.to(self.device).float())[0].float().cpu().numpy()
+        with told_memory():
+            maps = self.model(pixels.to(self.device).float())[0].float().cpu().numpy()
         scale = np.array([2 * width / size[1], 2 * height / size[0]])
         return [box * scale for box in boxes(maps[..., 0], maps[..., 1])]
 

@@ -6,10 +6,11 @@ the mean over the captions that describe content (all but `motion`). The paper l
 
 from __future__ import annotations
 
+import itertools
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from svd.curation.captions import MOTION
 from svd.stage import UserError
+
+LARGE = 1 << 18  # pixels; smaller frames take little memory and are faster shrunk together
 
 
 class ClipEncoders(Protocol):
@@ -30,26 +33,47 @@ class ClipEncoders(Protocol):
         """B strings → (B, E)."""
 
 
-def to_tensor(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+@runtime_checkable
+class Shrinking(Protocol):
+    """What encoders may have as well: large frames are then in memory one at a time."""
+
+    def shrink(self, frames: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] → (B, 3, S, S) with the same `image_features`."""
+
+
+def to_tensor(frames: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """(B, H, W, 3) uint8 → (B, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    planes = torch.as_tensor(frames).to(device).permute(0, 3, 1, 2).contiguous()
+    return planes.float().div_(127.5).sub_(1)
 
 
 @torch.inference_mode()
-def image_embeddings(frames: Sequence[np.ndarray], encoders: ClipEncoders, batch: int, device: str) -> Tensor:
-    """Unit-length embeddings (N, 3, E) float32 of N clips' frames (3, H, W, 3) uint8, `batch` frames at a time.
+def image_embeddings(frames: Iterable[Iterable[np.ndarray]], encoders: ClipEncoders, batch: int, device: str) -> Tensor:
+    """Unit-length embeddings (N, 3, E) float32 of N clips' three frames (H, W, 3) uint8, `batch` frames at a time.
 
-    Frames of one size go through the network together, whichever clips they come from.
+    Frames of one size go through the network together, whichever clips they come from. Large ones are shrunk as they
+    come, where the encoders can do that, and not kept.
     """
-    flat = [(index, position) for index in range(len(frames)) for position in range(3)]
-    order = sorted(flat, key=lambda at: (frames[at[0]].shape[1:3], at))
-    parts: dict[tuple[int, int], Tensor] = {}
-    for start, stop in _runs([frames[i].shape[1:3] for i, _ in order], batch):
-        chosen = order[start:stop]
-        pixels = to_tensor(np.stack([frames[i][position] for i, position in chosen]), device)
+    shapes: list[tuple[int, ...]] = []
+    inputs: list[Tensor] = []
+    for frame in itertools.chain.from_iterable(frames):
+        shapes.append(frame.shape[:2])
+        inputs.append(_input(frame, encoders, device))
+    order = sorted(range(len(inputs)), key=lambda at: (shapes[at], at))
+    found: dict[int, Tensor] = {}
+    for start, stop in _runs([shapes[at] for at in order], batch):
+        chosen = torch.stack([inputs[at] for at in order[start:stop]])
+        pixels = chosen if chosen.is_floating_point() else to_tensor(chosen, device)
         features = nn.functional.normalize(encoders.image_features(pixels).float(), dim=-1).cpu()
-        parts.update(zip(chosen, features, strict=True))
-    return torch.stack([parts[at] for at in flat]).unflatten(0, (-1, 3))
+        found.update(zip(order[start:stop], features, strict=True))
+    return torch.stack([found[at] for at in range(len(inputs))]).unflatten(0, (-1, 3))
+
+
+def _input(frame: np.ndarray, encoders: ClipEncoders, device: str) -> Tensor:
+    """What is kept of a frame (H, W, 3) uint8 until its batch is full: (3, S, S) in [-1, 1], or the frame itself."""
+    if isinstance(encoders, Shrinking) and frame.shape[0] * frame.shape[1] > LARGE:
+        return encoders.shrink(to_tensor(frame[None], device))[0]
+    return torch.from_numpy(frame)
 
 
 def _runs(shapes: Sequence[tuple[int, ...]], batch: int) -> list[tuple[int, int]]:

@@ -17,21 +17,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from safetensors.numpy import save_file
 
 from svd.config import CurationConfig
 from svd.curation import captions, catalog
 from svd.curation.sources import local_file
+from svd.curation.stills import write_frame
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, Cut, SourceFailure
 from svd.curation.worker import Analyst, WorkerError
 from svd.data.listing import Source, printable
 from svd.stage import UserError
 
 log = logging.getLogger(__name__)
-JPEG_QUALITY = 90
-THUMBNAIL_WIDTH = 192
 LEAST_FREE = 16 << 20  # bytes; below, a failure is taken for one of the disk
 
 
@@ -191,7 +189,7 @@ class _UnitWork:
         """
         name = catalog.clip_id(source_id, clip.span.start_pts, clip.span.end_pts)
         for position, frame in enumerate(clip.frames):
-            _write_jpeg(self.folder / "frames" / f"{name}-{position}.jpg", frame)
+            write_frame(self.folder, name, position, frame)
         return replace(clip, frames=clip.frames[:0].copy())  # a copy: a view would keep the frames
 
     def _clip(
@@ -316,26 +314,6 @@ def _dropped(span: Any) -> dict[str, Any]:
 
 def _json(value: Mapping[str, Any]) -> str | None:
     return json.dumps(value, sort_keys=True, default=str) if value else None
-
-
-def _write_jpeg(path: Path, frame: np.ndarray) -> None:
-    encoded, data = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    if not encoded:
-        raise OSError(f"{path.name}: the frame of shape {frame.shape} can't be written as JPEG")
-    path.write_bytes(data.tobytes())
-
-
-def read_frames(folder: Path, name: str) -> np.ndarray:
-    """First, middle and last frame of a clip of a measured unit: (3, H, W, 3) uint8 RGB."""
-    paths = [folder / "frames" / f"{name}-{position}.jpg" for position in range(3)]
-    return np.stack([_read_jpeg(path) for path in paths])
-
-
-def _read_jpeg(path: Path) -> np.ndarray:
-    picture = cv2.imread(str(path))
-    if picture is None:
-        raise OSError(f"{path}: not a picture")
-    return np.ascontiguousarray(picture[..., ::-1])
 
 
 def units_of(sources: Sequence[Identified], per_unit: int) -> Iterator[Unit]:

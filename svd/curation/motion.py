@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from svd.config import MotionConfig
-from svd.curation.device import pick_device
+from svd.curation.device import pick_device, told_memory
 from svd.stage import UserError
 
 Flow = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -86,13 +86,8 @@ def raft(one: np.ndarray, other: np.ndarray, weights: str | None) -> np.ndarray:
     padding = (0, -width % RAFT_MULTIPLE, 0, -height % RAFT_MULTIPLE)
     pair = torch.from_numpy(np.stack([one, other])).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1
     padded = torch.nn.functional.pad(pair, padding, mode="replicate")
-    try:
-        with torch.inference_mode():
-            flow = network(padded[:1], padded[1:])[-1][0]
-    except RuntimeError as error:
-        if "allocate memory" in str(error):  # torch has no class of its own for memory outside the GPU
-            raise MemoryError from None
-        raise
+    with told_memory(), torch.inference_mode():
+        flow = network(padded[:1], padded[1:])[-1][0]
     return flow[:, :height, :width].permute(1, 2, 0).cpu().numpy()
 
 
@@ -107,13 +102,3 @@ def flow_function(config: MotionConfig) -> tuple[Flow, bool, Callable[[int, int]
 
         return functools.partial(raft, weights=config.raft_weights), True, size
     return farneback, False, functools.partial(grid, short_side=config.short_side)
-
-
-def prepare(config: MotionConfig) -> None:
-    """Load the network when there is one, so that a missing file is reported before any source is opened.
-
-    One small pair goes through it: what CUDA's libraries load with the first is in memory before that is limited.
-    """
-    if config.algorithm == "raft":
-        blank = np.zeros((128, 128, 3), np.uint8)  # RAFT takes nothing smaller
-        raft(blank, blank, config.raft_weights)

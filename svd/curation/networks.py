@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svd.config import CurationConfig, EncodersConfig
+from svd.curation.child import end_with_parent, exit_name
 from svd.curation.device import pick_device
-from svd.curation.worker import end_with_parent, exit_name
 from svd.stage import UserError
 
 if TYPE_CHECKING:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import polars as pl
 import torch
@@ -22,10 +21,11 @@ from safetensors.torch import save_file
 
 from svd.curation import catalog, embeddings
 from svd.curation.captions import Captioner, CaptionRequest, describe_all
-from svd.curation.measure import JPEG_QUALITY, THUMBNAIL_WIDTH, read_frames
+from svd.curation.stills import read_frame, read_frames, thumbnail
 from svd.data.shards import Member, ShardWriter
 
-GROUP = 32  # clips whose frames are in memory at a time
+GROUP = 32  # clips that are scored together
+DESCRIBED = 16  # clips whose frames are in memory together, for captioners; otherwise one frame is
 BATCH = {"cpu": 8, "cuda": 64}  # frames that go through the image encoder together
 # Kept in the shard's JSON: what is true of the clip whatever the filters say.
 SAMPLE_COLUMNS = (
@@ -83,45 +83,46 @@ class Scorer:
         return target
 
     def _score(self, measured: Path, folder: Path, shard_bytes: int) -> None:
-        rows = pl.read_parquet(measured / "clips.parquet").to_dicts()
+        clips = pl.read_parquet(measured / "clips.parquet")
         own: dict[str, dict[str, str]] = json.loads((measured / "captions.json").read_text())
         scores: list[dict[str, Any]] = []
         vectors: dict[str, torch.Tensor] = {}
         with ShardWriter(folder, shard_bytes, measured.name) as writer:
             # A group bounds memory: a unit may hold a thousand clips.
-            for start in range(0, len(rows), GROUP):
-                group = rows[start : start + GROUP]
-                frames = [read_frames(measured, row["clip_id"]) for row in group]
-                images = embeddings.image_embeddings(frames, self.encoders, self.batch, self.device)
-                vectors |= {r["clip_id"]: v.half().contiguous() for r, v in zip(group, images, strict=True)}
-                requests = [
-                    CaptionRequest(r["clip_id"], f, measured / "clips" / f"{r['clip_id']}.mp4", own[r["clip_id"]])
-                    for r, f in zip(group, frames, strict=True)
-                ]
-                for row, request, score in zip(group, requests, self._scores(requests, images), strict=True):
+            for start in range(0, len(clips), GROUP):
+                group = clips[start : start + GROUP].to_dicts()
+                names = [row["clip_id"] for row in group]
+                thumbnails: dict[str, bytes] = {}
+                seen = (_look(measured, name, thumbnails) for name in names)
+                images = embeddings.image_embeddings(seen, self.encoders, self.batch, self.device)
+                vectors |= {name: v.half().contiguous() for name, v in zip(names, images, strict=True)}
+                captions = self._captions(measured, names, own)
+                for row, score in zip(group, self._scores(names, captions, images), strict=True):
+                    name = row["clip_id"]
                     files: dict[str, bytes | Path] = {
-                        "mp4": request.video,
-                        "jpg": thumbnail(request.frames[1]),
+                        "mp4": _video(measured, name),
+                        "jpg": thumbnails[name],
                         "json": _sample_json(row, score),
                     }
-                    scores.append(score | _places(writer.add(row["clip_id"], files)))
+                    scores.append(score | _places(writer.add(name, files)))
         save_file(vectors, folder / "embeddings.safetensors")
         catalog.write_rows(folder / "scores.parquet", scores, catalog.SCORED_SCHEMA)
 
-    def _scores(self, requests: Sequence[CaptionRequest], images: torch.Tensor) -> list[dict[str, Any]]:
-        """Scores of a group of clips; images (N, 3, E) unit-length."""
-        captions = self._captions(requests)
+    def _scores(
+        self, names: Sequence[str], captions: Sequence[Mapping[str, str]], images: torch.Tensor
+    ) -> list[dict[str, Any]]:
+        """Scores of a group of clips; captions by captioner, images (N, 3, E) unit-length."""
         every = [text for own in captions for text in own.values()]
         texts = embeddings.text_embeddings(every, self.encoders, self.batch)
-        nothing = [None] * len(requests)
+        nothing = [None] * len(names)
         aesthetics = embeddings.aesthetics(images, self.head).tolist() if self.head else nothing
         nsfw = self.nsfw.scores(images).tolist() if self.nsfw else nothing
         scores = []
-        for at, request in enumerate(requests):
+        for at, name in enumerate(names):
             by_captioner = embeddings.similarities(images[at], captions[at], texts)
             scores.append(
                 {
-                    "clip_id": request.clip_id,
+                    "clip_id": name,
                     "captions": [{"captioner": n, "text": t} for n, t in captions[at].items()],
                     "similarities": [{"captioner": n, "value": v} for n, v in by_captioner.items()],
                     "similarity": embeddings.similarity_score(by_captioner),
@@ -131,18 +132,33 @@ class Scorer:
             )
         return scores
 
-    def _captions(self, requests: Sequence[CaptionRequest]) -> list[dict[str, str]]:
-        found = describe_all(requests, [request.captions for request in requests], self.captioners)
+    def _captions(
+        self, measured: Path, names: Sequence[str], own: Mapping[str, Mapping[str, str]]
+    ) -> list[dict[str, str]]:
+        """The captions in use of each clip by captioner. own: those known, by clip."""
+        found: list[dict[str, str]] = []
+        for start in range(0, len(names), DESCRIBED):
+            some = names[start : start + DESCRIBED]
+            requests = [
+                CaptionRequest(name, read_frames(measured, name), _video(measured, name), own[name])
+                for name in some
+                if self.captioners  # frames are large
+            ]
+            found += describe_all(requests, [own[name] for name in some], self.captioners)
         return [{name: captions[name] for name in self.used if name in captions} for captions in found]
 
 
-def thumbnail(frame: np.ndarray) -> bytes:
-    """A JPEG at most THUMBNAIL_WIDTH wide of an (H, W, 3) uint8 RGB frame."""
-    height, width = frame.shape[:2]
-    scale = min(1.0, THUMBNAIL_WIDTH / width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
+def _video(measured: Path, name: str) -> Path:
+    return measured / "clips" / f"{name}.mp4"
+
+
+def _look(measured: Path, name: str, thumbnails: dict[str, bytes]) -> Iterator[np.ndarray]:
+    """First, middle and last frame of a clip, none of them kept; a thumbnail of the middle one is."""
+    for position in range(3):
+        frame = read_frame(measured, name, position)
+        if position == 1:
+            thumbnails[name] = thumbnail(frame)
+        yield frame
 
 
 def _places(members: Mapping[str, Member]) -> dict[str, Any]:

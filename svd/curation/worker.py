@@ -15,20 +15,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import av.logging
+import numpy as np
 
 from svd.config import CurationConfig
 from svd.curation.analysis import Taken
+from svd.curation.child import end_with_parent, exit_name
 from svd.curation.device import pick_device
-from svd.curation.motion import prepare
+from svd.curation.motion import flow_function
 from svd.curation.parts import analyse_part, count_parts, seconds_claimed
 from svd.curation.text import make_detector, text_areas
+from svd.curation.transnet import transnet_probabilities
 from svd.curation.types import Analysis, ClipAnalysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
 from svd.curation.writing import write_clips
 from svd.stage import UserError
@@ -63,6 +66,27 @@ def limit_memory(extra: int, device: str) -> None:
     resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
+def load_networks(config: CurationConfig) -> str:
+    """Load every network of analysing into this process and put one small picture through each; returns their device.
+
+    Done before memory is limited: neither their size is a source's fault nor what their libraries, CUDA's above all,
+    load with the first picture. Raises UserError for missing weights.
+    """
+    raft, craft = config.motion.algorithm == "raft", config.text.detector == "craft"
+    transnet = any(cut_pass.detector == "transnetv2" for cut_pass in config.cuts.passes)
+    if raft or craft or transnet:
+        import torch
+
+        torch.set_num_threads(1)  # as in the rest of the analysis: sources run side by side
+    blank = np.zeros((128, 128, 3), np.uint8)  # RAFT takes nothing smaller
+    if raft:
+        flow_function(config.motion)[0](blank, blank)
+    if transnet:
+        transnet_probabilities(np.zeros((1, 27, 48, 3), np.uint8))
+    _detector(config.text).polygons(blank)
+    return pick_device() if raft or craft else "cpu"
+
+
 def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
     """What a request leads to: a result, or the reason why there is none.
 
@@ -91,33 +115,17 @@ def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def end_with_parent() -> None:
-    """Wait for the parent's death, then end at once: a killed run leaves nothing behind that decodes or writes."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
 def _serve(connection: Connection, memory: int, config: CurationConfig | None) -> None:
     """Child: say that it is ready ("") or why not, then answer requests until the parent hangs up."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     av.logging.set_level(None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    uses_torch = config is not None and (config.motion.algorithm == "raft" or config.text.detector == "craft")
     try:
-        if uses_torch:
-            import torch
-
-            torch.set_num_threads(1)  # as in the rest of the analysis: sources run side by side
-        if config is not None:  # networks are loaded before memory is limited: their size is no source's fault
-            prepare(config.motion)
-            _detector(config.text)
+        limit_memory(memory, load_networks(config) if config is not None else "cpu")
     except Exception as error:
         connection.send(" ".join(str(error).split()) or type(error).__name__)
         return
     connection.send("")
-    limit_memory(memory, pick_device() if uses_torch else "cpu")
     while True:
         try:
             request = connection.recv()
@@ -137,7 +145,8 @@ class Analyst:
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT, memory: int = DEFAULT_MEMORY) -> None:
         self.timeout, self.memory = timeout, memory
-        self._config: CurationConfig | None = None  # of the latest request: what a new process has to load
+        self._config: CurationConfig | None = None  # of the latest request: whose networks a process must have
+        self._loaded: CurationConfig | None = None  # whose networks the process has
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._stopped = False
@@ -225,11 +234,14 @@ class Analyst:
         for _ in range(ATTEMPTS + 1):
             if self._stopped:
                 raise WorkerError("curation was stopped")
-            if self._process is not None and self._process.is_alive() and self._connection is not None:
+            if self._connection is not None and self._loaded == self._config and self._is_alive():
                 return self._connection
             self.close()
             problem = self._launch()
         raise WorkerError(f"a decoding process can't start: {problem}")
+
+    def _is_alive(self) -> bool:
+        return self._process is not None and self._process.is_alive()
 
     def _launch(self) -> str:
         """Start a process and wait until it is ready; returns how it ended if it did. Raises WorkerError."""
@@ -238,7 +250,7 @@ class Analyst:
         process = context.Process(target=_serve, args=(theirs, self.memory, self._config), daemon=True)
         process.start()
         theirs.close()
-        self._process, self._connection = process, ours
+        self._process, self._connection, self._loaded = process, ours, self._config
         try:
             problem = str(ours.recv())
         except (EOFError, ConnectionResetError):
@@ -283,13 +295,6 @@ class Analyst:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def exit_name(code: int | None) -> str:
-    """How a process ended, for people."""
-    if code is None:
-        return "no exit status"
-    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
 def analyse_guarded(

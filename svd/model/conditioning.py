@@ -100,10 +100,19 @@ class ImageEncoder(nn.Module):
         The released code's resize: bicubic with aligned corners after a Gaussian blur when the picture shrinks; the
         aspect ratio isn't kept. Other resizes shift the embedding.
         """
-        resized = kornia.geometry.resize(
-            frames.float(), self.visual.image_size, interpolation="bicubic", align_corners=True, antialias=True
-        )
-        return ((resized + 1) / 2 - self.mean) / self.std
+        return ((self._resize(frames.float()) + 1) / 2 - self.mean) / self.std
+
+    def shrink(self, frames: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, 3, S, S) in the same range: the resize of `preprocess`, which leaves them as they are.
+
+        Plane by plane, for frames that are large: blurred together they take many times their own memory.
+        """
+        planes = [self._resize(plane.float().contiguous()[None, None])[0, 0] for frame in frames for plane in frame]
+        return torch.stack(planes).unflatten(0, (len(frames), -1))
+
+    def _resize(self, planes: Tensor) -> Tensor:
+        size = self.visual.image_size
+        return kornia.geometry.resize(planes, size, interpolation="bicubic", align_corners=True, antialias=True)
 
     def forward(self, frames: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to projected embeddings (B, E), not normalised."""
@@ -143,6 +152,11 @@ class Encoders:
     def image_features(self, frames: Tensor) -> Tensor:
         """Unit vectors (B, E) of frames (B, 3, H, W) in [-1, 1]; with `text_features`, dot products are CLIP scores."""
         return self.image.features(frames)
+
+    @torch.no_grad()
+    def shrink(self, frames: Tensor) -> Tensor:
+        """Frames (B, 3, H, W) in [-1, 1] at the size that the image encoder reads, for `image_features`; see there."""
+        return self.image.shrink(frames)
 
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> Tensor:

@@ -16,9 +16,10 @@ from media_files import MATRICES, Kind, scenery, set_matrix, shots, tiny_config,
 
 from svd.curation.analysis import analyse
 from svd.curation.camera import CAPTIONS, camera_caption, fit_similarity
-from svd.curation.motion import farneback, grid, motion_score, prepare, raft, stored
+from svd.curation.motion import farneback, grid, motion_score, raft, stored
 from svd.curation.sampling import Geometry
 from svd.curation.tracking import track
+from svd.curation.worker import load_networks
 from svd.data.encode import Encoding, encode_video
 from svd.data.scenes import CAMERAS, World, render_scene
 from svd.orientation import Orientation
@@ -199,9 +200,9 @@ def test_raft_pads_and_crops_behind_the_same_interface(tmp_path: Path, monkeypat
     (clip,) = analyse(source, tiny_config(motion__algorithm="raft", **FLAT)).clips
     assert clip.flow.shape[1:] == (16, 28, 2) and len(seen) == 1 + len(clip.flow)
     monkeypatch.undo()
-    missing = tiny_config(motion__algorithm="raft", motion__raft_weights=str(tmp_path / "gone.pth")).motion
+    missing = tiny_config(motion__algorithm="raft", motion__raft_weights=str(tmp_path / "gone.pth"))
     with pytest.raises(UserError, match="raft_large"):
-        prepare(missing)
+        load_networks(missing)
 
 
 def test_a_lack_of_memory_in_raft_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,14 @@ import torch
 from curation_inputs import SAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from media_files import tiny_config
 
 from svd.config import TextConfig
 from svd.curation import craft
+from svd.curation.device import pick_device
 from svd.curation.text import DBTextDetector, area_ratio, make_detector, text_areas
 from svd.curation.video_captioner import sample_frames
+from svd.curation.worker import load_networks
 from svd.stage import UserError
 
 boxes = st.tuples(st.integers(-5, 40), st.integers(-5, 30), st.integers(1, 30), st.integers(1, 30))
@@ -188,6 +191,26 @@ def test_craft_has_the_published_names_and_loads_them(tmp_path):
     assert (detector.long_side, make_detector(config).long_side) == (96, 1280)
     with torch.inference_mode():
         assert loaded(torch.zeros(1, 3, 64, 96)).shape == (1, 32, 48, 2)
+
+
+def test_craft_has_seen_a_picture_before_memory_is_limited(tmp_path, monkeypatch):
+    """CUDA's libraries load with the first; their memory is no source's fault."""
+    torch.save(craft.Craft().state_dict(), tmp_path / "craft.pth")
+    forward, seen = craft.Craft.forward, []
+    monkeypatch.setattr(craft.Craft, "forward", lambda self, x: seen.append(x.shape) or forward(self, x))
+    threads = torch.get_num_threads()
+    try:
+        device = load_networks(tiny_config(text__detector="craft", text__craft_weights=str(tmp_path / "craft.pth")))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1 and device == pick_device()
+
+
+def test_a_lack_of_memory_in_craft_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(craft, "shared_craft", lambda *args: lambda pixels: torch.empty(1 << 60, dtype=torch.uint8))
+    detector = craft.CraftTextDetector(tmp_path / "craft.pth", device="cpu")
+    with pytest.raises(MemoryError):
+        detector.polygons(np.zeros((64, 64, 3), np.uint8))
 
 
 def test_craft_joins_characters_into_words():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from svd.curation import stage
 from svd.curation.measure import identify, measure_unit, units_of
 from svd.curation.networks import Networks
 from svd.curation.types import SourceFailure
-from svd.curation.worker import Analyst, WorkerError, limited_resource
+from svd.curation.worker import DEFAULT_MEMORY, Analyst, WorkerError, limited_resource
 from svd.data.listing import list_sources
 from svd.stage import UserError
 
@@ -141,6 +144,64 @@ def test_raft_at_full_size_fits_into_the_memory_of_a_process(raft_weights, tmp_p
     with Analyst() as analyst:
         (clip,) = analyst.analyse(video, config).clips
     assert clip.flow.shape == (1, 16, 28, 2) and np.isfinite(clip.flow).all() and clip.motion_score > 0
+
+
+def when_loading(analyst: Analyst, before: int) -> Future[int]:
+    """Kill the process that follows `before` while it loads torch, long before it is ready; gives its number."""
+    killed: Future[int] = Future()
+
+    def pid() -> int | None:
+        with contextlib.suppress(ValueError):  # closed in this very moment
+            return analyst._process and analyst._process.pid
+        return None
+
+    def watch() -> None:
+        while (number := pid()) in (None, before):
+            time.sleep(0.001)
+        while "libtorch" not in Path(f"/proc/{number}/maps").read_text():
+            time.sleep(0.001)
+        os.kill(number, signal.SIGKILL)
+        killed.set_result(number)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return killed
+
+
+@pytest.mark.slow
+def test_a_replaced_process_goes_on_with_raft(raft_weights, tmp_path):
+    """Killed at work, killed while it loads its networks, and ended for lack of memory."""
+    video = write(tmp_path / "v", list(shots([26], height=96, width=128, speed=0.5)))
+    config = tiny_config(motion__algorithm="raft", motion__raft_weights=str(raft_weights), motion__fps=1.0)
+    with Analyst() as analyst:
+        expected = analyst.analyse(video, config)
+        assert expected.clips[0].flow.any()
+
+        def same_as_expected() -> bool:
+            (clip,), (other,) = expected.clips, analyst.analyse(video, config).clips
+            return np.array_equal(clip.flow, other.flow) and clip.motion_score == other.motion_score
+
+        first = analyst._process.pid
+        working = when_busy(analyst, lambda pid: os.kill(pid, signal.SIGKILL))
+        loading = when_loading(analyst, first)
+        assert same_as_expected()
+        working.join()
+        assert analyst._process.pid not in (first, loading.result(timeout=1))
+        analyst.close()
+        analyst.memory = 64 << 20
+        with pytest.raises(SourceFailure, match="more memory needed than allowed"):
+            analyst.analyse(video, config)
+        assert analyst._process is None
+        analyst.memory = DEFAULT_MEMORY
+        assert same_as_expected()
+
+
+def test_a_process_has_the_networks_of_every_request(video):
+    """TransNetV2 doesn't fit into what a source may need; a process that is there already does not have it."""
+    passes = [{"detector": "transnetv2", "threshold": 0.5}]
+    with Analyst() as analyst:
+        plain = analyst.analyse(video, tiny_config())
+        found = analyst.analyse(video, tiny_config(cuts__passes=passes))
+    assert found.facts == plain.facts and [clip.span for clip in found.clips] == [clip.span for clip in plain.clips]
 
 
 def test_a_process_that_cannot_start_ends_the_run_and_blames_no_source(video, tmp_path):

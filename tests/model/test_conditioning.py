@@ -72,6 +72,15 @@ def test_image_embedding_is_open_clips_projection(clip, encoders):
     )
 
 
+@pytest.mark.parametrize("size", [(300, 200), (64, 64), (40, 150)])
+def test_shrunk_frames_have_the_embedding_of_the_frames(encoders, size):
+    frames = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2) / 127.5 - 1
+    small = encoders.shrink(frames)
+    assert small.shape == (2, 3, *encoders.image.visual.image_size)
+    torch.testing.assert_close(encoders.image.preprocess(small), encoders.image.preprocess(frames))
+    torch.testing.assert_close(encoders.image_features(small), encoders.image_features(frames))
+
+
 def test_preprocess_normalises_a_constant_picture(encoders):
     frames = torch.full((1, 3, 100, 90), 0.5)
     expected = (0.75 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor(

@@ -1,0 +1,47 @@
+"""First, middle and last frame of each clip: JPEGs in a measured unit until it is scored, then one thumbnail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+JPEG_QUALITY = 90
+THUMBNAIL_WIDTH = 192
+
+
+def write_frame(folder: Path, name: str, position: int, frame: np.ndarray) -> None:
+    """Write one of the three frames (H, W, 3) uint8 RGB of a clip of the unit in `folder`; raises OSError."""
+    path = _path(folder, name, position)
+    encoded, data = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    if not encoded:
+        raise OSError(f"{path.name}: the frame of shape {frame.shape} can't be written as JPEG")
+    path.write_bytes(data.tobytes())
+
+
+def read_frames(folder: Path, name: str) -> np.ndarray:
+    """First, middle and last frame of a clip: (3, H, W, 3) uint8 RGB; raises OSError."""
+    return np.stack([read_frame(folder, name, position) for position in range(3)])
+
+
+def read_frame(folder: Path, name: str, position: int) -> np.ndarray:
+    """One of the three frames, (H, W, 3) uint8 RGB; raises OSError."""
+    path = _path(folder, name, position)
+    picture = cv2.imread(str(path))
+    if picture is None:
+        raise OSError(f"{path}: not a picture")
+    return np.ascontiguousarray(picture[..., ::-1])
+
+
+def _path(folder: Path, name: str, position: int) -> Path:
+    return folder / "frames" / f"{name}-{position}.jpg"
+
+
+def thumbnail(frame: np.ndarray) -> bytes:
+    """A JPEG at most THUMBNAIL_WIDTH wide of an (H, W, 3) uint8 RGB frame."""
+    height, width = frame.shape[:2]
+    scale = min(1.0, THUMBNAIL_WIDTH / width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
