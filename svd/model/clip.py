@@ -27,7 +27,7 @@ from svd.stage import UserError, write_json
 WEIGHTS = "model.safetensors"
 CONFIG = "open_clip_config.json"
 REFERENCE = "reference.json"
-PIPELINE_PART = "image_encoder"
+IMAGE_PART, TEXT_PART = "image_encoder", "text_encoder"
 
 _TOY_IMAGE = 64
 _TOY_PATCH = 8
@@ -104,7 +104,8 @@ def load_clip(folder: Path, config: EncodersConfig, device: torch.device | str =
 
     Raises UserError when the folder is no output of that stage, or when released weights can't be had.
     """
-    reference = _read_json(folder / REFERENCE)
+    other = f"or give a released model's folder with {IMAGE_PART}/ or {TEXT_PART}/ in it"
+    reference = _read_json(folder / REFERENCE, f"run the stage 'encoders' first, {other}")
     kind = reference.get("kind")
     if kind != config.kind:
         raise UserError(f"{folder / REFERENCE}: encoders of kind '{kind}', the preset wants '{config.kind}'")
@@ -129,15 +130,28 @@ def load_image_tower(path: Path, device: torch.device | str = "cpu") -> VisionTr
             raise UserError(f"{path}: no image encoder in this file; give one with --encoders")
         config = transformers_config(tensors, parts.config.get("clip_heads"))
         return _image_tower(config, tensors, f"{path}: image encoder", device)
-    config = _read_json(path / "config.json", "give a folder with a CLIPVisionModelWithProjection")
-    names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    missing = [name for name in (*names, "projection_dim") if not isinstance(config.get(name), int)]
-    if missing:
-        raise UserError(f"{path / 'config.json'}: {', '.join(missing)} missing or no number")
-    if config.get("hidden_act") != "gelu":
-        raise UserError(f"{path / 'config.json'}: hidden_act '{config.get('hidden_act')}', SVD's encoder has 'gelu'")
+    config = tower_config(path, "CLIPVisionModelWithProjection", "image_size", "patch_size", "projection_dim")
     tensors = to_open_clip(read_tensors(weights_file(path, "model")))
     return _image_tower(config, tensors, f"{path} doesn't fit its config.json", device)
+
+
+def tower_config(path: Path, kind: str, *names: str) -> dict[str, Any]:
+    """transformers' `config.json` in a folder with a tower of CLIP, whose sizes are there and possible.
+
+    kind: transformers' class, for the message. names: sizes that this tower has beside those of both towers. Raises
+    UserError.
+    """
+    file = path / "config.json"
+    config = _read_json(file, f"give a folder with a {kind}")
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", *names)
+    bad = [name for name in sizes if type(config.get(name)) is not int or config[name] < 1]
+    if bad:
+        raise UserError(f"{file}: {', '.join(bad)} missing or no number")
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise UserError(f"{file}: hidden_size {config['hidden_size']} isn't a multiple of num_attention_heads")
+    if config.get("hidden_act") != "gelu":
+        raise UserError(f"{file}: hidden_act '{config.get('hidden_act')}', the encoders of SVD and SD 2.1 have 'gelu'")
+    return config
 
 
 def _image_tower(

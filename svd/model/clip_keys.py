@@ -1,4 +1,5 @@
-"""The image encoder's tensors in open_clip's form (sgm's files) and as transformers' CLIPVisionModelWithProjection.
+"""The encoders' tensors in open_clip's form (sgm's files) and in transformers': CLIPVisionModelWithProjection, and
+CLIPTextModel, which is read only.
 
 open_clip stacks the q, k and v projections (3C, C) and multiplies features by `proj` (C, E); transformers has three
 projections and a linear layer `visual_projection` (E, C). Everything else maps one to one.
@@ -25,6 +26,12 @@ ENDS = {
     "ln_pre.bias": "vision_model.pre_layrnorm.bias",
     "ln_post.weight": "vision_model.post_layernorm.weight",
     "ln_post.bias": "vision_model.post_layernorm.bias",
+}
+TEXT_ENDS = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
 }
 LAYER = {
     "ln_1": "layer_norm1",
@@ -65,18 +72,34 @@ def _layer_to_transformers(name: str, tensor: Lazy) -> dict[str, Lazy]:
 
 def to_open_clip(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """CLIPVisionModelWithProjection as open_clip's visual tower; UserError for other names and lone projections."""
-    ends = {theirs: ours for ours, theirs in ENDS.items()}
+    own = {name: tensor for name, tensor in tensors.items() if name != "visual_projection.weight"}
+    found = _to_open_clip(own, ENDS, "vision_model.", "CLIPVisionModelWithProjection")
+    if "visual_projection.weight" in tensors:
+        found["proj"] = tensors["visual_projection.weight"].map(lambda t: t.t())
+    return found
+
+
+def text_to_open_clip(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """CLIPTextModel as open_clip's text tower, but for the projection, which it lacks; UserError as `to_open_clip`.
+
+    Published files have all names under `text_model.`, those that transformers 5 writes have no prefix.
+    """
+    own = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    return _to_open_clip(own, TEXT_ENDS, "", "CLIPTextModel")
+
+
+def _to_open_clip(tensors: Mapping[str, Lazy], names: Mapping[str, str], prefix: str, kind: str) -> dict[str, Lazy]:
+    """What both towers share; names: of what stands outside of the layers, whose names begin with `prefix`."""
+    ends = {theirs: ours for ours, theirs in names.items()}
     layers = {theirs: ours for ours, theirs in LAYER.items()}
     found: dict[str, Lazy] = {}
     for name, tensor in tensors.items():
-        if name == "visual_projection.weight":
-            found["proj"] = tensor.map(lambda t: t.t())
-        elif name in ends:
+        if name in ends:
             found[ends[name]] = tensor
-        elif name != "vision_model.embeddings.position_ids":  # a counter that old versions of transformers stored
-            match = re.match(r"vision_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)
+        elif name != f"{prefix}embeddings.position_ids":  # a counter that old versions of transformers stored
+            match = re.match(re.escape(prefix) + r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)
             if match is None or match[2] not in (*layers, *(f"self_attn.{p}" for p in PROJECTIONS)):
-                raise UserError(f"'{name}' isn't a tensor of CLIPVisionModelWithProjection")
+                raise UserError(f"'{name}' isn't a tensor of {kind}")
             place = f"transformer.resblocks.{match[1]}"
             if match[2] in layers:
                 found[f"{place}.{layers[match[2]]}.{match[3]}"] = tensor
