@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Lazy]
         if name in found and found[name].shape != tuple(shape)
     ]
     groups = (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
-    parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in groups if names]
+    parts = [f"{len(names)} {kind} ({some(names)})" for kind, names in groups if names]
     if parts:
         raise UserError(f"{what}: {', '.join(parts)}")
 
@@ -224,7 +224,8 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     rest = len(names) - SHOWN_KEYS
     return ", ".join(names[:SHOWN_KEYS]) + (f", and {rest} more" if rest > 0 else "")
 
