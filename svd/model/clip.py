@@ -18,9 +18,9 @@ from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transformer import VisionTransformer
 
 from svd.config import EncodersConfig
-from svd.model.checkpoint import Lazy, fill, of_module, read_tensors, write_tensors
+from svd.model.checkpoint import Lazy, check_fit, fill, of_module, read_tensors, write_tensors
 from svd.model.clip_keys import to_open_clip, transformers_config
-from svd.model.sgm import read_sgm
+from svd.model.sgm import SgmParts, read_sgm, told
 from svd.model.weights import weights_file
 from svd.stage import UserError, write_json
 
@@ -70,12 +70,15 @@ def build(config: dict[str, Any], source: str) -> open_clip.CLIP:
     """A CLIP with fresh weights; `source` is named in the UserError for architectures without CLIP's own text tower."""
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys() or "hf_model_name" in config["text_cfg"]:
         raise UserError(f"{source}: not a CLIP with its own text transformer; use a model such as ViT-H-14 or ViT-L-14")
-    model = open_clip.CLIP(
-        embed_dim=config["embed_dim"],
-        vision_cfg=open_clip.CLIPVisionCfg(**config["vision_cfg"]),
-        text_cfg=open_clip.CLIPTextCfg(**config["text_cfg"]),
-        quick_gelu=config.get("quick_gelu", False),
-    )
+    try:
+        model = open_clip.CLIP(
+            embed_dim=config["embed_dim"],
+            vision_cfg=open_clip.CLIPVisionCfg(**config["vision_cfg"]),
+            text_cfg=open_clip.CLIPTextCfg(**config["text_cfg"]),
+            quick_gelu=config.get("quick_gelu", False),
+        )
+    except (TypeError, ValueError, AttributeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
+        raise UserError(f"{source}: no CLIP can be built as it says ({str(error).splitlines()[0]})") from None
     if model.text_pool_type != "argmax" or model.attn_mask is None:
         raise UserError(f"{source}: the text tower isn't CLIP's (causal, read at the end token)")
     return model
@@ -124,15 +127,42 @@ def load_image_tower(path: Path, device: torch.device | str = "cpu") -> VisionTr
     Raises UserError for missing, broken and unfitting files.
     """
     if path.is_file():
-        parts = read_sgm(path)
-        tensors = {n.removeprefix("visual."): t for n, t in parts.clip.items() if n.startswith("visual.")}
+        what = f"{path}: image encoder"
+        config, tensors = image_tower_of(read_sgm(path), what)
         if not tensors:
             raise UserError(f"{path}: no image encoder in this file; give one with --encoders")
+    else:
+        what = f"{path} doesn't fit its config.json"
+        config, tensors = image_tower_of_folder(path)
+    tower = _image_tower(config)
+    fill(tower, tensors, what, device, torch.float32)
+    return tower.eval()
+
+
+def image_tower_of(parts: SgmParts, what: str) -> tuple[dict[str, Any], dict[str, Lazy]]:
+    """The image tower of a single file: transformers' configuration and open_clip's tensors; both empty without one.
+
+    what: the beginning of messages. Raises UserError for missing, unexpected and misshaped tensors.
+    """
+    tensors = {n.removeprefix("visual."): t for n, t in parts.clip.items() if n.startswith("visual.")}
+    if not tensors:
+        return {}, {}
+    with told(what):
         config = transformers_config(tensors, parts.config.get("clip_heads"))
-        return _image_tower(config, tensors, f"{path}: image encoder", device)
+    check_fit(_shapes(config), tensors, what)
+    return config, tensors
+
+
+def image_tower_of_folder(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
+    """As `image_tower_of`, of a folder in transformers' layout (CLIPVisionModelWithProjection)."""
     config = tower_config(path, "CLIPVisionModelWithProjection", "image_size", "patch_size", "projection_dim")
-    tensors = to_open_clip(read_tensors(weights_file(path, "model")))
-    return _image_tower(config, tensors, f"{path} doesn't fit its config.json", device)
+    tensors = to_open_clip(read_tensors(weights_file(path, "model")), str(path))
+    check_fit(_shapes(config), tensors, f"{path} doesn't fit its config.json")
+    return config, tensors
+
+
+def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in _image_tower(config).state_dict().items()}
 
 
 def tower_config(path: Path, kind: str, *names: str) -> dict[str, Any]:
@@ -154,12 +184,10 @@ def tower_config(path: Path, kind: str, *names: str) -> dict[str, Any]:
     return config
 
 
-def _image_tower(
-    config: Mapping[str, Any], tensors: Mapping[str, Lazy], what: str, device: torch.device | str
-) -> VisionTransformer:
-    """The tower of transformers' configuration, filled; `what` begins the message about tensors that don't fit."""
+def _image_tower(config: Mapping[str, Any]) -> VisionTransformer:
+    """The tower of transformers' configuration, without weights."""
     with torch.device("meta"):
-        tower = VisionTransformer(
+        return VisionTransformer(
             config["image_size"],
             config["patch_size"],
             config["hidden_size"],
@@ -168,8 +196,6 @@ def _image_tower(
             config["intermediate_size"] / config["hidden_size"],
             output_dim=config["projection_dim"],
         )
-    fill(tower, tensors, what, device, torch.float32)
-    return tower.eval()
 
 
 def load_released(config: EncodersConfig, device: torch.device | str = "cpu") -> open_clip.CLIP:

@@ -208,7 +208,7 @@ def load_text_folder(path: Path, device: torch.device | str = "cpu") -> TextEnco
         layers=config["num_hidden_layers"],
         mlp_ratio=config["intermediate_size"] / config["hidden_size"],
     )
-    tensors = text_to_open_clip(read_tensors(weights_file(path, "model")))
+    tensors = text_to_open_clip(read_tensors(weights_file(path, "model")), str(path))
     return _text_encoder(cfg, None, tensors, f"{path} doesn't fit its config.json", device)
 
 

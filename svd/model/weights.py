@@ -7,7 +7,6 @@ folders as `unet/`, `vae/`, … with `model_index.json`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from svd.model.autoencoder import Autoencoder
-from svd.model.checkpoint import Lazy, file_hash, fill, of_module, read_metadata, read_tensors, write_tensors
+from svd.model.checkpoint import Lazy, file_hash, fill, of_module, read_tensors, write_tensors
 from svd.model.clip_keys import to_transformers, transformers_config
 from svd.model.layout import (
     autoencoder_from_json,
@@ -28,7 +27,7 @@ from svd.model.layout import (
     unet_from_json,
     unet_to_json,
 )
-from svd.model.sgm import METADATA, build_autoencoder, build_unet, read_sgm
+from svd.model.sgm import build_autoencoder, build_unet, read_sgm, stored_facts
 from svd.model.unet import UNet, UNetConfig
 from svd.stage import UserError, write_json
 
@@ -103,8 +102,7 @@ def trained_frames(folder_or_file: Path) -> int | None:
     """
     if not folder_or_file.is_file():
         return read_config(part_of(folder_or_file, "unet") / "config.json").get("num_frames")
-    stored = json.loads(read_metadata(folder_or_file).get(METADATA, "{}")).get("frames")
-    return int(stored) if stored else published_frames(folder_or_file)
+    return stored_facts(folder_or_file).get("frames") or published_frames(folder_or_file)
 
 
 def save_unet(unet: UNet, folder: Path, frames: int = 14) -> None:
