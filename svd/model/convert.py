@@ -22,6 +22,7 @@ from svd.model.clip_keys import to_transformers
 from svd.model.layout import (
     autoencoder_from_json,
     autoencoder_to_json,
+    learned_mixers,
     read_config,
     unet_from_json,
     unet_to_json,
@@ -112,6 +113,7 @@ def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None, frames:
     config = unet_config(parts)
     unet = unet_from_sgm(parts.unet, config)
     check_fit(expected(UNet, config), unet, "the file's U-Net")
+    unet, config = learned_mixers(unet, config)
     count = _write(work / "unet", unet_to_json(config, frames), unet, dtype)
     missing, image_size = [], 0
     if parts.first_stage:
@@ -166,6 +168,7 @@ def _to_file(source: Path, target: Path, dtype: torch.dtype | None, frames: int)
     config = unet_from_json(read_config(unet / "config.json"), unet / "config.json")
     tensors = read_tensors(weights_file(unet))
     check_fit(expected(UNet, config), tensors, f"{unet}: U-Net")
+    tensors, config = learned_mixers(tensors, config)
     parts = SgmParts(unet=unet_to_sgm(tensors, config), config=stored_config(config, None, frames))
     missing = []
     if (source / "vae").is_dir():

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from svd.model.autoencoder import AutoencoderConfig
+from svd.model.checkpoint import Lazy
 from svd.model.unet import UNetConfig
 from svd.stage import UserError
 
@@ -193,6 +195,16 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path}: {error} is missing") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: not the configuration of {kind} ({error})") from None
+
+
+def learned_mixers(tensors: Mapping[str, Lazy], config: UNetConfig) -> tuple[dict[str, Lazy], UNetConfig]:
+    """A U-Net as released layouts keep it: they know no fixed mixers, so α is written as what a learned one is the
+    sigmoid of. Other U-Nets are given back as they are.
+    """
+    if config.mixer != "fixed":
+        return dict(tensors), config
+    logit = {name: tensor.map(torch.logit) for name, tensor in tensors.items() if name.endswith("mix_factor")}
+    return {**tensors, **logit}, replace(config, mixer="learned")
 
 
 def scheduler_json() -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.checkpoint import Lazy, fill, of_module, read_metadata, read_tensors, write_tensors
 from svd.model.keys import autoencoder_table, invert, is_attention_projection, unet_table
-from svd.model.layout import configuration
+from svd.model.layout import configuration, learned_mixers
 from svd.model.unet import UNet, UNetConfig
 from svd.stage import UserError
 
@@ -346,10 +346,11 @@ def save_sgm(
     The autoencoder's encoder and `quant_conv` go to the conditioner, and folded into one to the first stage; the
     conditioner's image decoder, which nothing uses, is left out unless the autoencoder is an image autoencoder.
     """
+    tensors, config = learned_mixers(of_module(unet), unet.config)
     parts = SgmParts(
-        unet=unet_to_sgm(of_module(unet), unet.config),
+        unet=unet_to_sgm(tensors, config),
         clip=dict(clip or {}),
-        config=stored_config(unet.config, autoencoder.config, frames) | ({"clip_heads": heads} if heads else {}),
+        config=stored_config(config, autoencoder.config, frames) | ({"clip_heads": heads} if heads else {}),
     )
     place_autoencoder(parts, autoencoder_to_sgm(of_module(autoencoder), autoencoder.config), autoencoder.config)
     write_sgm(path, parts)

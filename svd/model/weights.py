@@ -20,6 +20,7 @@ from svd.model.layout import (
     autoencoder_from_json,
     autoencoder_to_json,
     image_processor_json,
+    learned_mixers,
     model_index_json,
     published_frames,
     read_config,
@@ -106,10 +107,17 @@ def trained_frames(folder_or_file: Path) -> int | None:
 
 
 def save_unet(unet: UNet, folder: Path, frames: int = 14) -> None:
-    """Write the U-Net in diffusers' layout; `frames` is the default length that diffusers reads from the config."""
+    """Write the U-Net in diffusers' layout; `frames` is the default length that diffusers reads from the config.
+
+    Fixed mixers stay fixed, which diffusers doesn't know: `save_pipeline` writes those for it.
+    """
+    _write_unet(of_module(unet), unet.config, folder, frames)
+
+
+def _write_unet(tensors: Mapping[str, Lazy], config: UNetConfig, folder: Path, frames: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, of_module(unet))
-    write_json(folder / "config.json", unet_to_json(unet.config, frames))
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / "config.json", unet_to_json(config, frames))
 
 
 def load_unet(folder_or_file: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> UNet:
@@ -164,7 +172,7 @@ def save_pipeline(
             f"diffusers has a pipeline for image-to-video models alone (8 input channels, 3 ids, temporal "
             f"decoder); this model has {config.in_channels} channels and {config.ids} ids; save its parts instead"
         )
-    save_unet(unet, folder / "unet", frames)
+    _write_unet(*learned_mixers(of_module(unet), config), folder / "unet", frames)
     save_autoencoder(autoencoder, folder / "vae")
     tensors = of_module(visual)
     value = transformers_config(tensors, heads)
