@@ -41,7 +41,7 @@ class Networks:
     ] = None
     objective: Annotated[
         Literal["edm", "discrete-v", "discrete-eps"],
-        typer.Option(help="What the U-Net was trained with; discrete-v: the ablations, discrete-eps: SD 2.1 itself."),
+        typer.Option(help="What the U-Net was trained with; discrete-v: ablations, SD 2.1; discrete-eps: SD 2.1-base."),
     ] = "edm"
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")] = "auto"
     dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU.")] = "auto"

@@ -21,13 +21,12 @@ from svd.config import EncodersConfig
 from svd.model.checkpoint import Lazy, check_fit, fill, of_module, read_tensors, write_tensors
 from svd.model.clip_keys import to_open_clip, transformers_config
 from svd.model.sgm import SgmParts, read_sgm, told
-from svd.model.weights import weights_file
+from svd.model.weights import IMAGE_PART, TEXT_PART, weights_file
 from svd.stage import UserError, write_json
 
 WEIGHTS = "model.safetensors"
 CONFIG = "open_clip_config.json"
 REFERENCE = "reference.json"
-IMAGE_PART, TEXT_PART = "image_encoder", "text_encoder"
 
 _TOY_IMAGE = 64
 _TOY_PATCH = 8

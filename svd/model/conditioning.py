@@ -23,10 +23,10 @@ from svd.config import EncodersConfig
 from svd.diffusion.edm import Generators, Network, expand, randn
 from svd.diffusion.guidance import Condition
 from svd.model.checkpoint import Lazy, fill, read_tensors
-from svd.model.clip import IMAGE_PART, TEXT_PART, load_clip, load_image_tower, tower_config
+from svd.model.clip import load_clip, load_image_tower, tower_config
 from svd.model.clip_keys import text_to_open_clip
 from svd.model.sgm import read_sgm, told
-from svd.model.weights import weights_file
+from svd.model.weights import IMAGE_PART, TEXT_PART, weights_file
 from svd.stage import UserError
 
 MAX_IDS = 4

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from svd.model.autoencoder import Autoencoder
-from svd.model.checkpoint import Lazy, file_hash, fill, of_module, read_tensors, write_tensors
+from svd.model.checkpoint import Lazy, file_hash, fill, of_module, read_header, read_tensors, write_tensors
 from svd.model.clip_keys import to_transformers, transformers_config
 from svd.model.layout import (
+    OURS,
     autoencoder_from_json,
     autoencoder_to_json,
     image_processor_json,
@@ -33,6 +34,7 @@ from svd.model.unet import UNet, UNetConfig
 from svd.stage import UserError, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+ENCODERS = IMAGE_PART, TEXT_PART = "image_encoder", "text_encoder"  # folders of a pipeline
 
 
 def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
@@ -82,6 +84,24 @@ def part_of(folder: Path, part: str) -> Path:
     return folder / part if (folder / part / "config.json").is_file() else folder
 
 
+def is_released(model: Path) -> bool:
+    """Whether this is a model as Stability publishes it: a single file, the folder of a pipeline, or a folder with a
+    U-Net that diffusers has written, not training here.
+    """
+    if model.is_file() or (model / "model_index.json").is_file():
+        return True
+    path = part_of(model, "unet") / "config.json"
+    config = read_config(path) if path.is_file() else {}
+    return OURS not in config and str(config.get("_class_name")).startswith("UNet")
+
+
+def bundled(model: Path | None, *parts: str) -> Path | None:
+    """The model itself when it brings one of these parts: a single file, or a folder that has them."""
+    if model is None or not (model.is_file() or any((model / part / "config.json").is_file() for part in parts)):
+        return None
+    return model
+
+
 def modern_attention_names(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """Old autoencoder folders (SD 1 and 2) call the attention's layers query, key, value and proj_attn."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -102,8 +122,23 @@ def trained_frames(folder_or_file: Path) -> int | None:
     A folder's config.json says it, a single file's metadata when it is ours, else its published name.
     """
     if not folder_or_file.is_file():
-        return read_config(part_of(folder_or_file, "unet") / "config.json").get("num_frames")
+        config = read_config(part_of(folder_or_file, "unet") / "config.json")
+        return 1 if config.get("_class_name") == "UNet2DConditionModel" else config.get("num_frames")
+    if not any(".time_stack." in name for name in read_header(folder_or_file)):
+        return 1
     return stored_facts(folder_or_file).get("frames") or published_frames(folder_or_file)
+
+
+def published_clip(model: Path) -> tuple[int, int, int]:
+    """Frames, height and width that a released model was trained at: 576 x 1024, or a square of an image model."""
+    frames = trained_frames(model) or 14
+    if frames > 1:
+        return frames, 576, 1024
+    if model.is_file():  # v2-1_512-ema-pruned and v2-1_768-ema-pruned
+        side = 512 if "512" in model.stem else 768
+    else:
+        side = 8 * read_config(part_of(model, "unet") / "config.json").get("sample_size", 96)
+    return frames, side, side
 
 
 def save_unet(unet: UNet, folder: Path, frames: int = 14) -> None:
