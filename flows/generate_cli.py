@@ -275,6 +275,8 @@ def open_models(networks: Networks, preset: Preset, stage: str, phase: Phase) ->
         kind=KINDS[networks.objective],
     )
     _apply_loras(models, networks.lora or [])
+    if networks.compile:
+        models.unet.compile_blocks()
     if is_released(model) or model == OUTPUTS / preset.name / stage / "unet":
         frames, *size = clip_size(networks, Size(), phase)
         models = dataclasses.replace(models, trained_frames=frames, trained_size=(size[0], size[1]))

@@ -51,6 +51,12 @@ class Networks:
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Run the two passes of guidance one by one: half the memory.")
     ] = False
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the U-Net: minutes at the first clip of a size, each later one is faster."
+        ),
+    ] = False
     decode_chunk: Annotated[int, typer.Option(min=1, help="Frames decoded together; fewer need less memory.")] = 16
     decode_overlap: Annotated[int, typer.Option(min=0, help="Frames that neighbouring decoding chunks share.")] = 4
 

@@ -267,6 +267,22 @@ def test_watermark_lora_and_offloading(run, tmp_path, trained):
         run(*lora, "--lora", "zoom", "--lora", "zoom:0.5")
 
 
+def test_compiled_networks_make_the_same_clip(run, tmp_path, monkeypatch):
+    """By graph capture alone: generating code for a CPU takes minutes."""
+    compiled = []
+    original = UNet.compile_blocks
+
+    def capture(unet):
+        compiled.append(unet)
+        original(unet, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(UNet, "compile_blocks", capture)
+    line = ["text", "a ball", *SIZE, *QUICK, "--format", "png", "--out"]
+    (plain,), (fast,) = run(*line, "a"), run(*line, "b", "--compile", "--offload")
+    assert len(compiled) == 1 and all(block._compiled_call_impl is not None for block in compiled[0].blocks())
+    assert (read_clip(tmp_path / plain)[0] - read_clip(tmp_path / fast)[0]).abs().max() <= 1 / 255
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -392,5 +408,15 @@ def test_a_folder_of_stable_diffusion_makes_pictures(run, tmp_path, sd):
 def test_help_explains_every_option(command):
     result = CliRunner().invoke(generate_app, [command, "--help"], env={"COLUMNS": "140"})
     assert result.exit_code == 0
-    for option in ("--model", "--device", "--dtype", "--offload", "--seed", "--steps", "--watermark", "--lora"):
+    for option in (
+        "--model",
+        "--device",
+        "--dtype",
+        "--offload",
+        "--seed",
+        "--steps",
+        "--watermark",
+        "--lora",
+        "--compile",
+    ):
         assert option in result.output
