@@ -231,15 +231,19 @@ def multiview(
 def located(networks: Networks, preset: Preset, stage: str) -> Networks:
     """The options with everything said that they leave open: without `--model` what the preset's stage `stage` has
     made, where the other networks are, device, type, and a scale for every LoRA.
+
+    Raises UserError for a model without U-Net, and for a released one without what no option gives instead.
     """
-    root = OUTPUTS / preset.name
-    released = networks.model if is_released(networks.model) else None
+    from svd.model.weights import ENCODERS, bundled
+
+    root, model = OUTPUTS / preset.name, networks.model
+    _check_parts(networks)
     device, dtype = _device_and_dtype(networks)
     return dataclasses.replace(
         networks,
-        model=networks.model or root / stage / "unet",
-        autoencoder=networks.autoencoder or released or root / "autoencoder",
-        encoders=networks.encoders or released or root / "encoders",
+        model=model or root / stage / "unet",
+        autoencoder=networks.autoencoder or bundled(model, "vae") or root / "autoencoder",
+        encoders=networks.encoders or bundled(model, *ENCODERS) or root / "encoders",
         lora=[f"{folder}:{scale}" for folder, scale in _lora_scales(networks.lora or [])] or None,
         device=device,
         dtype=dtype,
@@ -254,6 +258,7 @@ def open_models(networks: Networks, preset: Preset, stage: str, phase: Phase) ->
     import torch
 
     from svd.generate import load_models
+    from svd.model.weights import is_released
 
     model, autoencoder, encoders = networks.model, networks.autoencoder, networks.encoders
     assert model is not None and autoencoder is not None and encoders is not None
@@ -270,6 +275,8 @@ def open_models(networks: Networks, preset: Preset, stage: str, phase: Phase) ->
         kind=KINDS[networks.objective],
     )
     _apply_loras(models, networks.lora or [])
+    if networks.compile:
+        models.unet.compile_blocks()
     if is_released(model) or model == OUTPUTS / preset.name / stage / "unet":
         frames, *size = clip_size(networks, Size(), phase)
         models = dataclasses.replace(models, trained_frames=frames, trained_size=(size[0], size[1]))
@@ -320,27 +327,43 @@ def _lora_scales(values: list[str]) -> Iterator[tuple[str, float]]:
             raise UserError(f"--lora {value}: '{scale}' is no number; write FOLDER or FOLDER:SCALE") from None
 
 
-def is_released(model: Path | None) -> bool:
-    """Whether the option names a whole model as Stability publishes it: the folder of a pipeline, or a single file."""
-    return model is not None and (model.is_file() or (model / "model_index.json").is_file())
+def _check_parts(networks: Networks) -> None:
+    """Raises UserError for a model without U-Net, and for a released one that lacks a part which no option gives: the
+    preset's networks are no substitute.
+    """
+    from svd.model.weights import ENCODERS, bundled, is_released, part_of
+
+    model = networks.model
+    if model is None or not model.is_dir():
+        return
+    if not (part_of(model, "unet") / "config.json").is_file():
+        raise UserError(f"{model}: no U-Net in this folder (config.json, or unet/config.json)")
+    if not is_released(model):
+        return
+    if not (networks.autoencoder or bundled(model, "vae")):
+        raise UserError(f"{model}: no vae/ in this folder; give the autoencoder with --autoencoder")
+    if not (networks.encoders or bundled(model, *ENCODERS)):
+        raise UserError(f"{model}: no {'/ or '.join(ENCODERS)}/ in this folder; give the encoders with --encoders")
 
 
 def clip_size(networks: Networks, size: Size, phase: Phase) -> tuple[int, int, int]:
     """Frames, height and width: the options', or what the preset trains last, or what a released model was trained
     at.
     """
-    from svd.model.weights import trained_frames
+    from svd.model.weights import is_released, published_clip
 
-    known = (phase.frames, phase.height, phase.width)
     model = networks.model
-    if model is not None and is_released(model):
-        known = (trained_frames(model) or 14, 576, 1024)
+    released = model is not None and is_released(model)
+    known = published_clip(model) if model and released else (phase.frames, phase.height, phase.width)
     return size.frames or known[0], size.height or known[1], size.width or known[2]
 
 
 def base_sampling(networks: Networks, preset: Sampling) -> Sampling:
     """The preset's sampling, or for a released model the settings that it is published with."""
-    return Sampling(steps=25, guidance=3.0) if is_released(networks.model) else preset
+    from svd.model.weights import is_released
+
+    released = networks.model is not None and is_released(networks.model)
+    return Sampling(steps=25, guidance=3.0) if released else preset
 
 
 def covered_size(height: int | None, width: int | None, given: tuple[int, int], multiple: int) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class Networks:
     ] = None
     objective: Annotated[
         Literal["edm", "discrete-v", "discrete-eps"],
-        typer.Option(help="What the U-Net was trained with; discrete-v: the ablations, discrete-eps: SD 2.1 itself."),
+        typer.Option(help="What the U-Net was trained with; discrete-v: ablations, SD 2.1; discrete-eps: SD 2.1-base."),
     ] = "edm"
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")] = "auto"
     dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU.")] = "auto"
@@ -50,6 +50,12 @@ class Networks:
     )
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Run the two passes of guidance one by one: half the memory.")
+    ] = False
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the U-Net: minutes at the first clip of a size, each later one is faster."
+        ),
     ] = False
     decode_chunk: Annotated[int, typer.Option(min=1, help="Frames decoded together; fewer need less memory.")] = 16
     decode_overlap: Annotated[int, typer.Option(min=0, help="Frames that neighbouring decoding chunks share.")] = 4

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 # They change a clip by rounding at most; `seed` is that of the first clip, each file has its own.
-UNRECORDED = frozenset({"device", "offload", "sequential", "out", "format", "count", "batch", "seed"})
+UNRECORDED = frozenset({"device", "offload", "sequential", "compile", "out", "format", "count", "batch", "seed"})
 
 
 def seeded(items: list[Item], results: Results) -> list[tuple[Item, int]]:

@@ -101,18 +101,26 @@ def compare(
 def fetch(
     repository: Annotated[str, typer.Argument(help="Hub id, e.g. stabilityai/stable-video-diffusion-img2vid.")],
     target: Annotated[Path, typer.Argument(help="Folder for the files.")],
-    file: Annotated[list[str] | None, typer.Option(help="Only these files; default: all safetensors and JSON.")] = None,
+    file: Annotated[list[str] | None, typer.Option(help="Only this file; may be given several times.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Only files that fit a pattern, e.g. 'unet/*' or '*.fp16.safetensors'; may be repeated."),
+    ] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     sha256: Annotated[list[str] | None, typer.Option(help="FILE=HASH that a file must have.")] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="For gated repositories.")] = None,
 ) -> None:
-    """Download released weights from the hub; broken downloads are resumed, hashes checked, pickles refused."""
+    """Download released weights from the hub: all safetensors, JSON and text files, or those that you name.
+
+    Broken downloads are resumed, hashes checked, pickles refused. All files are of one commit; fetched.json names it.
+    """
     from svd.model.hub import fetch as download
 
     hashes = dict(pair.split("=", 1) for pair in sha256 or [] if "=" in pair)
     if len(hashes) != len(sha256 or []):
         raise UserError("--sha256 takes FILE=HASH, for example svd.safetensors=3b0c…")
-    for path in download(repository, target, filenames=file, revision=revision, token=token, sha256=hashes):
+    paths = download(repository, target, filenames=file, include=include, revision=revision, token=token, sha256=hashes)
+    for path in paths:
         out.print(path)
 
 

@@ -41,8 +41,8 @@ class UNetSection(Section):
     norm_eps: float = Field(1e-5, gt=0)
     mixer: Literal["fixed", "learned", "learned_with_images"] = Field(
         "learned_with_images",
-        description="weight of the image layers beside the temporal ones: fixed at 0.5 (diffusers can't say so), one "
-        "learned number a block, or that and 1 for the images of a joint training",
+        description="weight of the image layers beside the temporal ones: fixed at 0.5 (which an export writes as what "
+        "others can read), one learned number a block, or that and 1 for the images of a joint training",
     )
 
 

@@ -3,11 +3,11 @@
 import multiprocessing
 
 import pytest
-from s3_fixtures import bucket, s3_server
+from s3_fixtures import bucket, impatient, s3_server, small_parts
 
 from svd.curation import networks
 
-__all__ = ["bucket", "s3_server"]
+__all__ = ["bucket", "impatient", "s3_server", "small_parts"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,9 +1,14 @@
-"""Fixtures of a real S3 server: one for the whole session, and a fresh bucket and its environment for each test."""
+"""Fixtures of a real S3 server: one for the whole session, and a fresh bucket and its environment for each test.
+
+The library is imported where it is used: every test's process reads this file.
+"""
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,3 +36,33 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"test-{uuid.uuid4().hex[:8]}"
     s3_server.make_bucket(name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the smallest size that S3 allows."""
+    from svd import s3
+
+    monkeypatch.setattr(s3, "PART", 5 << 20)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    from svd import retries
+
+    monkeypatch.setattr(retries, "ATTEMPTS", 3)
+    monkeypatch.setattr(retries, "LONGEST_WAIT", 0.1)
+
+
+def make_file(path: Path, size: int, seed: int = 0) -> Path:
+    path.write_bytes((seed.to_bytes(8, "little") + os.urandom(4096) * (size // 4096 + 1))[:size])
+    return path
+
+
+def put_raw(location: str, data: bytes, digest: str | None) -> None:
+    """Store an object as someone else would, with any metadata."""
+    from svd import s3, storage
+
+    bucket, key = storage.split_uri(location)
+    marks = {"Metadata": {"sha256": digest}} if digest else {}
+    s3.client().put_object(Bucket=bucket, Key=key, Body=data, **marks)

@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,18 +84,21 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Lazy]:
     header = read_header(path)
     if sha256 is not None:
         check_hash(path, sha256)
-    handle = safe_open(path, framework="pt")
+    try:
+        handle = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({str(error).splitlines()[0]})") from None
     return {key: _lazy(handle, key, entry, path) for key, entry in header.items() if key != "__metadata__"}
 
 
 def _read_sharded(path: Path) -> dict[str, Lazy]:
     try:
-        names = set(json.loads(path.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+        names = {Path(name) for name in json.loads(path.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not an index of safetensors shards ('weight_map' is missing or broken)") from None
     tensors: dict[str, Lazy] = {}
     for name in sorted(names):
-        tensors |= read_tensors(path.parent / Path(name).name)
+        tensors |= read_tensors(path.parent / name.name)
     return tensors
 
 
@@ -124,13 +127,31 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cut short: {size} bytes, its header alone needs {8 + length}; download it again")
     try:
         header = json.loads(text)
-        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{path}: not a safetensors file (broken header)") from None
+        _check_header(header)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a safetensors file (broken header{_which(error)})") from None
+    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
     if size != 8 + length + end:
         word = "cut short" if size < 8 + length + end else "longer than its header says"
         raise UserError(f"{path}: {word}: {size} bytes instead of {8 + length + end}; download it again")
     return header
+
+
+def _check_header(header: Any) -> None:
+    """Raises some error for what isn't a header; a KeyError names the entry that is to blame."""
+    for key, entry in header.items():
+        if key == "__metadata__":
+            sound = isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values())
+        else:
+            shape, offsets = entry["shape"], entry["data_offsets"]
+            sound = isinstance(entry["dtype"], str) and len(offsets) == 2
+            sound = sound and all(type(n) is int and n >= 0 for n in (*shape, *offsets))
+        if not sound:
+            raise KeyError(key)
+
+
+def _which(error: Exception) -> str:
+    return f" at {error}" if isinstance(error, KeyError) else ""
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -215,7 +236,7 @@ def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Lazy]
         if name in found and found[name].shape != tuple(shape)
     ]
     groups = (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
-    parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in groups if names]
+    parts = [f"{len(names)} {kind} ({some(names)})" for kind, names in groups if names]
     if parts:
         raise UserError(f"{what}: {', '.join(parts)}")
 
@@ -224,7 +245,8 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     rest = len(names) - SHOWN_KEYS
     return ", ".join(names[:SHOWN_KEYS]) + (f", and {rest} more" if rest > 0 else "")
 

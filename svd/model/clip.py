@@ -18,16 +18,15 @@ from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transformer import VisionTransformer
 
 from svd.config import EncodersConfig
-from svd.model.checkpoint import Lazy, fill, of_module, read_tensors, write_tensors
+from svd.model.checkpoint import Lazy, check_fit, fill, of_module, read_tensors, write_tensors
 from svd.model.clip_keys import to_open_clip, transformers_config
-from svd.model.sgm import read_sgm
-from svd.model.weights import weights_file
+from svd.model.sgm import SgmParts, read_sgm, told
+from svd.model.weights import IMAGE_PART, TEXT_PART, weights_file
 from svd.stage import UserError, write_json
 
 WEIGHTS = "model.safetensors"
 CONFIG = "open_clip_config.json"
 REFERENCE = "reference.json"
-PIPELINE_PART = "image_encoder"
 
 _TOY_IMAGE = 64
 _TOY_PATCH = 8
@@ -70,12 +69,15 @@ def build(config: dict[str, Any], source: str) -> open_clip.CLIP:
     """A CLIP with fresh weights; `source` is named in the UserError for architectures without CLIP's own text tower."""
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys() or "hf_model_name" in config["text_cfg"]:
         raise UserError(f"{source}: not a CLIP with its own text transformer; use a model such as ViT-H-14 or ViT-L-14")
-    model = open_clip.CLIP(
-        embed_dim=config["embed_dim"],
-        vision_cfg=open_clip.CLIPVisionCfg(**config["vision_cfg"]),
-        text_cfg=open_clip.CLIPTextCfg(**config["text_cfg"]),
-        quick_gelu=config.get("quick_gelu", False),
-    )
+    try:
+        model = open_clip.CLIP(
+            embed_dim=config["embed_dim"],
+            vision_cfg=open_clip.CLIPVisionCfg(**config["vision_cfg"]),
+            text_cfg=open_clip.CLIPTextCfg(**config["text_cfg"]),
+            quick_gelu=config.get("quick_gelu", False),
+        )
+    except (TypeError, ValueError, AttributeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
+        raise UserError(f"{source}: no CLIP can be built as it says ({str(error).splitlines()[0]})") from None
     if model.text_pool_type != "argmax" or model.attn_mask is None:
         raise UserError(f"{source}: the text tower isn't CLIP's (causal, read at the end token)")
     return model
@@ -104,7 +106,8 @@ def load_clip(folder: Path, config: EncodersConfig, device: torch.device | str =
 
     Raises UserError when the folder is no output of that stage, or when released weights can't be had.
     """
-    reference = _read_json(folder / REFERENCE)
+    other = f"or give a released model's folder with {IMAGE_PART}/ or {TEXT_PART}/ in it"
+    reference = _read_json(folder / REFERENCE, f"run the stage 'encoders' first, {other}")
     kind = reference.get("kind")
     if kind != config.kind:
         raise UserError(f"{folder / REFERENCE}: encoders of kind '{kind}', the preset wants '{config.kind}'")
@@ -123,29 +126,67 @@ def load_image_tower(path: Path, device: torch.device | str = "cpu") -> VisionTr
     Raises UserError for missing, broken and unfitting files.
     """
     if path.is_file():
-        parts = read_sgm(path)
-        tensors = {n.removeprefix("visual."): t for n, t in parts.clip.items() if n.startswith("visual.")}
+        what = f"{path}: image encoder"
+        config, tensors = image_tower_of(read_sgm(path), what)
         if not tensors:
             raise UserError(f"{path}: no image encoder in this file; give one with --encoders")
+    else:
+        what = f"{path} doesn't fit its config.json"
+        config, tensors = image_tower_of_folder(path)
+    tower = _image_tower(config)
+    fill(tower, tensors, what, device, torch.float32)
+    return tower.eval()
+
+
+def image_tower_of(parts: SgmParts, what: str) -> tuple[dict[str, Any], dict[str, Lazy]]:
+    """The image tower of a single file: transformers' configuration and open_clip's tensors; both empty without one.
+
+    what: the beginning of messages. Raises UserError for missing, unexpected and misshaped tensors.
+    """
+    tensors = {n.removeprefix("visual."): t for n, t in parts.clip.items() if n.startswith("visual.")}
+    if not tensors:
+        return {}, {}
+    with told(what):
         config = transformers_config(tensors, parts.config.get("clip_heads"))
-        return _image_tower(config, tensors, f"{path}: image encoder", device)
-    config = _read_json(path / "config.json", "give a folder with a CLIPVisionModelWithProjection")
-    names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    missing = [name for name in (*names, "projection_dim") if not isinstance(config.get(name), int)]
-    if missing:
-        raise UserError(f"{path / 'config.json'}: {', '.join(missing)} missing or no number")
+    check_fit(_shapes(config), tensors, what)
+    return config, tensors
+
+
+def image_tower_of_folder(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
+    """As `image_tower_of`, of a folder in transformers' layout (CLIPVisionModelWithProjection)."""
+    config = tower_config(path, "CLIPVisionModelWithProjection", "image_size", "patch_size", "projection_dim")
+    tensors = to_open_clip(read_tensors(weights_file(path, "model")), str(path))
+    check_fit(_shapes(config), tensors, f"{path} doesn't fit its config.json")
+    return config, tensors
+
+
+def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in _image_tower(config).state_dict().items()}
+
+
+def tower_config(path: Path, kind: str, *names: str) -> dict[str, Any]:
+    """transformers' `config.json` in a folder with a tower of CLIP, whose sizes are there and possible.
+
+    kind: transformers' class, for the message. names: sizes that this tower has beside those of both towers. Raises
+    UserError.
+    """
+    file = path / "config.json"
+    config = _read_json(file, f"give a folder with a {kind}")
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", *names)
+    bad = [name for name in sizes if type(config.get(name)) is not int or config[name] < 1]
+    if bad:
+        raise UserError(f"{file}: {', '.join(bad)} missing or no number")
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise UserError(f"{file}: hidden_size {config['hidden_size']} isn't a multiple of num_attention_heads")
     if config.get("hidden_act") != "gelu":
-        raise UserError(f"{path / 'config.json'}: hidden_act '{config.get('hidden_act')}', SVD's encoder has 'gelu'")
-    tensors = to_open_clip(read_tensors(weights_file(path, "model")))
-    return _image_tower(config, tensors, f"{path} doesn't fit its config.json", device)
+        raise UserError(f"{file}: hidden_act '{config.get('hidden_act')}', the encoders of SVD and SD 2.1 have 'gelu'")
+    return config
 
 
-def _image_tower(
-    config: Mapping[str, Any], tensors: Mapping[str, Lazy], what: str, device: torch.device | str
-) -> VisionTransformer:
-    """The tower of transformers' configuration, filled; `what` begins the message about tensors that don't fit."""
+def _image_tower(config: Mapping[str, Any]) -> VisionTransformer:
+    """The tower of transformers' configuration, without weights."""
     with torch.device("meta"):
-        tower = VisionTransformer(
+        return VisionTransformer(
             config["image_size"],
             config["patch_size"],
             config["hidden_size"],
@@ -154,8 +195,6 @@ def _image_tower(
             config["intermediate_size"] / config["hidden_size"],
             output_dim=config["projection_dim"],
         )
-    fill(tower, tensors, what, device, torch.float32)
-    return tower.eval()
 
 
 def load_released(config: EncodersConfig, device: torch.device | str = "cpu") -> open_clip.CLIP:

@@ -22,24 +22,32 @@ from torch import Tensor, nn
 from svd.config import EncodersConfig
 from svd.diffusion.edm import Generators, Network, expand, randn
 from svd.diffusion.guidance import Condition
-from svd.model.checkpoint import Lazy, fill
-from svd.model.clip import PIPELINE_PART, load_clip, load_image_tower
+from svd.model.checkpoint import Lazy, fill, read_tensors
+from svd.model.clip import load_clip, load_image_tower, tower_config
+from svd.model.clip_keys import text_to_open_clip
 from svd.model.sgm import read_sgm, told
+from svd.model.weights import IMAGE_PART, TEXT_PART, weights_file
 from svd.stage import UserError
 
 MAX_IDS = 4
+VOCABULARY = 49408  # of CLIP's tokenizer
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower read at its penultimate layer, as Stable Diffusion 2.1 does: 77 x 1024 for ViT-H/14."""
+    """CLIP's text tower read at its penultimate layer, as Stable Diffusion 2.1 does: 77 x 1024 for ViT-H/14.
 
-    def __init__(self, clip: open_clip.CLIP) -> None:
+    whole: False for a tower without its last layer and projection, as SD 2.1's folders hold it. It gives the same
+    context, but no vectors in the joint space.
+    """
+
+    def __init__(self, clip: open_clip.CLIP, whole: bool = True) -> None:
         super().__init__()
         self.token_embedding = clip.token_embedding
         self.positional_embedding = clip.positional_embedding
         self.transformer = clip.transformer
         self.ln_final = clip.ln_final
-        self.text_projection = clip.text_projection
+        self.text_projection = clip.text_projection if whole else None
+        self._context_layers = len(clip.transformer.resblocks) - whole
         self.register_buffer("attn_mask", clip.attn_mask, persistent=False)
         self.context_length = int(clip.context_length)
         self._tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
@@ -63,10 +71,18 @@ class TextEncoder(nn.Module):
 
     def forward(self, captions: Sequence[str]) -> Tensor:
         """Context tokens (B, 77, D): the output of the last layer but one, through the final layer norm."""
-        return self._hidden(self.tokens(captions), len(self.transformer.resblocks) - 1)
+        return self._hidden(self.tokens(captions), self._context_layers)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """(B, L) token ids to (B, E) in the joint space, not normalised; reads the end token of the last layer."""
+        """(B, L) token ids to (B, E) in the joint space, not normalised; reads the end token of the last layer.
+
+        Raises UserError for a tower that isn't whole.
+        """
+        if self.text_projection is None:
+            raise UserError(
+                "this text encoder has no last layer and no projection, so texts can't be compared with pictures; "
+                "give the output of the stage 'encoders'"
+            )
         end = tokens.argmax(1)
         # Attention is causal: what stands behind the end token can't change the result, so it isn't computed.
         x = self._hidden(tokens[:, : int(end.max()) + 1], len(self.transformer.resblocks))
@@ -183,16 +199,46 @@ def load_text_encoder(
         vocabulary, embedding = tensors["token_embedding.weight"].shape[0], tensors["text_projection"].shape[1]
     layers = len({name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")})
     cfg = open_clip.CLIPTextCfg(length, vocabulary, width=width, heads=max(1, width // head_channels), layers=layers)
-    with torch.device("meta"):
-        encoder = TextEncoder(open_clip.CLIP(embedding, open_clip.CLIPVisionCfg(layers=1, image_size=16), cfg))
     # CLIP's temperature is no part of the tower, and the mask, which old versions stored, is a constant.
-    fill(
-        encoder,
-        {n: t for n, t in tensors.items() if n not in ("logit_scale", "attn_mask")},
-        what,
-        device,
-        torch.float32,
+    own = {name: tensor for name, tensor in tensors.items() if name not in ("logit_scale", "attn_mask")}
+    return _text_encoder(cfg, embedding, own, what, device)
+
+
+def load_text_folder(path: Path, device: torch.device | str = "cpu") -> TextEncoder:
+    """SD 2.1's text encoder, frozen, float32, from a folder in transformers' layout (CLIPTextModel).
+
+    Its last layer is the last but one of open_clip's tower, which SD reads: the folder has 23 layers of ViT-H's 24.
+    The tokens are those of SD 2.1's `tokenizer/` (CLIP's vocabulary, padded with token 0). Raises UserError for
+    missing, broken and unfitting files.
+    """
+    config = tower_config(path, "CLIPTextModel", "vocab_size", "max_position_embeddings")
+    if config["vocab_size"] != VOCABULARY:
+        raise UserError(f"{path / 'config.json'}: a vocabulary of {config['vocab_size']}, CLIP's has {VOCABULARY}")
+    cfg = open_clip.CLIPTextCfg(
+        config["max_position_embeddings"],
+        VOCABULARY,
+        width=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        layers=config["num_hidden_layers"],
+        mlp_ratio=config["intermediate_size"] / config["hidden_size"],
     )
+    tensors = text_to_open_clip(read_tensors(weights_file(path, "model")), str(path))
+    return _text_encoder(cfg, None, tensors, f"{path} doesn't fit its config.json", device)
+
+
+def _text_encoder(
+    cfg: open_clip.CLIPTextCfg,
+    embedding: int | None,
+    tensors: Mapping[str, Lazy],
+    what: str,
+    device: torch.device | str,
+) -> TextEncoder:
+    """The tower, filled; embedding: size of the joint space, None for a tower that isn't whole."""
+    with torch.device("meta"):
+        clip = open_clip.CLIP(embedding or 1, open_clip.CLIPVisionCfg(layers=1, image_size=16), cfg)
+        encoder = TextEncoder(clip, embedding is not None)
+    fill(encoder, tensors, what, device, torch.float32)
+    length = cfg.context_length
     encoder.attn_mask = torch.full((length, length), float("-inf"), device=device).triu_(1)
     return encoder.requires_grad_(False).eval()
 
@@ -203,16 +249,28 @@ def load_encoders(folder: Path, config: EncodersConfig, device: torch.device | s
     A released model is accepted too, as a pipeline in diffusers' layout or as a single file: SVD's holds an image
     encoder, SD 2.1's a text encoder. Raises UserError when the encoders can't be had.
     """
-    if folder.is_file() and (text := read_sgm(folder).text):
-        encoder = load_text_encoder(text, f"{folder}: text encoder", device)
-        return Encoders(encoder, None, f"text encoder of {folder.name}")
-    released = folder if folder.is_file() else folder / PIPELINE_PART
-    if folder.is_file() or (released / "config.json").is_file():
-        tower = load_image_tower(released, device).requires_grad_(False)
-        return Encoders(None, ImageEncoder(tower).to(device).eval(), f"image encoder of {folder.name}")
+    if folder.is_file():
+        return _of_file(folder, device)
+    parts = [part for part in (TEXT_PART, IMAGE_PART) if (folder / part / "config.json").is_file()]
+    if parts:
+        text = load_text_folder(folder / TEXT_PART, device) if TEXT_PART in parts else None
+        image = _image_encoder(folder / IMAGE_PART, device) if IMAGE_PART in parts else None
+        kinds = " and ".join(part.replace("_", " ") for part in parts)
+        return Encoders(text, image, f"{kinds} of {folder.name}")
     clip, label = load_clip(folder, config, device)
     clip.requires_grad_(False)
     return Encoders(TextEncoder(clip).to(device).eval(), ImageEncoder(clip.visual).to(device).eval(), label)
+
+
+def _of_file(file: Path, device: torch.device | str) -> Encoders:
+    if text := read_sgm(file).text:
+        encoder = load_text_encoder(text, f"{file}: text encoder", device)
+        return Encoders(encoder, None, f"text encoder of {file.name}")
+    return Encoders(None, _image_encoder(file, device), f"image encoder of {file.name}")
+
+
+def _image_encoder(path: Path, device: torch.device | str) -> ImageEncoder:
+    return ImageEncoder(load_image_tower(path, device).requires_grad_(False)).to(device).eval()
 
 
 def from_uint8(frames: NDArray[np.uint8]) -> Tensor:

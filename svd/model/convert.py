@@ -17,10 +17,12 @@ import torch
 
 from svd.model.autoencoder import Autoencoder
 from svd.model.checkpoint import check_fit, read_tensors, write_tensors
-from svd.model.clip_keys import heads_of, to_open_clip, to_transformers, transformers_config
+from svd.model.clip import image_tower_of, image_tower_of_folder
+from svd.model.clip_keys import to_transformers
 from svd.model.layout import (
     autoencoder_from_json,
     autoencoder_to_json,
+    learned_mixers,
     read_config,
     unet_from_json,
     unet_to_json,
@@ -111,6 +113,7 @@ def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None, frames:
     config = unet_config(parts)
     unet = unet_from_sgm(parts.unet, config)
     check_fit(expected(UNet, config), unet, "the file's U-Net")
+    unet, config = learned_mixers(unet, config)
     count = _write(work / "unet", unet_to_json(config, frames), unet, dtype)
     missing, image_size = [], 0
     if parts.first_stage:
@@ -119,9 +122,8 @@ def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None, frames:
         count += _write(work / "vae", autoencoder_to_json(first), tensors, dtype)
     else:
         missing.append("vae")
-    visual = {n.removeprefix("visual."): t for n, t in parts.clip.items() if n.startswith("visual.")}
+    clip, visual = image_tower_of(parts, "the file's image encoder")
     if visual:
-        clip = transformers_config(visual, parts.config.get("clip_heads"))
         image_size = clip["image_size"]
         count += _write(work / "image_encoder", clip, to_transformers(visual), dtype, CLIP_WEIGHTS)
     else:
@@ -166,6 +168,7 @@ def _to_file(source: Path, target: Path, dtype: torch.dtype | None, frames: int)
     config = unet_from_json(read_config(unet / "config.json"), unet / "config.json")
     tensors = read_tensors(weights_file(unet))
     check_fit(expected(UNet, config), tensors, f"{unet}: U-Net")
+    tensors, config = learned_mixers(tensors, config)
     parts = SgmParts(unet=unet_to_sgm(tensors, config), config=stored_config(config, None, frames))
     missing = []
     if (source / "vae").is_dir():
@@ -178,10 +181,9 @@ def _to_file(source: Path, target: Path, dtype: torch.dtype | None, frames: int)
     else:
         missing.append("vae")
     if (source / "image_encoder").is_dir():
-        path = source / "image_encoder"
-        visual = to_open_clip(read_tensors(weights_file(path, "model")))
+        clip, visual = image_tower_of_folder(source / "image_encoder")
         parts.clip = {f"visual.{name}": tensor for name, tensor in visual.items()}
-        parts.config["clip_heads"] = heads_of(read_config(path / "config.json"), path / "config.json")
+        parts.config["clip_heads"] = clip["num_attention_heads"]
     else:
         missing.append("image_encoder")
     _read_rest(source, parts)

@@ -5,11 +5,13 @@ The transfer is our own: a download that was killed goes on where it stopped, wh
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import httpx
@@ -27,60 +29,30 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
-from svd.model.checkpoint import PICKLES, check_hash, read_header
-from svd.stage import UserError
+from svd.model.checkpoint import PICKLES, check_hash, read_header, some
+from svd.model.layout import read_config
+from svd.stage import UserError, write_json
 
 WANTED = (".safetensors", ".json", ".txt", ".model")
 CACHE = "SVD_CACHE"
+FETCHED = "fetched.json"
 UNET_FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")
 VAE_FILES = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
 ATTEMPTS = 6
 BACKOFF = 1.0  # seconds before the second attempt; doubles with each
 
 
-def fetch(
-    repo_id: str,
-    target: Path,
-    *,
-    filenames: Sequence[str] | None = None,
-    revision: str = "main",
-    token: str | None = None,
-    sha256: Mapping[str, str] | None = None,
-    resume: bool = True,
-    endpoint: str | None = None,
-) -> list[Path]:
-    """Download files of a hub repository into `target`; gives their paths.
-
-    filenames: None takes every safetensors, JSON and text file. sha256: expected hash by file name; a safetensors file
-    is always checked for being complete. token: for gated repositories (or the environment's HF_TOKEN). resume: go on
-    with a broken download; False starts afresh. endpoint: another hub (or the environment's HF_ENDPOINT).
-    Raises UserError, in one line, for an unknown repository, revision or file, missing rights, no network, pickled
-    files, a file cut short and a wrong hash.
+@dataclass(frozen=True)
+class Repository:
+    """A repository on a hub. revision: as the user named it. commit: what that was when the first answer came; None
+    before, and for hubs that don't say.
     """
-    endpoint = endpoint or os.environ.get("HF_ENDPOINT") or None
-    names = list(filenames) if filenames is not None else _list(repo_id, revision, token, endpoint)
-    for name in names:
-        if Path(name).suffix in PICKLES:
-            raise UserError(
-                f"{repo_id}/{name}: pickled checkpoints can run code and are refused; name a .safetensors file"
-            )
-    paths = []
-    for name in names:
-        path, remote = _download(repo_id, name, target, revision, token, resume, endpoint)
-        _check(path, remote, (sha256 or {}).get(name))
-        paths.append(path)
-    return paths
 
-
-def _list(repo_id: str, revision: str, token: str | None, endpoint: str | None) -> list[str]:
-    try:
-        siblings = HfApi(endpoint=endpoint, token=token).model_info(repo_id, revision=revision).siblings
-    except Exception as error:
-        raise _explain(error, repo_id, revision, endpoint) from None
-    wanted = sorted(file.rfilename for file in siblings or [] if file.rfilename.endswith(WANTED))
-    if not any(name.endswith(".safetensors") for name in wanted):
-        raise UserError(f"{repo_id}: this repository has no .safetensors file")
-    return wanted
+    id: str
+    revision: str
+    token: str | None
+    endpoint: str | None
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +67,7 @@ class Remote:
     key: str
     size: int
     token: str | None
+    commit: str | None
 
     @property
     def sha256(self) -> str | None:
@@ -102,20 +75,105 @@ class Remote:
         return self.key if re.fullmatch(r"[0-9a-f]{64}", self.key) else None
 
 
-def _download(
-    repo_id: str, name: str, target: Path, revision: str, token: str | None, resume: bool, endpoint: str | None
-) -> tuple[Path, Remote]:
-    path = target / name
+def fetch(
+    repo_id: str,
+    target: Path,
+    *,
+    filenames: Sequence[str] | None = None,
+    include: Sequence[str] | None = None,
+    revision: str = "main",
+    token: str | None = None,
+    sha256: Mapping[str, str] | None = None,
+    resume: bool = True,
+    endpoint: str | None = None,
+) -> list[Path]:
+    """Download files of a hub repository into `target`; gives their paths.
+
+    All files come from one commit, whatever is pushed meanwhile: the one that `revision` is at the beginning. It is
+    kept for every file in `target/fetched.json`. filenames: exact names. include: glob patterns (`*` takes `/`, too),
+    which choose among the safetensors, JSON and text files; without names and patterns these are taken all. sha256:
+    expected hash by file name; a safetensors file is always checked for being complete. token: for gated repositories
+    (or the environment's HF_TOKEN). resume: go on with a broken download; False starts afresh. endpoint: another hub
+    (or the environment's HF_ENDPOINT).
+    Raises UserError, in one line, for an unknown repository, revision or file, a pattern without files, missing
+    rights, no network, pickled files, a file cut short and a wrong hash.
+    """
+    repository = Repository(repo_id, revision, token, endpoint or os.environ.get("HF_ENDPOINT") or None)
+    names = list(filenames or [])
+    for name in names:
+        if Path(name).suffix in PICKLES:
+            raise UserError(
+                f"{repo_id}/{name}: pickled checkpoints can run code and are refused; name a .safetensors file"
+            )
+    if include or filenames is None:
+        listed, repository = _list(repository)
+        names += [name for name in _chosen(listed, include or ["*"], repo_id) if name not in names]
+    paths = []
+    for name in names:
+        path, remote = _download(repository, name, target, resume)
+        repository = replace(repository, commit=repository.commit or remote.commit)
+        _check(path, remote, (sha256 or {}).get(name))
+        _record(target, repository, name)
+        paths.append(path)
+    return paths
+
+
+def _list(repository: Repository) -> tuple[list[str], Repository]:
+    """The names that may be taken, and the repository with its commit."""
     try:
-        url = hf_hub_url(repo_id, name, revision=revision, endpoint=endpoint)
-        meta = get_hf_file_metadata(url, token=token, endpoint=endpoint)
-        remote = Remote(url, meta.etag or "unknown", meta.size or 0, token)
-        if not (resume and path.is_file() and path.stat().st_size == remote.size):
+        api = HfApi(endpoint=repository.endpoint, token=repository.token)
+        info = api.model_info(repository.id, revision=repository.revision)
+    except Exception as error:
+        raise _explain(error, repository.id, repository) from None
+    wanted = sorted(file.rfilename for file in info.siblings or [] if file.rfilename.endswith(WANTED))
+    return wanted, replace(repository, commit=info.sha)
+
+
+def _chosen(names: Sequence[str], patterns: Sequence[str], repo_id: str) -> list[str]:
+    """The names that fit a pattern. Raises UserError when a pattern fits none, and without any safetensors file."""
+    if not any(name.endswith(".safetensors") for name in names):
+        raise UserError(f"{repo_id}: this repository has no .safetensors file")
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"{repo_id}: no safetensors, JSON or text file fits '{pattern}'; it has {some(names)}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _record(target: Path, repository: Repository, name: str) -> None:
+    """Keep which commit a file is of, beside what an earlier call has fetched into the folder."""
+    path = target / FETCHED
+    record = read_config(path) if path.is_file() else {}
+    record[name] = {"repository": repository.id, "commit": repository.commit}
+    write_json(path, record)
+
+
+def _download(repository: Repository, name: str, target: Path, resume: bool) -> tuple[Path, Remote]:
+    path, token, endpoint = target / name, repository.token, repository.endpoint
+
+    def url(revision: str) -> str:
+        return hf_hub_url(repository.id, name, revision=revision, endpoint=endpoint)
+
+    try:
+        asked = repository.commit or repository.revision
+        meta = get_hf_file_metadata(url(asked), token=token, endpoint=endpoint)
+        address = url(repository.commit or meta.commit_hash or asked)
+        remote = Remote(address, meta.etag or "unknown", meta.size or 0, token, meta.commit_hash)
+        if not (resume and path.is_file() and _may_be(path, remote)):
             path.parent.mkdir(parents=True, exist_ok=True)
             _retried(remote, path, resume)
     except Exception as error:
-        raise _explain(error, f"{repo_id}/{name}", revision, endpoint) from None
+        raise _explain(error, f"{repository.id}/{name}", repository) from None
     return path, remote
+
+
+def _may_be(path: Path, remote: Remote) -> bool:
+    """Whether a file that is here already has the size and, for small files, of which the hub states it, git's hash."""
+    if path.stat().st_size != remote.size:
+        return False
+    if not re.fullmatch(r"[0-9a-f]{40}", remote.key):
+        return True
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == remote.key
 
 
 def _retried(remote: Remote, path: Path, resume: bool) -> None:
@@ -173,9 +231,9 @@ def _check(path: Path, remote: Remote, sha256: str | None) -> None:
         raise
 
 
-def _explain(error: Exception, what: str, revision: str, endpoint: str | None) -> Exception:
+def _explain(error: Exception, what: str, repository: Repository) -> Exception:
     """A UserError in one line for the hub's and the network's errors; any other error is returned as it is."""
-    hub = endpoint or "the hub"
+    hub, revision = repository.endpoint or "the hub", repository.revision
     if isinstance(error, GatedRepoError):
         return UserError(f"{what}: gated; accept its licence on {hub} and give a token (--token or HF_TOKEN)")
     if isinstance(error, RepositoryNotFoundError):

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
 
 from svd.model.autoencoder import AutoencoderConfig
+from svd.model.checkpoint import Lazy
 from svd.model.unet import UNetConfig
 from svd.stage import UserError
+
+Config = TypeVar("Config", AutoencoderConfig, UNetConfig)
 
 OURS = "svd"
 VERSION = "0.30.0"  # of the layout: what diffusers writes as `_diffusers_version`
@@ -63,21 +71,22 @@ def autoencoder_to_json(config: AutoencoderConfig, sample_size: int = 768) -> di
 def autoencoder_from_json(value: dict[str, Any], path: Path) -> AutoencoderConfig:
     """Raises UserError for another class than the two autoencoders and for missing keys."""
     if OURS in value:
-        return _from_ours(AutoencoderConfig, value[OURS], path)
+        return configuration(AutoencoderConfig, value[OURS], str(path))
     kind = value.get("_class_name")
     if kind not in ("AutoencoderKL", "AutoencoderKLTemporalDecoder"):
         raise UserError(
             f"{path}: '{kind}' isn't an autoencoder; expected AutoencoderKL or AutoencoderKLTemporalDecoder"
         )
-    return AutoencoderConfig(
-        in_channels=value.get("in_channels", 3),
-        latent_channels=value.get("latent_channels", 4),
-        block_out_channels=tuple(_need(value, "block_out_channels", path)),
-        layers_per_block=value.get("layers_per_block", 1),
-        scaling_factor=value.get("scaling_factor", 0.18215),
-        temporal_decoder=kind == "AutoencoderKLTemporalDecoder",
-        norm_groups=value.get("norm_num_groups", 32),
-    )
+    with _readable(path, "an autoencoder"):
+        return AutoencoderConfig(
+            in_channels=value.get("in_channels", 3),
+            latent_channels=value.get("latent_channels", 4),
+            block_out_channels=tuple(value["block_out_channels"]),
+            layers_per_block=value.get("layers_per_block", 1),
+            scaling_factor=value.get("scaling_factor", 0.18215),
+            temporal_decoder=kind == "AutoencoderKLTemporalDecoder",
+            norm_groups=value.get("norm_num_groups", 32),
+        )
 
 
 def published_frames(path: Path) -> int:
@@ -122,51 +131,80 @@ def _block_types(attention: tuple[bool, ...], suffix: str) -> tuple[list[str], l
 def unet_from_json(value: dict[str, Any], path: Path) -> UNetConfig:
     """Raises UserError for another class than the two U-Nets and for missing keys."""
     if OURS in value:
-        return _from_ours(UNetConfig, value[OURS], path)
+        return configuration(UNetConfig, value[OURS], str(path))
     kind = value.get("_class_name")
     if kind not in ("UNetSpatioTemporalConditionModel", "UNet2DConditionModel"):
         raise UserError(
             f"{path}: '{kind}' isn't a U-Net; expected UNetSpatioTemporalConditionModel or UNet2DConditionModel"
         )
-    temporal = kind == "UNetSpatioTemporalConditionModel"
-    widths = tuple(_need(value, "block_out_channels", path))
+    with _readable(path, "a U-Net"):
+        return _unet_of_diffusers(value, kind == "UNetSpatioTemporalConditionModel", path)
+
+
+def _unet_of_diffusers(value: dict[str, Any], temporal: bool, path: Path) -> UNetConfig:
+    widths = tuple(value["block_out_channels"])
     # In UNet2DConditionModel `attention_head_dim` holds the number of heads: a known misnomer of diffusers.
-    heads = _need(value, "num_attention_heads" if temporal else "attention_head_dim", path)
+    heads = value["num_attention_heads" if temporal else "attention_head_dim"]
     counts = [heads] * len(widths) if isinstance(heads, int) else list(heads)
     sizes = {width // count for width, count in zip(widths, counts, strict=True)}
     if len(sizes) != 1:
         raise UserError(f"{path}: heads of different sizes {sorted(sizes)}; one size for all levels is supported")
     embedding = value.get("addition_time_embed_dim") or 256
     return UNetConfig(
-        in_channels=_need(value, "in_channels", path),
-        out_channels=_need(value, "out_channels", path),
+        in_channels=value["in_channels"],
+        out_channels=value["out_channels"],
         block_out_channels=widths,
-        attention_levels=tuple("CrossAttn" in name for name in _need(value, "down_block_types", path)),
+        attention_levels=tuple("CrossAttn" in name for name in value["down_block_types"]),
         layers_per_block=value.get("layers_per_block", 2),
         head_channels=sizes.pop(),
-        cross_attention_dim=_need(value, "cross_attention_dim", path),
+        cross_attention_dim=value["cross_attention_dim"],
         id_embedding_dim=embedding,
         ids=(value["projection_class_embeddings_input_dim"] // embedding) if temporal else 0,
         temporal=temporal,
     )
 
 
-def _need(value: dict[str, Any], key: str, path: Path) -> Any:
-    if key not in value:
-        raise UserError(f"{path}: '{key}' is missing")
-    return value[key]
-
-
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def _from_ours(cls: type[Any], values: dict[str, Any], path: Path) -> Any:
-    known = {field.name for field in fields(cls)}
-    unknown = sorted(set(values) - known)
+def configuration(cls: type[Config], values: Any, what: str) -> Config:
+    """Our configuration from its fields as JSON keeps them. what: the beginning of messages.
+
+    Raises UserError, in one line, for what isn't an object, unknown fields, and values that are wrong or missing.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{what}: expected an object with the fields of {cls.__name__}")
+    unknown = sorted(set(values) - {field.name for field in fields(cls)})
     if unknown:
-        raise UserError(f"{path}: unknown {cls.__name__} field(s) {', '.join(unknown)}; written by a newer version?")
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        raise UserError(f"{what}: unknown {cls.__name__} field(s) {', '.join(unknown)}; written by a newer version?")
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{what}: {place + ': ' if place else ''}{first['msg']}") from None
+
+
+@contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    """Turn what odd values do to the reading of diffusers' keys into one line."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is missing") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: not the configuration of {kind} ({error})") from None
+
+
+def learned_mixers(tensors: Mapping[str, Lazy], config: UNetConfig) -> tuple[dict[str, Lazy], UNetConfig]:
+    """A U-Net as released layouts keep it: they know no fixed mixers, so α is written as what a learned one is the
+    sigmoid of. Other U-Nets are given back as they are.
+    """
+    if config.mixer != "fixed":
+        return dict(tensors), config
+    logit = {name: tensor.map(torch.logit) for name, tensor in tensors.items() if name.endswith("mix_factor")}
+    return {**tensors, **logit}, replace(config, mixer="learned")
 
 
 def scheduler_json() -> dict[str, Any]:

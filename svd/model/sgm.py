@@ -21,6 +21,7 @@ import torch
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.checkpoint import Lazy, fill, of_module, read_metadata, read_tensors, write_tensors
 from svd.model.keys import autoencoder_table, invert, is_attention_projection, unet_table
+from svd.model.layout import configuration, learned_mixers
 from svd.model.unet import UNet, UNetConfig
 from svd.stage import UserError
 
@@ -60,7 +61,7 @@ def read_sgm(path: Path, sha256: str | None = None) -> SgmParts:
     """The parts of a single file, unread. Raises UserError for broken files and for tensors under unknown prefixes."""
     tensors = read_tensors(path, sha256)
     parts, others = split(tensors)
-    parts.config = json.loads(read_metadata(path).get(METADATA, "{}"))
+    parts.config = stored_facts(path)
     unknown = [name for name in others if not IGNORED.match(name)]
     if unknown:
         raise UserError(f"{path}: {len(unknown)} tensors under unknown names, such as '{unknown[0]}'; not an sgm file")
@@ -69,6 +70,27 @@ def read_sgm(path: Path, sha256: str | None = None) -> SgmParts:
             f"{path}: no U-Net ('{PREFIXES['unet']}…'); not an sgm file of Stable Video Diffusion or SD 2.1"
         )
     return parts
+
+
+def stored_facts(path: Path) -> dict[str, Any]:
+    """What a single file of ours says of itself (see `stored_config`); empty for others'.
+
+    Raises UserError, in one line, for a broken file and for facts that aren't ours.
+    """
+    try:
+        facts = json.loads(read_metadata(path).get(METADATA, "{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: '{METADATA}' in its metadata is not valid JSON: {error}") from None
+    if not isinstance(facts, dict):
+        raise UserError(f"{path}: '{METADATA}' in its metadata isn't an object")
+    for name in ("frames", "clip_heads"):
+        if name in facts and (type(facts[name]) is not int or facts[name] < 1):
+            raise UserError(f"{path}: '{METADATA}' in its metadata: {name} is {facts[name]!r}, not a positive number")
+    if "unet" in facts:
+        configuration(UNetConfig, facts["unet"], f"{path}: '{METADATA}' in its metadata")
+    if "first_stage" in facts:
+        configuration(AutoencoderConfig, facts["first_stage"], f"{path}: '{METADATA}' in its metadata")
+    return facts
 
 
 def split(tensors: Mapping[str, Lazy]) -> tuple[SgmParts, list[str]]:
@@ -94,7 +116,7 @@ def unet_config(parts: SgmParts) -> UNetConfig:
     Raises UserError when a tensor that says it is missing or has an impossible shape.
     """
     if "unet" in parts.config:
-        return UNetConfig(**_tuples(parts.config["unet"]))
+        return configuration(UNetConfig, parts.config["unet"], f"'{METADATA}' in the file's metadata")
     with told("the file's U-Net"):
         return _unet_of_shapes(parts.unet)
 
@@ -106,7 +128,7 @@ def told(what: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise UserError(f"{what}: tensor {error} is missing") from None
-    except (ValueError, IndexError, StopIteration, ZeroDivisionError) as error:
+    except (ValueError, TypeError, IndexError, StopIteration, ZeroDivisionError) as error:
         raise UserError(f"{what}: names and shapes of its tensors fit no network of this kind ({error})") from None
 
 
@@ -140,13 +162,13 @@ def _mask(tensors: Mapping[str, Lazy]) -> dict[str, Any]:
     return {"learned_mask": True, "mask_size": tuple(tensors["mask_latent"].shape[1:])}
 
 
-def autoencoder_config(tensors: Mapping[str, Lazy], stored: Mapping[str, Any] | None = None) -> AutoencoderConfig:
+def autoencoder_config(tensors: Mapping[str, Lazy], stored: Any = None) -> AutoencoderConfig:
     """Configuration of an autoencoder: as stored by us, or from the shapes of its tensors (SD's scaling factor).
 
     Raises UserError when a tensor that says it is missing or has an impossible shape.
     """
     if stored:
-        return AutoencoderConfig(**_tuples(stored))
+        return configuration(AutoencoderConfig, stored, f"'{METADATA}' in the file's metadata")
     with told("the file's autoencoder"):
         return _autoencoder_of_shapes(tensors)
 
@@ -175,10 +197,6 @@ def image_autoencoder_config(parts: SgmParts) -> AutoencoderConfig:
     if "first_stage" in parts.config:
         return replace(first_stage_config(parts), temporal_decoder=False)
     return autoencoder_config(parts.image_autoencoder)
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def stored_config(
@@ -328,10 +346,11 @@ def save_sgm(
     The autoencoder's encoder and `quant_conv` go to the conditioner, and folded into one to the first stage; the
     conditioner's image decoder, which nothing uses, is left out unless the autoencoder is an image autoencoder.
     """
+    tensors, config = learned_mixers(of_module(unet), unet.config)
     parts = SgmParts(
-        unet=unet_to_sgm(of_module(unet), unet.config),
+        unet=unet_to_sgm(tensors, config),
         clip=dict(clip or {}),
-        config=stored_config(unet.config, autoencoder.config, frames) | ({"clip_heads": heads} if heads else {}),
+        config=stored_config(config, autoencoder.config, frames) | ({"clip_heads": heads} if heads else {}),
     )
     place_autoencoder(parts, autoencoder_to_sgm(of_module(autoencoder), autoencoder.config), autoencoder.config)
     write_sgm(path, parts)

@@ -7,7 +7,6 @@ folders as `unet/`, `vae/`, … with `model_index.json`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,12 +14,14 @@ import torch
 from torch import nn
 
 from svd.model.autoencoder import Autoencoder
-from svd.model.checkpoint import Lazy, file_hash, fill, of_module, read_metadata, read_tensors, write_tensors
+from svd.model.checkpoint import Lazy, file_hash, fill, of_module, read_header, read_tensors, write_tensors
 from svd.model.clip_keys import to_transformers, transformers_config
 from svd.model.layout import (
+    OURS,
     autoencoder_from_json,
     autoencoder_to_json,
     image_processor_json,
+    learned_mixers,
     model_index_json,
     published_frames,
     read_config,
@@ -28,11 +29,12 @@ from svd.model.layout import (
     unet_from_json,
     unet_to_json,
 )
-from svd.model.sgm import METADATA, build_autoencoder, build_unet, read_sgm
+from svd.model.sgm import build_autoencoder, build_unet, read_sgm, stored_facts
 from svd.model.unet import UNet, UNetConfig
 from svd.stage import UserError, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+ENCODERS = IMAGE_PART, TEXT_PART = "image_encoder", "text_encoder"  # folders of a pipeline
 
 
 def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
@@ -82,6 +84,24 @@ def part_of(folder: Path, part: str) -> Path:
     return folder / part if (folder / part / "config.json").is_file() else folder
 
 
+def is_released(model: Path) -> bool:
+    """Whether this is a model as Stability publishes it: a single file, the folder of a pipeline, or a folder with a
+    U-Net that diffusers has written, not training here.
+    """
+    if model.is_file() or (model / "model_index.json").is_file():
+        return True
+    path = part_of(model, "unet") / "config.json"
+    config = read_config(path) if path.is_file() else {}
+    return OURS not in config and str(config.get("_class_name")).startswith("UNet")
+
+
+def bundled(model: Path | None, *parts: str) -> Path | None:
+    """The model itself when it brings one of these parts: a single file, or a folder that has them."""
+    if model is None or not (model.is_file() or any((model / part / "config.json").is_file() for part in parts)):
+        return None
+    return model
+
+
 def modern_attention_names(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """Old autoencoder folders (SD 1 and 2) call the attention's layers query, key, value and proj_attn."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -102,16 +122,37 @@ def trained_frames(folder_or_file: Path) -> int | None:
     A folder's config.json says it, a single file's metadata when it is ours, else its published name.
     """
     if not folder_or_file.is_file():
-        return read_config(part_of(folder_or_file, "unet") / "config.json").get("num_frames")
-    stored = json.loads(read_metadata(folder_or_file).get(METADATA, "{}")).get("frames")
-    return int(stored) if stored else published_frames(folder_or_file)
+        config = read_config(part_of(folder_or_file, "unet") / "config.json")
+        return 1 if config.get("_class_name") == "UNet2DConditionModel" else config.get("num_frames")
+    if not any(".time_stack." in name for name in read_header(folder_or_file)):
+        return 1
+    return stored_facts(folder_or_file).get("frames") or published_frames(folder_or_file)
+
+
+def published_clip(model: Path) -> tuple[int, int, int]:
+    """Frames, height and width that a released model was trained at: 576 x 1024, or a square of an image model."""
+    frames = trained_frames(model) or 14
+    if frames > 1:
+        return frames, 576, 1024
+    if model.is_file():  # v2-1_512-ema-pruned and v2-1_768-ema-pruned
+        side = 512 if "512" in model.stem else 768
+    else:
+        side = 8 * read_config(part_of(model, "unet") / "config.json").get("sample_size", 96)
+    return frames, side, side
 
 
 def save_unet(unet: UNet, folder: Path, frames: int = 14) -> None:
-    """Write the U-Net in diffusers' layout; `frames` is the default length that diffusers reads from the config."""
+    """Write the U-Net in diffusers' layout; `frames` is the default length that diffusers reads from the config.
+
+    Fixed mixers stay fixed, which diffusers doesn't know: `save_pipeline` writes those for it.
+    """
+    _write_unet(of_module(unet), unet.config, folder, frames)
+
+
+def _write_unet(tensors: Mapping[str, Lazy], config: UNetConfig, folder: Path, frames: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, of_module(unet))
-    write_json(folder / "config.json", unet_to_json(unet.config, frames))
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / "config.json", unet_to_json(config, frames))
 
 
 def load_unet(folder_or_file: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> UNet:
@@ -166,7 +207,7 @@ def save_pipeline(
             f"diffusers has a pipeline for image-to-video models alone (8 input channels, 3 ids, temporal "
             f"decoder); this model has {config.in_channels} channels and {config.ids} ids; save its parts instead"
         )
-    save_unet(unet, folder / "unet", frames)
+    _write_unet(*learned_mixers(of_module(unet), config), folder / "unet", frames)
     save_autoencoder(autoencoder, folder / "vae")
     tensors = of_module(visual)
     value = transformers_config(tensors, heads)

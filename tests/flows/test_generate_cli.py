@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_models import released_layout
+from toy_models import released_layout, toy_autoencoder, toy_unet
+from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner
 
 from flows import generate_cli
@@ -266,6 +267,22 @@ def test_watermark_lora_and_offloading(run, tmp_path, trained):
         run(*lora, "--lora", "zoom", "--lora", "zoom:0.5")
 
 
+def test_compiled_networks_make_the_same_clip(run, tmp_path, monkeypatch):
+    """By graph capture alone: generating code for a CPU takes minutes."""
+    compiled = []
+    original = UNet.compile_blocks
+
+    def capture(unet):
+        compiled.append(unet)
+        original(unet, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(UNet, "compile_blocks", capture)
+    line = ["text", "a ball", *SIZE, *QUICK, "--format", "png", "--out"]
+    (plain,), (fast,) = run(*line, "a"), run(*line, "b", "--compile", "--offload")
+    assert len(compiled) == 1 and all(block._compiled_call_impl is not None for block in compiled[0].blocks())
+    assert (read_clip(tmp_path / plain)[0] - read_clip(tmp_path / fast)[0]).abs().max() <= 1 / 255
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -312,9 +329,94 @@ def test_a_single_file_is_a_whole_model(run, tmp_path, picture):
     assert generate_cli.clip_size(networks, generate_cli.Size(), phase) == (25, 576, 1024)
 
 
+def published(folder):
+    """The folder as diffusers would have written it: without our keys in the configurations."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("svd", None)
+        path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A released pipeline's folder without its index."""
+    write_sgm(tmp_path / "svd.safetensors", released_layout())
+    convert(tmp_path / "svd.safetensors", tmp_path / "parts", "diffusers")
+    (tmp_path / "parts/model_index.json").unlink()
+    return published(tmp_path / "parts")
+
+
+def test_a_pipelines_folder_without_its_index_is_a_whole_model(run, tmp_path, picture, folder):
+    clips = []
+    for model in ("svd.safetensors", "parts"):
+        (path,) = run("image", picture, "-m", model, "--out", model.split(".")[0], *SIZE, *QUICK)
+        clips.append(read_frames(tmp_path / path)[0])
+    assert np.abs(clips[0].astype(float) - clips[1]).mean() < 1
+    assert read_metadata(tmp_path / path).items() >= {"autoencoder": "parts", "encoders": "parts"}.items()
+    phase = generate_cli.load_preset("tiny").image_to_video.phases[-1]
+    for model in (folder, folder / "unet"):
+        networks = generate_cli.Networks(model=model)
+        assert generate_cli.clip_size(networks, generate_cli.Size(), phase) == (14, 576, 1024)
+        assert generate_cli.base_sampling(networks, generate_cli.Sampling(steps=3)).steps == 25
+
+
+def test_a_released_models_missing_parts_are_asked_for(run, tmp_path, picture, folder, trained):
+    """The preset's own networks don't stand in for them, but they do for a model that was trained here."""
+    (folder / "vae").rename(tmp_path / "vae")
+    (folder / "image_encoder").rename(tmp_path / "image_encoder")
+    line = ["image", picture, "-m", "parts", *SIZE, *QUICK]
+    with pytest.raises(UserError, match=r"^parts: no vae/ in this folder; give the autoencoder with --autoencoder$"):
+        run(*line)
+    with pytest.raises(UserError, match=r"^parts: no image_encoder/ or text_encoder/ in this folder; .* --encoders$"):
+        run(*line, "--autoencoder", "vae")
+    assert run(*line, "--autoencoder", "vae", "--encoders", ".") == ["generated/cup-0.mp4"]
+    with pytest.raises(UserError, match=r"'AutoencoderKLTemporalDecoder' isn't a U-Net"):
+        run("image", picture, "-m", "vae", *SIZE, *QUICK)
+    (tmp_path / "only").mkdir()
+    (tmp_path / "vae").rename(tmp_path / "only/vae")
+    with pytest.raises(UserError, match=r"^only: no U-Net in this folder \(config\.json, or unet/config\.json\)$"):
+        run("image", picture, "-m", "only", *SIZE, *QUICK)
+    (orbit,) = run("image", picture, "-m", trained / "tiny/image-to-video", *SIZE, *QUICK)
+    assert read_metadata(tmp_path / orbit)["autoencoder"] == str(trained / "tiny/autoencoder")
+
+
+@pytest.fixture
+def sd(tmp_path):
+    """SD 2.1's folder, small: an image U-Net, an image autoencoder and a text encoder."""
+    folder = tmp_path / "sd"
+    save_unet(toy_unet(temporal=False, in_channels=4, ids=0), folder / "unet")
+    save_autoencoder(toy_autoencoder(temporal=False), folder / "vae")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    CLIPTextModel(CLIPTextConfig(**sizes, hidden_act="gelu")).save_pretrained(folder / "text_encoder")
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"sample_size": 16}))
+    return published(folder)
+
+
+def test_a_folder_of_stable_diffusion_makes_pictures(run, tmp_path, sd):
+    line = ["text", "a ball", "-m", sd, "--objective", "discrete-v", "--format", "png", *QUICK]
+    (path,) = run(*line)
+    assert np.asarray(Image.open(tmp_path / path)).shape == (128, 128, 3)  # as trained: 8 pixels a latent
+    with pytest.raises(UserError, match="this U-Net is an image model: it makes 1 frame, not 2"):
+        run(*line, "--frames", 2)
+    with pytest.raises(UserError, match="4 input channels"):
+        run("image", path, "-m", sd, "--frames", 1)
+
+
 @pytest.mark.parametrize("command", ["text", "image", "interpolate", "multiview"])
 def test_help_explains_every_option(command):
     result = CliRunner().invoke(generate_app, [command, "--help"], env={"COLUMNS": "140"})
     assert result.exit_code == 0
-    for option in ("--model", "--device", "--dtype", "--offload", "--seed", "--steps", "--watermark", "--lora"):
+    for option in (
+        "--model",
+        "--device",
+        "--dtype",
+        "--offload",
+        "--seed",
+        "--steps",
+        "--watermark",
+        "--lora",
+        "--compile",
+    ):
         assert option in result.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,43 @@ def test_another_format_is_refused(tmp_path: Path, content: bytes) -> None:
     one_line(error)
 
 
+def with_header(path: Path, change: Callable[[dict], object]) -> None:
+    """Rewrite the header of a file."""
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    text = json.dumps(change(json.loads(data[8 : 8 + length]))).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+@pytest.mark.parametrize("metadata", [["list"], "text", {"svd.config": {"frames": 14}}, None])
+def test_odd_metadata_is_one_line(file: Path, metadata: object) -> None:
+    with_header(file, lambda header: header | {"__metadata__": metadata})
+    with pytest.raises(UserError, match=r"not a safetensors file \(broken header at '__metadata__'\)") as error:
+        read_metadata(file)
+    assert one_line(error).startswith(str(file))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": None}, {"dtype": "F7"}, {"shape": None}, {"shape": "2x3"}, {"shape": [2, -3]}, {"shape": [2, 4]},
+        {"data_offsets": [0]}, {"data_offsets": [4, 28]}, {"data_offsets": None},
+    ],
+)  # fmt: skip
+def test_an_odd_entry_is_one_line(file: Path, entry: dict) -> None:
+    with_header(file, lambda header: header | {"a": header["a"] | entry})
+    with pytest.raises(UserError) as error:
+        read_tensors(file)
+    assert one_line(error).startswith(str(file))
+
+
+@pytest.mark.parametrize("change", [lambda header: [header], lambda header: header | {"a": 7}, lambda header: 7])
+def test_an_odd_header_is_one_line(file: Path, change: Callable[[dict], object]) -> None:
+    with_header(file, change)
+    with pytest.raises(UserError, match="not a safetensors file"):
+        read_tensors(file)
+
+
 @pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt", "disguised.safetensors"])
 def test_pickle_is_refused_whatever_its_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
@@ -138,9 +176,10 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     (tmp_path / "m-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"m-2\.safetensors: no such file"):
         read_tensors(index)
-    index.write_text("{}")
-    with pytest.raises(UserError, match="not an index"):
-        read_tensors(index)
+    for text in ("{}", "[]", "{", '{"weight_map": ["m-1.safetensors"]}', '{"weight_map": {"a": 1}}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match="not an index"):
+            read_tensors(index)
 
 
 def test_the_diff_names_every_kind_of_mismatch() -> None:

@@ -1,15 +1,18 @@
 """Encoders, micro-conditioning and noise augmentation."""
 
+import json
 import math
 
 import open_clip
 import pytest
 import torch
 from toy_models import toy_unet
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from svd.config import EncodersConfig
 from svd.model import clip as clips
-from svd.model.checkpoint import of_module
+from svd.model.checkpoint import of_module, of_tensor, write_tensors
+from svd.model.clip_keys import to_transformers, transformers_config
 from svd.model.conditioning import (
     Encoders,
     ImageEncoder,
@@ -263,3 +266,97 @@ def test_a_damaged_text_encoder_is_one_line(sd_file, name):
     with pytest.raises(UserError, match=name) as error:
         load_text_encoder(tensors, "sd.safetensors")
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def text_model():
+    """transformers' text tower as in SD 2.1's folder, small."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = CLIPTextModel(CLIPTextConfig(**sizes, hidden_act="gelu")).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.3)
+    return model
+
+
+def text_folder(model, folder, prefix="text_model.", **changes):
+    """A pipeline's folder with this text encoder; published files name its tensors with a prefix."""
+    tensors = {f"{prefix}{name}": of_tensor(value) for name, value in model.state_dict().items()}
+    counter = {f"{prefix}embeddings.position_ids": of_tensor(torch.arange(77)[None])}
+    write_tensors(folder / "text_encoder/model.safetensors", tensors | counter)
+    (folder / "text_encoder/config.json").write_text(json.dumps(model.config.to_dict() | changes))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_text_encoder_of_a_folder_is_transformers(text_model, tmp_path, prefix):
+    """SD 2.1's pipeline takes the folder's last layer, through the final norm, of zero-padded tokens."""
+    encoders = load_encoders(text_folder(text_model, tmp_path, prefix), TOY)
+    captions = ["a red ball", "x " * 200, ""]
+    with torch.no_grad():
+        expected = text_model(open_clip.get_tokenizer("ViT-H-14")(captions)).last_hidden_state
+        torch.testing.assert_close(encoders.text(captions), expected, atol=1e-5, rtol=1e-5)
+    assert encoders.widths == {32} and encoders.label == f"text encoder of {tmp_path.name}"
+    assert not any(parameter.requires_grad for parameter in encoders.text.parameters())
+    with pytest.raises(UserError, match="no last layer and no projection"):
+        encoders.text_features(captions)
+    with pytest.raises(UserError, match="has no image encoder"):
+        encoders.image_features(torch.zeros(1, 3, 8, 8))
+
+
+def test_a_folders_text_encoder_is_a_files_without_its_last_layer(sd_file, tmp_path):
+    """SD 2.1 is published in both layouts: 24 layers, of which the last but one is read, and 23."""
+    path, clip = sd_file
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = CLIPTextModel(CLIPTextConfig(**sizes, hidden_act="gelu"))
+    state = {**clip.ln_final.state_dict(prefix="final_layer_norm.")}
+    state["embeddings.token_embedding.weight"] = clip.token_embedding.weight
+    state["embeddings.position_embedding.weight"] = clip.positional_embedding
+    for number, block in enumerate(clip.transformer.resblocks[:2]):
+        place = f"encoder.layers.{number}"
+        for theirs, module in {
+            "layer_norm1": block.ln_1, "layer_norm2": block.ln_2, "self_attn.out_proj": block.attn.out_proj,
+            "mlp.fc1": block.mlp.c_fc, "mlp.fc2": block.mlp.c_proj,
+        }.items():  # fmt: skip
+            state |= module.state_dict(prefix=f"{place}.{theirs}.")
+        for part, name in enumerate("qkv"):
+            state[f"{place}.self_attn.{name}_proj.weight"] = block.attn.in_proj_weight.chunk(3)[part]
+            state[f"{place}.self_attn.{name}_proj.bias"] = block.attn.in_proj_bias.chunk(3)[part]
+    model.load_state_dict(state)
+    folder, captions = text_folder(model, tmp_path), ["a red ball", ""]
+    torch.testing.assert_close(load_encoders(folder, TOY).text(captions), load_encoders(path, TOY).text(captions))
+
+
+def test_a_folder_may_hold_both_encoders(text_model, clip, tmp_path):
+    tensors = of_module(clip.visual)
+    write_tensors(tmp_path / "image_encoder/model.safetensors", to_transformers(tensors))
+    (tmp_path / "image_encoder/config.json").write_text(json.dumps(transformers_config(tensors, 2)))
+    both = load_encoders(text_folder(text_model, tmp_path), TOY)
+    frames = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(both.image.visual(frames), clip.visual(frames))
+    assert both.widths == {32, 48} and both.label == f"text encoder and image encoder of {tmp_path.name}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'"),
+        ({"num_hidden_layers": "three"}, "num_hidden_layers missing or no number"),
+        ({"num_hidden_layers": 4}, r"doesn't fit its config.json: 12 missing \(transformer.resblocks.3"),
+        ({"num_attention_heads": 5}, "hidden_size 32 isn't a multiple of num_attention_heads"),
+        ({"vocab_size": 1000}, "a vocabulary of 1000, CLIP's has 49408"),
+        ({"max_position_embeddings": 60}, "positional_embedding is 77x32 instead of 60x32"),
+    ],
+)
+def test_text_folders_that_cannot_be_read_are_one_line(text_model, tmp_path, changes, message):
+    text_folder(text_model, tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        load_encoders(tmp_path, TOY)
+    assert "text_encoder" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_with_neither_encoder_is_one_line(tmp_path):
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(UserError, match=r"a released model's folder with image_encoder/ or text_encoder/") as error:
+        load_encoders(tmp_path, TOY)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableVideoDiffusionPipeline
+from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from toy_models import toy_autoencoder, toy_unet
 from typer.testing import CliRunner
 
@@ -15,7 +15,9 @@ from flows.cli import app
 from svd.config import EncodersConfig
 from svd.model import clip
 from svd.model.conditioning import load_encoders
+from svd.model.convert import convert
 from svd.model.export import export
+from svd.model.unet import UNet
 from svd.model.weights import load_autoencoder, load_unet, save_autoencoder, save_unet
 from svd.stage import UserError
 
@@ -53,6 +55,51 @@ def test_diffusers_loads_the_folder(run: Path) -> None:
     pipeline = StableVideoDiffusionPipeline.from_pretrained(run / "pipeline")
     assert pipeline.unet.config.num_frames == 5
     assert json.loads((run / "pipeline" / "feature_extractor" / "preprocessor_config.json").read_text())
+
+
+def inputs() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 5, 8, 8, 8, generator=generator)
+    return x, torch.tensor([0.3]), torch.randn(1, 1, 32, generator=generator), torch.tensor([[6.0, 127.0, 0.02]])
+
+
+@pytest.fixture
+def fixed(run: Path) -> UNet:
+    """A U-Net with fixed mixers, each of another weight, in place of the run's."""
+    unet, generator = toy_unet(mixer="fixed"), torch.Generator().manual_seed(0)
+    for name, alpha in unet.named_buffers():
+        assert name.endswith("mix_factor")
+        alpha.copy_(torch.rand(1, generator=generator) * 0.9 + 0.05)
+    save_unet(unet, run / "image-to-video" / "unet", frames=5)
+    return unet
+
+
+@torch.no_grad()
+def test_fixed_mixers_are_exported_as_learned_ones_of_the_same_weight(run: Path, fixed: UNet) -> None:
+    """Diffusers, Stability's code and we ourselves read an exported model as what it was trained to be."""
+    expected = fixed(*inputs())
+    export(run / "image-to-video", run / "pipeline", "diffusers", TOY)
+    export(run / "image-to-video", run / "model.safetensors", "sgm", TOY)
+    convert(run / "model.safetensors", run / "converted", "diffusers")
+    convert(run / "image-to-video", run / "unet.safetensors", "sgm")
+    for path in (run / "pipeline", run / "model.safetensors", run / "converted", run / "unet.safetensors"):
+        unet = load_unet(path)
+        assert unet.config.mixer == "learned"
+        torch.testing.assert_close(unet(*inputs()), expected, atol=1e-5, rtol=1e-5)
+    x, noise, context, ids = inputs()
+    for folder in (run / "pipeline", run / "converted"):
+        theirs = UNetSpatioTemporalConditionModel.from_pretrained(folder, subfolder="unet").eval()
+        torch.testing.assert_close(theirs(x, noise[0], context, ids).sample, expected, atol=1e-5, rtol=1e-5)
+    assert load_unet(run / "image-to-video").config.mixer == "fixed"
+
+
+def test_the_presets_fixed_mixers_are_exported_bit_for_bit(run: Path) -> None:
+    """Their weight is 0.5."""
+    unet = toy_unet(mixer="fixed")
+    save_unet(unet, run / "image-to-video" / "unet")
+    export(run / "image-to-video", run / "pipeline", "diffusers", TOY)
+    with torch.no_grad():
+        assert torch.equal(load_unet(run / "pipeline")(*inputs()), unet(*inputs()))
 
 
 def test_mistakes_are_one_line_and_leave_nothing(run: Path) -> None:

@@ -103,7 +103,7 @@ def test_every_part_maps_to_diffusers_and_back(svd: SgmParts) -> None:
         svd.image_autoencoder
     )
     visual = {n.removeprefix("visual."): t for n, t in svd.clip.items() if n.startswith("visual.")}
-    assert shapes(to_open_clip(to_transformers(visual))) == shapes(visual)
+    assert shapes(to_open_clip(to_transformers(visual), "folder")) == shapes(visual)
 
 
 class MemoryWatch:

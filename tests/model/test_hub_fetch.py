@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save
+from typer.testing import CliRunner
 
+from flows.cli import app
 from svd.model.hub import fetch, resolve
 from svd.stage import UserError
 
@@ -24,11 +26,15 @@ FILES = {
     "model.bin": b"pickle",
     "cut.safetensors": WEIGHTS[:-10],
 }
-COMMIT = "0" * 40
+FOLDERS = {f"{part}/{name}": content for part in ("unet", "vae") for name, content in list(FILES.items())[:2]}
+COMMIT, PUSHED = "0" * 40, "1" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """`ann/model` is public, `ann/gated` is gated, everything else unknown. Requests are kept in `server.requests`."""
+    """`ann/model` is public, `ann/gated` is gated, everything else unknown. Requests are kept in `server.requests`.
+
+    `ann/model-parts` has folders. Where `server.pushes`, someone pushes another commit to `main` after each request.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -56,9 +62,12 @@ class Hub(BaseHTTPRequestHandler):
         if "/nowhere" in self.path:
             return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="no")
         if self.path.startswith("/api/"):
-            listing = {"id": "ann/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
+            names = FOLDERS if "-parts" in self.path else FILES
+            listing = {"id": "ann/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
             return self.answer(200, json.dumps(listing).encode(), Content_Type="application/json")
         content = FILES.get(self.path.rsplit("/", 1)[-1])
+        if self.server.pushes and "/main/" in self.path and len(self.server.requests) > 1:  # type: ignore[attr-defined]
+            return self.answer(200, b"pushed", X_Repo_Commit=PUSHED, ETag=f'"{PUSHED}"')
         if content is None:
             return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="no")
         storage = self.server.storage  # type: ignore[attr-defined]
@@ -115,7 +124,7 @@ def storage(hub: ThreadingHTTPServer) -> Iterator[ThreadingHTTPServer]:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.breaks, server.storage = [], 0, None  # type: ignore[attr-defined]
+    server.requests, server.breaks, server.storage, server.pushes = [], 0, None, False  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -196,6 +205,61 @@ def test_a_fetched_file_is_not_fetched_again(hub: ThreadingHTTPServer, tmp_path:
     assert not [request for request in hub.requests if request[0] == "GET"]
 
 
+@pytest.mark.parametrize("filenames", [None, ["model.safetensors", "config.json"]])
+def test_all_files_are_of_one_commit_though_others_push(
+    hub: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filenames: list[str] | None
+) -> None:
+    monkeypatch.delitem(FILES, "cut.safetensors")
+    hub.pushes = True  # type: ignore[attr-defined]
+    paths = fetch("ann/model", tmp_path, filenames=filenames)
+    assert sorted(path.name for path in paths) == ["config.json", "model.safetensors"]
+    assert all(path.read_bytes() == FILES[path.name] for path in paths)
+    record = json.loads((tmp_path / "fetched.json").read_text())
+    assert record == {path.name: {"repository": "ann/model", "commit": COMMIT} for path in paths}
+    fetch("ann/model", tmp_path, filenames=["README.md"], revision=PUSHED)
+    record = json.loads((tmp_path / "fetched.json").read_text())
+    assert len(record) == 3 and record["config.json"]["commit"] == COMMIT
+
+
+def test_a_small_file_of_another_commit_is_fetched_again(
+    hub: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size; the hub states git's hash of files that aren't large."""
+    monkeypatch.setattr(Hub, "content", small_content)
+    (tmp_path / "config.json").write_bytes(b"[]")
+    (path,) = fetch("ann/model", tmp_path, filenames=["config.json"])
+    assert path.read_bytes() == b"{}"
+    hub.requests.clear()
+    fetch("ann/model", tmp_path, filenames=["config.json"])
+    assert [verb for verb, _, _ in hub.requests] == ["HEAD"]
+
+
+def small_content(self: Hub, content: bytes) -> None:
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    self.answer(200, content, ETag=f'"{blob}"', X_Repo_Commit=COMMIT)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--include", "unet/*"], ["unet/config.json", "unet/model.safetensors"]),
+        (["--include", "vae/*.json", "--include", "*.safetensors"],
+         ["unet/model.safetensors", "vae/config.json", "vae/model.safetensors"]),
+        (["--include", "vae/*", "--file", "unet/config.json"],
+         ["unet/config.json", "vae/config.json", "vae/model.safetensors"]),
+        ([], sorted(FOLDERS)),
+    ],
+)  # fmt: skip
+def test_patterns_choose_files(
+    hub: ThreadingHTTPServer, tmp_path: Path, options: list[str], expected: list[str]
+) -> None:
+    result = CliRunner().invoke(app, ["fetch", "ann/model-parts", str(tmp_path), *options])
+    assert result.exit_code == 0, result.output
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert sorted(found - {"fetched.json"}) == expected
+    assert sorted(result.stdout.split()) == [str(tmp_path / name) for name in expected]
+
+
 def test_a_wrong_hash_leaves_no_file(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="wrong sha256") as error:
         fetch("ann/model", tmp_path, filenames=["model.safetensors"], sha256={"model.safetensors": "1" * 64})
@@ -210,6 +274,7 @@ def test_a_wrong_hash_leaves_no_file(hub: ThreadingHTTPServer, tmp_path: Path) -
         ("bob/none", {}, "bob/none: no such repository"),
         ("ann/model", {"filenames": ["none.safetensors"]}, "no such file in this repository"),
         ("ann/model", {"revision": "nowhere"}, "no revision 'nowhere'"),
+        ("ann/model", {"include": ["*.json", "vae/*"]}, "fits 'vae/*'; it has config.json, cut.safetensors, model.saf"),
         ("ann/model", {"filenames": ["model.bin"]}, "pickled checkpoints can run code and are refused"),
         ("a b/c/d", {"filenames": ["x.safetensors"]}, "not a repository name"),
         ("ann/model", {"endpoint": "http://127.0.0.1:9", "filenames": ["x.safetensors"]}, "can't be reached"),

@@ -164,7 +164,7 @@ def test_the_image_tower_maps_both_ways_at_full_size() -> None:
     config = transformers_config(tensors)
     assert (config["num_attention_heads"], config["num_hidden_layers"], config["image_size"]) == (16, 32, 224)
     assert (config["hidden_size"], config["intermediate_size"], config["projection_dim"]) == (1280, 5120, 1024)
-    back = to_open_clip(ours)
+    back = to_open_clip(ours, "folder")
     assert {name: t.shape for name, t in back.items()} == {name: t.shape for name, t in tensors.items()}
 
 

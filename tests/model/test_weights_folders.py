@@ -11,7 +11,7 @@ from torch import nn
 from toy_models import toy_autoencoder, toy_unet
 
 from svd.model.autoencoder import Autoencoder
-from svd.model.unet import UNet
+from svd.model.unet import UNet, UNetConfig
 from svd.model.weights import (
     WEIGHTS,
     checkpoint_hash,
@@ -101,6 +101,51 @@ def test_broken_folders_are_explained(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"svd": {"bogus": 1}}')
     with pytest.raises(UserError, match=r"unknown UNetConfig field\(s\) bogus"):
         load_unet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_out_channels": None}, "'block_out_channels' is missing"),
+        ({"block_out_channels": 320}, "not the configuration of a U-Net"),
+        ({"block_out_channels": [320, "640"]}, "not the configuration of a U-Net"),
+        ({"block_out_channels": [48, 96]}, "not the configuration of a U-Net .*must be a multiple of 32"),
+        ({"num_attention_heads": [2, 4, 8]}, "not the configuration of a U-Net"),
+        ({"num_attention_heads": 0}, "not the configuration of a U-Net"),
+        ({"down_block_types": [1, 2]}, "not the configuration of a U-Net"),
+        ({"projection_class_embeddings_input_dim": None}, "'projection_class_embeddings_input_dim' is missing"),
+        ({"cross_attention_dim": None}, "'cross_attention_dim' is missing"),
+        ({"svd": {"block_out_channels": "wide"}}, "block_out_channels: Input should be a valid tuple"),
+        ({"svd": 7}, "expected an object with the fields of UNetConfig"),
+    ],
+)
+def test_odd_values_in_a_config_are_one_line(tmp_path: Path, changes: dict, message: str) -> None:
+    save_unet(toy_unet(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["svd"]
+    assert load_unet_config(tmp_path, config).block_out_channels == (32, 64)
+    changed = {name: value for name, value in (config | changes).items() if value is not None}
+    with pytest.raises(UserError, match=message) as error:
+        load_unet_config(tmp_path, changed)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def load_unet_config(folder: Path, config: dict) -> UNetConfig:
+    (folder / "config.json").write_text(json.dumps(config))
+    return load_unet(folder).config
+
+
+@pytest.mark.parametrize(
+    "changes", [{"block_out_channels": None}, {"block_out_channels": 7}, {"svd": {"in_channels": "x"}}]
+)
+def test_odd_values_in_an_autoencoders_config_are_one_line(tmp_path: Path, changes: dict) -> None:
+    save_autoencoder(toy_autoencoder(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["svd"]
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))
+    with pytest.raises(UserError, match=r"config\.json: .*(is missing|an autoencoder|in_channels: )") as error:
+        load_autoencoder(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_and_pickled_weights_are_explained(tmp_path: Path) -> None:
