@@ -184,7 +184,7 @@ def group_norm(
     chunks, block = triton.cdiv(positions, chunk), min(BLOCK, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block)
     partial = torch.empty(n, chunks, 2, channels, device=x.device, dtype=torch.float32)
-    mean, scale = torch.empty(2, n, groups, device=x.device, dtype=torch.float32).unbind(0)
+    mean, scale = (torch.empty(n, groups, device=x.device, dtype=torch.float32) for _ in range(2))
     y, width = torch.empty_like(x), triton.next_power_of_2(channels // groups)
     _moments[(chunks, blocks, n)](x, partial, positions, channels, chunk, STEP, block)
     _merge[(groups, n)](partial, mean, scale, positions, channels, chunk, chunks, eps, width, 32)
@@ -213,7 +213,7 @@ def group_norm_backward(
     _gradient_input[(writers, blocks, n)](
         x, dy, dx, weight, bias, mean, scale, means.contiguous(), positions, channels, groups, silu, TILES, STEP, block
     )  # fmt: skip
-    plain, product = sums.sum(0).unbind(0)
+    plain, product = (sums[:, kind].sum(0) for kind in range(2))  # outputs of an operator share no memory
     return dx, product.to(weight.dtype), plain.to(bias.dtype)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from svd.model import fused
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.unet import UNet, UNetConfig
 
@@ -16,6 +17,12 @@ pytestmark = pytest.mark.gpu
 
 TOY = UNetConfig(in_channels=8, ids=3, block_out_channels=(64, 128), attention_levels=(True, False), head_channels=32)
 WIDTHS = (32, 64)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32 are rounded to TF32 by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def awake(model: nn.Module) -> nn.Module:
@@ -85,6 +92,37 @@ def test_blocks_that_are_compiled_compute_the_same() -> None:
     unet.compile_blocks()
     for size, exact in expected.items():
         assert relative(unet(*to_gpu(arguments(TOY, size), torch.float32)).detach(), exact) < 1e-4
+
+
+@pytest.mark.parametrize("shape", ((25, 72, 128, 320), (1, 25, 9216, 320), (2, 14, 144, 2560), (1, 14, 36_864, 128)))
+def test_group_norm_at_the_sizes_of_the_models(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = nn.GroupNorm(32, shape[-1]).cuda()
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    x, dy = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) + 1 for _ in range(2))
+    results = []
+    for tokens, silu in ((x.detach().requires_grad_(), True), (x.double().requires_grad_(), False)):
+        layer.to(tokens.dtype if silu else torch.float64).zero_grad()
+        if silu:
+            y = fused.norm(layer, tokens, silu=True)
+        else:
+            y = nn.functional.silu(layer(tokens.movedim(-1, 1)).movedim(1, -1))
+        y.backward(dy.to(y.dtype))
+        results.append((y.detach(), tokens.grad, layer.weight.grad, layer.bias.grad))
+    for got, expected in zip(*results, strict=True):
+        assert got is not None and expected is not None
+        assert relative(got.float(), expected.cpu()) < 1e-2
+
+
+def test_attention_over_frames_by_our_kernel() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 25, 600, 320, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    split = (x.cpu().double().unflatten(-1, (5, 64)).permute(0, 2, 3, 1, 4) for x in (q, k, v))
+    expected = nn.functional.scaled_dot_product_attention(*split).permute(0, 3, 1, 2, 4).flatten(-2)
+    with torch.no_grad():
+        assert fused.can_attend_frames(q, 5)
+        assert relative(fused.attend_frames(q, k, v, 5).float(), expected) < 1e-2
 
 
 def test_attention_over_frames_of_more_positions_than_a_cuda_grid_has() -> None:
