@@ -19,19 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import av
 import psutil
 
-from benchmarks.curation.speed import make
-from svd.curation import stage
-from svd.presets import load_preset
-from svd.stage import StageContext
+# What a run needs is imported where it is used: the processes that it spawns import this file again.
 
 LIMIT_MB = 600
 
 
 def repeat(source: Path, target: Path, seconds: float) -> Path:
     """Repeat a video by copying its packets until it is `seconds` long, with timestamps that go on rising."""
+    import av
+
     with av.open(str(source)) as probe:
         length = int(probe.streams.video[0].duration or 0)
         base = probe.streams.video[0].time_base
@@ -54,8 +52,8 @@ def repeat(source: Path, target: Path, seconds: float) -> Path:
 
 def write_encoders(folder: Path) -> None:
     """An untrained toy CLIP: memory does not depend on what it has learnt."""
-    # Not at the top: the processes of the run import this file, and torch has no business in most of them.
     from svd.model import clip
+    from svd.presets import load_preset
 
     preset = load_preset("tiny")
     config = clip.toy_config(preset.encoders.toy_width, preset.model.unet.cross_attention_dim)
@@ -64,6 +62,10 @@ def write_encoders(folder: Path) -> None:
 
 def curate(folder: Path) -> None:
     """Run the stage on `folder`/sources."""
+    from svd.curation import stage
+    from svd.presets import load_preset
+    from svd.stage import StageContext
+
     os.environ["SVD_NO_PROGRESS"] = "1"
     preset = load_preset("tiny", {"curation.workers": 1, "curation.part_seconds": 1e9})
     inputs = {"sources": folder / "sources", "encoders": folder / "encoders"}
@@ -119,6 +121,8 @@ def measure(short: Path, folder: Path, minutes: float) -> None:
 
 def main() -> None:
     """Make the clip, measure every length."""
+    from benchmarks.curation.speed import make
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, nargs="+", default=[15, 60])
     parser.add_argument("--seconds", type=int, default=20, help="length of the clip that is repeated")

@@ -27,6 +27,14 @@ def commands() -> list[tuple[str, ...]]:
     return walk(typer.main.get_command(app), ())
 
 
+def test_processes_that_a_command_spawns_do_not_import_the_commands():
+    """They run the script again up to its main function."""
+    program = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__mp_main__'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, SVD], capture_output=True, text=True, check=True)
+    assert "flows.entry" in done.stdout.split()
+    assert not {"flows.cli", "typer", "mlflow", "pandas"} & set(done.stdout.split())
+
+
 @pytest.mark.parametrize("path", commands(), ids=" ".join)
 def test_every_command_explains_itself(path: tuple[str, ...]) -> None:
     import click
