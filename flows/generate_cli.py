@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.generate_models import check_parts, fetched
 from flows.generate_options import Dtype, Motion, Networks, Ramp, Results, Size, Solving, with_options
 from flows.generate_results import Writer, check_single, describe, groups, seeded
 from flows.runner import OUTPUTS
@@ -64,6 +65,7 @@ def text(
     if not wanted:
         raise UserError("no prompt: write one behind the command, or give a file with --prompts")
     jobs = seeded(wanted, results)
+    networks = fetched(networks, "text_encoder")
     preset = load_preset(networks.preset)
     sampling = solving.sampling(preset.evaluation.ucf101.sampling, guidance)
     phase, fps = preset.high_quality_finetuning.phases[-1], motion.fps or DEFAULT_FPS
@@ -104,11 +106,14 @@ def image(
     ramp: RampOption = "linear",
     cond_aug: CondAug = 0.02,
 ) -> None:
-    """Clips that begin with a picture. Example: svd generate image photo.jpg -m stable-video-diffusion-img2vid-xt."""
+    """Clips that begin with a picture. Example: svd generate image photo.jpg -m
+    stabilityai/stable-video-diffusion-img2vid-xt.
+    """
     from svd.files import read_pictures
     from svd.generate import image_to_video
 
     jobs = seeded(pictures, results)
+    networks = fetched(networks, "image_encoder")
     preset = load_preset(networks.preset)
     sampling = solving.sampling(base_sampling(networks, preset.evaluation.multiview.sampling), guidance_max)
     phase, fps = preset.image_to_video.phases[-1], motion.fps or DEFAULT_FPS
@@ -161,6 +166,7 @@ def interpolate(
     preset = load_preset(networks.preset)
     clip, rate = read_clip(video)
     check_single(results.out, results.count)
+    networks = fetched(networks, "image_encoder")
     sampling = solving.sampling(base_sampling(networks, preset.evaluation.multiview.sampling), guidance)
     networks, fps = located(networks, preset, "frame-interpolation"), motion.fps or rate
     models = open_models(networks, preset, "frame-interpolation", preset.frame_interpolation.phases[-1])
@@ -198,6 +204,7 @@ def multiview(
     from svd.generate import multiview as orbits
 
     jobs = seeded(pictures, results)
+    networks = fetched(networks, "image_encoder")
     preset = load_preset(networks.preset)
     phase = preset.multiview_finetuning.phases[-1]
     side, count = size or phase.height, views or phase.frames
@@ -237,7 +244,7 @@ def located(networks: Networks, preset: Preset, stage: str) -> Networks:
     from svd.model.weights import ENCODERS, bundled
 
     root, model = OUTPUTS / preset.name, networks.model
-    _check_parts(networks)
+    check_parts(networks)
     device, dtype = _device_and_dtype(networks)
     return dataclasses.replace(
         networks,
@@ -325,25 +332,6 @@ def _lora_scales(values: list[str]) -> Iterator[tuple[str, float]]:
             yield folder, float(scale)
         except ValueError:
             raise UserError(f"--lora {value}: '{scale}' is no number; write FOLDER or FOLDER:SCALE") from None
-
-
-def _check_parts(networks: Networks) -> None:
-    """Raises UserError for a model without U-Net, and for a released one that lacks a part which no option gives: the
-    preset's networks are no substitute.
-    """
-    from svd.model.weights import ENCODERS, bundled, is_released, part_of
-
-    model = networks.model
-    if model is None or not model.is_dir():
-        return
-    if not (part_of(model, "unet") / "config.json").is_file():
-        raise UserError(f"{model}: no U-Net in this folder (config.json, or unet/config.json)")
-    if not is_released(model):
-        return
-    if not (networks.autoencoder or bundled(model, "vae")):
-        raise UserError(f"{model}: no vae/ in this folder; give the autoencoder with --autoencoder")
-    if not (networks.encoders or bundled(model, *ENCODERS)):
-        raise UserError(f"{model}: no {'/ or '.join(ENCODERS)}/ in this folder; give the encoders with --encoders")
 
 
 def clip_size(networks: Networks, size: Size, phase: Phase) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ class Networks:
         str, typer.Option("--preset", "-p", help="Preset whose networks, sizes and sampling are the defaults.")
     ] = "tiny"
     model: Annotated[
-        Path | None, typer.Option("--model", "-m", help="U-Net folder, or a released pipeline's folder or file.")
+        Path | None, typer.Option("--model", "-m", help="U-Net folder, or a released model's folder, file, or hub id.")
     ] = None
     autoencoder: Annotated[
         Path | None, typer.Option(help="Autoencoder folder.", show_default="the pipeline's or the preset's")

@@ -57,12 +57,23 @@ def describe(task: str, networks: Networks, sampling: Sampling, results: Results
         settings |= {k: v for k, v in dataclasses.asdict(group).items() if k not in UNRECORDED}
     if results.safety_heads is None:
         settings = {k: v for k, v in settings.items() if not k.startswith("safety_")}
-    settings |= {**values, "task": task}
+    settings |= {**values, "task": task, "origin": _origin(networks.model)}
     return {
         key: json.dumps(value) if isinstance(value, list) else str(value)
         for key, value in settings.items()
         if value is not None
     }
+
+
+def _origin(model: Path | None) -> str | None:
+    """The repository and commit on a hub that a model was fetched from, if it was."""
+    from svd.model.hub import recorded
+
+    if model is None:
+        return None
+    folder, name = (model.parent, model.name) if model.is_file() else (model, "unet/config.json")
+    entry = recorded(folder).get(name)
+    return f"{entry['repository']}@{entry['commit']}" if entry else None
 
 
 class Writer:

@@ -112,17 +112,17 @@ def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None, frames:
     work = target.with_name(f".{target.name}.tmp")
     config = unet_config(parts)
     unet = unet_from_sgm(parts.unet, config)
-    check_fit(expected(UNet, config), unet, "the file's U-Net")
+    check_fit(expected(UNet, config), unet, f"{parts.source}: U-Net")
     unet, config = learned_mixers(unet, config)
     count = _write(work / "unet", unet_to_json(config, frames), unet, dtype)
     missing, image_size = [], 0
     if parts.first_stage:
         first, tensors = diffusers_autoencoder(parts)
-        check_fit(expected(Autoencoder, first), tensors, "the file's autoencoder")
+        check_fit(expected(Autoencoder, first), tensors, f"{parts.source}: autoencoder")
         count += _write(work / "vae", autoencoder_to_json(first), tensors, dtype)
     else:
         missing.append("vae")
-    clip, visual = image_tower_of(parts, "the file's image encoder")
+    clip, visual = image_tower_of(parts, f"{parts.source}: image encoder")
     if visual:
         image_size = clip["image_size"]
         count += _write(work / "image_encoder", clip, to_transformers(visual), dtype, CLIP_WEIGHTS)

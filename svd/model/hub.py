@@ -141,10 +141,14 @@ def _chosen(names: Sequence[str], patterns: Sequence[str], repo_id: str) -> list
 
 def _record(target: Path, repository: Repository, name: str) -> None:
     """Keep which commit a file is of, beside what an earlier call has fetched into the folder."""
-    path = target / FETCHED
-    record = read_config(path) if path.is_file() else {}
-    record[name] = {"repository": repository.id, "commit": repository.commit}
-    write_json(path, record)
+    value = {"repository": repository.id, "commit": repository.commit}
+    write_json(target / FETCHED, recorded(target) | {name: value})
+
+
+def recorded(folder: Path) -> dict[str, dict[str, str | None]]:
+    """The `repository` and `commit` of every file that was fetched into a folder."""
+    path = folder / FETCHED
+    return read_config(path) if path.is_file() else {}
 
 
 def _download(repository: Repository, name: str, target: Path, resume: bool) -> tuple[Path, Remote]:
@@ -259,9 +263,11 @@ def _is_of_the_network(error: Exception) -> bool:
 
 
 def resolve(name: str, filenames: Sequence[str] | None = None) -> Path:
-    """A local path for weights that a preset names: the path itself, or a hub repository's folder, fetched when needed.
+    """A local path for weights: `name` itself, or the folder of the hub's repository of this name, fetched when needed.
 
-    Repositories are kept under `$SVD_CACHE` (by default `~/.cache/svd`). Raises UserError when it's neither.
+    Repositories are kept under `$SVD_CACHE` (by default `~/.cache/svd`), each at the commit that was `main` when it was
+    first asked for: nothing changes between the stages of a run, and what is there needs no network. Raises UserError
+    when it's neither.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -269,5 +275,9 @@ def resolve(name: str, filenames: Sequence[str] | None = None) -> Path:
     if name.count("/") != 1 or name.startswith((".", "~", "/")) or path.suffix == ".safetensors":
         raise UserError(f"{name}: no such file or folder, and not a hub repository (owner/name)")
     folder = Path(os.environ.get(CACHE, "~/.cache/svd")).expanduser() / name.replace("/", "--")
-    fetch(name, folder, filenames=filenames)
+    record = recorded(folder)
+    if filenames and all(file in record and (folder / file).is_file() for file in filenames):
+        return folder
+    commit = next((entry["commit"] for entry in record.values()), None)
+    fetch(name, folder, filenames=filenames, revision=commit or "main")
     return folder

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -22,7 +22,7 @@ from svd.model.checkpoint import Lazy
 from svd.model.unet import UNetConfig
 from svd.stage import UserError
 
-Config = TypeVar("Config", AutoencoderConfig, UNetConfig)
+Config = TypeVar("Config")
 
 OURS = "svd"
 VERSION = "0.30.0"  # of the layout: what diffusers writes as `_diffusers_version`
@@ -175,7 +175,7 @@ def configuration(cls: type[Config], values: Any, what: str) -> Config:
     """
     if not isinstance(values, dict):
         raise UserError(f"{what}: expected an object with the fields of {cls.__name__}")
-    unknown = sorted(set(values) - {field.name for field in fields(cls)})
+    unknown = sorted(set(values) - {field.name for field in fields(cast(Any, cls))})
     if unknown:
         raise UserError(f"{what}: unknown {cls.__name__} field(s) {', '.join(unknown)}; written by a newer version?")
     try:

@@ -43,7 +43,10 @@ Tensors = dict[str, Lazy]
 
 @dataclass
 class SgmParts:
-    """The networks of a single file, names without prefix; `config` is ours, stored in files that we wrote."""
+    """The networks of a single file, names without prefix; `config` is ours, stored in files that we wrote.
+
+    source: the file, the beginning of messages.
+    """
 
     unet: Tensors = field(default_factory=dict)
     clip: Tensors = field(default_factory=dict)
@@ -51,6 +54,7 @@ class SgmParts:
     first_stage: Tensors = field(default_factory=dict)
     text: Tensors = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    source: str = "the file"
 
     def joined(self) -> Tensors:
         """All tensors under their full names."""
@@ -61,7 +65,7 @@ def read_sgm(path: Path, sha256: str | None = None) -> SgmParts:
     """The parts of a single file, unread. Raises UserError for broken files and for tensors under unknown prefixes."""
     tensors = read_tensors(path, sha256)
     parts, others = split(tensors)
-    parts.config = stored_facts(path)
+    parts.config, parts.source = stored_facts(path), str(path)
     unknown = [name for name in others if not IGNORED.match(name)]
     if unknown:
         raise UserError(f"{path}: {len(unknown)} tensors under unknown names, such as '{unknown[0]}'; not an sgm file")
@@ -86,10 +90,6 @@ def stored_facts(path: Path) -> dict[str, Any]:
     for name in ("frames", "clip_heads"):
         if name in facts and (type(facts[name]) is not int or facts[name] < 1):
             raise UserError(f"{path}: '{METADATA}' in its metadata: {name} is {facts[name]!r}, not a positive number")
-    if "unet" in facts:
-        configuration(UNetConfig, facts["unet"], f"{path}: '{METADATA}' in its metadata")
-    if "first_stage" in facts:
-        configuration(AutoencoderConfig, facts["first_stage"], f"{path}: '{METADATA}' in its metadata")
     return facts
 
 
@@ -116,8 +116,8 @@ def unet_config(parts: SgmParts) -> UNetConfig:
     Raises UserError when a tensor that says it is missing or has an impossible shape.
     """
     if "unet" in parts.config:
-        return configuration(UNetConfig, parts.config["unet"], f"'{METADATA}' in the file's metadata")
-    with told("the file's U-Net"):
+        return configuration(UNetConfig, parts.config["unet"], f"{parts.source}: '{METADATA}' in its metadata")
+    with told(f"{parts.source}: U-Net"):
         return _unet_of_shapes(parts.unet)
 
 
@@ -162,14 +162,15 @@ def _mask(tensors: Mapping[str, Lazy]) -> dict[str, Any]:
     return {"learned_mask": True, "mask_size": tuple(tensors["mask_latent"].shape[1:])}
 
 
-def autoencoder_config(tensors: Mapping[str, Lazy], stored: Any = None) -> AutoencoderConfig:
+def autoencoder_config(tensors: Mapping[str, Lazy], stored: Any = None, source: str = "the file") -> AutoencoderConfig:
     """Configuration of an autoencoder: as stored by us, or from the shapes of its tensors (SD's scaling factor).
 
-    Raises UserError when a tensor that says it is missing or has an impossible shape.
+    source: the file, the beginning of messages. Raises UserError when a tensor that says it is missing or has an
+    impossible shape.
     """
     if stored:
-        return configuration(AutoencoderConfig, stored, f"'{METADATA}' in the file's metadata")
-    with told("the file's autoencoder"):
+        return configuration(AutoencoderConfig, stored, f"{source}: '{METADATA}' in its metadata")
+    with told(f"{source}: autoencoder"):
         return _autoencoder_of_shapes(tensors)
 
 
@@ -189,14 +190,14 @@ def _autoencoder_of_shapes(tensors: Mapping[str, Lazy]) -> AutoencoderConfig:
 
 def first_stage_config(parts: SgmParts) -> AutoencoderConfig:
     """Configuration of the first stage."""
-    return autoencoder_config(parts.first_stage, parts.config.get("first_stage"))
+    return autoencoder_config(parts.first_stage, parts.config.get("first_stage"), parts.source)
 
 
 def image_autoencoder_config(parts: SgmParts) -> AutoencoderConfig:
     """Configuration of the conditioner's autoencoder: the first stage's with an image decoder."""
     if "first_stage" in parts.config:
         return replace(first_stage_config(parts), temporal_decoder=False)
-    return autoencoder_config(parts.image_autoencoder)
+    return autoencoder_config(parts.image_autoencoder, source=parts.source)
 
 
 def stored_config(

@@ -2,16 +2,13 @@
 
 import inspect
 import json
-import math
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from toy_models import released_layout, toy_autoencoder, toy_unet
-from transformers import CLIPTextConfig, CLIPTextModel
+from generate_fixtures import QUICK, SIZE, STAGES, small_unet
 from typer.testing import CliRunner
 
 from flows import generate_cli
@@ -19,80 +16,10 @@ from flows.generate_cli import generate_app
 from flows.generate_results import UNRECORDED
 from svd import pipeline, safety, watermark
 from svd.files import read_clip
-from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.clip import build, save_toy, toy_config
-from svd.model.convert import convert
 from svd.model.lora import add_lora, save_lora
-from svd.model.sgm import write_sgm
-from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import save_autoencoder, save_unet
+from svd.model.unet import UNet
 from svd.stage import UserError
 from svd.video import read_frames, read_metadata, write_mp4
-
-STAGES = {
-    "high-quality-finetuning": (4, 2),
-    "image-to-video": (8, 3),
-    "multiview-finetuning": (8, 4),
-    "frame-interpolation": (9, 3),
-}
-QUICK = ["--steps", "2", "--device", "cpu"]
-SIZE = ["--frames", "3", "--height", "64", "--width", "96"]
-
-
-def small_unet(channels: int, ids: int) -> UNet:
-    unet = UNet(
-        UNetConfig(
-            in_channels=channels,
-            ids=ids,
-            block_out_channels=(32, 32),
-            attention_levels=(True, True),
-            layers_per_block=1,
-            head_channels=16,
-            cross_attention_dim=32,
-            id_embedding_dim=16,
-            learned_mask=channels == 9,
-        )
-    )
-    for parameter in unet.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.5 / math.sqrt(parameter[0].numel()))
-    return unet.eval()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """An `outputs` folder as the stages of the preset `tiny` would leave it."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("outputs")
-    config = toy_config(16, 32)
-    save_toy(build(config, "test"), config, root / "tiny/encoders")
-    autoencoder = Autoencoder(AutoencoderConfig(block_out_channels=(32, 32), layers_per_block=1))
-    save_autoencoder(autoencoder, root / "tiny/autoencoder")
-    for stage, sizes in STAGES.items():
-        save_unet(small_unet(*sizes), root / "tiny" / stage / "unet")
-    return root
-
-
-@pytest.fixture
-def run(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate_cli, "OUTPUTS", trained)
-    monkeypatch.chdir(tmp_path)
-
-    def invoke(*arguments):
-        result = CliRunner().invoke(generate_app, [str(a) for a in arguments])
-        if isinstance(result.exception, UserError):
-            raise result.exception
-        assert result.exit_code == 0, (result.output, result.exception)
-        return result.stdout.split()
-
-    return invoke
-
-
-@pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "cup.png"
-    Image.radial_gradient("L").convert("RGB").resize((80, 80)).save(path)
-    return path
 
 
 def test_text_writes_one_file_a_prompt_with_metadata(run, tmp_path):
@@ -300,108 +227,6 @@ def test_mistakes_are_one_line(run, arguments, message):
     with pytest.raises(UserError, match=message) as caught:
         run(*arguments)
     assert "\n" not in str(caught.value)
-
-
-def test_a_released_pipeline_brings_its_own_defaults(tmp_path):
-    networks = generate_cli.Networks(model=tmp_path)
-    phase = generate_cli.load_preset("tiny").image_to_video.phases[-1]
-    size = generate_cli.Size()
-    assert generate_cli.clip_size(networks, size, phase) == (phase.frames, phase.height, phase.width)
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "model_index.json").write_text("{}")
-    (tmp_path / "unet/config.json").write_text(json.dumps({"num_frames": 25}))
-    assert generate_cli.clip_size(networks, size, phase) == (25, 576, 1024)
-    assert generate_cli.base_sampling(networks, generate_cli.Sampling(steps=3)).steps == 25
-
-
-def test_a_single_file_is_a_whole_model(run, tmp_path, picture):
-    """Its U-Net, autoencoder and image encoder; the same clip as from the folder that it is converted to."""
-    write_sgm(tmp_path / "svd_xt.safetensors", released_layout())
-    convert(tmp_path / "svd_xt.safetensors", tmp_path / "folder", "diffusers")
-    clips = []
-    for model in ("svd_xt.safetensors", "folder"):
-        (path,) = run("image", picture, "-m", model, "--out", model.split(".")[0], *SIZE, *QUICK)
-        clips.append(read_frames(tmp_path / path)[0])
-    assert clips[0].shape == (3, 64, 96, 3) and clips[0].std() > 10
-    assert np.abs(clips[0].astype(float) - clips[1]).mean() < 1
-    phase = generate_cli.load_preset("tiny").image_to_video.phases[-1]
-    networks = generate_cli.Networks(model=tmp_path / "svd_xt.safetensors")
-    assert generate_cli.clip_size(networks, generate_cli.Size(), phase) == (25, 576, 1024)
-
-
-def published(folder):
-    """The folder as diffusers would have written it: without our keys in the configurations."""
-    for path in folder.glob("*/config.json"):
-        config = json.loads(path.read_text())
-        config.pop("svd", None)
-        path.write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A released pipeline's folder without its index."""
-    write_sgm(tmp_path / "svd.safetensors", released_layout())
-    convert(tmp_path / "svd.safetensors", tmp_path / "parts", "diffusers")
-    (tmp_path / "parts/model_index.json").unlink()
-    return published(tmp_path / "parts")
-
-
-def test_a_pipelines_folder_without_its_index_is_a_whole_model(run, tmp_path, picture, folder):
-    clips = []
-    for model in ("svd.safetensors", "parts"):
-        (path,) = run("image", picture, "-m", model, "--out", model.split(".")[0], *SIZE, *QUICK)
-        clips.append(read_frames(tmp_path / path)[0])
-    assert np.abs(clips[0].astype(float) - clips[1]).mean() < 1
-    assert read_metadata(tmp_path / path).items() >= {"autoencoder": "parts", "encoders": "parts"}.items()
-    phase = generate_cli.load_preset("tiny").image_to_video.phases[-1]
-    for model in (folder, folder / "unet"):
-        networks = generate_cli.Networks(model=model)
-        assert generate_cli.clip_size(networks, generate_cli.Size(), phase) == (14, 576, 1024)
-        assert generate_cli.base_sampling(networks, generate_cli.Sampling(steps=3)).steps == 25
-
-
-def test_a_released_models_missing_parts_are_asked_for(run, tmp_path, picture, folder, trained):
-    """The preset's own networks don't stand in for them, but they do for a model that was trained here."""
-    (folder / "vae").rename(tmp_path / "vae")
-    (folder / "image_encoder").rename(tmp_path / "image_encoder")
-    line = ["image", picture, "-m", "parts", *SIZE, *QUICK]
-    with pytest.raises(UserError, match=r"^parts: no vae/ in this folder; give the autoencoder with --autoencoder$"):
-        run(*line)
-    with pytest.raises(UserError, match=r"^parts: no image_encoder/ or text_encoder/ in this folder; .* --encoders$"):
-        run(*line, "--autoencoder", "vae")
-    assert run(*line, "--autoencoder", "vae", "--encoders", ".") == ["generated/cup-0.mp4"]
-    with pytest.raises(UserError, match=r"'AutoencoderKLTemporalDecoder' isn't a U-Net"):
-        run("image", picture, "-m", "vae", *SIZE, *QUICK)
-    (tmp_path / "only").mkdir()
-    (tmp_path / "vae").rename(tmp_path / "only/vae")
-    with pytest.raises(UserError, match=r"^only: no U-Net in this folder \(config\.json, or unet/config\.json\)$"):
-        run("image", picture, "-m", "only", *SIZE, *QUICK)
-    (orbit,) = run("image", picture, "-m", trained / "tiny/image-to-video", *SIZE, *QUICK)
-    assert read_metadata(tmp_path / orbit)["autoencoder"] == str(trained / "tiny/autoencoder")
-
-
-@pytest.fixture
-def sd(tmp_path):
-    """SD 2.1's folder, small: an image U-Net, an image autoencoder and a text encoder."""
-    folder = tmp_path / "sd"
-    save_unet(toy_unet(temporal=False, in_channels=4, ids=0), folder / "unet")
-    save_autoencoder(toy_autoencoder(temporal=False), folder / "vae")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    CLIPTextModel(CLIPTextConfig(**sizes, hidden_act="gelu")).save_pretrained(folder / "text_encoder")
-    config = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps(config | {"sample_size": 16}))
-    return published(folder)
-
-
-def test_a_folder_of_stable_diffusion_makes_pictures(run, tmp_path, sd):
-    line = ["text", "a ball", "-m", sd, "--objective", "discrete-v", "--format", "png", *QUICK]
-    (path,) = run(*line)
-    assert np.asarray(Image.open(tmp_path / path)).shape == (128, 128, 3)  # as trained: 8 pixels a latent
-    with pytest.raises(UserError, match="this U-Net is an image model: it makes 1 frame, not 2"):
-        run(*line, "--frames", 2)
-    with pytest.raises(UserError, match="4 input channels"):
-        run("image", path, "-m", sd, "--frames", 1)
 
 
 @pytest.mark.parametrize("command", ["text", "image", "interpolate", "multiview"])

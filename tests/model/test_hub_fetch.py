@@ -299,3 +299,19 @@ def test_resolve_takes_paths_and_repositories(
     for name in ("/no/such/file", "weights.safetensors", "a/b/c", "./x/y"):
         with pytest.raises(UserError, match="no such file or folder"):
             resolve(name)
+
+
+def test_a_repository_in_the_cache_stays_at_its_commit_and_needs_no_hub(
+    hub: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVD_CACHE", str(tmp_path))
+    hub.pushes = True  # type: ignore[attr-defined]
+    resolve("ann/model", ["config.json"])
+    hub.requests.clear()
+    assert resolve("ann/model", ["config.json"]) == tmp_path / "ann--model"
+    assert hub.requests == []
+    resolve("ann/model", ["model.safetensors", "config.json"])
+    assert all(f"/{COMMIT}/" in path for _, path, _ in hub.requests)
+    (tmp_path / "ann--model/config.json").unlink()
+    resolve("ann/model", ["config.json"])
+    assert (tmp_path / "ann--model/config.json").read_bytes() == b"{}"
