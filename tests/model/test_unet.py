@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -343,3 +344,18 @@ def test_compiled_blocks_are_all_compiled(unet: UNet) -> None:
         compiled = make()
         compiled.compile_blocks(backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(*inputs()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_are_compiled_for_sizes_as_they_are() -> None:
+    """Blocks of one class and several widths are not taken for one function of changing shape."""
+    sizes: list[object] = []
+
+    def backend(module: torch.fx.GraphModule, arguments: list[Any]) -> Any:
+        sizes.extend(arguments)
+        return module.forward
+
+    torch._dynamo.reset()
+    unet = make()
+    unet.compile_blocks(backend=backend)
+    unet(*inputs())
+    assert sizes and not any(isinstance(value, torch.SymInt) for value in sizes)
