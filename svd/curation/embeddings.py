@@ -38,7 +38,7 @@ class Shrinking(Protocol):
     """What encoders may have as well: large frames are then in memory one at a time."""
 
     def shrink(self, frames: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] → (B, 3, S, S) with the same `image_features`."""
+        """(B, C, H, W) in [-1, 1] → (B, C, S, S); the three planes together give the same `image_features`."""
 
 
 def to_tensor(frames: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -72,7 +72,8 @@ def image_embeddings(frames: Iterable[Iterable[np.ndarray]], encoders: ClipEncod
 def _input(frame: np.ndarray, encoders: ClipEncoders, device: str) -> Tensor:
     """What is kept of a frame (H, W, 3) uint8 until its batch is full: (3, S, S) in [-1, 1], or the frame itself."""
     if isinstance(encoders, Shrinking) and frame.shape[0] * frame.shape[1] > LARGE:
-        return encoders.shrink(to_tensor(frame[None], device))[0]
+        # Plane by plane: blurred together they take many times their own memory.
+        return torch.cat([encoders.shrink(to_tensor(frame[None, ..., [c]], device))[0] for c in range(3)])
     return torch.from_numpy(frame)
 
 

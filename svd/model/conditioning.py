@@ -119,12 +119,8 @@ class ImageEncoder(nn.Module):
         return ((self._resize(frames.float()) + 1) / 2 - self.mean) / self.std
 
     def shrink(self, frames: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, 3, S, S) in the same range: the resize of `preprocess`, which leaves them as they are.
-
-        Plane by plane, for frames that are large: blurred together they take many times their own memory.
-        """
-        planes = [self._resize(plane.float().contiguous()[None, None])[0, 0] for frame in frames for plane in frame]
-        return torch.stack(planes).unflatten(0, (len(frames), -1))
+        """(B, C, H, W) to (B, C, S, S) in the same range: the resize of `preprocess`, which leaves them as they are."""
+        return self._resize(frames.float())
 
     def _resize(self, planes: Tensor) -> Tensor:
         size = self.visual.image_size
@@ -171,7 +167,7 @@ class Encoders:
 
     @torch.no_grad()
     def shrink(self, frames: Tensor) -> Tensor:
-        """Frames (B, 3, H, W) in [-1, 1] at the size that the image encoder reads, for `image_features`; see there."""
+        """Planes (B, C, H, W) in [-1, 1] at the size that the image encoder reads, for `image_features`; see there."""
         return self.image.shrink(frames)
 
     @torch.no_grad()
