@@ -42,6 +42,8 @@ def _torch() -> Iterator[Finding]:
     try:
         import torch
         import torchvision
+
+        from svd.model.fused import TRITON
     except (ImportError, RuntimeError) as error:
         advice = "install torch and torchvision from the same index: make setup"
         yield Finding("torch", "fail", str(error).splitlines()[0], advice)
@@ -50,6 +52,9 @@ def _torch() -> Iterator[Finding]:
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         yield Finding("GPU", "ok", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
+        if not TRITON:
+            advice = "install gcc and Python's headers (python3-dev); without them sampling takes half as long again"
+            yield Finding("GPU kernels", "note", "Triton can't build them, torch's are used", advice)
     else:
         advice = "the preset tiny needs none; finetune and paper need a CUDA device and its driver (nvidia-smi)"
         yield Finding("GPU", "note", f"none; {os.cpu_count()} CPU cores", advice)

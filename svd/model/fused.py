@@ -1,4 +1,4 @@
-"""Where the layers of both networks use a kernel of our own: on a GPU that has Triton, and on channels-last tokens.
+"""Where the layers of both networks use a kernel of our own: on a GPU, with Triton and a C compiler for it.
 
 Everywhere else they are torch's operators. The kernels are operators of torch too, with gradients, so that compilation,
 checkpointing and sharding take them as they take others.
@@ -7,13 +7,25 @@ checkpointing and sharding take them as they take others.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TRITON = importlib.util.find_spec("triton") is not None
+
+def _can_build() -> bool:
+    """Whether Triton, where there is one, can build its launchers, which are C and include Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h")
+    return importlib.util.find_spec("triton") is not None and bool(compiler) and headers.is_file()
+
+
+TRITON = _can_build()
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_FRAMES = 64  # of a tile of attention
 

@@ -142,3 +142,19 @@ def test_an_autoencoder_stays_in_channels_last_memory(request: pytest.FixtureReq
         got = model.decode(latents), model.encode(frames)
     assert kernels.calls == {"group_norm"}
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_compiler_or_headers_the_operators_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton builds its launchers in C when a kernel first runs: too late to find out."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(fused.shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
+    monkeypatch.setattr(fused.Path, "is_file", lambda path: path.name == "Python.h")
+    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: name == "triton" or None)
+    assert fused._can_build()
+    with monkeypatch.context() as patch:
+        patch.setattr(fused.shutil, "which", lambda name: None)
+        assert not fused._can_build()
+        patch.setenv("CC", "/opt/cc")
+        assert fused._can_build()
+    monkeypatch.setattr(fused.Path, "is_file", lambda path: False)
+    assert not fused._can_build()
