@@ -1,4 +1,4 @@
-"""The kernels compute what torch's operators do, in Triton's interpreter; test_networks_on_gpu.py compares the layers on a GPU.
+"""The kernels compute what torch's operators do, in Triton's interpreter (on a GPU: test_networks_on_gpu.py).
 
 The interpreter replaces Triton's compiler when Triton is imported, so it has a process of its own.
 """
