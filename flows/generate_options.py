@@ -53,9 +53,7 @@ class Networks:
     ] = False
     compile: Annotated[
         bool,
-        typer.Option(
-            "--compile", help="Compile the U-Net: minutes at the first clip of a size, each later one is faster."
-        ),
+        typer.Option("--compile", help="Compile the U-Net, which takes minutes at the first clip of a size."),
     ] = False
     decode_chunk: Annotated[int, typer.Option(min=1, help="Frames decoded together; fewer need less memory.")] = 16
     decode_overlap: Annotated[int, typer.Option(min=0, help="Frames that neighbouring decoding chunks share.")] = 4

@@ -1,6 +1,6 @@
 """Our networks against diffusers' on one accelerator, with random weights at full size, nothing to download:
 
-    python -m benchmarks.gpu                            all sections (an H200 needs about 25 minutes)
+    python -m benchmarks.gpu                            all sections
     python -m benchmarks.gpu --only sampling,decode     some of them
     python -m benchmarks.gpu --toy                      the same code at toy size, on a CPU
 

@@ -38,6 +38,11 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
 
+def failure(error: Exception) -> str:
+    """An error in one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
 @cache
 def peer() -> Any | None:
     """diffusers, or None, said once, where it is not installed or does not import."""
@@ -47,8 +52,7 @@ def peer() -> Any | None:
         # Imported when they are asked for.
         _ = diffusers.UNetSpatioTemporalConditionModel, diffusers.AutoencoderKLTemporalDecoder
     except Exception as error:  # a version that does not fit the rest fails with anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        print(f"no diffusers here, its rows are left out ({reason})", flush=True)
+        print(f"no diffusers here, its rows are left out ({failure(error)})", flush=True)
         return None
     return diffusers
 
@@ -107,8 +111,7 @@ class Results:
             milliseconds, peak = self._run(work, warm_up or work)
             self.add(Row(section, case, variant, milliseconds, teraflops, peak if cuda else None))
         except Exception as error:  # compilers of versions yet unseen fail with anything
-            note = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            self.add(Row(section, case, variant, note=note[:160]))
+            self.add(Row(section, case, variant, note=failure(error)))
         finally:
             gc.collect()
             if cuda:
@@ -121,8 +124,8 @@ class Results:
         try:
             note = f"largest difference {(got().float() - expected().float()).abs().max().item():.1e}"
         except Exception as error:
-            note = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        self.add(Row(section, case, variant, note=note[:160]))
+            note = failure(error)
+        self.add(Row(section, case, variant, note=note))
 
     def _run(self, work: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple[float, float]:
         """Median milliseconds of the repeats after the warm-up, which compiles, and peak memory in GiB."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.harness import Machine, Results, Row, peer
+from benchmarks.gpu.harness import Machine, Results, Row, failure, peer
 from svd.diffusion.edm import denoiser
 from svd.diffusion.guidance import Condition, guided, linear
 from svd.diffusion.sampler import karras_sigmas, sample
@@ -123,7 +123,7 @@ def compiled(machine: Machine, model: nn.Module) -> Callable[..., Any]:
 def contestants(machine: Machine, **changes: Any) -> Iterator[tuple[str, Callable[..., Any], nn.Module]]:
     """(name, callable, module) of each U-Net, one at a time so that one alone is in memory beside the weights."""
     ours = our_unet(machine, **changes)
-    theirs = their_unet(machine, ours.state_dict())
+    theirs = None if {*THEIRS} <= {*machine.without} else their_unet(machine, ours.state_dict())
     for name in VARIANTS:
         model = ours if name.startswith("ours") else theirs
         if model is not None and name not in machine.without:
@@ -250,25 +250,33 @@ def decode(results: Results) -> None:
     shape = (1, clip.frames, 4, clip.height // 8, clip.width // 8)
     latents = torch.randn(shape, device=machine.device, dtype=machine.dtype)
     case = f"{clip.frames}x{clip.height}x{clip.width}"
-    for chunk in (None, 14, 7):
-        work = torch.no_grad()(lambda chunk=chunk: ours.decode(latents, chunk))
-        results.measure("decode", case, "ours, eager" if chunk is None else f"ours, eager, chunk {chunk}", work)
-    profile(results, "ours, eager, chunk 14", case, lambda: ours.decode(latents, 14))
-    theirs = their_decoder(machine, widths, ours)
+    wanted = [name for name in VARIANTS if name not in machine.without]
+    if "ours, eager" in wanted:
+        for chunk in (None, 14, 7):
+            work = torch.no_grad()(lambda chunk=chunk: ours.decode(latents, chunk))
+            results.measure("decode", case, "ours, eager" if chunk is None else f"ours, eager, chunk {chunk}", work)
+        profile(results, case, "ours, eager, chunk 14", lambda: ours.decode(latents, 14))
+    theirs = their_decoder(machine, widths, ours) if {*THEIRS} & {*wanted} else None
     if theirs is not None:
-        flat = latents[0]
-        work = torch.no_grad()(lambda: theirs.decode(flat, num_frames=clip.frames))
-        results.measure("decode", case, "diffusers, eager", work)
-    if theirs is not None and "diffusers, compiled" not in machine.without:
-        decoder = torch.compile(theirs.decoder, backend=machine.backend)
-        indicator = torch.zeros(1, clip.frames, device=machine.device, dtype=machine.dtype)
-        work = torch.no_grad()(lambda: decoder(flat, num_frames=clip.frames, image_only_indicator=indicator))
-        results.measure("decode", case, "diffusers, compiled", work)
-    if "ours, compiled" not in machine.without:
+        decode_theirs(results, case, theirs, latents, wanted)
+    if "ours, compiled" in wanted:
         torch._dynamo.reset()
         ours.decoder.compile(backend=machine.backend)
         results.measure("decode", case, "ours, compiled", torch.no_grad()(lambda: ours.decode(latents)))
     compare(results, "decode", case)
+
+
+def decode_theirs(results: Results, case: str, theirs: Any, latents: Tensor, wanted: Collection[str]) -> None:
+    """Rows of diffusers' decoder."""
+    machine, flat, frames = results.machine, latents[0], latents.shape[1]
+    if "diffusers, eager" in wanted:
+        work = torch.no_grad()(lambda: theirs.decode(flat, num_frames=frames))
+        results.measure("decode", case, "diffusers, eager", work)
+    if "diffusers, compiled" in wanted:
+        decoder = torch.compile(theirs.decoder, backend=machine.backend)
+        indicator = torch.zeros(1, frames, device=machine.device, dtype=machine.dtype)
+        work = torch.no_grad()(lambda: decoder(flat, num_frames=frames, image_only_indicator=indicator))
+        results.measure("decode", case, "diffusers, compiled", work)
 
 
 def profiles(results: Results) -> None:
@@ -277,20 +285,24 @@ def profiles(results: Results) -> None:
     clip = sized(machine, XT)
     arguments = inputs(unet_config(machine), clip, machine.device, machine.dtype)
     for name, run, _ in contestants(replace(machine, without=[*machine.without, *THEIRS])):
-        profile(results, name, str(clip), lambda run=run: run(*arguments))
+        profile(results, str(clip), name, lambda run=run: run(*arguments))
 
 
 @torch.no_grad()
-def profile(results: Results, variant: str, case: str, work: Callable[[], Any]) -> None:
-    """Rows of the kernels (on a CPU: operations) that take most of the time of the second of two runs."""
+def profile(results: Results, case: str, variant: str, work: Callable[[], Any]) -> None:
+    """Rows of the kernels (on a CPU: operations) that take most of the time of the second of two runs; errors as in
+    `Results.measure`.
+    """
     cuda = results.machine.device.type == "cuda"
-    work()
-    kinds = {torch.profiler.ProfilerActivity.CPU}
-    if cuda:
-        kinds = {torch.profiler.ProfilerActivity.CUDA}
-    with torch.profiler.profile(activities=kinds) as profiler:
+    kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    try:
         work()
-        results.machine.synchronize()
+        with torch.profiler.profile(activities={kind}) as profiler:
+            work()
+            results.machine.synchronize()
+    except Exception as error:  # compilers of versions yet unseen fail with anything
+        results.add(Row("profile", case, variant, note=failure(error)))
+        return
     times = {
         event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
         for event in profiler.key_averages()

@@ -141,7 +141,8 @@ class Attention(nn.Module):
         B, T, S, C = x_BTSC.shape
         q, k, v = self.to_q(x_BTSC), self.to_k(x_BTSC), self.to_v(x_BTSC)
         if fused.can_attend_frames(q, self.heads):
-            return self.to_out[0](fused.attend_frames(q, k, v, self.heads))
+            out = fused.attend_frames(q.contiguous(), k.contiguous(), v.contiguous(), self.heads)
+            return self.to_out[0](out)
         # A view for one clip, a copy for several.
         q, k, v = (self._split(x).permute(0, 2, 3, 1, 4).reshape(B * S, self.heads, T, -1) for x in (q, k, v))
         out = attend(q, k, v).reshape(B, S, self.heads, T, -1)

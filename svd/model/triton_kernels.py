@@ -54,27 +54,29 @@ def _moments(x, partial, P, C, chunk, STEP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _parts(row, group, at, P, C, width, chunk, chunks, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Places of the (ROWS, WIDTH) means of a group's channels in chunks, which exist, and the chunks' positions."""
+    k, column = at + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    place = (row * chunks + k).to(tl.int64)[:, None] * 2 * C + (group * width + column)[None, :]
+    inside = (k < chunks)[:, None] & (column < width)[None, :]
+    return place, inside, tl.minimum(P - k * chunk, chunk).to(tl.float32)[:, None]
+
+
+@triton.jit
 def _merge(partial, mean, scale, P, C, chunk, chunks, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Mean and 1 / standard deviation of each group by Chan's formula: mean and scale are (n, G)."""
     group, row = tl.program_id(0), tl.program_id(1)
     width = C // tl.num_programs(0)
-    column = tl.arange(0, WIDTH)
     total = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for at in range(0, chunks, ROWS):
-        k = at + tl.arange(0, ROWS)
-        inside = (k < chunks)[:, None] & (column < width)[None, :]
-        count = tl.minimum(P - k * chunk, chunk).to(tl.float32)[:, None]
-        place = partial + (row * chunks + k).to(tl.int64)[:, None] * 2 * C + (group * width + column)[None, :]
-        total += tl.where(inside, count * tl.load(place, mask=inside, other=0.0), 0.0)
+        place, inside, count = _parts(row, group, at, P, C, width, chunk, chunks, WIDTH, ROWS)
+        total += tl.where(inside, count * tl.load(partial + place, mask=inside, other=0.0), 0.0)
     middle = tl.sum(total) / P / width
     total = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for at in range(0, chunks, ROWS):
-        k = at + tl.arange(0, ROWS)
-        inside = (k < chunks)[:, None] & (column < width)[None, :]
-        count = tl.minimum(P - k * chunk, chunk).to(tl.float32)[:, None]
-        place = partial + (row * chunks + k).to(tl.int64)[:, None] * 2 * C + (group * width + column)[None, :]
-        deviation = tl.load(place, mask=inside, other=0.0) - middle
-        inner = tl.load(place + C, mask=inside, other=0.0)
+        place, inside, count = _parts(row, group, at, P, C, width, chunk, chunks, WIDTH, ROWS)
+        deviation = tl.load(partial + place, mask=inside, other=0.0) - middle
+        inner = tl.load(partial + place + C, mask=inside, other=0.0)
         total += tl.where(inside, inner + count * deviation * deviation, 0.0)
     place = row * tl.num_programs(0) + group
     tl.store(mean + place, middle)
@@ -91,15 +93,22 @@ def _normal(x, place, inside, column, mean, scale, row, C, G):
 
 
 @triton.jit
+def _channels(weight, bias, block, C, BLOCK: tl.constexpr):
+    """The channels of a block, with their weights and biases."""
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
+    return column, w, b
+
+
+@triton.jit
 def _apply(
     x, y, weight, bias, mean, scale, P, C, G, SILU: tl.constexpr, TILES: tl.constexpr, STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The normalised, scaled and shifted values, through SiLU if asked."""
     k, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
+    column, w, b = _channels(weight, bias, block, C, BLOCK)
     for tile in range(TILES):
         place, inside = _tile(row, (k * TILES + tile) * STEP, P, block, P, C, STEP, BLOCK)
         value, _ = _normal(x, place, inside, column, mean, scale, row, C, G)
@@ -126,9 +135,7 @@ def _gradient_sums(
 ):  # fmt: skip
     """Sums of the inner gradient and of its product with the normalised value: partial is (n, chunks, 2, C)."""
     k, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
+    column, w, b = _channels(weight, bias, block, C, BLOCK)
     stop = tl.minimum(k * chunk + chunk, P)
     plain = tl.zeros((STEP, BLOCK), dtype=tl.float32)
     product = tl.zeros((STEP, BLOCK), dtype=tl.float32)
@@ -151,9 +158,7 @@ def _gradient_input(
 ):  # fmt: skip
     """scale · (w · g - mean(w · g) - value · mean(w · g · value)), g the inner gradient; means is (n, 2, G)."""
     k, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
+    column, w, b = _channels(weight, bias, block, C, BLOCK)
     group = row * 2 * G + column // (C // G)
     plain = tl.load(means + group, mask=column < C, other=0.0)[None, :]
     product = tl.load(means + group + G, mask=column < C, other=0.0)[None, :]
@@ -169,20 +174,20 @@ def _gradient_input(
 TILES = 4  # of a program that writes
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int, int]:
-    """n, P, C and the positions of a chunk; x (n, ..., C) contiguous."""
+def _sizes(x: Tensor) -> tuple[int, int, int, int, int]:
+    """n, P, C, the positions of a chunk and the channels of a block; x (n, ..., C) contiguous."""
     n, channels = x.shape[0], x.shape[-1]
     positions = x.numel() // (n * channels)
-    return n, positions, channels, max(CHUNK, triton.next_power_of_2(triton.cdiv(positions, CHUNKS)))
+    chunk = max(CHUNK, triton.next_power_of_2(triton.cdiv(positions, CHUNKS)))
+    return n, positions, channels, chunk, min(BLOCK, triton.next_power_of_2(channels))
 
 
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GroupNorm, and SiLU if asked, of contiguous (n, ..., C); also means and 1 / deviations (n, G) float32."""
-    n, positions, channels, chunk = _sizes(x)
-    chunks, block = triton.cdiv(positions, chunk), min(BLOCK, triton.next_power_of_2(channels))
-    blocks = triton.cdiv(channels, block)
+    n, positions, channels, chunk, block = _sizes(x)
+    chunks, blocks = triton.cdiv(positions, chunk), triton.cdiv(channels, block)
     partial = torch.empty(n, chunks, 2, channels, device=x.device, dtype=torch.float32)
     mean, scale = (torch.empty(n, groups, device=x.device, dtype=torch.float32) for _ in range(2))
     y, width = torch.empty_like(x), triton.next_power_of_2(channels // groups)
@@ -199,10 +204,9 @@ def group_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias of `group_norm`; dy is contiguous as x is."""
-    n, positions, channels, chunk = _sizes(x)
+    n, positions, channels, chunk, block = _sizes(x)
     groups = mean.shape[1]
-    chunks, block = triton.cdiv(positions, chunk), min(BLOCK, triton.next_power_of_2(channels))
-    blocks = triton.cdiv(channels, block)
+    chunks, blocks = triton.cdiv(positions, chunk), triton.cdiv(channels, block)
     partial = torch.empty(n, chunks, 2, channels, device=x.device, dtype=torch.float32)
     _gradient_sums[(chunks, blocks, n)](
         x, dy, partial, weight, bias, mean, scale, positions, channels, groups, chunk, silu, STEP, block
