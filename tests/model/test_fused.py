@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from toy_models import randomised
 
 import svd.model
 from svd.model import fused
@@ -80,15 +81,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     torch._dynamo.reset()
 
 
-def awake(model: nn.Module) -> nn.Module:
-    """Without the zeros of a fresh model, behind which everything is hidden."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    return model
-
-
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     torch.manual_seed(1)
     x, context = torch.randn(2, 3, 8, 8, 8), torch.randn(2, 77, TOY.cross_attention_dim)
@@ -105,7 +97,7 @@ def outcome(unet: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
 def test_a_u_net_learns_the_same(compiled: bool, request: pytest.FixtureRequest) -> None:
-    unet = awake(UNet(TOY))
+    unet = randomised(UNet(TOY))
     expected = outcome(unet)
     kernels = request.getfixturevalue("kernels")
     if compiled:
@@ -120,7 +112,7 @@ def test_a_u_net_learns_the_same(compiled: bool, request: pytest.FixtureRequest)
 def test_a_u_net_without_gradients_attends_and_gates_with_kernels(
     compiled: bool, request: pytest.FixtureRequest
 ) -> None:
-    unet = awake(UNet(TOY)).bfloat16()
+    unet = randomised(UNet(TOY)).bfloat16()
     with torch.no_grad():
         expected = unet(*inputs(torch.bfloat16)).float()
         kernels = request.getfixturevalue("kernels")
@@ -133,7 +125,7 @@ def test_a_u_net_without_gradients_attends_and_gates_with_kernels(
 
 
 def test_an_autoencoder_stays_in_channels_last_memory(request: pytest.FixtureRequest) -> None:
-    model = awake(Autoencoder(AutoencoderConfig(block_out_channels=(32, 64))))
+    model = randomised(Autoencoder(AutoencoderConfig(block_out_channels=(32, 64))))
     torch.manual_seed(2)
     latents, frames = torch.randn(1, 3, 4, 8, 8), torch.rand(1, 3, 3, 16, 16)
     with torch.no_grad():

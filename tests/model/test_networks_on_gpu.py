@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_models import randomised
 
 from svd.model import fused
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
@@ -23,15 +24,6 @@ WIDTHS = (32, 64)
 def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions in float32 are rounded to TF32 by default."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-def awake(model: nn.Module) -> nn.Module:
-    """Without the zeros of a fresh model, behind which everything is hidden."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    return model
 
 
 def arguments(config: UNetConfig, tokens: int, batch: int = 2) -> tuple[Tensor, ...]:
@@ -54,7 +46,7 @@ def to_gpu(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("tokens", (1, 77))
 @pytest.mark.parametrize(("dtype", "bound"), ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)))
 def test_the_u_net_and_its_gradients(dtype: torch.dtype, bound: float, tokens: int) -> None:
-    unet = awake(UNet(TOY))
+    unet = randomised(UNet(TOY))
     inputs = arguments(TOY, tokens)
     expected = unet(*inputs)
     expected.square().mean().backward()
@@ -74,7 +66,7 @@ def test_the_u_net_and_its_gradients(dtype: torch.dtype, bound: float, tokens: i
 
 @pytest.mark.parametrize("policy", ("fine", "all"))
 def test_checkpointing_changes_no_gradient(policy: str) -> None:
-    unet = awake(UNet(TOY)).cuda()
+    unet = randomised(UNet(TOY)).cuda()
     again = UNet(replace(TOY, checkpointing=policy)).cuda()  # type: ignore[arg-type]
     again.load_state_dict(unet.state_dict())
     inputs = to_gpu(arguments(TOY, 77), torch.float32)
@@ -87,7 +79,7 @@ def test_checkpointing_changes_no_gradient(policy: str) -> None:
 
 
 def test_blocks_that_are_compiled_compute_the_same() -> None:
-    unet = awake(UNet(TOY)).cuda()
+    unet = randomised(UNet(TOY)).cuda()
     expected = {size: unet(*to_gpu(arguments(TOY, size), torch.float32)).detach().cpu() for size in (1, 77)}
     unet.compile_blocks()
     for size, exact in expected.items():
@@ -140,7 +132,7 @@ def test_attention_over_frames_of_more_positions_than_a_cuda_grid_has() -> None:
 @pytest.mark.parametrize(("dtype", "bound"), ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)))
 @torch.no_grad()
 def test_the_autoencoder(dtype: torch.dtype, bound: float, chunk: int | None) -> None:
-    model = awake(Autoencoder(AutoencoderConfig(block_out_channels=WIDTHS)))
+    model = randomised(Autoencoder(AutoencoderConfig(block_out_channels=WIDTHS)))
     torch.manual_seed(2)
     latents = torch.randn(1, 5, 4, 16, 24)
     on_gpu = copy.deepcopy(model).cuda().to(dtype)
