@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from curation_inputs import write_video
+from toy_models import randomised
 
 from svd.config import CaptionsConfig
 from svd.curation import captioners, video_captioner
@@ -71,12 +72,12 @@ def test_coca_describes_the_middle_frame(request_of_clip):
     import open_clip
     from open_clip.coca_model import CoCa
 
-    torch.manual_seed(0)
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "attentional_pool": True}
     vision |= {"attn_pooler_heads": 2, "attn_pooler_queries": 8, "output_tokens": True}
     text = {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1, "embed_cls": True}
     decoder = {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    model = CoCa(32, decoder, text | {"output_tokens": True}, vision)
+    # open_clip leaves the projection of the decoder as the memory was.
+    model = randomised(CoCa(32, decoder, text | {"output_tokens": True}, vision))
     captioner = captioners.CocaCaptioner(model, open_clip.image_transform(32, is_train=False), "cpu")
     other = CaptionRequest("b", request_of_clip.frames[[1, 0, 2]], request_of_clip.video, {})
     # Only the middle frame counts, whatever stands beside it in the batch.
