@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.fvd import jackknife
-from evaluation.results import load_result
-from svd.stage import UserError
+from evaluation.frechet.distances import jackknife
+from evaluation.frechet.results import load_result
+from svd.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from evaluation.moments import write_bytes
-from evaluation.results import MEASURED, Row
+import yaml
+
+from evaluation.frechet.moments import write_bytes
 
 _HEAD = (
     "subject",
@@ -97,3 +98,37 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write the CSV of an evaluation's rows."""
     write_csv(path, [asdict(row) for row in rows], [column.name for column in fields(Row)])
+
+
+MEASURED = "measured"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. `value` is the Fréchet distance; None where a number can't be had (written as empty).
+
+    subject: what was compared with the real clips; `source`: "measured", or where a published number stands.
+    """
+
+    dataset: str
+    subject: str
+    metric: str
+    value: float | None
+    standard_error: float | None = None
+    bias_corrected: float | None = None
+    infinity: float | None = None
+    mean_term: float | None = None
+    covariance_term: float | None = None
+    kernel_unbiased: float | None = None
+    kernel_standard_error: float | None = None
+    real: int | None = None
+    generated: int | None = None
+    seed: int | None = None
+    weights: str = ""
+    protocol: str = ""
+    source: str = MEASURED
+
+
+def load_baselines() -> dict[str, Any]:
+    """The published numbers of `baselines.yaml`."""
+    return dict(yaml.safe_load((Path(__file__).parent / "baselines.yaml").read_text()))

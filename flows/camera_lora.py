@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows.stage_flow import run_stage_flow
+from flows.prefect_flows.stage_flows import run_stage_flow
 
 
 @flow(name="camera-lora", flow_run_name="camera-lora-{preset}", timeout_seconds=72 * 3600, persist_result=True)

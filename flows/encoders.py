@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows.stage_flow import run_stage_flow
+from flows.prefect_flows.stage_flows import run_stage_flow
 
 
 @flow(name="encoders", flow_run_name="encoders-{preset}", timeout_seconds=6 * 3600, persist_result=True)

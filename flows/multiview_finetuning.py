@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows.stage_flow import run_stage_flow
+from flows.prefect_flows.stage_flows import run_stage_flow
 
 
 @flow(

@@ -18,16 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows import store, versioning
-from flows.delivery import checkpoint_digest
-from flows.serving import signature
+from flows.recording import dvc as versioning
+from flows.recording import results_store as store
+from flows.recording.dvc import hash_folder
+from flows.recording.work import WORK, clear_recorded, clear_work, close_work, dvc_records, key_file, mark_told, settle
+from flows.serving.signature import signature
 from flows.stages import OUTPUTS, Stage, find_stage, preset_sections
-from flows.tracking import Lineage, MlflowTracker, RunInfo, tracked_run
-from flows.versioning import hash_folder
-from flows.work import WORK, clear_recorded, clear_work, close_work, dvc_records, key_file, mark_told, settle
+from flows.tracking.mlflow_delivery import checkpoint_digest
+from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, tracked_run
 from svd.config import Preset
-from svd.presets import load_preset
-from svd.stage import Report, StageContext, UserError, recover, republish
+from svd.config.load import load_preset
+from svd.core.errors import UserError
+from svd.core.files import recover
+from svd.stage import Report, StageContext, republish
 from svd.storage import join
 from svd.training import ranks
 

@@ -14,7 +14,8 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from svd.stage import Report, StageContext, UserError
+from svd.core.errors import UserError
+from svd.stage import Report, StageContext
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = Path("outputs")
@@ -47,13 +48,13 @@ class Stage:
 
 _NETWORKS = ("autoencoder", "encoders")
 _TRAINING = "svd.training.stages"
-_CALIBRATION = "evaluation.calibration"
+_CALIBRATION = "evaluation.calibration.stage"
 _LIST = (
-    Stage("sources", "svd.data.sources", pool="cpu"),
+    Stage("sources", "svd.sources.stage", pool="cpu"),
     Stage("encoders", "svd.training.encoders"),
     Stage("curation", "svd.curation.stage", ("sources", "encoders"), pool="cpu"),
     Stage("autoencoder", "svd.training.autoencoder", ("curation",)),
-    Stage("latents", "svd.data.latents", ("curation", "autoencoder", "encoders")),
+    Stage("latents", "svd.latents.stage", ("curation", "autoencoder", "encoders")),
     Stage("image-pretraining", _TRAINING, ("latents", *_NETWORKS), "run_image_pretraining"),
     Stage("video-pretraining", _TRAINING, ("latents", *_NETWORKS, "image-pretraining"), "run_video_pretraining"),
     Stage(
@@ -70,7 +71,7 @@ _LIST = (
         "run_image_to_video",
         model="svd-image-to-video",
     ),
-    Stage("orbits", "svd.data.orbits", pool="cpu"),
+    Stage("orbits", "svd.orbits.stage", pool="cpu"),
     Stage(
         "multiview-finetuning",
         _TRAINING,
@@ -78,11 +79,11 @@ _LIST = (
         "run_multiview_finetuning",
         model="svd-multi-view",
     ),
-    Stage("ucf101-evaluation", "evaluation.ucf101", ("sources", *_NETWORKS, "high-quality-finetuning")),
-    Stage("multiview-benchmark", "evaluation.views", ("multiview-finetuning", *_NETWORKS)),
+    Stage("ucf101-evaluation", "evaluation.frechet.ucf101", ("sources", *_NETWORKS, "high-quality-finetuning")),
+    Stage("multiview-benchmark", "evaluation.multiview.benchmark", ("multiview-finetuning", *_NETWORKS)),
     Stage(
         "report",
-        "evaluation.report",
+        "evaluation.report.page",
         (
             "sources",
             "curation",
@@ -118,7 +119,7 @@ _LIST = (
 STAGES = {stage.name: stage for stage in _LIST}
 BRANCHES = ("camera-lora", "frame-interpolation", "threshold-calibration")
 PIPELINE = tuple(name for name in STAGES if name not in BRANCHES)
-# Their options may name files outside the project; flows/inventory.py lists those for DVC.
+# Their options may name files outside the project; flows/recording/inventory.py lists those for DVC.
 EXTERNAL = (
     "sources",
     "encoders",

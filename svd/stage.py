@@ -6,29 +6,24 @@ renames, because DVC deletes a stage's outputs before it runs the command again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from svd.config import Preset
+from svd.core.files import replace_folder, write_json
 
 KEPT = "published"
 
 
-class UserError(Exception):
-    """A user's mistake: one line that says what is wrong, in which file, and what to do. Shown without a traceback."""
-
-
 class Tracker(Protocol):
-    """Where a stage reports while it runs; MLflow in `flows/tracking.py`, nothing by default."""
+    """Where a stage reports while it runs; MLflow in `flows/tracking/runs.py`, nothing by default."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Scalars at a step."""
@@ -76,17 +71,6 @@ class Report:
     summary: str
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, with sorted keys and a final newline, so that equal values are equal bytes."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as stream:
-        json.dump(value, stream, indent=2, sort_keys=True, allow_nan=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
 def publish(finished: Path, output: Path, report: Report) -> Report:
     """Write `metrics.json` into `finished`, then make it `output`; a kill leaves the old or the new folder.
 
@@ -126,44 +110,3 @@ def discard_published(work: Path) -> None:
     """Forget what was published from `work`; work in progress stays."""
     (work / KEPT).with_suffix(".json").unlink(missing_ok=True)
     shutil.rmtree(work / KEPT, ignore_errors=True)
-
-
-@contextmanager
-def exclusive(lock: Path) -> Iterator[None]:
-    """Wait until no other process of this machine holds the file `lock`, and hold it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def replace_folder(finished: Path, folder: Path) -> None:
-    """Make `finished` the new `folder`. Between two renames there is none; `recover` undoes a kill just there."""
-    with exclusive(_beside(folder, "lock")):
-        _settle(folder)
-        if folder.exists():
-            folder.rename(_beside(folder, "old"))
-        finished.rename(folder)
-        _settle(folder)
-
-
-def recover(folder: Path) -> None:
-    """After a kill inside `replace_folder`: bring the old folder back when there is no new one, else remove it."""
-    if _beside(folder, "old").exists() or _beside(folder, "removed").exists():
-        with exclusive(_beside(folder, "lock")):
-            _settle(folder)
-
-
-def _settle(folder: Path) -> None:
-    """One folder instead of two. What goes is renamed first, because half of it must never be taken for the whole."""
-    old, removed = _beside(folder, "old"), _beside(folder, "removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    elif old.exists():
-        old.rename(removed)
-        shutil.rmtree(removed)
-
-
-def _beside(folder: Path, mark: str) -> Path:
-    return folder.with_name(f".{folder.name}.{mark}")

@@ -1,10 +1,10 @@
-"""The Fréchet distance by its definition, from means and covariances: a reference for `evaluation.fvd.frechet`."""
+"""The Fréchet distance by its definition, a reference for `evaluation.frechet.distances.frechet`."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from evaluation.fvd import Frechet
+from evaluation.frechet.distances import Frechet
 
 
 def _square_root(matrix: np.ndarray) -> np.ndarray:

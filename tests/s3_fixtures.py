@@ -41,14 +41,14 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of the smallest size that S3 allows."""
-    from svd import s3
+    from svd.storage import s3
 
     monkeypatch.setattr(s3, "PART", 5 << 20)
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svd import retries
+    from svd.core import retries
 
     monkeypatch.setattr(retries, "ATTEMPTS", 3)
     monkeypatch.setattr(retries, "LONGEST_WAIT", 0.1)
@@ -61,7 +61,8 @@ def make_file(path: Path, size: int, seed: int = 0) -> Path:
 
 def put_raw(location: str, data: bytes, digest: str | None) -> None:
     """Store an object as someone else would, with any metadata."""
-    from svd import s3, storage
+    from svd import storage
+    from svd.storage import s3
 
     bucket, key = storage.split_uri(location)
     marks = {"Metadata": {"sha256": digest}} if digest else {}

@@ -125,7 +125,7 @@ class S3Server(Server):
         return {"name": name, "credentials": [{"accessKey": name, "secretKey": secret}], "actions": actions}
 
     def environment(self, reader: bool = False) -> dict[str, str]:
-        """The variables that boto3, DVC, MLflow and svd/storage.py read."""
+        """The variables that boto3, DVC, MLflow and svd/storage read."""
         key, secret = (self.reader, self.reader_secret) if reader else (self.key, self.secret)
         names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
         return dict(zip(names, (self.url, key, secret, "us-east-1"), strict=True))

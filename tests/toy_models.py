@@ -8,8 +8,8 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.checkpoint import of_module
-from svd.model.sgm import SgmParts, autoencoder_to_sgm, folded_encoder, stored_config, unet_to_sgm
+from svd.model.formats.sgm import SgmParts, autoencoder_to_sgm, folded_encoder, stored_config, unet_to_sgm
+from svd.model.safetensors import of_module
 from svd.model.unet import UNet, UNetConfig
 
 VISION_HEADS = 2

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import track
 
-from svd.curation import catalog
+from svd.catalogue import axes, schema
+from svd.catalogue import tables as catalog
 
 CHUNK = 1 << 18
 FILTERS = {
@@ -85,7 +86,7 @@ def chunk(start: int, count: int) -> pa.Table:
             "motion_bucket": generator.integers(0, 256, count).astype(np.int16),
         }
     )
-    return catalog.with_schema(frame, catalog.SCORES_SCHEMA)
+    return catalog.with_schema(frame, schema.SCORES_SCHEMA)
 
 
 def write_catalogue(folder: Path, rows: int) -> None:
@@ -95,7 +96,7 @@ def write_catalogue(folder: Path, rows: int) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
-    with pq.ParquetWriter(temporary, catalog.SCORES_SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(temporary, schema.SCORES_SCHEMA, compression="zstd") as writer:
         for start in track(range(0, rows, CHUNK), "writing synthetic catalogue"):
             writer.write_table(chunk(start, min(CHUNK, rows - start)), row_group_size=catalog.ROW_GROUP)
     temporary.replace(target)
@@ -103,15 +104,15 @@ def write_catalogue(folder: Path, rows: int) -> None:
 
 def measure(folder: Path) -> None:
     """What is timed: verdicts, funnel, Tab. 1 of all and kept clips, histograms of every axis. Prints one JSON line."""
+    from svd.catalogue import filters, statistics
     from svd.config import FiltersConfig
-    from svd.curation import filters, statistics
 
     began = time.perf_counter()
     thresholds = filters.write_verdicts(folder, FiltersConfig.model_validate(FILTERS))
     filtered = time.perf_counter()
     clips = catalog.scan_clips(folder)
     tables = {"all": statistics.table(clips), "kept": statistics.table(clips.filter(pl.col("keep")))}
-    counted = [len(statistics.histogram(clips, axis.column)[0]) for axis in filters.AXES]
+    counted = [len(statistics.histogram(clips, axis.column)[0]) for axis in axes.AXES]
     finished = time.perf_counter()
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result = {

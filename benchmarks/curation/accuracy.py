@@ -18,9 +18,9 @@ from typing import Any
 from scenedetect import AdaptiveDetector, ContentDetector, SceneManager, open_video
 
 from svd.config import SyntheticWorlds
-from svd.curation.analysis import analyse
-from svd.data.synthetic import write_worlds
-from svd.presets import load_preset
+from svd.config.load import load_preset
+from svd.curation.measuring.decode_pass import analyse
+from svd.synthetic.videos import write_worlds
 
 TOLERANCE = 2
 

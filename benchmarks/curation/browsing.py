@@ -30,15 +30,15 @@ def serve(folder: Path, port: int) -> None:
     """Serve the catalogue as `svd browse` does."""
     import uvicorn
 
-    from svd.curation.browse import create_app
+    from svd.catalogue.browser.app import create_app
 
     uvicorn.run(create_app(folder), host="127.0.0.1", port=port, log_level="error")
 
 
 def judge(folder: Path) -> None:
     """Write the verdicts that the page begins with."""
+    from svd.catalogue import filters
     from svd.config import FiltersConfig
-    from svd.curation import filters
 
     filters.write_verdicts(folder, FiltersConfig.model_validate(FILTERS))
 

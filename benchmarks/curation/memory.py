@@ -52,8 +52,8 @@ def repeat(source: Path, target: Path, seconds: float) -> Path:
 
 def write_encoders(folder: Path) -> None:
     """An untrained toy CLIP: memory does not depend on what it has learnt."""
-    from svd.model import clip
-    from svd.presets import load_preset
+    from svd.config.load import load_preset
+    from svd.model.formats import clip
 
     preset = load_preset("tiny")
     config = clip.toy_config(preset.encoders.toy_width, preset.model.unet.cross_attention_dim)
@@ -62,8 +62,8 @@ def write_encoders(folder: Path) -> None:
 
 def curate(folder: Path) -> None:
     """Run the stage on `folder`/sources."""
+    from svd.config.load import load_preset
     from svd.curation import stage
-    from svd.presets import load_preset
     from svd.stage import StageContext
 
     os.environ["SVD_NO_PROGRESS"] = "1"

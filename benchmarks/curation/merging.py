@@ -23,10 +23,11 @@ import pyarrow as pa
 from rich.progress import track
 
 from benchmarks.catalogue.__main__ import chunk, peak_bytes
-from svd.curation import catalog
+from svd.catalogue import schema
+from svd.catalogue import tables as catalog
+from svd.config.load import load_preset
 from svd.curation.merge import merge
-from svd.curation.summary import metrics
-from svd.presets import load_preset
+from svd.curation.metrics import metrics
 
 PER_SOURCE = 10
 
@@ -40,7 +41,7 @@ def evidence(clips: int) -> tuple[pa.Table, pa.Table]:
     cuts = cuts.with_columns(kind=pl.lit("hard"), detector=pl.lit("content@1"), score=pl.lit(50.0), threshold=27.0)
     dropped = cuts.select("start_frame", "end_frame", start_seconds="seconds", end_seconds="seconds")
     dropped = dropped.with_columns(reason=pl.lit("shorter than 2 s between two cuts")).head(clips // 3)
-    return catalog.with_schema(cuts, catalog.CUTS_SCHEMA), catalog.with_schema(dropped, catalog.DROPPED_SCHEMA)
+    return catalog.with_schema(cuts, schema.CUTS_SCHEMA), catalog.with_schema(dropped, schema.DROPPED_SCHEMA)
 
 
 def write_unit(folder: Path, number: int, clips: int) -> None:
@@ -53,8 +54,8 @@ def write_unit(folder: Path, number: int, clips: int) -> None:
     uris = pl.Series("source_uri", [f"s3://videos/a-folder-of-a-collection/{n:010d}.mp4" for n in numbers])
     table = pl.DataFrame(chunk(number * clips, clips))
     table = table.with_columns(uris, unit=pl.lit(number, pl.Int32), split=pl.lit("train"))
-    for path, schema in ((measured / "clips", catalog.MEASURED_SCHEMA), (scored / "scores", catalog.SCORED_SCHEMA)):
-        catalog.write_table(path.with_suffix(".parquet"), catalog.with_schema(table, schema))
+    for path, columns in ((measured / "clips", schema.MEASURED_SCHEMA), (scored / "scores", schema.SCORED_SCHEMA)):
+        catalog.write_table(path.with_suffix(".parquet"), catalog.with_schema(table, columns))
     sources = table.group_by("source_uri", "split", "codec", maintain_order=True).agg(
         pl.len().alias("clips"),
         pl.col("duration").sum(),
@@ -63,7 +64,7 @@ def write_unit(folder: Path, number: int, clips: int) -> None:
     sources = sources.with_columns(
         verdict=pl.lit("ok"), reason=pl.lit(""), metadata=pl.lit(json.dumps({"title": "a video " * 10, "views": 12345}))
     )
-    catalog.write_table(measured / "sources.parquet", catalog.with_schema(sources, catalog.SOURCES_SCHEMA))
+    catalog.write_table(measured / "sources.parquet", catalog.with_schema(sources, schema.SOURCES_SCHEMA))
     for path, rows in zip((measured / "cuts", measured / "dropped"), evidence(clips), strict=True):
         owners = pa.array(np.sort(np.resize(uris.to_numpy(), len(rows))).tolist(), pa.string())
         catalog.write_table(path.with_suffix(".parquet"), rows.set_column(0, "source_uri", owners).cast(rows.schema))

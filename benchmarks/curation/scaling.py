@@ -18,9 +18,9 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from benchmarks.curation.speed import make
+from svd.config.load import load_preset
+from svd.curation.measuring.process import Analyst
 from svd.curation.types import SourceFailure
-from svd.curation.worker import Analyst
-from svd.presets import load_preset
 
 GOAL = 1.8
 

@@ -29,9 +29,9 @@ import numpy as np
 from scenedetect import AdaptiveDetector, ContentDetector, SceneManager, open_video
 
 from svd.config import CurationConfig
-from svd.curation.analysis import analyse
-from svd.curation.writing import write_clips
-from svd.presets import load_preset
+from svd.config.load import load_preset
+from svd.curation.clips.writer import write_clips
+from svd.curation.measuring.decode_pass import analyse
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 KINDS = {

@@ -12,10 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from evaluation import ucf101
-from evaluation.results import load_result
-from svd.presets import load_preset
-from svd.stage import StageContext, UserError
+from evaluation.frechet import ucf101
+from evaluation.frechet.results import load_result
+from svd.config.load import load_preset
+from svd.core.errors import UserError
+from svd.stage import StageContext
 
 CONTROLS = ("noise", "mean-frame", "untrained")
 

@@ -1,4 +1,4 @@
-"""Throughput of svd/storage.py beside boto3's own transfer manager and SeaweedFS's own client, on one local server.
+"""Throughput of svd/storage beside boto3's own transfer manager and SeaweedFS's own client, on one local server.
 
     python -m benchmarks.storage --megabytes 256 --repeats 3
 
@@ -6,7 +6,7 @@ Prints a table and writes benchmarks' usual JSON with --output. The clients take
 and nothing is left to be written when one begins. Rates are of median times; a ratio is our rate by the
 client's (above 1: svd.storage is faster).
 
-svd/storage.py computes and verifies a SHA-256 in both directions and syncs what it downloaded. boto3 does neither;
+svd/storage computes and verifies a SHA-256 in both directions and syncs what it downloaded. boto3 does neither;
 `boto3, same guarantee` adds both around it. `weed` is SeaweedFS's own client, which knows the servers behind the S3
 port and starts a process each time; `plain HTTP` is one stream to and from SeaweedFS's filer, without S3, checksum or
 sync: what this machine's server can do. Below the table: what SHA-256 and a synced write of the file cost alone.

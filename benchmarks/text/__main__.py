@@ -24,9 +24,10 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from svd.curation.decode import FRAME_WIDTH
-from svd.curation.text import DBTextDetector, area_ratio
-from svd.data.synthetic import World, render_clip
+from svd.curation.decoding.decoder import FRAME_WIDTH
+from svd.curation.text.base import area_ratio
+from svd.curation.text.dbnet import DBTextDetector
+from svd.synthetic.videos import World, render_clip
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 # Seconds of the samples that show titles.

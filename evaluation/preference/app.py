@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from evaluation.preference.pairs import QUESTIONS, Question
 from evaluation.preference.store import VoteStore
 from evaluation.preference.study import Study, load_study, open_store, results
-from svd.stage import UserError
+from svd.core.errors import UserError
 
 _RATER = re.compile(r"[A-Za-z0-9_-]{6,64}")
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluation.protocol import Crop, Resize, crop, resize
-from svd.stage import UserError
-from svd.video import read_frames, write_mp4
+from evaluation.frechet.protocol import Crop, Resize, crop, resize
+from svd.core.errors import UserError
+from svd.media.video import read_frames, write_mp4
 
 Frames = NDArray[np.uint8]
 CLIP_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")

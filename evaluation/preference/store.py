@@ -20,7 +20,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from evaluation.preference.pairs import Question
 from evaluation.preference.ratings import Vote
-from svd.stage import UserError
+from svd.core.errors import UserError
 
 
 class _Base(DeclarativeBase):

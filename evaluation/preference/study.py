@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.moments import write_bytes
+from evaluation.frechet.moments import write_bytes
 from evaluation.preference.clips import CLIP_SUFFIXES, Box, Source, prepare_clips
 from evaluation.preference.pairs import AXES, schedule
 from evaluation.preference.plots import ratings_plot
@@ -29,7 +29,8 @@ from evaluation.preference.ratings import (
     side_bias,
 )
 from evaluation.preference.store import VoteStore, copy_votes
-from svd.stage import UserError, write_json
+from svd.core.errors import UserError
+from svd.core.files import write_json
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from svd.catalogue import filters, schema
+from svd.catalogue import tables as catalog
+from svd.catalogue.near_duplicates import near_duplicates
+from svd.catalogue.subsets import write_subsets
 from svd.config import CurationConfig
-from svd.curation import catalog, filters
-from svd.curation.duplicates import near_duplicates
-from svd.curation.subsets import write_subsets
-from svd.stage import write_json
+from svd.core.files import write_json
 
 # Buckets of the motion id that the model is conditioned on (spec: 0…255).
 BUCKETS = 256
@@ -50,11 +51,11 @@ def merge(measured: Sequence[Path], scored: Sequence[Path], finished: Path, conf
             _link(shard, finished / "shards" / shard.name)
     tables = finished / "catalogue"
     again = _duplicates(measured)
-    _write(tables / "sources.parquet", _sources(measured, again), catalog.SOURCES_SCHEMA)
+    _write(tables / "sources.parquet", _sources(measured, again), schema.SOURCES_SCHEMA)
     columns = _global_columns(measured, again, finished, config)
-    _write(tables / "clips.parquet", _clips(measured, scored, again, columns), catalog.SCORES_SCHEMA)
-    for name, schema in (("cuts", catalog.CUTS_SCHEMA), ("dropped", catalog.DROPPED_SCHEMA)):
-        _write(tables / f"{name}.parquet", (pl.read_parquet(unit / f"{name}.parquet") for unit in measured), schema)
+    _write(tables / "clips.parquet", _clips(measured, scored, again, columns), schema.SCORES_SCHEMA)
+    for name, columns in (("cuts", schema.CUTS_SCHEMA), ("dropped", schema.DROPPED_SCHEMA)):
+        _write(tables / f"{name}.parquet", (pl.read_parquet(unit / f"{name}.parquet") for unit in measured), columns)
     thresholds = filters.write_verdicts(finished, config.filters)
     if config.subsets:
         write_subsets(finished, config.subsets)

@@ -20,19 +20,21 @@ from queue import SimpleQueue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from svd.catalogue.report import write_report
+from svd.catalogue.statistics import write_statistics
 from svd.config import CurationConfig, EncodersConfig
-from svd.curation.measure import Identified, Unit, identify, measure_unit, units_of
+from svd.core.errors import UserError
+from svd.core.files import write_json
+from svd.curation.measuring.fetching import local_file
+from svd.curation.measuring.parts import LEAST_RATE
+from svd.curation.measuring.process import Analyst
+from svd.curation.measuring.unit import Identified, Unit, identify, measure_unit, units_of
 from svd.curation.merge import Merged, merge
-from svd.curation.networks import Networks
-from svd.curation.parts import LEAST_RATE
-from svd.curation.report import write_report
-from svd.curation.sources import local_file
-from svd.curation.statistics import write_statistics
-from svd.curation.summary import metrics, summary
+from svd.curation.metrics import metrics, summary
+from svd.curation.scoring.process import Networks
 from svd.curation.types import SourceFailure
-from svd.curation.worker import Analyst
-from svd.data.listing import Source, list_sources
-from svd.stage import Report, StageContext, UserError, publish, write_json
+from svd.sources.listing import Source, list_sources
+from svd.stage import Report, StageContext, publish
 
 SPLITS = ("train", "test", "footage")
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from svd.orientation import Orientation
+from svd.media.orientation import Orientation
 
 CutKind = Literal["hard", "fade", "dissolve", "black"]
 ClipMethod = Literal["copy", "reencode"]

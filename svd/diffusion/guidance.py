@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from svd.diffusion.edm import Denoiser
+from svd.diffusion.edm import Denoiser, Network
 
 Passes = Literal["auto", "batched", "sequential"]
 
@@ -99,3 +99,24 @@ def guided(
         return halves[0] + weight * (halves[1] - halves[0])
 
     return combined
+
+
+def conditioned(unet: nn.Module, condition: Condition) -> Network:
+    """The network F(x_BTCHW, c_noise_B) of a U-Net with its conditioning in place; x is cast to the U-Net's type."""
+    dtype = next(unet.parameters()).dtype
+    context = condition.context.to(dtype)
+    time_context = None if condition.time_context is None else condition.time_context.to(dtype)
+
+    def network(x: Tensor, c_noise: Tensor) -> Tensor:
+        if condition.concat is not None:
+            x = torch.cat([x, condition.concat.to(x.dtype)], dim=2)
+        return unet(
+            x.to(dtype),
+            c_noise,
+            context,
+            condition.ids,
+            time_context_BLD=time_context,
+            image_only_B=condition.image_only,
+        )
+
+    return network

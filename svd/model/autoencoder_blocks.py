@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svd.model.fused import norm_images
+from svd.model.kernels.operators import norm_images
 
 SPATIAL_EPS = 1e-6
 TEMPORAL_EPS = 1e-5

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svd.model import fused
+from svd.model.kernels import operators as fused
 
 # Fused attention kernels put batch·heads or batch on a CUDA grid axis that ends here.
 MAX_ATTENTION_BATCH = 65_535

@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from svd.core.errors import UserError
 from svd.model.unet import UNet
-from svd.stage import UserError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

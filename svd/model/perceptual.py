@@ -14,8 +14,8 @@ import torch
 from stlpips_pytorch.stlpips import LPIPS as Network
 from torch import Tensor, nn
 
-from svd.model.checkpoint import read_tensors
-from svd.stage import UserError
+from svd.core.errors import UserError
+from svd.model.safetensors import read_tensors
 
 Kind = Literal["stlpips-alex", "stlpips-vgg", "lpips-alex", "lpips-vgg"]
 BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from svd.config import Preset
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig, add_temporal_decoder, fresh_autoencoder, mean
-from svd.model.hub import VAE_FILES, resolve
+from svd.model.formats.folders import load_autoencoder, save_autoencoder
+from svd.model.formats.hub import VAE_FILES, resolve
 from svd.model.perceptual import Perceptual
-from svd.model.weights import load_autoencoder, save_autoencoder
 from svd.stage import Report, StageContext, publish
 from svd.training.autoencoder_phase import COLUMNS, Learner, Phase, Run
 from svd.training.frames import ClipPixels, split_rows

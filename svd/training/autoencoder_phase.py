@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from svd.config import AutoencoderTraining
-from svd.data.loader import generator
+from svd.latents.loader import generator
 from svd.model.autoencoder import Autoencoder, sample
 from svd.stage import StageContext
 from svd.training.frames import ClipPixels

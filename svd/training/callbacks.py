@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from svd.data.loader import Examples, Steps
+from svd.latents.loader import Examples, Steps
 from svd.stage import Tracker
 from svd.training.module import Diffusion
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from svd.config import Preset
-from svd.data.scenes import Split, World, render_clip
-from svd.model.checkpoint import read_tensors
-from svd.model.clip import build, released_file, save_reference, save_toy, toy_config
-from svd.model.conditioning import ImageEncoder, TextEncoder, from_uint8
+from svd.model.encoders import ImageEncoder, TextEncoder, from_uint8
+from svd.model.formats.clip import build, released_file, save_reference, save_toy, toy_config
+from svd.model.safetensors import read_tensors
 from svd.stage import Report, StageContext, publish
+from svd.synthetic.scenes import Split, World, render_clip
 
 _SEED_OFFSET = 104_729  # worlds of this stage must not be those that the sources show
 _TRAIN_CLIPS = 2048
@@ -48,7 +48,7 @@ class Pairs:
 
 def run(context: StageContext) -> Report:
     """Train the toy-clip, or check released weights; the output folder is read by
-    svd.model.conditioning.load_encoders.
+    svd.model.formats.encoders.load_encoders.
     """
     finished = context.work / "finished"
     config = context.preset.encoders

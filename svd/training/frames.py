@@ -13,11 +13,11 @@ import av
 import torch
 from torch import Tensor
 
-from svd.curation.catalog import read_clips
-from svd.data.loader import generator, shuffled
-from svd.data.shards import read_clip
-from svd.orientation import Orientation, orientation_of
-from svd.stage import UserError
+from svd.catalogue.shards import read_clip
+from svd.catalogue.tables import read_clips
+from svd.core.errors import UserError
+from svd.latents.loader import generator, shuffled
+from svd.media.orientation import Orientation, orientation_of
 
 CACHE_BYTES = 2 << 30
 LONGEST_READ = 32

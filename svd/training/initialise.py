@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from svd.config import Preset
-from svd.data.cache import digest
+from svd.core.errors import UserError
+from svd.latents.cache import digest
 from svd.model.unet import UNet, UNetConfig
-from svd.stage import UserError
-from svd.training.tasks import Task
+from svd.tasks.base import Task
 
 # What only video models have: fresh in one that is made from an image model, left behind the other way round.
 VIDEO_PARTS = ("temporal_", "time_pos_embed", "time_mixer", "add_embedding")

@@ -23,7 +23,8 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 
 from svd.config import TrainingConfig
-from svd.stage import NoTracker, StageContext, UserError
+from svd.core.errors import UserError
+from svd.stage import NoTracker, StageContext
 from svd.training.ranks import launched
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ def on_all_ranks(section: str) -> Callable[[Callable[..., T]], Callable[..., T]]
             if config.nodes > 1:
                 raise UserError(
                     f"{section}.nodes is {config.nodes}: start this command on every node with `srun`, or with "
-                    f"`torchrun --nnodes {config.nodes} --nproc-per-node {count} … -m flows.cli`"
+                    f"`torchrun --nnodes {config.nodes} --nproc-per-node {count} … -m flows.cli.app`"
                 )
             result: T = _launch(count, launching, context, arguments)
             return result

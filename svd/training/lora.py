@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from svd.config import LoraConfig, Phase
-from svd.stage import Report, UserError, publish
+from svd.core.errors import UserError
+from svd.stage import Report, publish
 from svd.training.parallel import first_rank
 from svd.training.runner import Training, collect, measured, run_phases
 

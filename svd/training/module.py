@@ -14,15 +14,15 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from svd.config import Phase, TrainingConfig
-from svd.data.loader import Batch
 from svd.diffusion import edm
+from svd.diffusion.guidance import conditioned
+from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder
-from svd.model.conditioning import conditioned
 from svd.model.unet import UNet
+from svd.tasks.base import Task
 from svd.training.ema import Ema
 from svd.training.muon import Muon
 from svd.training.parallel import parallelise
-from svd.training.tasks import Task
 
 TEMPORAL_PARTS = ("temporal_", "time_pos_embed", "time_mixer")
 # Of the transformers alone: residual blocks have a norm2 too.

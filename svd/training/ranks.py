@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from svd.config import Preset
-from svd.stage import StageContext, UserError
+from svd.core.errors import UserError
+from svd.stage import StageContext
 
 FIRST_RANK_PATIENCE = timedelta(hours=6)  # it may have to fetch the inputs of the stage
 BESIDE_LIGHTNING = 10_000  # Slurm has no store of its own; Lightning takes the main port later

@@ -20,20 +20,22 @@ import torch
 from torch import Tensor
 
 from svd.config import Phase, TrainingConfig
-from svd.data.cache import LatentCache, digest
-from svd.data.loader import Draws, Examples, IndexedLoader
+from svd.core.errors import UserError
+from svd.core.files import write_json
+from svd.latents.cache import LatentCache, digest
+from svd.latents.loader import Draws, Examples, IndexedLoader
 from svd.model.autoencoder import Autoencoder
+from svd.model.formats.folders import load_unet, save_unet
 from svd.model.lora import add_lora, save_lora
 from svd.model.unet import UNet
-from svd.model.weights import load_unet, save_unet
-from svd.stage import Report, StageContext, UserError, publish, write_json
+from svd.stage import Report, StageContext, publish
+from svd.tasks.base import Task
 from svd.training import callbacks
 from svd.training.callbacks import History
 from svd.training.initialise import with_checkpointing
 from svd.training.module import Diffusion, select_parameters
 from svd.training.parallel import first_rank, full_state, strategy
 from svd.training.samples import Preview, contact_sheet, write_films
-from svd.training.tasks import Task
 
 STRATA = 8
 EXAMINATION_SEED = 20231125

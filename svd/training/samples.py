@@ -14,17 +14,16 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from svd.config import Sampling
-from svd.data.loader import Batch, Examples
 from svd.diffusion import edm
-from svd.diffusion.guidance import Condition, constant, guided, linear
+from svd.diffusion.guidance import Condition, conditioned, constant, guided, linear
 from svd.diffusion.sampler import sample
+from svd.generation.models import noise_levels
+from svd.latents.loader import Batch, Examples
+from svd.media.video import Frames, filmstrip, to_uint8, write_mp4, write_png
 from svd.model.autoencoder import Autoencoder
-from svd.model.conditioning import conditioned
 from svd.model.unet import UNet
-from svd.pipeline import noise_levels
+from svd.tasks.base import Task, dropped
 from svd.training.parallel import first_rank
-from svd.training.tasks import Task, dropped
-from svd.video import Frames, filmstrip, to_uint8, write_mp4, write_png
 
 SHOWN = 4
 DECODED_AT_ONCE = 8

@@ -13,17 +13,23 @@ from typing import Any
 import polars as pl
 
 from svd.config import Phase, Subset, TrainingConfig
-from svd.data.cache import LatentCache
-from svd.model.hub import UNET_FILES, resolve
+from svd.core.errors import UserError
+from svd.core.files import exclusive
+from svd.latents.cache import LatentCache
+from svd.latents.orbits import cache_orbits
+from svd.model.formats.folders import load_autoencoder, load_unet
+from svd.model.formats.hub import UNET_FILES, resolve
 from svd.model.unet import UNet
-from svd.model.weights import load_autoencoder, load_unet
-from svd.stage import Report, StageContext, UserError, exclusive
+from svd.stage import Report, StageContext
+from svd.tasks.base import Task
+from svd.tasks.image_to_video import IMAGE_TO_VIDEO
+from svd.tasks.interpolation import FRAME_INTERPOLATION
+from svd.tasks.multiview import MULTIVIEW
+from svd.tasks.text_to_video import IMAGE, TEXT_TO_VIDEO
 from svd.training.initialise import carry_over, fresh_unet, unet_config
 from svd.training.launch import on_all_ranks
 from svd.training.lora import train_loras
-from svd.training.orbit_latents import cache_orbits
 from svd.training.runner import Training, run_training
-from svd.training.tasks import FRAME_INTERPOLATION, IMAGE, IMAGE_TO_VIDEO, MULTIVIEW, TEXT_TO_VIDEO, Task
 
 Rows = Callable[[Phase, str], Sequence[Mapping[str, Any]]]
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from svd.config import Preset, SyntheticWorlds
-from svd.data.synthetic import write_worlds
-from svd.model import clip
-from svd.presets import load_preset
+from svd.config.load import load_preset
+from svd.model.formats import clip
 from svd.stage import StageContext
+from svd.synthetic.videos import write_worlds
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 

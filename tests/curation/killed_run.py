@@ -15,7 +15,8 @@ from typing import Any
 
 from curation_inputs import context, tiny
 
-from svd.curation import networks, stage
+from svd.curation import stage
+from svd.curation.scoring import process as networks
 
 MARK = "SVD_TEST_KILLED_RUN"  # an environment variable that all processes of a run share
 PHASES = ("measuring", "scoring", "shards", "merging", "publishing")

@@ -9,7 +9,8 @@ from pathlib import Path
 import cv2
 from media_files import scenery
 
-from svd.curation import catalog
+from svd.catalogue import schema
+from svd.catalogue import tables as catalog
 
 PICTURES = 12  # different ones in a unit; clips share them
 
@@ -28,14 +29,14 @@ def write_unit(folder: Path, clips: int, height: int = 64, width: int = 96) -> P
             picture = unit / "pictures" / f"{(3 * number + position) % PICTURES}.jpg"
             os.link(picture, unit / "frames" / f"{name}-{position}.jpg")
     rows = [_row(number, name, height, width) for number, name in enumerate(names)]
-    catalog.write_rows(unit / "clips.parquet", rows, catalog.MEASURED_SCHEMA)
+    catalog.write_rows(unit / "clips.parquet", rows, schema.MEASURED_SCHEMA)
     captions = {n: {"motion": "the camera pans left", "sidecar": f"scene {i % 7}"} for i, n in enumerate(names)}
     (unit / "captions.json").write_text(json.dumps(captions))
     return unit
 
 
 def _row(number: int, name: str, height: int, width: int) -> dict[str, object]:
-    columns = dict.fromkeys(catalog.MEASURED_SCHEMA.names)
+    columns = dict.fromkeys(schema.MEASURED_SCHEMA.names)
     times = {"start_seconds": 4.0 * number, "end_seconds": 4.0 * number + 4, "duration": 4.0, "frames": 100}
     picture = {"height": height, "width": width, "fps": 25.0}
     return columns | times | picture | {"clip_id": name, "source_id": "source", "split": "train", "unit": 0}

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from svd.config import CurationConfig
-from svd.presets import load_preset
+from svd.config.load import load_preset
 
 
 def tiny_config(**changes: object) -> CurationConfig:

@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_files import MATRICES, Kind, scenery, set_matrix, shots, tiny_config, write
 
-from svd.curation.analysis import analyse
-from svd.curation.camera import CAPTIONS, camera_caption, fit_similarity
-from svd.curation.motion import farneback, grid, motion_score, raft, stored
-from svd.curation.sampling import Geometry
-from svd.curation.tracking import track
-from svd.curation.worker import load_networks
-from svd.data.encode import Encoding, encode_video
-from svd.data.scenes import CAMERAS, World, render_scene
-from svd.orientation import Orientation
-from svd.stage import UserError
+from svd.core.errors import UserError
+from svd.curation.clips.samples import Geometry
+from svd.curation.measuring.decode_pass import analyse
+from svd.curation.measuring.process import load_networks
+from svd.curation.motion.camera import CAPTIONS, camera_caption, fit_similarity
+from svd.curation.motion.camera_velocity import track
+from svd.curation.motion.flow import farneback, grid, motion_score, raft, stored
+from svd.media.orientation import Orientation
+from svd.synthetic.encode import Encoding, encode_video
+from svd.synthetic.scenes import CAMERAS, World, render_scene
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 FOUR_SHOTS = str(Path(__file__).parent / "footage" / "four-shots.mp4")
@@ -191,7 +191,7 @@ def test_raft_pads_and_crops_behind_the_same_interface(tmp_path: Path, monkeypat
             seen.append((tuple(one.shape), float(one.min()), float(one.max())))
             return [torch.ones(1, 2, *one.shape[-2:]) * torch.tensor([2.0, -1.0]).reshape(1, 2, 1, 1)]
 
-    monkeypatch.setattr("svd.curation.motion._raft", lambda weights: Network())
+    monkeypatch.setattr("svd.curation.motion.flow._raft", lambda weights: Network())
     picture = np.tile(np.arange(800, dtype=np.uint8)[None, :, None], (450, 1, 3))
     flow = raft(picture, picture, None)
     assert seen == [((1, 3, 456, 800), -1.0, 1.0)]
@@ -220,7 +220,7 @@ def test_a_lack_of_memory_in_raft_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
             torch.empty(1 << 60, dtype=torch.uint8)
             return [one]
 
-    monkeypatch.setattr("svd.curation.motion._raft", lambda weights: Network())
+    monkeypatch.setattr("svd.curation.motion.flow._raft", lambda weights: Network())
     black = np.zeros((128, 128, 3), np.uint8)
     with pytest.raises(MemoryError):
         raft(black, black, None)

@@ -14,11 +14,13 @@ from curation_inputs import write_video
 from toy_models import randomised
 
 from svd.config import CaptionsConfig
-from svd.curation import captioners, video_captioner
-from svd.curation.beam import beam_search
-from svd.curation.captions import CaptionRequest, describe_all, own_captions
-from svd.data.listing import SceneCaption
-from svd.stage import UserError
+from svd.core.errors import UserError
+from svd.curation.captions import coca, llm
+from svd.curation.captions import registry as captioners
+from svd.curation.captions import video as video_captioner
+from svd.curation.captions.base import CaptionRequest, describe_all, own_captions
+from svd.curation.captions.beam_search import beam_search
+from svd.sources.listing import SceneCaption
 
 WORDS = ["a", "dog", "runs", "Question", "What", "happens", "in", "this", "video", "Answer", ":", "?", "Frame", "Time"]
 
@@ -78,7 +80,7 @@ def test_coca_describes_the_middle_frame(request_of_clip):
     decoder = {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     # open_clip leaves the projection of the decoder as the memory was.
     model = randomised(CoCa(32, decoder, text | {"output_tokens": True}, vision))
-    captioner = captioners.CocaCaptioner(model, open_clip.image_transform(32, is_train=False), "cpu")
+    captioner = coca.CocaCaptioner(model, open_clip.image_transform(32, is_train=False), "cpu")
     other = CaptionRequest("b", request_of_clip.frames[[1, 0, 2]], request_of_clip.video, {})
     # Only the middle frame counts, whatever stands beside it in the batch.
     first, second, third = captioner.describe([request_of_clip, other, request_of_clip])
@@ -171,9 +173,9 @@ def test_a_local_language_model_merges(request_of_clip, tokenizer):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=512))
     model.generation_config.pad_token_id = 1
-    llm = captioners.TransformersLlm(model, tokenizer, "cpu")
+    merger = llm.TransformersLlm(model, tokenizer, "cpu")
     both = CaptionRequest("a", request_of_clip.frames, request_of_clip.video, {"coca": "a dog", "video": "runs"})
-    merged, nothing = llm.describe([both, request_of_clip])
+    merged, nothing = merger.describe([both, request_of_clip])
     assert isinstance(merged, str) and nothing is None
 
 
@@ -205,16 +207,16 @@ def endpoint():
 
 def test_an_endpoint_merges_and_is_tried_again(endpoint, request_of_clip):
     address, seen = endpoint
-    llm = captioners.EndpointLlm(address, "zephyr", wait=0.01, key="secret")
+    merger = llm.EndpointLlm(address, "zephyr", wait=0.01, key="secret")
     captions = {"coca": "a dog in snow", "video": "a dog runs", "motion": "the camera is static"}
     both = CaptionRequest("a", request_of_clip.frames, request_of_clip.video, captions)
-    assert llm.describe([both, request_of_clip]) == ["A dog runs through snow.", None]
+    assert merger.describe([both, request_of_clip]) == ["A dog runs through snow.", None]
     assert len(seen) == 3 and seen[-1]["path"] == "/v1/chat/completions" and seen[-1]["key"] == "Bearer secret"
     assert seen[-1]["messages"][-1]["content"] == "Frame: a dog in snow\nTime: a dog runs"
     with pytest.raises(UserError, match="no chat completion"):
-        captioners.EndpointLlm(address, "unknown", wait=0.01).describe([both])
+        llm.EndpointLlm(address, "unknown", wait=0.01).describe([both])
     with pytest.raises(UserError, match="does not answer"):
-        captioners.EndpointLlm("http://127.0.0.1:9", "zephyr", attempts=2, wait=0.01).describe([both])
+        llm.EndpointLlm("http://127.0.0.1:9", "zephyr", attempts=2, wait=0.01).describe([both])
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from media_files import Kind, decode_rgb, shots, tiny_config, write
 
-from svd.curation import decode
-from svd.curation.analysis import analyse
+from svd.curation.clips.writer import write_clip, write_clips
+from svd.curation.decoding import decoder as decode
+from svd.curation.measuring.decode_pass import analyse
 from svd.curation.types import Analysis, SourceFailure
-from svd.curation.writing import write_clip, write_clips
-from svd.orientation import Orientation
+from svd.media.orientation import Orientation
 
 LENGTHS = [40, 33, 47]
 KINDS = {

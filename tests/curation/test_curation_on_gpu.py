@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.optical_flow import raft_large
 
-from svd.curation import craft
-from svd.curation.scoring import Scorer
-from svd.curation.text import MEAN, MULTIPLE, STD
+from svd.curation.measuring.process import Analyst, limited_resource
+from svd.curation.scoring.unit import Scorer
+from svd.curation.text import craft
+from svd.curation.text.base import MEAN, MULTIPLE, STD
 from svd.curation.types import ClipAnalysis
-from svd.curation.worker import Analyst, limited_resource
-from svd.model.conditioning import load_encoders
+from svd.model.formats.encoders import load_encoders
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

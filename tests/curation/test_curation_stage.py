@@ -15,10 +15,12 @@ import polars as pl
 import pytest
 from curation_inputs import context, tiny, tree, write_broken, write_encoders, write_sources
 
+from svd.catalogue import refilter
+from svd.catalogue import tables as catalog
+from svd.catalogue.shards import iterate, read_clip, read_thumbnail
 from svd.config import FiltersConfig
-from svd.curation import catalog, filters, stage
-from svd.data.shards import iterate, read_clip, read_thumbnail
-from svd.stage import UserError
+from svd.core.errors import UserError
+from svd.curation import stage
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_refilter_changes_verdicts_and_no_video(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished[1], folder)
     before, shards = catalog.read_clips(folder), tree(folder / "shards")
-    thresholds = filters.refilter(folder, FiltersConfig.model_validate({"min_motion": {"quantile": 0.5}}))
+    thresholds = refilter.refilter(folder, FiltersConfig.model_validate({"min_motion": {"quantile": 0.5}}))
     after = catalog.read_clips(folder)
     assert tree(folder / "shards") == shards
     assert after["keep"].sum() == (before["motion_score"] >= thresholds["motion"]).sum() < before["keep"].len()

@@ -14,12 +14,12 @@ from media_files import Kind, scenery, shots, tiny_config, write
 
 from benchmarks.curation.accuracy import Tally, judge
 from svd.config import SyntheticWorlds
-from svd.curation.analysis import analyse
-from svd.curation.scores import Clock
-from svd.curation.transitions import fit_ramp, unexplained
+from svd.core.errors import UserError
+from svd.curation.cuts.frame_scores import Clock
+from svd.curation.cuts.transitions import fit_ramp, unexplained
+from svd.curation.measuring.decode_pass import analyse
 from svd.curation.types import Analysis
-from svd.data.synthetic import write_worlds
-from svd.stage import UserError
+from svd.synthetic.videos import write_worlds
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 CONTENT = [{"detector": "content", "threshold": 27}]
@@ -178,7 +178,7 @@ def test_settling_in_stages_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     frames = frames[:300] + _mixed(frames[300:380], list(shots([80], seed=7)), 16)
     source = write(tmp_path / "long", frames)
     whole = analyse(source, tiny_config())
-    monkeypatch.setattr("svd.curation.analysis.CHUNK_SECONDS", 1.5)
+    monkeypatch.setattr("svd.curation.measuring.decode_pass.CHUNK_SECONDS", 1.5)
     staged = analyse(source, tiny_config())
     assert staged.cuts == whole.cuts and staged.dropped == whole.dropped
     assert [c.span for c in staged.clips] == [c.span for c in whole.clips]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from svd.curation import duplicates, embeddings
-from svd.stage import UserError
+from svd.catalogue import near_duplicates as duplicates
+from svd.core.errors import UserError
+from svd.curation.scoring import embeddings
 
 
 class Encoders:

@@ -14,11 +14,11 @@ from hostile_files import GIANT_RAW, RATELESS_RAW, lies, mutants, write_original
 from media_files import Kind, shots, tiny_config, write
 
 from svd.config import CurationConfig
-from svd.curation.measure import identify, measure_unit, units_of
+from svd.curation.clips.writer import write_clips
+from svd.curation.measuring.process import Analyst, analyse_guarded
+from svd.curation.measuring.unit import identify, measure_unit, units_of
 from svd.curation.types import Analysis, SourceFailure
-from svd.curation.worker import Analyst, analyse_guarded
-from svd.curation.writing import write_clips
-from svd.data.listing import list_sources
+from svd.sources.listing import list_sources
 
 LIMITS = {"timeout": 30.0, "memory": 1 << 30}
 

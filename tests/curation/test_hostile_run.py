@@ -19,9 +19,10 @@ import pytest
 from curation_inputs import context, tiny, write_encoders
 from hostile_files import GIANT_RAW, RATELESS_RAW, lies, mutants, write_originals
 
-from svd.curation import catalog, stage
-from svd.curation.worker import Analyst
-from svd.data.shards import read_clip
+from svd.catalogue import tables as catalog
+from svd.catalogue.shards import read_clip
+from svd.curation import stage
+from svd.curation.measuring.process import Analyst
 
 MEMORY = 384 << 20
 MUTANTS = 500
@@ -125,7 +126,7 @@ def test_a_run_goes_on_over_hostile_sources(endless, tmp_path, monkeypatch):
     special = write_special(footage, originals[0], endless)
     encoders = write_encoders(tmp_path / "encoders")
     monkeypatch.setattr(stage, "Analyst", functools.partial(Watched, timeout=20.0, memory=MEMORY))
-    monkeypatch.setattr("svd.curation.sources.MAX_BYTES", 1_000_000)
+    monkeypatch.setattr("svd.curation.measuring.fetching.MAX_BYTES", 1_000_000)
     monkeypatch.setattr(Watched, "limits", set())
     before = listing(tmp_path)
     run = context(tiny(sources__sources_per_shard=50), tmp_path / "sources", encoders, tmp_path / "run")

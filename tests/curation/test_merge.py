@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from svd.curation import catalog
+from svd.catalogue import schema
+from svd.catalogue import tables as catalog
+from svd.config.load import load_preset
 from svd.curation.merge import merge
-from svd.presets import load_preset
 
 Row = dict[str, Any]
 
@@ -23,12 +24,12 @@ def write_unit(folder: Path, number: int, sources: list[Row], clips: list[Row], 
     measured, scored = folder / "measured" / f"clips-{number:06d}", folder / "scored" / f"clips-{number:06d}"
     for path in (measured, scored):
         path.mkdir(parents=True)
-    catalog.write_rows(measured / "sources.parquet", sources, catalog.SOURCES_SCHEMA)
-    catalog.write_rows(measured / "clips.parquet", clips, catalog.MEASURED_SCHEMA)
-    catalog.write_rows(measured / "cuts.parquet", cuts, catalog.CUTS_SCHEMA)
-    catalog.write_rows(measured / "dropped.parquet", [], catalog.DROPPED_SCHEMA)
+    catalog.write_rows(measured / "sources.parquet", sources, schema.SOURCES_SCHEMA)
+    catalog.write_rows(measured / "clips.parquet", clips, schema.MEASURED_SCHEMA)
+    catalog.write_rows(measured / "cuts.parquet", cuts, schema.CUTS_SCHEMA)
+    catalog.write_rows(measured / "dropped.parquet", [], schema.DROPPED_SCHEMA)
     scores = [{"clip_id": row["clip_id"], "aesthetics": row["motion_score"] + 1} for row in clips]
-    catalog.write_rows(scored / "scores.parquet", scores, catalog.SCORED_SCHEMA)
+    catalog.write_rows(scored / "scores.parquet", scores, schema.SCORED_SCHEMA)
     for path in (measured / "flow.safetensors", scored / "embeddings.safetensors"):
         path.touch()
     return measured, scored

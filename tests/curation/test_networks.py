@@ -13,9 +13,9 @@ import psutil
 import pytest
 from curation_inputs import context, tiny, write_encoders, write_sources
 
-from svd.curation import networks as networks_module
-from svd.curation.networks import Networks
-from svd.stage import UserError
+from svd.core.errors import UserError
+from svd.curation.scoring import process as networks_module
+from svd.curation.scoring.process import Networks
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_torch_stays_out_of_the_runs_own_process(encoders, tmp_path):
         "import sys\n"
         "from pathlib import Path\n"
         "from svd.curation import stage\n"
-        "from svd.presets import load_preset\n"
+        "from svd.config.load import load_preset\n"
         "from svd.stage import StageContext\n"
         "if __name__ == '__main__':\n"
         "    folders = [Path(name) for name in sys.argv[1:]]\n"

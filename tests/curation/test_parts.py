@@ -11,16 +11,18 @@ import pytest
 from curation_inputs import context, tiny, write_encoders, write_sources
 from media_files import MATRICES, Kind, decode_rgb, shots, tiny_config, write
 
+from svd.catalogue import schema
+from svd.catalogue import tables as catalog
 from svd.config import CurationConfig
-from svd.curation import catalog, stage
-from svd.curation.analysis import analyse
-from svd.curation.measure import identify, measure_unit, units_of
+from svd.curation import stage
+from svd.curation.clips.writer import write_clip
+from svd.curation.measuring.decode_pass import analyse
+from svd.curation.measuring.parts import analyse_part, count_parts, seconds_claimed
+from svd.curation.measuring.process import Analyst
+from svd.curation.measuring.unit import identify, measure_unit, units_of
 from svd.curation.merge import join_parts
-from svd.curation.parts import analyse_part, count_parts, seconds_claimed
 from svd.curation.types import Analysis
-from svd.curation.worker import Analyst
-from svd.curation.writing import write_clip
-from svd.data.listing import list_sources
+from svd.sources.listing import list_sources
 
 LENGTHS = [100, 57, 130, 113]
 KINDS = {
@@ -199,7 +201,7 @@ def test_a_header_promises_no_more_seconds_than_the_bytes_can_hold(tmp_path):
 
 
 def test_a_part_that_fails_is_told():
-    schema = catalog.SOURCES_SCHEMA
+    columns = schema.SOURCES_SCHEMA
     rows = [
         {
             "source_uri": "a",
@@ -213,7 +215,7 @@ def test_a_part_that_fails_is_told():
     ]
     rows += [{"source_uri": "a", "verdict": "failed", "reason": "crashed", "clips": 0}]
     rows += [{"source_uri": "b", "verdict": "ok", "reason": "", "frames": 5, "duration": 1.0, "clips": 1}]
-    frame = pl.from_arrow(catalog.with_schema(pl.DataFrame(rows), schema))
+    frame = pl.from_arrow(catalog.with_schema(pl.DataFrame(rows), columns))
     first, second = join_parts(frame).to_dicts()
     assert (first["verdict"], first["frames"], first["clips"], first["fps"]) == ("ok", 50, 1, 25.0)
     assert first["warnings"] == ["odd", "a part: crashed"] and second["warnings"] == []

@@ -11,9 +11,9 @@ from web_server import serving
 
 from svd import storage
 from svd.config import EncodersConfig
-from svd.curation import plan as planning
-from svd.curation.plan import plan
-from svd.data.listing import Source, list_sources
+from svd.curation import dry_run as planning
+from svd.curation.dry_run import plan
+from svd.sources.listing import Source, list_sources
 
 TOY = EncodersConfig(kind="toy-clip")
 

@@ -14,8 +14,8 @@ from curation_inputs import tiny, write_encoders
 from measured_units import PICTURES, write_unit
 from safetensors.torch import load_file
 
-from svd.curation.scoring import GROUP, Scorer
-from svd.model.conditioning import load_encoders
+from svd.curation.scoring.unit import GROUP, Scorer
+from svd.model.formats.encoders import load_encoders
 
 HEIGHT, WIDTH = 540, 720
 

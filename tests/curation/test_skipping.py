@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_files import Kind, shots, tiny_config, write
 
-from svd.curation import analysis, decode
-from svd.curation.analysis import analyse
-from svd.curation.probe import PacketIndex
-from svd.curation.skipping import Debt, Numbering, skippable
+from svd.curation.decoding import decoder as decode
+from svd.curation.decoding.probe import PacketIndex
+from svd.curation.decoding.skipping import Debt, Numbering, skippable
+from svd.curation.measuring import decode_pass as analysis
+from svd.curation.measuring.decode_pass import analyse
 from svd.curation.types import Analysis
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"

@@ -21,9 +21,9 @@ from tar_files import write_tar
 from web_server import serving
 
 from svd import storage
-from svd.curation.sources import local_file
-from svd.data.listing import SceneCaption, as_row, list_sources
-from svd.stage import UserError
+from svd.core.errors import UserError
+from svd.curation.measuring.fetching import local_file
+from svd.sources.listing import SceneCaption, as_row, list_sources
 
 
 def touch(path, content: bytes = b"video"):
@@ -230,10 +230,10 @@ def test_an_endless_stream_is_given_up(tmp_path, monkeypatch):
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     (source,) = list_sources([f"http://127.0.0.1:{httpd.server_address[1]}/live.mp4"])
     with monkeypatch.context() as patched:
-        patched.setattr("svd.curation.sources.MAX_BYTES", 3_000_000)
+        patched.setattr("svd.curation.measuring.fetching.MAX_BYTES", 3_000_000)
         with pytest.raises(UserError, match="more than 3 MB"), local_file(source, tmp_path):
             pass
-    monkeypatch.setattr("svd.curation.sources.MAX_SECONDS", 0.1)
+    monkeypatch.setattr("svd.curation.measuring.fetching.MAX_SECONDS", 0.1)
     with pytest.raises(UserError, match="does not come to an end"), local_file(source, tmp_path):
         pass
     httpd.shutdown()

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from media_files import tiny_config
 
 from svd.config import TextConfig
-from svd.curation import craft
-from svd.curation.device import pick_device
-from svd.curation.text import DBTextDetector, area_ratio, make_detector, text_areas
-from svd.curation.video_captioner import sample_frames
-from svd.curation.worker import load_networks
-from svd.stage import UserError
+from svd.core.device import pick_device
+from svd.core.errors import UserError
+from svd.curation.captions.video import sample_frames
+from svd.curation.measuring.process import load_networks
+from svd.curation.text import craft
+from svd.curation.text.base import area_ratio, text_areas
+from svd.curation.text.dbnet import DBTextDetector
+from svd.curation.text.registry import make_detector
 
 boxes = st.tuples(st.integers(-5, 40), st.integers(-5, 30), st.integers(1, 30), st.integers(1, 30))
 

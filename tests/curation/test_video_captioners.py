@@ -12,8 +12,9 @@ import video_models
 from media_files import shots, write
 from safetensors.torch import load_file, save_file
 
-from svd.curation.captions import CaptionRequest
-from svd.curation.video_captioner import (
+from svd.core.errors import UserError
+from svd.curation.captions.base import CaptionRequest
+from svd.curation.captions.video import (
     INSTRUCTION,
     MAX_NEW_TOKENS,
     PROMPT,
@@ -22,7 +23,6 @@ from svd.curation.video_captioner import (
     load_video_captioner,
     sample_frames,
 )
-from svd.stage import UserError
 
 CHATS = {
     "llava-next-video": video_models.save_llava_next_video,

@@ -18,13 +18,13 @@ import pytest
 from curation_inputs import context, tiny, tree, write_encoders, write_sources
 from media_files import Kind, shots, tiny_config, write
 
+from svd.core.errors import UserError
 from svd.curation import stage
-from svd.curation.measure import identify, measure_unit, units_of
-from svd.curation.networks import Networks
+from svd.curation.measuring.process import DEFAULT_MEMORY, Analyst, WorkerError, limited_resource
+from svd.curation.measuring.unit import identify, measure_unit, units_of
+from svd.curation.scoring.process import Networks
 from svd.curation.types import SourceFailure
-from svd.curation.worker import DEFAULT_MEMORY, Analyst, WorkerError, limited_resource
-from svd.data.listing import list_sources
-from svd.stage import UserError
+from svd.sources.listing import list_sources
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_killed_process_is_replaced_and_its_source_tried_again(video):
 WHAT_FITS = """
 import mmap, sys
 import numpy as np
-from svd.curation.worker import limit_memory
+from svd.curation.measuring.process import limit_memory
 
 limit_memory(256 << 20, sys.argv[1])
 for attempt in (

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import versioning
+from flows.recording import dvc as versioning
 from svd import storage
-from svd.stage import UserError
+from svd.core.errors import UserError
 
 DVC = str(Path(sys.executable).parent / "dvc")
 PIPELINE = """

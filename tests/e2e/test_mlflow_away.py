@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from servers import S3Server, Server, free_ports, mlflow_server
 
-from flows.tracking import RunInfo, send_pending, tracked_run
+from flows.tracking.runs import RunInfo, send_pending, tracked_run
 from svd import storage
 
 pytestmark = pytest.mark.slow

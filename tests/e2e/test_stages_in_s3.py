@@ -10,8 +10,8 @@ from micro_project import ROOT, micro_preset
 from servers import BIN
 
 from flows import runner
+from flows.recording.results_store import read_manifest
 from flows.stages import STAGES
-from flows.store import read_manifest
 from svd import storage
 from svd.config import Preset
 

@@ -17,18 +17,21 @@ from fastapi.testclient import TestClient
 from tiny_models import WIDTH, write_models
 from training.curated import write_curation
 
-from evaluation import calibration, calibration_models
-from evaluation.calibration_judge import cast_votes, nearness
-from evaluation.calibration_models import Candidate, candidates, choose_prompts, start_set, subset
-from evaluation.calibration_results import conclude
+from evaluation.calibration import candidates as calibration_models
+from evaluation.calibration import stage as calibration
+from evaluation.calibration.automatic_votes import cast_votes, nearness
+from evaluation.calibration.candidates import Candidate, candidates, choose_prompts, start_set, subset
+from evaluation.calibration.results import conclude
 from evaluation.preference.app import build
 from evaluation.preference.ratings import Vote
 from evaluation.preference.study import load_study, open_store
-from svd.curation import catalog
+from svd.catalogue import schema
+from svd.catalogue import tables as catalog
+from svd.config.load import load_preset
+from svd.core.errors import UserError
+from svd.model.formats.folders import load_unet, save_unet
 from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import load_unet, save_unet
-from svd.presets import load_preset
-from svd.stage import StageContext, UserError
+from svd.stage import StageContext
 
 FRAMES, HEIGHT, WIDTH_PX = 4, 16, 24
 PHASE = {
@@ -74,7 +77,7 @@ def write_inputs(folder: Path) -> dict[str, Path]:
         captions=pl.Series(captions),
         keep=pl.lit(False),
     )
-    catalog.write_table(path, catalog.with_schema(rows, catalog.CLIPS_SCHEMA))
+    catalog.write_table(path, catalog.with_schema(rows, schema.CLIPS_SCHEMA))
     inputs = write_models(folder)
     torch.manual_seed(1)
     image = UNet(

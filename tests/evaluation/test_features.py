@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluation.features import check_overlap, clip_digest, hash_path, load_extractor, metric_name
-from evaluation.fvd import frechet
-from evaluation.moments import MomentState
-from evaluation.protocol import I3D, I3D_TORCHSCRIPT_SHA256, TRANSNETV2, VIDEOMAE, EvalProtocol, Resize
-from svd.data.scenes import World, render_clip
-from svd.stage import UserError
+from evaluation.frechet.distances import frechet
+from evaluation.frechet.features import check_overlap, clip_digest, hash_path, load_extractor, metric_name
+from evaluation.frechet.moments import MomentState
+from evaluation.frechet.protocol import I3D, I3D_TORCHSCRIPT_SHA256, TRANSNETV2, VIDEOMAE, EvalProtocol, Resize
+from svd.core.errors import UserError
+from svd.synthetic.scenes import World, render_clip
 
 PLAIN = EvalProtocol("plain", "test", TRANSNETV2, (), (), 8)
 
@@ -34,7 +34,7 @@ def transnet():
 
 
 def test_loading_leaves_the_global_state_alone() -> None:
-    from evaluation import features
+    from evaluation.frechet import features
 
     features._transnetv2_network.cache_clear()
     torch.manual_seed(5), np.random.seed(5), random.seed(5)

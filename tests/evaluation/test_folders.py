@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import folders
-from evaluation.folders import choose, protocols, score_folders
-from svd.data.scenes import World, render_clip
-from svd.stage import UserError
-from svd.video import write_mp4
+from evaluation.frechet import folders
+from evaluation.frechet.folders import choose, protocols, score_folders
+from svd.core.errors import UserError
+from svd.media.video import write_mp4
+from svd.synthetic.scenes import World, render_clip
 
 
 @pytest.fixture(scope="module")

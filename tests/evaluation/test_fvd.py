@@ -10,8 +10,8 @@ from gaussians import frechet_of_gaussians
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.fvd import distance, frechet, jackknife, kernel_distance
-from evaluation.moments import Moments, MomentState
+from evaluation.frechet.distances import distance, frechet, jackknife, kernel_distance
+from evaluation.frechet.moments import Moments, MomentState
 
 
 def normal(seed: int, count: int, dimension: int, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.fvd import distance
+from evaluation.frechet.distances import distance
+from evaluation.frechet.moments import MomentState
+from evaluation.frechet.protocol import named_protocols
+from evaluation.frechet.results import Result, Score, result_json
 from evaluation.gate import compare, gate
-from evaluation.moments import MomentState
-from evaluation.protocol import named_protocols
-from evaluation.results import Result, Score, result_json
-from svd.stage import UserError, write_json
+from svd.core.errors import UserError
+from svd.core.files import write_json
 
 REAL = np.random.default_rng(0).normal(size=(160, 12))
 STATE = MomentState.of(REAL)

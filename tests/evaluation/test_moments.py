@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.moments import BLOCKS, Moments, MomentState, load_state, save_state
-from svd.stage import UserError
+from evaluation.frechet.moments import BLOCKS, Moments, MomentState, load_state, save_state
+from svd.core.errors import UserError
 
 
 def features(seed: int, count: int, dimension: int = 7, offset: float = 3.0) -> np.ndarray:

@@ -18,8 +18,8 @@ from evaluation.preference.clips import Box, Source, fit, harmonise, mask, spoil
 from evaluation.preference.pairs import schedule
 from evaluation.preference.store import VoteStore
 from evaluation.preference.study import create_study, export, load_study, open_store, read_prompts
-from svd.stage import UserError
-from svd.video import read_frames, write_mp4
+from svd.core.errors import UserError
+from svd.media.video import read_frames, write_mp4
 
 MODELS = ("svd-alpha", "svd-beta", "svd-gamma")
 

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from evaluation.protocol import I3D_TORCHSCRIPT_SHA256, TRANSNETV2, Crop, EvalProtocol, Resize, named_protocols, resize
+from evaluation.frechet.protocol import (
+    I3D_TORCHSCRIPT_SHA256,
+    TRANSNETV2,
+    Crop,
+    EvalProtocol,
+    Resize,
+    named_protocols,
+    resize,
+)
 
 
 def protocol(**changes) -> EvalProtocol:

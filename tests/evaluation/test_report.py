@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from toy_outputs import write_outputs
 
-from evaluation import gather
-from evaluation.charts import Bar, Dot, Series, dot_plot, funnel_chart, line_chart, ticks
-from evaluation.gather import continued, gallery, medium
-from evaluation.report import figure, render, run
+from evaluation.report import gather
+from evaluation.report.charts import Bar, Dot, Series, dot_plot, funnel_chart, line_chart, ticks
+from evaluation.report.gather import continued, gallery, medium
+from evaluation.report.page import figure, render, run
 from flows.stages import find_stage
-from svd.presets import load_preset
-from svd.stage import StageContext, UserError
-from svd.video import write_png
+from svd.config.load import load_preset
+from svd.core.errors import UserError
+from svd.media.video import write_png
+from svd.stage import StageContext
 
 
 @pytest.fixture(scope="module")

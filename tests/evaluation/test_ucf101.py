@@ -14,12 +14,13 @@ import pytest
 import torch
 from tiny_models import CLASSES, make_context, write_dataset
 
-from evaluation import folders, ucf101
+from evaluation.frechet import folders, ucf101
+from evaluation.frechet.protocol import I3D, I3D_TORCHSCRIPT_SHA256, EvalProtocol, named_protocols
+from evaluation.frechet.ucf101_data import group_numbers, prompt_list, read_dataset, read_real
 from evaluation.gate import compare
-from evaluation.protocol import I3D, I3D_TORCHSCRIPT_SHA256, EvalProtocol, named_protocols
-from evaluation.ucf101_data import group_numbers, prompt_list, read_dataset, read_real
-from svd.presets import load_preset
-from svd.stage import UserError, write_json
+from svd.config.load import load_preset
+from svd.core.errors import UserError
+from svd.core.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_official_lists_and_counts_are_checked(tmp_path: Path) -> None:
 
 
 def test_class_counts_of_the_real_data_set() -> None:
-    from evaluation.ucf101_data import Dataset, _check_official
+    from evaluation.frechet.ucf101_data import Dataset, _check_official
 
     labels = ["TableTennisShot"] * 140 + ["PlayingPiano"] * 105 + ["X"] * (13320 - 245)
     _check_official(Dataset(Path("u"), tuple((label, Path(label)) for label in labels)))

@@ -11,8 +11,8 @@ import torchmetrics.functional as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.alignment import Alignment, best_alignment, pairwise_psnr
-from evaluation.perceptual import (
+from evaluation.multiview.alignment import Alignment, best_alignment, pairwise_psnr
+from evaluation.multiview.perceptual import (
     PSNR_CAP,
     Perceptor,
     clip_similarity,
@@ -22,9 +22,9 @@ from evaluation.perceptual import (
     silhouette_iou,
     ssim,
 )
-from evaluation.view_scores import published_rows
-from svd.data.scenes import World, render_clip
-from svd.stage import UserError
+from evaluation.multiview.scores import published_rows
+from svd.core.errors import UserError
+from svd.synthetic.scenes import World, render_clip
 
 
 def pictures(count: int = 3, size: int = 48) -> torch.Tensor:

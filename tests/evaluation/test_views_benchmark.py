@@ -15,19 +15,20 @@ import torch
 import trimesh
 from tiny_models import WIDTH
 
-from evaluation import views
-from evaluation.view_curve import read_checkpoint, score_checkpoints, write_curve
-from evaluation.view_protocol import PROTOCOLS, Truth, make_protocol, save_array
-from evaluation.view_scores import Measures, score
-from svd.data.render import orbit_azimuths
-from svd.data.renderer import open_renderer
-from svd.model import clip as clips
+from evaluation.multiview import benchmark as views
+from evaluation.multiview.curve import read_checkpoint, score_checkpoints, write_curve
+from evaluation.multiview.protocol import PROTOCOLS, Truth, make_protocol, save_array
+from evaluation.multiview.scores import Measures, score
+from svd.config.load import load_preset
+from svd.core.errors import UserError
+from svd.media.video import read_frames
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
+from svd.model.formats import clip as clips
+from svd.model.formats.folders import load_unet, save_autoencoder, save_unet
 from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import load_unet, save_autoencoder, save_unet
-from svd.presets import load_preset
-from svd.stage import Report, StageContext, UserError
-from svd.video import read_frames
+from svd.orbits.render import orbit_azimuths
+from svd.orbits.renderer import open_renderer
+from svd.stage import Report, StageContext
 
 OVERRIDES: dict[str, Any] = {
     "encoders.toy_width": WIDTH,

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from svd.data.scenes import World, render_clip
-from svd.model import clip as clips
+from svd.config.load import load_preset
+from svd.core.files import write_json
+from svd.media.video import write_mp4
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
+from svd.model.formats import clip as clips
+from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import save_autoencoder, save_unet
-from svd.presets import load_preset
-from svd.stage import StageContext, write_json
-from svd.video import write_mp4
+from svd.stage import StageContext
+from svd.synthetic.scenes import World, render_clip
 
 WIDTH = 32
 CLASSES = ("BlueRingGrowing", "GreenDiscBouncing", "RedStarSpinning", "TealCubeSwinging")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.fvd import distance
-from evaluation.moments import MomentState
-from evaluation.protocol import named_protocols
-from evaluation.results import Result, Score, paper_rows, result_json
+from evaluation.frechet.distances import distance
+from evaluation.frechet.moments import MomentState
+from evaluation.frechet.protocol import named_protocols
+from evaluation.frechet.results import Result, Score, paper_rows, result_json
 from evaluation.tables import write_rows
-from svd.data.scenes import World, render_clip
-from svd.stage import write_json
-from svd.video import write_mp4, write_png
+from svd.core.files import write_json
+from svd.media.video import write_mp4, write_png
+from svd.synthetic.scenes import World, render_clip
 
 TRAINED = (
     "image-pretraining",

@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from flows import generate_cli
-from flows.generate_cli import generate_app
+from flows.cli import generate as generate_cli
+from flows.cli.generate import generate_app
+from svd.core.errors import UserError
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.clip import build, save_toy, toy_config
+from svd.model.formats.clip import build, save_toy, toy_config
+from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import save_autoencoder, save_unet
-from svd.stage import UserError
 
 STAGES = {
     "high-quality-finetuning": (4, 2),

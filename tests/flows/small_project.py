@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from flows.stages import Stage
-from svd.stage import Report, StageContext, UserError, publish
+from svd.core.errors import UserError
+from svd.stage import Report, StageContext, publish
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import app
+from flows.cli.app import app
 
 SVD = str(Path(sys.executable).parent / "svd")
 
@@ -31,8 +31,8 @@ def test_processes_that_a_command_spawns_do_not_import_the_commands():
     """They run the script again up to its main function."""
     program = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__mp_main__'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program, SVD], capture_output=True, text=True, check=True)
-    assert "flows.entry" in done.stdout.split()
-    assert not {"flows.cli", "typer", "mlflow", "pandas"} & set(done.stdout.split())
+    assert "flows.cli.entry" in done.stdout.split()
+    assert not {"flows.cli.app", "typer", "mlflow", "pandas"} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize("path", commands(), ids=" ".join)

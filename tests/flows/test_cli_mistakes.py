@@ -13,8 +13,8 @@ import yaml
 from click import Command
 from typer.testing import CliRunner
 
-from flows.cli import app
-from svd.stage import UserError
+from flows.cli.app import app
+from svd.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,7 +161,7 @@ def test_a_mistake_is_told_in_one_line(folder: Path, command: str, monkeypatch: 
 @pytest.mark.parametrize("command", ["browse {}", "vote serve {}", "stack up --prefect"])
 def test_a_taken_port_is_named(command: str, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("svd.curation.browse.create_app", lambda *given: None)
+    monkeypatch.setattr("svd.catalogue.browser.app.create_app", lambda *given: None)
     monkeypatch.setattr("evaluation.preference.study.load_study", lambda *given: None)
     words = command.format("folder").split()
     port = [taken] if "stack" in command else ["--port", taken]

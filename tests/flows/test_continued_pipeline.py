@@ -11,10 +11,10 @@ import pytest
 from prefect.testing.utilities import prefect_test_harness
 from small_project import draw, make_project, refuse, use
 
-from flows import versioning
-from flows.full_pipeline import full_pipeline, pipeline_key
-from svd.presets import load_preset
-from svd.stage import UserError
+from flows.prefect_flows.full_pipeline import full_pipeline, pipeline_key
+from flows.recording import dvc as versioning
+from svd.config.load import load_preset
+from svd.core.errors import UserError
 
 
 @pytest.fixture(scope="module")

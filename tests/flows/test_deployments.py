@@ -13,8 +13,9 @@ import yaml
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Failed
 
-from flows import dispatch, stack
-from svd.stage import UserError
+from flows.prefect_flows import dispatch
+from flows.stack import stack
+from svd.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Completed, Crashed, Failed
 
-from flows import dispatch
+from flows.prefect_flows import dispatch
 
 
 def children(monkeypatch: pytest.MonkeyPatch, *states: State) -> list[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows import doctor
-from flows.cli import app
-from svd.presets import load_preset
+from flows.cli import doctor
+from flows.cli.app import app
+from svd.config.load import load_preset
 
 WEIGHTS = {
     "encoders.aesthetics_weights": "weights/sa_0_4_vit_h_14_linear.pth",

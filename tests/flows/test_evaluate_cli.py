@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evaluation.fvd import distance
-from evaluation.moments import MomentState
-from evaluation.protocol import named_protocols
-from evaluation.results import Result, Score, result_json
-from flows.evaluate_cli import evaluate_app
-from svd.data.scenes import World, render_clip
-from svd.stage import UserError, write_json
-from svd.video import write_mp4
+from evaluation.frechet.distances import distance
+from evaluation.frechet.moments import MomentState
+from evaluation.frechet.protocol import named_protocols
+from evaluation.frechet.results import Result, Score, result_json
+from flows.cli.evaluate import evaluate_app
+from svd.core.errors import UserError
+from svd.core.files import write_json
+from svd.media.video import write_mp4
+from svd.synthetic.scenes import World, render_clip
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 

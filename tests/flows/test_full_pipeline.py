@@ -16,11 +16,12 @@ from prefect.states import Failed
 from prefect.testing.utilities import prefect_test_harness
 from small_project import draw, make_project, refuse, use
 
-from flows import server_setup, stage_flow
-from flows.full_pipeline import full_pipeline
-from flows.tracking import tracking_uri
-from svd.retries import Unreachable
-from svd.stage import UserError
+from flows.prefect_flows import stage_flows as stage_flow
+from flows.prefect_flows.full_pipeline import full_pipeline
+from flows.stack import server_setup
+from flows.tracking.runs import tracking_uri
+from svd.core.errors import UserError
+from svd.core.retries import Unreachable
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,17 @@ import torch
 from generate_fixtures import QUICK, SIZE, STAGES, small_unet
 from typer.testing import CliRunner
 
-from flows import generate_cli
-from flows.generate_cli import generate_app
-from flows.generate_results import UNRECORDED
-from svd import pipeline, safety, watermark
-from svd.files import read_clip
+from flows.cli import generate as generate_cli
+from flows.cli.generate import generate_app
+from flows.cli.generate_results import UNRECORDED
+from svd.core.errors import UserError
+from svd.generation import models as pipeline
+from svd.generation import safety
+from svd.media import watermark
+from svd.media.images import read_clip
+from svd.media.video import read_frames, read_metadata, write_mp4
 from svd.model.lora import add_lora, save_lora
 from svd.model.unet import UNet
-from svd.stage import UserError
-from svd.video import read_frames, read_metadata, write_mp4
 
 
 def test_text_writes_one_file_a_prompt_with_metadata(run, tmp_path):

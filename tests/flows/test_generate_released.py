@@ -15,12 +15,12 @@ from PIL import Image
 from toy_models import released_layout, toy_autoencoder, toy_unet
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from flows import generate_cli
-from svd.model.convert import convert
-from svd.model.sgm import write_sgm
-from svd.model.weights import save_autoencoder, save_unet
-from svd.stage import UserError
-from svd.video import read_frames, read_metadata
+from flows.cli import generate as generate_cli
+from svd.core.errors import UserError
+from svd.media.video import read_frames, read_metadata
+from svd.model.formats.convert import convert
+from svd.model.formats.folders import save_autoencoder, save_unet
+from svd.model.formats.sgm import write_sgm
 
 
 def test_a_released_pipeline_brings_its_own_defaults(tmp_path):

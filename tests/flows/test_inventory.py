@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import inventory, versioning
-from flows.inventory import take
+from flows.recording import dvc as versioning
+from flows.recording import inventory
+from flows.recording.inventory import take
 from svd import storage
 from svd.config import Preset
-from svd.presets import load_preset
+from svd.config.load import load_preset
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]

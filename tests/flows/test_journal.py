@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.journal import Courier, Journal
+from flows.tracking.journal import Courier, Journal
 
 
 class FlakyServer:
@@ -95,7 +95,7 @@ class SlowServer:
 def test_a_model_is_waited_for_while_it_is_sent_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.journal.REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr("flows.tracking.journal.REQUEST_SECONDS", 0.05)
     for operation, done in (("model", True), ("metrics", False)):
         journal = Journal(tmp_path / operation)
         journal.append({"op": operation})

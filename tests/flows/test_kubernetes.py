@@ -24,7 +24,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-from flows.server_setup import kubernetes_pools
+from flows.stack.server_setup import kubernetes_pools
 
 ROOT = Path(__file__).parents[2]
 OLDEST, NEWEST = "1.30", "1.37"  # podReplacementPolicy is on by default from 1.29 on

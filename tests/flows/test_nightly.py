@@ -24,17 +24,17 @@ import yaml
 from prefect.testing.utilities import prefect_test_harness
 from toy_models import randomised
 
-from flows.nightly_evaluation import EVALUATED, EVALUATION, nightly_evaluation
+from flows.prefect_flows.nightly import EVALUATED, EVALUATION, nightly_evaluation
 from flows.runner import checkpoint_digest
 from flows.stages import NIGHTLY, STAGES
-from flows.tracking import MlflowTracker, RunInfo, tracked_run, tracking_uri
-from svd.generate import load_models, text_to_video
-from svd.model import clip as clips
+from flows.tracking.runs import MlflowTracker, RunInfo, tracked_run, tracking_uri
+from svd.config.load import load_preset
+from svd.core.files import write_json
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
+from svd.model.formats import clip as clips
+from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import save_autoencoder, save_unet
-from svd.presets import load_preset
-from svd.stage import write_json
+from svd.tasks.api import load_models, text_to_video
 
 pytestmark = pytest.mark.slow  # four flow runs in a Prefect server
 ROOT = Path(__file__).parent.parent.parent
@@ -153,7 +153,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(root)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
         write_project(root)
-        patch.setattr("svd.presets.preset_path", lambda name: root / "presets" / "nightly.yaml")
+        patch.setattr("svd.config.load.preset_path", lambda name: root / "presets" / "nightly.yaml")
         write_models(folder)
         write_real_clips(folder, load_preset("nightly"))
         for name in STAGES["report"].inputs:

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import stack
-from flows.processes import Processes, check_port
-from svd.stage import UserError
+from flows.stack import stack
+from flows.stack.processes import Processes, check_port
+from svd.core.errors import UserError
 
 # a parent with a child; both ignore the interrupt that a terminal would send
 FAMILY = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"

@@ -8,10 +8,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from flows.delivery import checkpoint_digest
-from flows.promotion import promote
-from flows.tracking import tracking_uri
-from svd.stage import UserError, write_json
+from flows.tracking.mlflow_delivery import checkpoint_digest
+from flows.tracking.promotion import promote
+from flows.tracking.runs import tracking_uri
+from svd.core.errors import UserError
+from svd.core.files import write_json
 
 MODEL = "svd-text-to-video"
 

@@ -10,8 +10,9 @@ from flows import runner
 from flows.stages import find_stage
 from svd import stage as stages
 from svd.config import Preset
-from svd.presets import load_preset
-from svd.stage import Report, publish, recover
+from svd.config.load import load_preset
+from svd.core.files import recover
+from svd.stage import Report, publish
 
 TRAINING = find_stage("video-pretraining")
 

@@ -20,15 +20,15 @@ from PIL import Image
 from toy_models import toy_autoencoder, toy_unet
 
 from flows import runner
-from flows.serving import COLUMNS
+from flows.serving.signature import COLUMNS
 from flows.stages import STAGES, Stage
-from flows.tracking import RunInfo, tracked_run, tracking_uri
+from flows.tracking.runs import RunInfo, tracked_run, tracking_uri
 from svd.config import Preset
-from svd.model.clip import build, save_toy, toy_config
+from svd.config.load import load_preset
+from svd.media.video import Frames, read_frames
+from svd.model.formats.clip import build, save_toy, toy_config
+from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.lora import add_lora, save_lora
-from svd.model.weights import save_autoencoder, save_unet
-from svd.presets import load_preset
-from svd.video import Frames, read_frames
 
 TRAINED = ("image_pretraining", "video_pretraining", "high_quality_finetuning", "image_to_video")
 UNETS = {

@@ -7,7 +7,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import server_setup
+from flows.stack import server_setup
 
 
 def test_a_server_is_set_up_as_often_as_one_likes() -> None:

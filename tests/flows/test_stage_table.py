@@ -6,25 +6,25 @@ import pytest
 import yaml
 from closure import PACKAGES, ROOT, data_files, reachable
 
-from flows.dispatch import stage_flow
+from flows.prefect_flows.dispatch import stage_flow
 from flows.stages import BRANCHES, EXTERNAL, PIPELINE, STAGES, find_stage
-from svd.stage import UserError
+from svd.core.errors import UserError
 
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 DVC |= yaml.safe_load((ROOT / "branches" / "dvc.yaml").read_text())["stages"]
 # Code that can't change a result: options (DVC watches their values), transport, where processes run, previews.
 WITHOUT_EFFECT = frozenset(
     {
-        "svd/config.py",
-        "svd/config_data.py",
-        "svd/retries.py",
-        "svd/s3.py",
+        "svd/config/preset.py",
+        "svd/config/data.py",
+        "svd/core/retries.py",
+        "svd/storage/s3.py",
         "svd/stage.py",
-        "svd/storage.py",
+        "svd/storage/files.py",
         "svd/training/launch.py",
         "svd/training/ranks.py",
         "svd/training/samples.py",
-        "svd/web.py",
+        "svd/storage/http.py",
     }
 )
 PREFECT = {d["name"]: d for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
@@ -60,10 +60,17 @@ def test_dvc_depends_on_exactly_the_code_that_the_stage_can_reach(name: str) -> 
 
 def test_reach_follows_names_and_not_whole_files() -> None:
     image = reachable("svd.training.stages", "run_image_pretraining")
-    assert {"svd/training/muon.py", "svd/training/runner.py", "svd/model/weights.py", "svd/training/ema.py"} <= image
-    assert not {"svd/training/orbit_latents.py", "svd/training/lora.py", "svd/model/convert.py"} & image
-    assert "svd/training/orbit_latents.py" in reachable("svd.training.stages", "run_multiview_finetuning")
-    assert "svd/video.py" in image - reachable("svd.training.stages", "run_image_pretraining", skip=WITHOUT_EFFECT)
+    assert {
+        "svd/training/muon.py",
+        "svd/training/runner.py",
+        "svd/model/formats/folders.py",
+        "svd/training/ema.py",
+    } <= image
+    assert not {"svd/latents/orbits.py", "svd/training/lora.py", "svd/model/formats/convert.py"} & image
+    assert "svd/latents/orbits.py" in reachable("svd.training.stages", "run_multiview_finetuning")
+    assert "svd/media/video.py" in image - reachable(
+        "svd.training.stages", "run_image_pretraining", skip=WITHOUT_EFFECT
+    )
 
 
 def test_the_inventory_lists_for_every_stage_that_reads_it() -> None:

@@ -12,16 +12,20 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from evaluation.report import run as run_report
-from flows import runner, store, versioning
-from flows.cli import app
-from flows.full_pipeline import PipelineRun
+from evaluation.report.page import run as run_report
+from flows import runner
+from flows.cli.app import app
+from flows.prefect_flows.full_pipeline import PipelineRun
+from flows.recording import dvc as versioning
+from flows.recording import results_store as store
 from flows.stages import find_stage
-from flows.tracking import Lineage
+from flows.tracking.runs import Lineage
 from svd import storage
-from svd.presets import load_preset
-from svd.retries import Unreachable
-from svd.stage import Report, StageContext, UserError, publish, write_json
+from svd.config.load import load_preset
+from svd.core.errors import UserError
+from svd.core.files import write_json
+from svd.core.retries import Unreachable
+from svd.stage import Report, StageContext, publish
 
 
 @pytest.fixture(params=["local", "s3"])

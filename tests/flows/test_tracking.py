@@ -13,11 +13,11 @@ import pytest
 import small_project
 
 from flows import runner
-from flows.delivery import Delivery, checkpoint_digest
-from flows.journal import Journal
 from flows.stages import STAGES, preset_sections
-from flows.tracking import Lineage, MlflowTracker, RunInfo, flat_params, send_pending, tracked_run
-from svd.presets import load_preset
+from flows.tracking.journal import Journal
+from flows.tracking.mlflow_delivery import Delivery, checkpoint_digest
+from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, flat_params, send_pending, tracked_run
+from svd.config.load import load_preset
 from svd.stage import Report, StageContext
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import versioning
-from flows.tracking import Lineage
-from svd.stage import UserError
+from flows.recording import dvc as versioning
+from flows.tracking.runs import Lineage
+from svd.core.errors import UserError
 
 DVC = str(Path(sys.executable).parent / "dvc")
 PIPELINE = """

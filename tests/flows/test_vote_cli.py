@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from evaluation.preference import app
 from evaluation.preference.study import load_study, open_store
-from flows.tools_cli import vote_app
-from svd.stage import UserError
-from svd.video import read_frames, write_mp4
+from flows.cli.tools import vote_app
+from svd.core.errors import UserError
+from svd.media.video import read_frames, write_mp4
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 

@@ -12,10 +12,12 @@ import mlflow
 import pytest
 import yaml
 
-from flows import runner, versioning, work
+from flows import runner
+from flows.recording import dvc as versioning
+from flows.recording import work
 from flows.stages import Stage, find_stage
-from flows.tracking import tracking_uri
-from svd.presets import load_preset
+from flows.tracking.runs import tracking_uri
+from svd.config.load import load_preset
 from svd.stage import Report, StageContext, publish
 
 ROOT = Path(__file__).parents[2]

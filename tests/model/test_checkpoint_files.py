@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from svd.model.checkpoint import (
+from svd.core.errors import UserError
+from svd.model.safetensors import (
     DTYPES,
     Lazy,
     check_fit,
@@ -25,7 +26,6 @@ from svd.model.checkpoint import (
     read_tensors,
     write_tensors,
 )
-from svd.stage import UserError
 
 
 @pytest.fixture

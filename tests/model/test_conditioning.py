@@ -10,22 +10,14 @@ from toy_models import toy_unet
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from svd.config import EncodersConfig
-from svd.model import clip as clips
-from svd.model.checkpoint import of_module, of_tensor, write_tensors
-from svd.model.clip_keys import to_transformers, transformers_config
-from svd.model.conditioning import (
-    Encoders,
-    ImageEncoder,
-    TextEncoder,
-    from_uint8,
-    load_encoders,
-    load_text_encoder,
-    micro_conditioning,
-    noise_augment,
-    polar_angle,
-)
-from svd.model.sgm import SgmParts, read_sgm, stored_config, unet_to_sgm, write_sgm
-from svd.stage import UserError
+from svd.core.errors import UserError
+from svd.model.encoders import Encoders, ImageEncoder, TextEncoder, from_uint8
+from svd.model.formats import clip as clips
+from svd.model.formats.clip_names import to_transformers, transformers_config
+from svd.model.formats.encoders import load_encoders, load_text_encoder
+from svd.model.formats.sgm import SgmParts, read_sgm, stored_config, unet_to_sgm, write_sgm
+from svd.model.safetensors import of_module, of_tensor, write_tensors
+from svd.tasks.signals import micro_conditioning, noise_augment, polar_angle
 
 TOY = EncodersConfig(kind="toy-clip", toy_width=32)
 CONFIG = clips.toy_config(32, 48)
@@ -125,7 +117,7 @@ def test_loading_is_strict_about_kind_folder_and_weights(folder, tmp_path):
 
 def released(tmp_path, clip, monkeypatch, **options):
     """Settings for a released checkpoint of a small architecture that open_clip is told about."""
-    from svd.model.checkpoint import of_module, write_tensors
+    from svd.model.safetensors import of_module, write_tensors
 
     write_tensors(tmp_path / "weights.safetensors", of_module(clip))
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: CONFIG if name == "small" else None)

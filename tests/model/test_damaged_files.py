@@ -9,12 +9,12 @@ import pytest
 import torch
 from toy_models import VISION_HEADS, released_layout, toy_clip
 
-from svd.model.checkpoint import Lazy, of_module, of_tensor, write_tensors
-from svd.model.clip import image_tower_of, load_image_tower
-from svd.model.clip_keys import to_transformers, transformers_config
-from svd.model.convert import convert
-from svd.model.sgm import SgmParts, load_sgm, write_sgm
-from svd.stage import UserError
+from svd.core.errors import UserError
+from svd.model.formats.clip import image_tower_of, load_image_tower
+from svd.model.formats.clip_names import to_transformers, transformers_config
+from svd.model.formats.convert import convert
+from svd.model.formats.sgm import SgmParts, load_sgm, write_sgm
+from svd.model.safetensors import Lazy, of_module, of_tensor, write_tensors
 
 
 def damaged(tensors: dict[str, Lazy], name: str, damage: str) -> dict[str, Lazy]:

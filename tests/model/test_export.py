@@ -11,15 +11,15 @@ from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionM
 from toy_models import toy_autoencoder, toy_unet
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.app import app
 from svd.config import EncodersConfig
-from svd.model import clip
-from svd.model.conditioning import load_encoders
-from svd.model.convert import convert
-from svd.model.export import export
+from svd.core.errors import UserError
+from svd.model.formats import clip
+from svd.model.formats.convert import convert
+from svd.model.formats.encoders import load_encoders
+from svd.model.formats.export import export
+from svd.model.formats.folders import load_autoencoder, load_unet, save_autoencoder, save_unet
 from svd.model.unet import UNet
-from svd.model.weights import load_autoencoder, load_unet, save_autoencoder, save_unet
-from svd.stage import UserError
 
 TOY = EncodersConfig(kind="toy-clip")
 

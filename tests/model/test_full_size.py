@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.checkpoint import Lazy, of_module, read_header
-from svd.model.clip_keys import to_open_clip, to_transformers
-from svd.model.convert import convert
-from svd.model.layout import unet_to_json
-from svd.model.sgm import (
+from svd.model.formats.clip_names import to_open_clip, to_transformers
+from svd.model.formats.convert import convert
+from svd.model.formats.diffusers_configs import unet_to_json
+from svd.model.formats.folders import WEIGHTS, load_unet, save_unet
+from svd.model.formats.sgm import (
     SgmParts,
     autoencoder_from_sgm,
     autoencoder_to_sgm,
@@ -29,10 +29,10 @@ from svd.model.sgm import (
     unet_from_sgm,
     unet_to_sgm,
 )
+from svd.model.safetensors import Lazy, of_module, read_header
 from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import WEIGHTS, load_unet, save_unet
 
-TABLES = Path(__file__).parent.parent / "data" / "state_dict_keys"
+TABLES = Path(__file__).parent / "state_dict_keys"
 LEFTOVERS = {
     "token_embedding.weight": (49408, 1024),
     "positional_embedding": (77, 1024),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from toy_models import randomised
 
 import svd.model
-from svd.model import fused
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
+from svd.model.kernels import operators as fused
 from svd.model.unet import UNet, UNetConfig
 
 TOY = UNetConfig(in_channels=8, ids=3, block_out_channels=(32, 64), attention_levels=(True, False), head_channels=32)
@@ -28,7 +28,7 @@ def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Kernels(SimpleNamespace):
-    """What svd.model.triton_kernels computes, in float64."""
+    """What svd.model.kernels.triton computes, in float64."""
 
     calls: set[str]
 
@@ -73,7 +73,7 @@ class Kernels(SimpleNamespace):
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     """Every layer takes our operators for a tensor on a GPU."""
     own = Kernels(calls=set())
-    monkeypatch.setitem(sys.modules, "svd.model.triton_kernels", own)
+    monkeypatch.setitem(sys.modules, "svd.model.kernels.triton", own)
     monkeypatch.setattr(svd.model, "triton_kernels", own, raising=False)
     monkeypatch.setattr(fused, "fits", lambda x: True)
     torch._dynamo.reset()

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save
 from typer.testing import CliRunner
 
-from flows.cli import app
-from svd.model.hub import fetch, resolve
-from svd.stage import UserError
+from flows.cli.app import app
+from svd.core.errors import UserError
+from svd.model.formats.hub import fetch, resolve
 
 WEIGHTS = save({"a": torch.rand(64, 64)})
 FILES = {
@@ -176,7 +176,7 @@ def test_a_broken_download_goes_on_where_it_stopped(hub: ThreadingHTTPServer, tm
 def test_a_connection_that_breaks_is_taken_up_again(
     hub: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svd.model.hub.BACKOFF", 0.0)
+    monkeypatch.setattr("svd.model.formats.hub.BACKOFF", 0.0)
     hub.breaks = 2  # type: ignore[attr-defined]
     (path,) = fetch("ann/model", tmp_path, filenames=["model.safetensors"])
     assert path.read_bytes() == WEIGHTS
@@ -187,7 +187,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
 def test_the_token_stays_with_the_hub_and_every_attempt_asks_it_anew(
     hub: ThreadingHTTPServer, storage: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svd.model.hub.BACKOFF", 0.0)
+    monkeypatch.setattr("svd.model.formats.hub.BACKOFF", 0.0)
     storage.breaks = 2  # type: ignore[attr-defined]
     (path,) = fetch("ann/model", tmp_path, filenames=["model.safetensors"], token="hf_secret")
     assert path.read_bytes() == WEIGHTS

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.keys import (
+from svd.model.formats.sgm_names import (
     autoencoder_table,
     autoencoder_to_sgm,
     invert,
@@ -19,7 +19,7 @@ from svd.model.keys import (
 )
 from svd.model.unet import UNet, UNetConfig
 
-TABLES = Path(__file__).parent.parent / "data" / "state_dict_keys"
+TABLES = Path(__file__).parent / "state_dict_keys"
 RELEASED = UNetConfig(in_channels=8, ids=3)
 
 

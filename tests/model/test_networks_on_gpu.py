@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from toy_models import randomised
 
-from svd.model import fused
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
+from svd.model.kernels import operators as fused
 from svd.model.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.gpu

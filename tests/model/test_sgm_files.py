@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from toy_models import VISION_HEADS, released_layout, toy_autoencoder, toy_clip, toy_unet
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from svd.core.errors import UserError
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.checkpoint import Lazy, check_fit, of_module, of_tensor, read_metadata, read_tensors, write_tensors
-from svd.model.clip_keys import to_open_clip, to_transformers, transformers_config
-from svd.model.convert import convert, expected
-from svd.model.sgm import (
+from svd.model.formats.clip_names import to_open_clip, to_transformers, transformers_config
+from svd.model.formats.convert import convert, expected
+from svd.model.formats.folders import load_autoencoder, load_unet, save_unet
+from svd.model.formats.sgm import (
     SgmParts,
     autoencoder_config,
     autoencoder_from_sgm,
@@ -32,9 +33,8 @@ from svd.model.sgm import (
     unet_to_sgm,
     write_sgm,
 )
+from svd.model.safetensors import Lazy, check_fit, of_module, of_tensor, read_metadata, read_tensors, write_tensors
 from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import load_autoencoder, load_unet, save_unet
-from svd.stage import UserError
 
 RELEASED = UNetConfig(in_channels=8, ids=3)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svd.model import fused
+from svd.model.kernels import operators as fused
 
 ROOT = Path(__file__).parents[2]
 NORM = """

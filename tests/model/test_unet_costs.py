@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from svd.model.unet import UNet, UNetConfig
 
-KEYS = Path(__file__).parent.parent / "data" / "state_dict_keys" / "diffusers-unet.json"
+KEYS = Path(__file__).parent / "state_dict_keys" / "diffusers-unet.json"
 GIB = 2**30
 
 

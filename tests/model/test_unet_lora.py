@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from svd.core.errors import UserError
 from svd.model import lora
 from svd.model.unet import UNet, UNetConfig
-from svd.stage import UserError
 
 CONFIG = UNetConfig(
     in_channels=8,

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from toy_models import toy_autoencoder, toy_unet
 
+from svd.core.errors import UserError
 from svd.model.autoencoder import Autoencoder
-from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import (
+from svd.model.formats.folders import (
     WEIGHTS,
     checkpoint_hash,
     load_autoencoder,
@@ -21,7 +21,7 @@ from svd.model.weights import (
     save_unet,
     weights_file,
 )
-from svd.stage import UserError
+from svd.model.unet import UNet, UNetConfig
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:

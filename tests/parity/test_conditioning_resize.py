@@ -5,8 +5,8 @@ import torch
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from transformers import CLIPImageProcessor
 
-from svd.model.clip import build, toy_config
-from svd.model.conditioning import ImageEncoder
+from svd.model.encoders import ImageEncoder
+from svd.model.formats.clip import build, toy_config
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import scipy.linalg
 from gaussians import frechet_of_gaussians
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from evaluation.fvd import frechet, kernel_distance
-from evaluation.moments import Moments, MomentState
+from evaluation.frechet.distances import frechet, kernel_distance
+from evaluation.frechet.moments import Moments, MomentState
 
 
 def sample(seed: int, count: int, dimension: int, decay: float) -> np.ndarray:

@@ -10,15 +10,15 @@ from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
 
 from svd.config import EncodersConfig, Sampling
-from svd.generate import image_to_video, load_models
+from svd.core.files import write_json
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.checkpoint import of_module, write_tensors
-from svd.model.clip import build, toy_config
-from svd.model.clip_keys import to_transformers, transformers_config
-from svd.model.layout import image_processor_json, model_index_json, scheduler_json
+from svd.model.formats.clip import build, toy_config
+from svd.model.formats.clip_names import to_transformers, transformers_config
+from svd.model.formats.diffusers_configs import image_processor_json, model_index_json, scheduler_json
+from svd.model.formats.folders import save_autoencoder, save_unet
+from svd.model.safetensors import of_module, write_tensors
 from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import save_autoencoder, save_unet
-from svd.stage import write_json
+from svd.tasks.api import image_to_video, load_models
 
 HEIGHT, WIDTH, FRAMES = 32, 32, 4
 SETTINGS = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "fps": 7, "motion_bucket": 127, "progress": False}

@@ -8,8 +8,8 @@ from scenedetect import FrameTimecode, StatsManager
 from scenedetect.detectors import AdaptiveDetector, ContentDetector, HashDetector
 
 from svd.config import CutPass
-from svd.curation.cuts import adaptive_ratios
-from svd.curation.scores import Clock, Scorer, to_bgr
+from svd.curation.cuts.finder import adaptive_ratios
+from svd.curation.cuts.frame_scores import Clock, Scorer, to_bgr
 
 
 def _pictures(count: int = 60) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from svd.diffusion.edm import DiscreteSchedule, denoiser, scalings
 from svd.diffusion.sampler import karras_sigmas, sample
-from svd.model.layout import scheduler_json
+from svd.model.formats.diffusers_configs import scheduler_json
 
 SHAPE = (2, 3, 4, 6, 6)
 

@@ -10,10 +10,10 @@ import torch
 from diffusers import StableVideoDiffusionPipeline
 from toy_models import VISION_HEADS, released_layout, toy_autoencoder, toy_clip, toy_unet
 
-from svd.model.convert import convert
-from svd.model.sgm import write_sgm
-from svd.model.weights import load_autoencoder, load_unet, save_autoencoder, save_pipeline, save_unet
-from svd.stage import UserError
+from svd.core.errors import UserError
+from svd.model.formats.convert import convert
+from svd.model.formats.folders import load_autoencoder, load_unet, save_autoencoder, save_pipeline, save_unet
+from svd.model.formats.sgm import write_sgm
 
 
 @torch.no_grad()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from svd.curation.catalog import CLIPS_SCHEMA, write_rows
-from svd.data.shards import ShardWriter
-from svd.data.synthetic import World, render_clip
-from svd.video import write_mp4
+from svd.catalogue.schema import CLIPS_SCHEMA
+from svd.catalogue.shards import ShardWriter
+from svd.catalogue.tables import write_rows
+from svd.media.video import write_mp4
+from svd.synthetic.videos import World, render_clip
 
 
 def write_curation(folder: Path, train: int, test: int, frames: int = 8, height: int = 32, width: int = 48) -> Path:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from svd.curation.catalog import read_clips
-from svd.data.shards import read_clip
+from svd.catalogue.shards import read_clip
+from svd.catalogue.tables import read_clips
+from svd.core.errors import UserError
+from svd.media.video import write_mp4
 from svd.model.perceptual import Perceptual
-from svd.stage import UserError
 from svd.training.frames import ClipPixels, read_frames, split_rows
 from svd.training.losses import (
     PatchDiscriminator,
@@ -28,7 +29,6 @@ from svd.training.losses import (
     psnr,
 )
 from svd.training.muon import ITERATIONS, QUINTIC, Muon, orthogonalised
-from svd.video import write_mp4
 
 
 def test_kl_is_that_of_torch() -> None:

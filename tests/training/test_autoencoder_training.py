@@ -13,11 +13,13 @@ import torch
 from curated import write_curation
 from PIL import Image
 
-from svd.curation.catalog import CLIPS_SCHEMA, read_clips, write_rows
+from svd.catalogue.schema import CLIPS_SCHEMA
+from svd.catalogue.tables import read_clips, write_rows
+from svd.config.load import load_preset
+from svd.core.errors import UserError
 from svd.model.autoencoder import Autoencoder, sample
-from svd.model.weights import load_autoencoder, save_autoencoder
-from svd.presets import load_preset
-from svd.stage import NoTracker, StageContext, UserError
+from svd.model.formats.folders import load_autoencoder, save_autoencoder
+from svd.stage import NoTracker, StageContext
 from svd.training.autoencoder import initial_autoencoder, run
 from svd.training.autoencoder_phase import trainable
 from svd.training.frames import ClipPixels, split_rows

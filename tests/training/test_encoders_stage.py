@@ -8,11 +8,13 @@ import open_clip
 import pytest
 import torch
 
-from svd.model.checkpoint import of_module, write_tensors
-from svd.model.clip import build, toy_config
-from svd.model.conditioning import from_uint8, load_encoders
-from svd.presets import load_preset
-from svd.stage import NoTracker, StageContext, UserError
+from svd.config.load import load_preset
+from svd.core.errors import UserError
+from svd.model.encoders import from_uint8
+from svd.model.formats.clip import build, toy_config
+from svd.model.formats.encoders import load_encoders
+from svd.model.safetensors import of_module, write_tensors
+from svd.stage import NoTracker, StageContext
 from svd.training import encoders
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from toy_models import toy_unet
 
+from svd.core.errors import UserError
 from svd.model.unet import UNet, UNetConfig
-from svd.stage import UserError
 from svd.training.initialise import carry_over
 
 

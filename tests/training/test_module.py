@@ -12,29 +12,24 @@ from torch.utils.data import default_collate
 from toy_training import toy_context, toy_preset
 
 from svd.config import Phase, Sampling
-from svd.data.cache import LatentCache
-from svd.data.loader import Batch, Draws, Examples
+from svd.config.load import ConfigError, load_preset
+from svd.core.errors import UserError
 from svd.diffusion import edm
+from svd.latents.cache import LatentCache
+from svd.latents.loader import Batch, Draws, Examples
 from svd.model.autoencoder import Autoencoder
-from svd.model.conditioning import micro_conditioning
+from svd.model.formats.folders import load_autoencoder
 from svd.model.unet import UNet, UNetConfig
-from svd.model.weights import load_autoencoder
-from svd.presets import ConfigError, load_preset
-from svd.stage import UserError
+from svd.tasks.base import Task, dropped
+from svd.tasks.image_to_video import IMAGE_TO_VIDEO
+from svd.tasks.interpolation import FRAME_INTERPOLATION
+from svd.tasks.multiview import MULTIVIEW
+from svd.tasks.signals import micro_conditioning, text_ids
+from svd.tasks.text_to_video import IMAGE, TEXT_TO_VIDEO
 from svd.training.ema import Ema
 from svd.training.initialise import carry_over, fresh_unet, unet_config, with_checkpointing
 from svd.training.module import TEMPORAL_PARTS, Diffusion, learning_rate_factor, select_parameters
 from svd.training.samples import Preview
-from svd.training.tasks import (
-    FRAME_INTERPOLATION,
-    IMAGE,
-    IMAGE_TO_VIDEO,
-    MULTIVIEW,
-    TEXT_TO_VIDEO,
-    Task,
-    dropped,
-    text_ids,
-)
 
 TASKS = (IMAGE, TEXT_TO_VIDEO, IMAGE_TO_VIDEO, FRAME_INTERPOLATION, MULTIVIEW)
 

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from toy_training import PHASE, toy_preset, write_cache, write_toy_autoencoder
 
 from svd.config import Preset
-from svd.stage import Report, StageContext, UserError
+from svd.core.errors import UserError
+from svd.stage import Report, StageContext
 from svd.training import ranks
 from svd.training.launch import on_all_ranks
 from svd.training.stages import run_image_pretraining

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from toy_training import FRAMES, PHASE, SIZE, WIDTH, toy_context, toy_preset
 
 from svd.config import Preset, Subset
-from svd.data import latents
+from svd.core.errors import UserError
+from svd.latents import stage as latents
+from svd.model.formats.folders import load_unet
 from svd.model.lora import load_lora
-from svd.model.weights import load_unet
-from svd.stage import StageContext, UserError
+from svd.stage import StageContext
 from svd.training import runner, stages
 from svd.training.module import Diffusion
 

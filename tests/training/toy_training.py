@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from svd.config import Preset
-from svd.data.cache import digest, write_index, write_shard
+from svd.config.load import load_preset
+from svd.latents.cache import digest, write_index, write_shard
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.weights import save_autoencoder
-from svd.presets import load_preset
+from svd.model.formats.folders import save_autoencoder
 from svd.stage import StageContext
 
 FRAMES, SIZE, WIDTH, TOKENS = 4, 16, 16, 5

@@ -1,0 +1,217 @@
+"""Stage `multiview-benchmark`: novel views of unseen objects against rendered truth (§4.5, Fig. 10).
+
+The model gets one view of each held-out object and makes the whole orbit; views are compared with the truth one by one.
+The same run scores what needs no model (a copy of the input view, the mean view of all objects), the untrained network,
+and the truth passed through the autoencoder, which no model can beat by much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from evaluation.multiview.alignment import Alignment, best_alignment
+from evaluation.multiview.perceptual import Perceptor
+from evaluation.multiview.pictures import azimuth_chart, contact_sheet, turntable
+from evaluation.multiview.protocol import Pictures, Truth, ViewProtocol, make_protocol, render_truth, save_array
+from evaluation.multiview.scores import Measures, Scores, published_rows, rows, score
+from evaluation.tables import markdown, write_csv
+from svd.config import Sampling
+from svd.core.files import write_json
+from svd.media.video import write_gif, write_mp4, write_png
+from svd.model.autoencoder import mean
+from svd.model.formats.folders import checkpoint_hash
+from svd.model.unet import UNet
+from svd.orbits.renderer import open_renderer
+from svd.stage import Report, StageContext, publish
+from svd.tasks.api import Models, load_models, multiview
+
+SUBJECTS = ("generated", "copy of the input view", "mean view", "untrained", "autoencoder")
+_SHOWN = 4
+_PIXELS_AT_ONCE = 300_000
+_TURNS = 2
+
+
+def run(context: StageContext) -> Report:
+    """Evaluate the multi-view model; reads `multiview-finetuning`, `autoencoder`, `encoders`. Resumes object by object.
+
+    Raises UserError for missing models, meshes and weights, and when no renderer works.
+    """
+    config, seed = context.preset.evaluation.multiview, context.preset.seed
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with open_renderer(config.renderer) as renderer:
+        protocol = make_protocol(config, renderer.name)
+        truth = render_truth(context.work / "truth" / protocol.digest, config, protocol, seed, renderer)
+    unet, autoencoder = context.inputs["multiview-finetuning"] / "unet", context.inputs["autoencoder"]
+    perceptor = Perceptor(config.perceptual, config.lpips_weights, device)
+    models = load_models(unet, autoencoder, context.inputs["encoders"], context.preset.encoders, device)
+    measures = Measures(perceptor, models.encoders, device)
+    makers = _subjects(context, models, truth, protocol, seed)
+    scores = [score(name, makers[name], truth, measures) for name in tqdm(SUBJECTS, "scoring", unit="subject")]
+    alignment = best_alignment(scores[0].pairs)
+    hashes = {"unet": checkpoint_hash(unet), "autoencoder": checkpoint_hash(autoencoder)}
+    finished = context.work / "finished"
+    _write(finished, scores, truth, makers["generated"], protocol, measures, alignment, hashes)
+    metrics = _metrics(scores, alignment, truth, protocol, measures)
+    context.tracker.log_metrics({k: v for k, v in metrics.items() if isinstance(v, int | float)}, 0)
+    context.tracker.log_file(finished / "samples" / "contact_sheet.png", "multiview")
+    context.tracker.log_file(finished / "samples" / "turntable.mp4", "multiview")
+    return publish(finished, context.output, Report(metrics, _summary(scores, alignment, perceptor)))
+
+
+def _subjects(
+    context: StageContext, models: Models, truth: Truth, protocol: ViewProtocol, seed: int
+) -> dict[str, Callable[[int], Pictures]]:
+    """How each subject's views of object i are had; those of models are made now and kept in `context.work`."""
+    sampling = context.preset.evaluation.multiview.sampling
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = UNet(models.unet.config).to(models.device, models.dtype).eval()
+    random = dataclasses.replace(models, unet=fresh)
+    folder = context.work / "views" / protocol.digest
+    generated = generate(folder / "generated", models, truth, protocol, sampling, seed)
+    untrained = generate(folder / "untrained", random, truth, protocol, sampling, seed)
+    average = mean_view(truth)
+    return {
+        "generated": lambda i: np.asarray(np.load(generated[i]), np.uint8),
+        "untrained": lambda i: np.asarray(np.load(untrained[i]), np.uint8),
+        "copy of the input view": lambda i: truth.pictures(i)[[-1] * protocol.views],
+        "mean view": lambda i: np.stack([average] * protocol.views),
+        "autoencoder": lambda i: reconstruct(models, truth.pictures(i)),
+    }
+
+
+def object_seed(seed: int, number: int) -> int:
+    """Seed of the orbit of object `number`: independent of batches and order."""
+    return int.from_bytes(hashlib.sha256(f"multiview:{seed}:{number}".encode()).digest()[:7], "big")
+
+
+def generate(
+    folder: Path, models: Models, truth: Truth, protocol: ViewProtocol, sampling: Sampling, seed: int
+) -> list[Path]:
+    """Orbits from the last true view of each object, one array file each; finished ones are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / file.name for file in truth.files]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    batch = max(1, _PIXELS_AT_ONCE // (protocol.views * protocol.size**2))
+    for first in tqdm(range(0, len(missing), batch), f"orbits: {folder.name}", unit="batch"):
+        numbers = missing[first : first + batch]
+        given = torch.stack([torch.from_numpy(truth.pictures(number)[-1].copy()) for number in numbers])
+        orbits = multiview(
+            models,
+            given.permute(0, 3, 1, 2).float() / 255,
+            protocol.elevation,
+            protocol.views,
+            sampling=sampling,
+            seed=[object_seed(seed, number) for number in numbers],
+            progress=False,
+        )
+        pictures = (orbits * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
+        for number, orbit in zip(numbers, pictures, strict=True):
+            save_array(files[number], orbit)
+    return files
+
+
+def mean_view(truth: Truth) -> Pictures:
+    """The mean of all true novel views of all objects: the best guess that looks at nothing, (S, S, 3)."""
+    means = [truth.pictures(number)[:-1].mean(0) for number in range(len(truth.names))]
+    return np.asarray(np.round(np.mean(means, axis=0)), np.uint8)
+
+
+@torch.no_grad()
+def reconstruct(models: Models, pictures: Pictures) -> Pictures:
+    """Views (V, S, S, 3) through encoder and decoder."""
+    frames = torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2)[None].to(models.device).float() / 127.5 - 1
+    autoencoder = models.autoencoder
+    frames = frames.to(next(autoencoder.parameters()).dtype)
+    decoded = autoencoder.decode(mean(autoencoder.encode(frames, models.decode_chunk)), models.decode_chunk)
+    restored = ((decoded[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.asarray(restored.permute(0, 2, 3, 1).cpu().numpy(), np.uint8)
+
+
+def _write(
+    finished: Path,
+    scores: Sequence[Scores],
+    truth: Truth,
+    generated: Callable[[int], Pictures],
+    protocol: ViewProtocol,
+    measures: Measures,
+    alignment: Alignment,
+    hashes: dict[str, str],
+) -> None:
+    """Tables and pictures of the finished folder."""
+    shutil.rmtree(finished, ignore_errors=True)
+    samples = finished / "samples"
+    samples.mkdir(parents=True)
+    measured = rows(scores, truth, protocol, measures)
+    write_csv(finished / "results.csv", measured)
+    (finished / "comparison.md").write_text(markdown([*measured, *published_rows()]))
+    write_csv(finished / "by_view.csv", _by_view(scores, truth, protocol))
+    write_json(
+        finished / "protocol.json",
+        {
+            "protocol": dataclasses.asdict(protocol),
+            "digest": protocol.digest,
+            "dataset": truth.dataset,
+            "objects": list(truth.names),
+            "models": hashes,
+            "alignment": dataclasses.asdict(alignment),
+        },
+    )
+    shown = range(min(_SHOWN, len(truth.names)))
+    true, made = [truth.pictures(i) for i in shown], [generated(i) for i in shown]
+    write_png(samples / "contact_sheet.png", contact_sheet(true, made, protocol.azimuths))
+    azimuth_chart(samples / "psnr_by_azimuth.png", scores, protocol.azimuths)
+    turning = turntable(true, made)
+    fps = max(4.0, protocol.views / 3)
+    write_mp4(samples / "turntable.mp4", np.concatenate([turning] * _TURNS), fps)
+    write_gif(samples / "turntable.gif", turning, fps)
+
+
+def _by_view(scores: Sequence[Scores], truth: Truth, protocol: ViewProtocol) -> list[dict[str, float | str]]:
+    return [
+        {
+            "subject": one.subject,
+            "object": name,
+            "azimuth": round(float(azimuth), 4),
+            **{metric: round(float(values[number, view]), 6) for metric, values in one.values.items()},
+        }
+        for one in scores
+        for number, name in enumerate(truth.names)
+        for view, azimuth in enumerate(protocol.azimuths)
+    ]
+
+
+def _metrics(
+    scores: Sequence[Scores], alignment: Alignment, truth: Truth, protocol: ViewProtocol, measures: Measures
+) -> dict[str, float | int | str]:
+    """Flat metrics: `psnr`, `ssim`, … of the model over novel views, `psnr_<subject>` of the others."""
+    metrics: dict[str, float | int | str] = {
+        "objects": len(truth.names),
+        "views": protocol.views,
+        "dataset": truth.dataset,
+        "protocol": protocol.name,
+        "renderer": protocol.renderer,
+        "clip_weights": measures.clip_label,
+        "alignment_gain_db": alignment.gain,
+        "alignment_ok": int(alignment.ok),
+        "psnr_with_input_view": float(scores[0].values["psnr"].mean()),
+    }
+    for one in scores:
+        suffix = "" if one.subject == "generated" else f"_{one.subject.replace(' ', '_')}"
+        metrics |= {f"{metric}{suffix}": one.novel(metric) for metric in one.values}
+    return metrics
+
+
+def _summary(scores: Sequence[Scores], alignment: Alignment, perceptor: Perceptor) -> str:
+    own = scores[0]
+    others = ", ".join(f"{one.subject} {one.novel('psnr'):.2f}" for one in scores[1:])
+    line = f"PSNR {own.novel('psnr'):.2f} dB ({others}), {perceptor.name} {own.novel(perceptor.name):.3f}"
+    return line if alignment.ok else f"WRONG ORDER OF VIEWS? {alignment.message}. {line}"

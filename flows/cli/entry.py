@@ -1,0 +1,12 @@
+"""Where the `svd` command begins.
+
+Nothing is imported at the top: a process that is spawned imports the program's main module again, and the processes of
+curation would hold everything that the commands need.
+"""
+
+
+def main() -> None:
+    """Run the command line."""
+    from flows.cli.app import main as run
+
+    run()

@@ -1,0 +1,140 @@
+"""`svd evaluate`: scores of folders of clips or of checkpoints, comparison of two evaluations, the gate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from svd.core.errors import UserError
+
+evaluate_app = typer.Typer(
+    help="Score folders of clips, compare evaluations, list the protocols. (A model: svd stage ucf101-evaluation.)",
+    no_args_is_help=True,
+)
+# piped output is for programs and files: no table is cut to a narrow screen that is not there
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+
+FolderArgument = Annotated[
+    Path, typer.Argument(help="Output of ucf101-evaluation, e.g. outputs/tiny/ucf101-evaluation.")
+]
+
+
+@evaluate_app.command("clips")
+def clips(
+    real: Annotated[Path, typer.Argument(help="Folder of real clips, searched through.")],
+    generated: Annotated[Path, typer.Argument(help="Folder of generated clips, searched through.")],
+    protocol: Annotated[list[str], typer.Option(help="Protocol; may be given several times.")] = ["svd_ucf101_paper"],  # noqa: B006
+    weights: Annotated[
+        str | None, typer.Option(help="File of the protocol's network, e.g. i3d_torchscript.pt.")
+    ] = None,
+    sha256: Annotated[str | None, typer.Option(help="Hash that the file must have.")] = None,
+    offline: Annotated[bool, typer.Option(help="TransNetV2, whose weights are installed, as network.")] = False,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames a clip, instead of the protocol's.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Clips a folder, instead of the protocol's.")] = None,
+    work: Annotated[Path, typer.Option(help="Where features are kept between runs.")] = Path("work/evaluate"),
+    to: Annotated[Path | None, typer.Option(help="CSV file for the rows.")] = None,
+) -> None:
+    """Distance between two folders of clips, one row a protocol, with error bar, weights and number of clips."""
+    import torch
+
+    from evaluation.frechet.folders import protocols, score_folders
+    from evaluation.tables import write_rows
+
+    if not offline and weights is None:
+        raise UserError("give the network's file with --weights (i3d_torchscript.pt of StyleGAN-V), or --offline")
+    wanted = protocols(protocol, transnetv2=offline, frames=frames, samples=samples)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = score_folders(real, generated, wanted, work, weights=weights, sha256=sha256, device=device)
+    table = Table(
+        "protocol", "metric", "value", "± SE", "bias-corrected", "kernel (unbiased)", "real", "generated", "weights"
+    )
+    for row in rows:
+        numbers = (row.value, row.standard_error, row.bias_corrected, row.kernel_unbiased)
+        cells = ("–" if number is None else f"{number:.5g}" for number in numbers)
+        table.add_row(row.protocol, row.metric, *cells, str(row.real), str(row.generated), row.weights)
+    out.print(table)
+    if to is not None:
+        write_rows(to, rows)
+        out.print(f"rows: {to}")
+
+
+@evaluate_app.command("views")
+def views(
+    checkpoints: Annotated[list[str], typer.Argument(help="MODEL:STEP=FOLDER of a multi-view U-Net, any number.")],
+    preset: Annotated[
+        str, typer.Option("--preset", "-p", help="Preset with the benchmark's protocol and sampling.")
+    ] = "tiny",
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="Default: outputs/PRESET/autoencoder.", show_default=False)
+    ] = None,
+    encoders: Annotated[Path | None, typer.Option(help="Default: outputs/PRESET/encoders.", show_default=False)] = None,
+    to: Annotated[Path, typer.Option(help="Folder for curve.csv and curve.png.")] = Path("multiview-curve"),
+    work: Annotated[Path, typer.Option(help="Where orbits are kept between runs.")] = Path("work/evaluate-views"),
+) -> None:
+    """Multi-view scores against training steps, as in Fig. 10b: CLIP-S and PSNR of every checkpoint on one set of
+    objects."""
+    from evaluation.multiview.curve import read_checkpoint, score_checkpoints, write_curve
+    from flows.runner import output_folder
+    from svd.config.load import load_preset
+
+    chosen = load_preset(preset)
+    networks = {
+        "autoencoder": autoencoder or output_folder(chosen, "autoencoder"),
+        "encoders": encoders or output_folder(chosen, "encoders"),
+    }
+    rows = score_checkpoints([read_checkpoint(text) for text in checkpoints], chosen, networks, work)
+    write_curve(to, rows)
+    table = Table("model", "step", "PSNR", "CLIP-S", "protocol")
+    for row in rows:
+        table.add_row(row["subject"], str(row["step"]), f"{row['psnr']:.3f}", f"{row['clip_s']:.4f}", row["protocol"])
+    out.print(table)
+    out.print(f"{to / 'curve.csv'}, {to / 'curve.png'}")
+
+
+@evaluate_app.command("compare")
+def compare(candidate: FolderArgument, champion: FolderArgument) -> None:
+    """Paired difference of two evaluations of the same prompts and seeds; below zero: the candidate is better."""
+    from evaluation.gate import compare as paired
+
+    kernel, frechet = paired(candidate, champion)
+    out.print(f"kernel distance  {kernel.value:+.6g} ± {kernel.standard_error:.2g}")
+    out.print(f"Fréchet distance {frechet.value:+.6g} ± {frechet.standard_error:.2g}")
+
+
+@evaluate_app.command("gate")
+def gate(
+    candidate: FolderArgument,
+    champion: Annotated[
+        Path | None, typer.Argument(help="Evaluation of the present model; none: the first one.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Share of the champion's distance that it may be worse.")
+    ] = 0.05,
+    sigmas: Annotated[float, typer.Option(min=0, help="Standard errors that it may be worse.")] = 3.0,
+) -> None:
+    """May the candidate replace the champion? Says why, and exits with 1 if not."""
+    from evaluation.gate import gate as judge
+
+    verdict = judge(candidate, champion, tolerance, sigmas)
+    out.print(("passed: " if verdict.passed else "failed: ") + verdict.reason)
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@evaluate_app.command("protocols")
+def show_protocols() -> None:
+    """The named protocols and what each one fixes."""
+    from evaluation.frechet.protocol import named_protocols
+
+    table = Table("name", "digest", "network", "frames", "fps", "clips", "ddof", "rounding")
+    for name, p in named_protocols().items():
+        fps = "all" if p.fps is None else f"{p.fps:g}"
+        table.add_row(
+            name, p.digest(), p.net.name, str(p.frames), fps, str(p.generated or "all"), str(p.ddof), p.rounding
+        )
+    out.print(table)

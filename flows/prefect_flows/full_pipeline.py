@@ -1,0 +1,171 @@
+"""From raw video to an evaluated model: all stages in order, one flow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import yaml
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+
+from flows.prefect_flows.dispatch import dispatch
+from flows.prefect_flows.logs import shorten_mistakes
+from flows.recording import dvc as versioning
+from flows.recording import results_store
+from flows.recording.inventory import take_and_record
+from flows.recording.work import WORK, clear_recorded, clear_work
+from flows.runner import git_commit, only_one, output_folder
+from flows.stages import PIPELINE, find_stage
+from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, send_pending, tracked_run
+from svd.config import Preset
+from svd.config.load import load_preset
+from svd.core.errors import UserError
+from svd.storage import join
+
+PARAMS = Path("params.yaml")
+shorten_mistakes()
+
+
+def current_preset() -> str:
+    """The preset that `params.yaml` selects; raises UserError outside the project's folder."""
+    try:
+        return str(yaml.safe_load(PARAMS.read_text())["preset"])
+    except (FileNotFoundError, TypeError, KeyError, yaml.YAMLError):
+        message = f"{PARAMS.absolute()}: expected a line `preset: NAME`; run the command in the project's folder"
+        raise UserError(message) from None
+
+
+def select_preset(name: str | None) -> Preset:
+    """The preset of this run; a name that differs from `params.yaml` is written there, because DVC reads it there."""
+    current = current_preset()
+    preset = load_preset(name or current)
+    if Path(f"presets/{preset.name}.yaml").exists() and preset.name != current:
+        text = PARAMS.read_text().replace(f"preset: {current}", f"preset: {preset.name}")
+        PARAMS.write_text(text)
+    elif preset.name != current:
+        raise UserError(f"the pipeline's presets live in presets/; there is no presets/{preset.name}.yaml")
+    return preset
+
+
+class PipelineRun:
+    """The state of one pass over the stages: known DVC hashes by path, and what each stage answered."""
+
+    def __init__(self, preset: Preset, tracker: MlflowTracker, key: str, store: str | None) -> None:
+        self.preset = preset
+        self.store = store
+        self.tracker = tracker
+        self.key = key
+        self.known: dict[str, Lineage] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def run(self, name: str, force: bool) -> None:
+        """Bring one stage up to date: skip it when `dvc.lock` says that nothing changed, else run and record it."""
+        logger = get_run_logger()
+        if not force and not versioning.changed(name, self.preset.name):
+            _, outputs = versioning.lineage(name, self.preset.name)
+            self.known |= {item.path: item for item in outputs}
+            self._keep_in_store(name, outputs[0])
+            logger.info("stage %s is unchanged", name)
+            return
+        inputs = self._inputs(name)
+        result = dispatch(name, self.preset.name, self.key, [asdict(item) for item in inputs], self.store)
+        outputs = [Lineage(**item) for item in result["outputs"]]
+        versioning.record(name, self.preset.name, outputs, self.known)
+        if self.store:
+            results_store.keep_locks(self.store, self.preset.name)
+        clear_work(self.preset, name)
+        self.known |= {item.path: item for item in outputs}
+        self.results[name] = result
+        self.tracker.log_lineage("input", inputs)
+        self.tracker.log_lineage("output", outputs)
+        numbers = {f"{name}/{k}": float(v) for k, v in result["metrics"].items() if isinstance(v, int | float)}
+        self.tracker.log_metrics(numbers, step=0)
+        logger.info("stage %s: %s", name, result["summary"])
+
+    def _inputs(self, name: str) -> list[Lineage]:
+        """The stage's inputs by hash; those of stages that aren't part of this run as they are now, or in dvc.lock."""
+        found = []
+        for stage in find_stage(name).inputs:
+            folder = output_folder(self.preset, stage)
+            if str(folder) not in self.known:
+                here = folder.is_dir()
+                items = [versioning.hash_folder(folder)] if here else versioning.lineage(stage, self.preset.name)[1]
+                self.known |= {item.path: item for item in items}
+            if str(folder) in self.known:
+                found.append(self.known[str(folder)])
+        return found
+
+    def _keep_in_store(self, name: str, output: Lineage) -> None:
+        """The store holds what dvc.lock says, too, when the stage need not run: later stages read it there."""
+        if not self.store:
+            return
+        uri = join(self.store, self.preset.name, name)
+        if results_store.stored_version(uri) != output.md5:
+            versioning.pull([output])
+            results_store.publish(output_folder(self.preset, name), uri, output.md5)
+
+
+@contextmanager
+def pipeline_key(preset: Preset, names: list[str], force: bool) -> Iterator[str]:
+    """The MLflow key of this pipeline's run; one that was killed is continued under its key, nothing else is.
+
+    Raises UserError when the same pipeline runs on this machine already.
+    """
+    values = json.dumps([preset.model_dump(mode="json"), names, force], sort_keys=True)
+    name = f"full-pipeline-{hashlib.sha256(values.encode()).hexdigest()[:16]}"
+    with only_one(name, preset):
+        path = WORK / preset.name / f".{name}.run"
+        if not path.exists():
+            path.write_text(f"full-pipeline-{flow_run.get_id() or uuid4()}")
+        try:
+            yield path.read_text()
+        finally:
+            path.unlink()
+
+
+def _run_name() -> str:
+    return f"full-pipeline-{flow_run.parameters.get('preset') or current_preset()}"
+
+
+@flow(name="full-pipeline", flow_run_name=_run_name, persist_result=True)
+def full_pipeline(
+    preset: str | None = None, stages: list[str] | None = None, force: bool = False, store: str | None = None
+) -> dict[str, Any]:
+    """Run the stages that changed, in order, and return their metrics and the path of the report.
+
+    preset: name in presets/ (default: the one in params.yaml); stages: only these; force: unchanged ones as well;
+    store: `s3://bucket/prefix` that every stage reads from and publishes to (default: `SVD_STORE`).
+    """
+    chosen = select_preset(preset)
+    names = [find_stage(name).name for name in stages] if stages else list(PIPELINE)
+    send_pending()
+    root = results_store.store_root(store)
+    if root:
+        results_store.fetch_locks(root, chosen.name)
+    clear_recorded(chosen)
+    take_and_record(chosen)
+    tags = {"stage": "full-pipeline", "preset": chosen.name, "git.commit": git_commit()}
+    tags |= {"prefect.flow_run_id": str(flow_run.get_id()), "seed": str(chosen.seed)}
+    values = chosen.model_dump(mode="json")
+    with (
+        pipeline_key(chosen, names, force) as key,
+        tracked_run(RunInfo(key, f"full-pipeline ({chosen.name})", None, tags, values)) as tracker,
+    ):
+        run = PipelineRun(chosen, tracker, key, root)
+        for name in names:
+            run.run(name, force)
+        report = output_folder(chosen, "report") / "report.html"
+        if report.exists():
+            tracker.log_file(report)
+    return {
+        "report": str(report),
+        "ran": list(run.results),
+        "metrics": {n: r["metrics"] for n, r in run.results.items()},
+    }

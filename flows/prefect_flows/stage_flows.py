@@ -1,0 +1,80 @@
+"""What every stage's flow does: bring inputs by hash, run the stage, hash and push the outputs, draw artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from prefect import task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.runtime import flow_run
+
+from flows.prefect_flows import artifacts
+from flows.prefect_flows.logs import shorten_mistakes
+from flows.recording import dvc as versioning
+from flows.recording.results_store import fetch_inputs, store_root
+from flows.recording.work import clear_work
+from flows.runner import RunLink, input_folders, run_stage
+from flows.stages import find_stage
+from flows.tracking.runs import Lineage
+from svd.config.load import load_preset
+from svd.core.errors import UserError
+from svd.core.retries import Unreachable
+
+shorten_mistakes()
+
+
+def _worth_retrying(task: Any, run: TaskRun, state: State) -> bool:
+    """Everything but a user's mistake, which a second try would only repeat; a server that was away may be back."""
+    cause = state.result(raise_on_failure=False)
+    return not isinstance(cause, UserError) or isinstance(cause, Unreachable)
+
+
+@task(
+    name="stage",
+    task_run_name="{stage}",
+    retries=2,
+    retry_delay_seconds=[5, 30],
+    retry_condition_fn=_worth_retrying,
+    persist_result=False,
+)
+def _stage_task(stage: str, preset: str, parent: str | None, store: str | None) -> dict[str, Any]:
+    link = RunLink(parent=parent, flow_run=flow_run.get_id())
+    report = run_stage(stage, preset, link, store, keep=True)
+    return {"metrics": dict(report.metrics), "summary": report.summary}
+
+
+def run_stage_flow(
+    stage: str,
+    preset: str,
+    parent: str | None = None,
+    inputs: Sequence[dict[str, Any]] | None = None,
+    store: str | None = None,
+) -> dict[str, Any]:
+    """The body of a stage's flow.
+
+    parent: MLflow key of the pipeline's run; inputs: DVC hashes of the input folders, which are fetched from the store
+    or pulled when this machine lacks them; store: `s3://bucket/prefix` for inputs and outputs (default: `SVD_STORE`).
+    Returns the stage's metrics, summary and the hashes of its outputs, which are pushed when a DVC remote is set.
+    Raises UserError for a mistake in the preset or a missing input.
+    """
+    _bring_inputs(stage, preset, [Lineage(**item) for item in inputs or []], store_root(store))
+    result = _stage_task(stage, preset, parent, store)
+    chosen = load_preset(preset)
+    outputs = versioning.save_outputs(stage, chosen.name)
+    if versioning.has_remote():
+        versioning.push(outputs)
+    artifacts.publish(stage, chosen, result["metrics"], result["summary"])
+    if parent is None:  # else the parent does it, when it has recorded the output
+        clear_work(chosen, stage)
+    return {"stage": stage, **result, "outputs": [asdict(item) for item in outputs]}
+
+
+def _bring_inputs(stage: str, preset: str, wanted: list[Lineage], store: str | None) -> None:
+    """Fetch from the store first, then let DVC bring whatever is still missing or has another hash."""
+    if store:
+        chosen = load_preset(preset)
+        fetch_inputs(store, chosen.name, input_folders(find_stage(stage), chosen))
+    if wanted:
+        versioning.pull(wanted)

@@ -1,0 +1,259 @@
+"""The browser page of a catalogue: look at clips, sort and filter by any score, move thresholds and see what they drop.
+
+`create_app` gives a FastAPI application (`svd browse`). It reads one curation output and writes nothing but, if asked,
+the thresholds of the preset file it was started with; comments and order of that file are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import av
+import numpy as np
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, PackageLoader, select_autoescape
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from svd.catalogue import axes
+from svd.catalogue import tables as catalog
+from svd.catalogue.browser.index import SORTABLE, Clips, Verdicts
+from svd.catalogue.shards import read_clip, read_thumbnail
+from svd.catalogue.statistics import histogram
+from svd.config import FiltersConfig
+from svd.config.load import parse_preset
+from svd.core.errors import UserError
+from svd.media.orientation import upright_rgb
+
+PLAYABLE = {"h264", "vp8", "vp9", "av1"}
+PAGE = 48
+CACHED_PREVIEWS = 64
+
+
+class Thresholds(BaseModel):
+    """Absolute threshold by axis name; an axis that is left out is not used."""
+
+    thresholds: dict[str, float] = {}
+
+    def config(self) -> FiltersConfig:
+        """As the preset's section; raises HTTPException for an unknown axis."""
+        options = {axis.name: axis.option for axis in axes.AXES}
+        unknown = sorted(set(self.thresholds) - set(options))
+        if unknown:
+            raise HTTPException(422, f"unknown axis {', '.join(unknown)}; known: {', '.join(options)}")
+        return FiltersConfig.model_validate(
+            {options[name]: {"absolute": value} for name, value in self.thresholds.items()}
+        )
+
+
+class ClipsQuery(Thresholds):
+    """Which clips to show: a page of them, sorted by a score."""
+
+    sort: str = "source_uri"
+    descending: bool = False
+    show: str = "all"
+    search: str = ""
+    offset: int = 0
+
+
+class Previews:
+    """The clips of one curation output as browsers play them; the latest transcoded ones are kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._previews: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = Lock()
+
+    def video(self, row: Mapping[str, Any]) -> bytes:
+        """An mp4 that a browser plays: the clip itself, or an H.264 preview of it."""
+        if row["codec"] in PLAYABLE:
+            return read_clip(self.folder, row)
+        name = row["clip_id"]
+        with self._lock:
+            if name not in self._previews:
+                self._previews[name] = transcode(read_clip(self.folder, row))
+                if len(self._previews) > CACHED_PREVIEWS:
+                    self._previews.popitem(last=False)
+            return self._previews[name]
+
+
+def transcode(data: bytes) -> bytes:
+    """An H.264 mp4 (yuv420p, at most 640 wide, moov first) of a clip that browsers can't play."""
+    with contextlib.ExitStack() as stack:
+        # Moving the index to the front needs a file that can be read again.
+        target = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "preview.mp4"
+        source = stack.enter_context(av.open(io.BytesIO(data), "r"))
+        out = av.open(str(target), "w", options={"movflags": "faststart"})
+        stack.callback(out.close)
+        video = source.streams.video[0]
+        rate = video.average_rate or Fraction(25)
+        stream = out.add_stream("libx264", rate=rate, options={"preset": "veryfast", "bf": "0"})
+        stream.pix_fmt = "yuv420p"
+        for number, picture in upright_rgb(source.decode(video)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if number == 0:
+                scale = min(1.0, 640 / frame.width)
+                stream.width, stream.height = (max(2, int(n * scale) // 2 * 2) for n in (frame.width, frame.height))
+            small = frame.reformat(stream.width, stream.height, "yuv420p")
+            small.pts, small.time_base = number, 1 / rate
+            out.mux(stream.encode(small))
+        out.mux(stream.encode())
+        out.close()
+        return target.read_bytes()
+
+
+def partial(data: bytes, header: str | None, kind: str) -> Response:
+    """`data`, or the part of it that a Range header asks for: without it browsers can't seek."""
+    headers = {"Accept-Ranges": "bytes"}
+    if not header or not header.startswith("bytes=") or "," in header:
+        return Response(data, media_type=kind, headers=headers)
+    first, _, last = header.removeprefix("bytes=").partition("-")
+    try:
+        start = int(first) if first else max(0, len(data) - int(last))
+        stop = min(len(data), int(last) + 1) if first and last else len(data)
+    except ValueError:
+        raise HTTPException(416, "unreadable range") from None
+    if start >= stop:
+        raise HTTPException(416, "range outside the clip", {"Content-Range": f"bytes */{len(data)}"})
+    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+    return Response(data[start:stop], 206, headers, kind)
+
+
+def save_thresholds(preset: Path, thresholds: Thresholds) -> None:
+    """Write absolute thresholds into `curation.filters` of a preset file, keeping its comments; atomically.
+
+    An axis that is not in `thresholds` is taken out. Raises UserError when the result would not be a valid preset.
+    """
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    values = yaml.load(preset.read_text())
+    section = values.setdefault("curation", CommentedMap()).setdefault("filters", CommentedMap())
+    wanted = thresholds.config().model_dump(exclude_none=True)
+    for axis in axes.AXES:
+        if axis.option in wanted:
+            entry = CommentedMap({"absolute": float(f"{wanted[axis.option]['absolute']:.6g}")})
+            entry.fa.set_flow_style()
+            section[axis.option] = entry
+        else:
+            section.pop(axis.option, None)
+    text = io.StringIO()
+    yaml.dump(values, text)
+    parse_preset(YAML(typ="safe").load(text.getvalue()), str(preset))
+    temporary = preset.with_name(f".{preset.name}.tmp")
+    with temporary.open("w") as stream:
+        stream.write(text.getvalue())
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(preset)
+
+
+def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
+    """The application for one curation output; with `preset` the page can save thresholds to it.
+
+    Raises UserError when there is no catalogue.
+    """
+    data, previews = Clips(folder), Previews(folder)
+    app = FastAPI(title="SVD clip catalogue", docs_url=None, redoc_url=None)
+    page = Environment(loader=PackageLoader("svd.catalogue"), autoescape=select_autoescape()).get_template(
+        "browse.html"
+    )
+    state = {"axes": _axes(folder), "thresholds": _current(folder), "total": len(data), "page": PAGE, "sorts": SORTABLE}
+
+    def row(clip_id: str) -> dict[str, Any]:
+        found = data.find(clip_id)
+        if found is None:
+            raise HTTPException(404, f"no clip {clip_id}")
+        return found
+
+    @app.get("/", response_class=HTMLResponse)
+    def index() -> str:
+        name = f"{folder.resolve().parent.name}/{folder.name}"
+        return page.render(folder=name, preset=preset.name if preset else "", state=state)
+
+    @app.post("/api/counts")
+    def counts(query: Thresholds) -> dict[str, Any]:
+        return count(data.judge(query.config()))
+
+    @app.post("/api/clips")
+    def clips(query: ClipsQuery) -> dict[str, Any]:
+        return select(data, query)
+
+    @app.get("/clips/{clip_id}.mp4")
+    def video(clip_id: str, request: Request) -> Response:
+        return partial(previews.video(row(clip_id)), request.headers.get("range"), "video/mp4")
+
+    @app.get("/clips/{clip_id}.jpg")
+    def thumbnail(clip_id: str) -> Response:
+        picture = read_thumbnail(folder, row(clip_id))
+        return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
+
+    @app.post("/api/save")
+    def save(thresholds: Thresholds) -> dict[str, str]:
+        if preset is None:
+            raise HTTPException(409, "start `svd browse` with --preset FILE to save thresholds")
+        try:
+            save_thresholds(preset, thresholds)
+        except (UserError, ValueError, OSError) as error:
+            raise HTTPException(409, str(error)) from None
+        return {"saved": preset.name}
+
+    return app
+
+
+def _axes(folder: Path) -> list[dict[str, Any]]:
+    """Name, column, side, title and histogram of every axis that has scores."""
+    found = []
+    for axis in axes.AXES:
+        every, _, edges = histogram(catalog.scan_clips(folder), axis.column)
+        if len(every):
+            shown = {"name": axis.name, "column": axis.column, "side": axis.side, "title": axis.title}
+            found.append({**shown, "counts": every.tolist(), "edges": edges.tolist()})
+    return found
+
+
+def _current(folder: Path) -> dict[str, float]:
+    """Thresholds that the catalogue was judged with, from its funnel."""
+    path = folder / "funnel.json"
+    if not path.is_file():
+        return {}
+    thresholds: dict[str, float] = json.loads(path.read_text())["thresholds"]
+    return thresholds
+
+
+def count(verdicts: Verdicts) -> dict[str, Any]:
+    """How many clips are kept and dropped, and how many each axis drops on its own."""
+    kept = int(verdicts.keep.sum())
+    axes = {name: {"drops": drops} for name, drops in verdicts.drops.items()}
+    return {"kept": kept, "dropped": len(verdicts.keep) - kept, "axes": axes}
+
+
+def select(data: Clips, query: ClipsQuery) -> dict[str, Any]:
+    """A page of clips with the verdicts of the query's thresholds, and what `count` says."""
+    if query.sort not in SORTABLE:
+        raise HTTPException(422, f"can't sort by '{query.sort}'; known: {', '.join(SORTABLE)}")
+    verdicts = data.judge(query.config())
+    order = data.order(query.sort, query.descending)
+    if query.show in ("kept", "dropped"):
+        order = order[verdicts.keep[order] == (query.show == "kept")]
+    if query.search:
+        order = order[data.matching(query.search.lower())[order]]
+    numbers = [int(number) for number in order[query.offset : query.offset + PAGE]]
+    shown = [_public(row) for row in data.page(numbers, verdicts)]
+    return {**count(verdicts), "matching": len(order), "clips": shown}
+
+
+def _public(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}

@@ -1,0 +1,139 @@
+"""Filters: which clips of a catalogue are kept, as a pure function of its scores (§3.3, E.2.2).
+
+A filter never touches a video: `refilter` reads the catalogue, writes verdicts, and is done. Every axis is judged on
+its own, over all clips (the paper's thresholds are quantiles of the *unfiltered* set), and every verdict is kept, so a
+clip that fails two axes says so. An axis whose scores are missing altogether is unused; a single clip without a score
+on a used axis is dropped, with that reason, unless the axis is optional.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from svd.catalogue import schema
+from svd.catalogue import tables as catalog
+from svd.catalogue.axes import AXES, Axis
+from svd.config import FiltersConfig, Threshold
+from svd.core.files import write_json
+
+
+def _quantile(axis: Axis, share: float) -> pl.Expr:
+    """The threshold that drops `share` of the clips; ties at the threshold are kept."""
+    column = pl.col(axis.column)
+    if axis.side == "min":
+        return column.quantile(share, interpolation="higher")
+    return column.quantile(1 - share, interpolation="lower")
+
+
+def resolve(clips: pl.LazyFrame, filters: FiltersConfig) -> dict[str, float]:
+    """Threshold of each used axis by its name: absolute values as they are, quantiles of the catalogue's scores.
+
+    An axis without any score is left out.
+    """
+    wanted = {a.name: (a, t) for a in AXES if (t := getattr(filters, a.option)) is not None}
+    if not wanted:
+        return {}
+    values = clips.select(
+        *(_value(axis, threshold).cast(pl.Float64).alias(name) for name, (axis, threshold) in wanted.items())
+    ).collect(engine="streaming")
+    return {name: float(values[name][0]) for name in wanted if values[name][0] is not None}
+
+
+def _value(axis: Axis, threshold: Threshold) -> pl.Expr:
+    if threshold.quantile is not None:
+        return _quantile(axis, threshold.quantile)
+    return pl.when(pl.col(axis.column).count() > 0).then(pl.lit(threshold.absolute))
+
+
+def _passes(axis: Axis, threshold: float) -> pl.Expr:
+    column = pl.col(axis.column).cast(pl.Float64)
+    inside = column >= threshold if axis.side == "min" else column <= threshold
+    return inside if axis.optional else inside.fill_null(False)
+
+
+def _explanation(axis: Axis, threshold: float) -> pl.Expr:
+    sign = "<" if axis.side == "min" else ">"
+    score = pl.col(axis.column).round(4).cast(pl.String)
+    told = pl.format(f"{axis.name} {{}} {sign} {threshold:.4g}", score).fill_null(f"{axis.name} not measured")
+    return pl.when(~pl.col(f"pass_{axis.name}")).then(told)
+
+
+def judge(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> pl.LazyFrame:
+    """`clips` with `pass_<axis>`, `verdict` ("kept" or first failing axis), `keep` and `reason`; a row at a time."""
+    used = [axis for axis in AXES if axis.name in thresholds]
+    clips = clips.with_columns(
+        *(
+            _passes(axis, thresholds[axis.name]).alias(f"pass_{axis.name}")
+            if axis in used
+            else pl.lit(None, pl.Boolean).alias(f"pass_{axis.name}")
+            for axis in AXES
+        )
+    )
+    passed = {axis.name: pl.col(f"pass_{axis.name}").fill_null(True) for axis in used}
+    first = pl.coalesce(*(pl.when(~passes).then(pl.lit(name)) for name, passes in passed.items()), pl.lit("kept"))
+    reasons = [_explanation(axis, thresholds[axis.name]) for axis in used]
+    reason = pl.concat_str(*reasons, separator="; ", ignore_nulls=True) if reasons else pl.lit("")
+    keep = pl.all_horizontal(*passed.values()) if passed else pl.lit(True)
+    return clips.with_columns(first.alias("verdict"), reason.alias("reason"), keep.alias("keep"))
+
+
+def apply(clips: pl.LazyFrame, filters: FiltersConfig) -> tuple[pl.LazyFrame, dict[str, float]]:
+    """`clips` with the columns of `judge`, and the thresholds that the filters come to on them."""
+    thresholds = resolve(clips, filters)
+    return judge(clips, thresholds), thresholds
+
+
+def funnel(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> list[dict[str, str | int | float]]:
+    """What each axis drops: alone, and after the axes before it; one row an axis, in the order they are judged."""
+    used = [axis for axis in AXES if axis.name in thresholds]
+    passed = [pl.col(f"pass_{axis.name}") for axis in used]
+    counts = clips.select(
+        pl.len().alias("total"),
+        *((~p).sum().alias(f"alone_{a.name}") for a, p in zip(used, passed, strict=True)),
+        *(
+            pl.all_horizontal(*(p.fill_null(True) for p in passed[: i + 1])).sum().alias(f"left_{a.name}")
+            for i, a in enumerate(used)
+        ),
+    ).collect(engine="streaming")
+    row = counts.row(0, named=True)
+    steps: list[dict[str, str | int | float]] = [{"step": "clips", "left": row["total"], "dropped": 0}]
+    left = row["total"]
+    for axis in used:
+        after = row[f"left_{axis.name}"]
+        steps.append(
+            {
+                "step": axis.name,
+                "threshold": thresholds[axis.name],
+                "dropped_alone": row[f"alone_{axis.name}"],
+                "dropped": left - after,
+                "left": after,
+            }
+        )
+        left = after
+    return steps
+
+
+def write_verdicts(folder: Path, config: FiltersConfig) -> dict[str, float]:
+    """Judge the catalogue in `folder`: write `catalogue/verdicts.parquet` and `funnel.json`; returns the thresholds.
+
+    Streams: memory does not grow with captions, only with the scores of one axis at a time.
+    """
+    judged, thresholds = apply(catalog.scan_scores(folder), config)
+    target = folder / "catalogue" / "verdicts.parquet"
+    sink(judged.select(schema.VERDICTS_SCHEMA.names), target)
+    steps = funnel(pl.scan_parquet(target), thresholds)
+    write_json(folder / "funnel.json", {"steps": steps, "thresholds": thresholds})
+    return thresholds
+
+
+def sink(frame: pl.LazyFrame, target: Path) -> None:
+    """Write a lazy frame as Parquet, streaming and atomically."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    frame.sink_parquet(temporary, compression="zstd", row_group_size=1 << 17, engine="streaming")
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(target)

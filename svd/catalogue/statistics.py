@@ -1,0 +1,177 @@
+"""Statistics of a catalogue: the rows of Tab. 1, the plots of Fig. 2, and what each filter keeps and drops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+
+from svd.catalogue import axes, filters
+from svd.catalogue import tables as catalog
+from svd.catalogue.contact_sheets import write_contact_sheets
+from svd.core.files import write_json
+
+YEAR_SECONDS = 365.25 * 24 * 3600
+BINS = 60
+FILTERED = "after filters"
+BLUE, RED, GREY = "#4878a8", "#c03030", "#999999"
+
+
+def table(clips: pl.LazyFrame) -> dict[str, float | int | None]:
+    """The rows of Tab. 1 for a set of clips: clips, mean and total duration, frames, clips a video, motion scores."""
+    row = (
+        clips.select(
+            pl.len().alias("clips"),
+            pl.col("duration").mean().alias("clip_duration"),
+            pl.col("duration").sum().alias("seconds"),
+            pl.col("frames").mean().alias("mean_frames"),
+            pl.col("source_uri").n_unique().alias("videos"),
+            pl.col("motion_score").count().alias("with_motion"),
+        )
+        .collect(engine="streaming")
+        .row(0, named=True)
+    )
+    return {
+        "clips": row["clips"],
+        "clip_duration_seconds": row["clip_duration"],
+        "total_duration_years": row["seconds"] / YEAR_SECONDS,
+        "mean_frames": row["mean_frames"],
+        "mean_clips_per_video": row["clips"] / row["videos"] if row["videos"] else None,
+        "motion_annotations": row["with_motion"],
+    }
+
+
+def clips_per_video(clips: pl.LazyFrame, sources: pl.DataFrame) -> dict[str, float]:
+    """Mean clips a video (Fig. 2 left): by the scenes of the sources' own metadata, by the cascade, and those kept.
+
+    The first only where metadata give scenes: the mean over the videos that have some.
+    """
+    every, kept = (
+        clips.group_by("source_uri")
+        .agg(pl.len().alias("all"), pl.col("keep").sum().alias("kept"))
+        .select(pl.col("all").mean(), pl.col("kept").mean())
+        .collect(engine="streaming")
+        .row(0)
+    )
+    # Catalogues of earlier versions have no such column.
+    known = sources.filter(verdict="ok")["scenes"].drop_nulls() if "scenes" in sources.columns else pl.Series()
+    given = {"metadata": float(known.to_numpy().mean())} if len(known) else {}
+    return {**given, "cut detection": every or 0.0, FILTERED: kept or 0.0}
+
+
+def histogram(clips: pl.LazyFrame, column: str, bins: int = BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts (bins,) of all and of kept clips, and the edges (bins + 1,), streamed; empty arrays without a score.
+
+    The outermost thousandth on each side is put into the first and last bin, so that one outlier can't hide the rest.
+    """
+    value = pl.col(column).cast(pl.Float64)
+    low, high = (
+        clips.select(value.quantile(0.001).alias("low"), value.quantile(0.999).alias("high"))
+        .collect(engine="streaming")
+        .row(0)
+    )
+    if low is None:
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+    width = (high - low) or 1.0
+    place = ((value - low) / width * bins).floor().clip(0, bins - 1).cast(pl.Int32)
+    counts = (
+        clips.filter(value.is_not_null())
+        .group_by(place.alias("bin"))
+        .agg(pl.len().alias("all"), pl.col("keep").sum().alias("kept"))
+        .collect(engine="streaming")
+    )
+    every, kept = np.zeros(bins, np.int64), np.zeros(bins, np.int64)
+    every[counts["bin"].to_numpy()] = counts["all"].to_numpy()
+    kept[counts["bin"].to_numpy()] = counts["kept"].to_numpy()
+    return every, kept, np.linspace(low, low + width, bins + 1)
+
+
+def write_statistics(folder: Path, thresholds: Mapping[str, float]) -> dict[str, Any]:
+    """Write `statistics.json`, `plots/*.png` and `contact/*.jpg` of a curation output; returns the former."""
+    clips = catalog.scan_clips(folder)
+    values = {
+        "all": table(clips),
+        "kept": table(clips.filter(pl.col("keep"))),
+        "sources": dict(catalog.read_sources(folder)["verdict"].value_counts().sort("verdict").rows()),
+        "cameras": dict(clips.group_by("camera").len().sort("camera").collect(engine="streaming").rows()),
+    }
+    write_json(folder / "statistics.json", values)
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    for axis in axes.AXES:
+        every, kept, edges = histogram(clips, axis.column)
+        if len(every):
+            _plot_axis(plots / f"{axis.name}.png", (every, kept, edges), axis, thresholds.get(axis.name))
+    _plot_duration(plots / "duration.png", clips)
+    _plot_bars(plots / "clips_per_video.png", clips_per_video(clips, catalog.read_sources(folder)))
+    _plot_funnel(plots / "funnel.png", filters.funnel(clips, thresholds))
+    write_contact_sheets(folder, thresholds)
+    return values
+
+
+def _save(path: Path, plot: Axes) -> None:
+    figure = plot.get_figure()
+    assert figure is not None
+    # No name of the program or time in the file: equal catalogues give equal plots.
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # type: ignore[union-attr]
+    plt.close(figure)  # type: ignore[arg-type]
+
+
+def _axes(**labels: str) -> Axes:
+    _, plot = plt.subplots(figsize=(6, 3), layout="constrained")
+    plot.set(**labels)  # type: ignore[arg-type]
+    return plot
+
+
+def _plot_axis(
+    path: Path, counts: tuple[np.ndarray, np.ndarray, np.ndarray], axis: axes.Axis, threshold: float | None
+) -> None:
+    """Fig. 2 right for any axis: histogram of all and kept clips, the threshold drawn in, the dropped side shaded."""
+    every, kept, edges = counts
+    plot = _axes(xlabel=axis.title, ylabel="clips")
+    plot.stairs(every, edges, fill=True, color=GREY, alpha=0.6, label="all clips")
+    plot.stairs(kept, edges, fill=True, color=BLUE, label="kept after all filters")
+    if threshold is not None:
+        low, high = plot.get_xlim()
+        plot.axvspan(*((low, threshold) if axis.side == "min" else (threshold, high)), color=RED, alpha=0.12)
+        plot.axvline(threshold, color=RED, label=f"threshold {threshold:.4g}")
+        plot.set_xlim(low, high)
+    plot.legend()
+    _save(path, plot)
+
+
+def _plot_duration(path: Path, clips: pl.LazyFrame) -> None:
+    every, kept, edges = histogram(clips, "duration")
+    plot = _axes(xlabel="clip duration, s", ylabel="clips")
+    if len(every):
+        plot.stairs(every, edges, fill=True, color=GREY, alpha=0.6, label="all clips")
+        plot.stairs(kept, edges, fill=True, color=BLUE, label="kept")
+        plot.legend()
+    _save(path, plot)
+
+
+def _plot_bars(path: Path, counts: Mapping[str, float]) -> None:
+    """Fig. 2 left."""
+    plot = _axes(ylabel="clips a video")
+    colours = [BLUE if name == FILTERED else GREY for name in counts]
+    bars = plot.bar(list(counts), list(counts.values()), color=colours)
+    plot.bar_label(bars, fmt="%.2f")
+    _save(path, plot)
+
+
+def _plot_funnel(path: Path, steps: list[dict[str, Any]]) -> None:
+    plot = _axes(xlabel="clips left")
+    names = [step["step"] if index == 0 else f"− {step['step']}" for index, step in enumerate(steps)]
+    bars = plot.barh(names, [step["left"] for step in steps], color=BLUE)
+    plot.bar_label(bars)
+    plot.invert_yaxis()
+    plot.margins(x=0.12)
+    _save(path, plot)

@@ -1,0 +1,155 @@
+"""Options of the data: sources, curation, encoders."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from svd.config.base import Fraction, PositiveInt, Section
+
+
+class SyntheticWorlds(Section):
+    """Rendered, captioned videos whose cuts, motions and defects are known (svd/synthetic/videos.py)."""
+
+    train_videos: PositiveInt = 24
+    test_videos: PositiveInt = 6
+    scenes_per_video: PositiveInt = 10
+    height: PositiveInt = 128
+    width: PositiveInt = 192
+    fps: PositiveInt = 24
+    ucf101_clips_per_class: PositiveInt = 1
+
+
+class SourcesConfig(Section):
+    """Where raw videos come from: folders, globs, s3://, lists (CSV, Parquet, JSONL), WebDataset tars."""
+
+    paths: list[str] = []
+    synthetic: SyntheticWorlds | None = None
+    sources_per_shard: PositiveInt = 64
+    copied_bytes: Annotated[int, Field(ge=0)] = Field(
+        2_000_000_000, description="local files up to this many bytes together are copied and so versioned; else listed"
+    )
+
+
+class CutPass(Section):
+    """One pass of the cut cascade (§3.1, App. C): a detector at its own frame rate and threshold."""
+
+    detector: Literal["content", "adaptive", "hash", "histogram", "threshold", "transnetv2"] = "content"
+    fps: float | None = Field(None, gt=0, description="None: every frame of the source")
+    threshold: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _every_frame(self) -> Self:
+        if self.detector == "transnetv2" and self.fps is not None:
+            raise ValueError("'transnetv2' reads every frame of the source: leave 'fps' out")
+        return self
+
+
+class CutsConfig(Section):
+    """Cascaded cut detection (§3.1)."""
+
+    passes: list[CutPass]
+    min_scene_seconds: float = Field(0.4, ge=0)
+
+
+class ClipsConfig(Section):
+    """Keyframe-aware clipping (App. C)."""
+
+    min_seconds: float = Field(1.0, gt=0)
+    max_seconds: float = Field(60.0, gt=0)
+    no_keyframe: Literal["reencode", "drop"] = "reencode"
+    end: Literal["packet", "keyframe"] = Field(
+        "packet",
+        description="keyframe: a clip ends before a keyframe, as in the paper; packet: at its last whole frame",
+    )
+
+
+class MotionConfig(Section):
+    """Optical flow (§3.1, App. C): Farnebäck at 2 fps, or RAFT at 800x450."""
+
+    algorithm: Literal["farneback", "raft"] = "farneback"
+    fps: float = Field(2.0, gt=0)
+    short_side: PositiveInt = 64
+    stored_short_side: PositiveInt = 16
+    raft_weights: str | None = None
+
+
+class TextConfig(Section):
+    """Text detection on first, middle and last frame (App. C)."""
+
+    detector: Literal["rapidocr", "craft"] = "rapidocr"
+    craft_weights: str | None = None
+    craft_long_side: PositiveInt = Field(1280, description="at most this many pixels of the longer side go into CRAFT")
+    width: PositiveInt = 704
+    height: PositiveInt = 384
+    box_threshold: Fraction = 0.5
+
+
+class EncodersConfig(Section):
+    """Text and image encoders (§2, D.2). `toy-clip` is a small open_clip model trained on synthetic captions."""
+
+    kind: Literal["open_clip", "toy-clip"] = "open_clip"
+    model: str = "ViT-H-14"
+    weights: str = "laion2b_s32b_b79k"
+    sha256: str | None = None
+    toy_iterations: PositiveInt = 300
+    toy_width: PositiveInt = 64
+    aesthetics_weights: str | None = None
+
+
+class CaptionsConfig(Section):
+    """Three captions a clip (§3.1): which captioners run, and with which probability training draws each (E.2.2)."""
+
+    captioners: list[Literal["coca", "video", "llm", "sidecar", "motion"]]
+    probabilities: dict[str, Fraction]
+    coca_model: str = "coca_ViT-L-14"
+    coca_weights: str = "mscoco_finetuned_laion2B-s13B-b90k"
+    video_model: str | None = None
+    llm_model: str | None = None
+    llm_endpoint: str | None = None
+
+
+class Threshold(Section):
+    """Keep a clip when its score is on the right side of an absolute value or of a quantile of the catalogue."""
+
+    absolute: float | None = None
+    quantile: Fraction | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.absolute is None) == (self.quantile is None):
+            raise ValueError("give exactly one of 'absolute' and 'quantile'")
+        return self
+
+
+class FiltersConfig(Section):
+    """Filters per axis (§3.3, E.2.2): `min_*` drops the low end, `max_*` the high end; quantiles are shares dropped."""
+
+    min_motion: Threshold | None = None
+    min_aesthetics: Threshold | None = None
+    min_similarity: Threshold | None = None
+    max_text_area: Threshold | None = None
+    max_nsfw: Threshold | None = None
+    max_duplicate_similarity: Threshold | None = None
+
+
+class CurationConfig(Section):
+    """The data engine (§3, App. C)."""
+
+    cuts: CutsConfig
+    clips: ClipsConfig
+    motion: MotionConfig
+    text: TextConfig
+    captions: CaptionsConfig
+    filters: FiltersConfig
+    subsets: dict[str, FiltersConfig] = Field({}, description="named subsets of the same catalogue, beside `keep`")
+    nsfw_weights: str | None = Field(None, description="head on the image embeddings; None: the axis is unused")
+    near_duplicates: bool = Field(True, description="compare every clip's embedding with those of earlier clips")
+    shard_bytes: PositiveInt = 1_000_000_000
+    part_seconds: float = Field(
+        1800.0,
+        gt=0,
+        description="a longer local source is split by time, at keyframes, into parts of about this length",
+    )
+    workers: PositiveInt = 1

@@ -1,0 +1,89 @@
+"""Options of sampling and of the evaluations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from svd.config.base import Fraction as Fraction
+from svd.config.base import PositiveInt as PositiveInt
+from svd.config.base import Renderer
+from svd.config.base import Section as Section
+from svd.config.training import TrainingConfig
+
+
+class Sampling(Section):
+    """How clips are sampled for evaluation."""
+
+    steps: PositiveInt = 50
+    guidance: float = Field(7.0, ge=0)
+    solver: Literal["euler", "heun", "dpmpp_2m", "ddim"] = "euler"
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(700.0, gt=0)
+    rho: float = Field(7.0, gt=0)
+
+
+class Ucf101Config(Section):
+    """UCF-101 zero-shot Fréchet distance (E.4)."""
+
+    dataset: str | None = Field(None, description="UCF-101 folder; None: the synthetic fixture")
+    samples: PositiveInt = 13320
+    frames: PositiveInt = 16
+    fps: PositiveInt = 25
+    motion_bucket: int = 127
+    height: PositiveInt = 320
+    width: PositiveInt = 576
+    resized: tuple[PositiveInt, PositiveInt] = (240, 432)
+    cropped: tuple[PositiveInt, PositiveInt] = (240, 320)
+    features: Literal["i3d", "transnetv2", "videomae"] = "i3d"
+    weights: str | None = None
+    sha256: str | None = None
+    sampling: Sampling = Sampling()
+    batch_size: PositiveInt = 8
+    seeds: PositiveInt = Field(1, description="how many times the clips are sampled; the scores' spread is reported")
+    controls: list[Literal["noise", "mean-frame", "untrained"]] = ["noise", "mean-frame"]
+    shown: PositiveInt = Field(12, description="clips in the picture and the report")
+
+
+class MultiviewBenchmark(Section):
+    """Multi-view benchmark on rendered objects (§4.5, Fig. 10). `None` takes the value of the protocol."""
+
+    protocol: Literal["svd_gso_v1", "syncdreamer_gso_v1"] = "svd_gso_v1"
+    meshes: list[str] = Field([], description="folders or files of GSO meshes; empty: held-out procedural meshes")
+    up: Literal["y", "z"] = Field("z", description="the upright axis of the mesh files (GSO: z; glTF: y)")
+    objects: PositiveInt = 50
+    views: PositiveInt | None = None
+    size: PositiveInt | None = None
+    elevation: float | None = Field(None, ge=-90, le=90)
+    renderer: Renderer = "auto"
+    perceptual: Literal["lpips-alex", "lpips-vgg", "stlpips-alex", "stlpips-vgg"] = "lpips-vgg"
+    lpips_weights: str | None = Field(None, description="file or folder: torchvision backbone and LPIPS v0.1")
+    sampling: Sampling = Sampling(steps=25, guidance=2.5)
+
+
+class CalibrationConfig(TrainingConfig):
+    """Threshold calibration (§3.3, E.2.2): one small model per axis and share removed, ranked by votes."""
+
+    clips: PositiveInt = 9_800_000
+    axes: list[Literal["motion", "aesthetics", "similarity", "text_area", "captions"]] = [
+        "similarity",
+        "aesthetics",
+        "text_area",
+        "motion",
+        "captions",
+    ]
+    removed: list[Fraction] = [0.0, 0.125, 0.25, 0.5]
+    prompts: PositiveInt = 64
+    votes: PositiveInt = Field(3, description="votes a pair, prompt and question")
+    judge: Literal["people", "encoders"] = Field(
+        "people", description="people vote on the page of `svd vote`; encoders: similarity and motion decide, for tests"
+    )
+    sampling: Sampling = Sampling(steps=50, guidance=12, solver="ddim")
+
+
+class EvaluationConfig(Section):
+    """The paper's evaluation (App. E)."""
+
+    ucf101: Ucf101Config
+    multiview: MultiviewBenchmark

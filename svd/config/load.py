@@ -1,0 +1,97 @@
+"""Reading presets: one YAML file is one `Preset`; a mistake is named by file, key path and nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from svd.config.preset import Preset
+from svd.core.errors import UserError
+
+PRESETS = Path(__file__).resolve().parents[2] / "presets"
+
+
+class ConfigError(UserError):
+    """A preset that can't be used; the message is one readable line a mistake."""
+
+
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `X | None` or `list[X]`, if there is one."""
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
+        return annotation
+    return next((m for a in typing.get_args(annotation) if (m := _nested_model(a))), None)
+
+
+def _valid_names(location: tuple[int | str, ...]) -> list[str]:
+    """Names that are valid beside the last element of `location`."""
+    model: type[BaseModel] | None = Preset
+    for part in location[:-1]:
+        if model is None:
+            return []
+        if isinstance(part, str) and part in model.model_fields:
+            model = _nested_model(model.model_fields[part].annotation)
+    return list(model.model_fields) if model else []
+
+
+def _explain(error: Any, source: str) -> str:
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), _valid_names(error["loc"]), n=1, cutoff=0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; valid: {', '.join(_valid_names(error['loc']))}"
+        return f"{source}: unknown key '{location}'{hint}"
+    return f"{source}: '{location}': {error['msg']} (got {error['input']!r})"
+
+
+def parse_preset(values: dict[str, Any], source: str) -> Preset:
+    """Validate `values`; raises ConfigError with one line a mistake that names `source` and the key's path."""
+    try:
+        return Preset.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, source) for e in error.errors())) from None
+
+
+def load_preset(name_or_path: str, overrides: dict[str, Any] | None = None) -> Preset:
+    """Load `presets/<name>.yaml` or a YAML file; `overrides` maps dotted paths to values.
+
+    Raises ConfigError for a missing file, broken YAML, unknown or out-of-range keys, and for a file in presets/ whose
+    `name` isn't its file's: it would run under the name, and into the outputs, of another preset.
+    """
+    path = preset_path(name_or_path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    if path.resolve().parent == PRESETS and values.get("name", path.stem) != path.stem:
+        raise ConfigError(
+            f"{path}: 'name' is '{values['name']}', but presets/ is searched by file name; write `name: {path.stem}`"
+        )
+    for dotted, value in (overrides or {}).items():
+        _assign(values, dotted.split("."), value)
+    return parse_preset(values, str(path))
+
+
+def preset_path(name_or_path: str) -> Path:
+    """The file of a preset; raises ConfigError that lists the presets when there is none."""
+    for candidate in (Path(name_or_path), PRESETS / f"{name_or_path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+    raise ConfigError(f"no preset '{name_or_path}': give a YAML file or one of: {known}")
+
+
+def _assign(values: dict[str, Any], parts: list[str], value: Any) -> None:
+    for part in parts[:-1]:
+        values = values.setdefault(part, {})
+    values[parts[-1]] = value

@@ -1,0 +1,147 @@
+"""Options of the training stages, and of the latents that they read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from svd.config.base import Fraction as Fraction
+from svd.config.base import PositiveInt as PositiveInt
+from svd.config.base import Section as Section
+from svd.config.model import Precision
+
+
+class AutoencoderTraining(Section):
+    """Training of the autoencoder, and of its temporal decoder with the encoder frozen (VideoLDM §3.1.1)."""
+
+    train_encoder: bool = False
+    iterations: Annotated[int, Field(ge=0)] = 0
+    temporal_iterations: Annotated[int, Field(ge=0)] = 0
+    optimizer: Literal["adam", "muon"] = Field("adam", description="of the image phase; muon: training from nothing")
+    temporal_rate: float | None = Field(None, gt=0, description="learning rate of the temporal phase; None: the same")
+    matrix_rate: float = Field(0.05, gt=0, description="muon: step of the weight matrices")
+    crop: tuple[PositiveInt, PositiveInt] | None = Field(None, description="image phase: size of random crops")
+    batch_size: PositiveInt = Field(
+        8, description="pictures a step; the temporal phase takes batch_size / frames clips"
+    )
+    frames: PositiveInt = 8
+    height: PositiveInt = 256
+    width: PositiveInt = 256
+    learning_rate: float = Field(1e-4, gt=0)
+    kl_weight: float = Field(1e-6, ge=0)
+    squared_weight: float = Field(0.0, ge=0, description="of the mean squared error, beside L1")
+    perceptual: Literal["stlpips-alex", "stlpips-vgg", "lpips-alex", "lpips-vgg"] = "stlpips-alex"
+    perceptual_weights: list[str] = Field([], description="lpips-*: files of the backbone and of the linear layers")
+    perceptual_weight: float = Field(0.25, ge=0)
+    perceptual_frames: Annotated[int, Field(ge=0)] = Field(0, description="pictures a step it sees; 0: all of them")
+    discriminator_weight: float = Field(0.5, ge=0)
+    discriminator_start: int = Field(20001, description="step of the temporal phase from which it is heard")
+    discriminator_width: PositiveInt = 64
+    checkpoint_every: PositiveInt = 100
+    precision: Precision = "32-true"
+
+
+class Geometry(Section):
+    """Frames, height and width of cached clips, in pixels."""
+
+    frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+
+    def serves(self, phase: Phase) -> bool:
+        """Whether a training phase can be fed from clips of this geometry (same size, at least as many frames)."""
+        return (self.height, self.width) == (phase.height, phase.width) and self.frames >= phase.frames
+
+
+class LatentsConfig(Section):
+    """The latent cache: every kept clip, encoded once a geometry, at a frame rate drawn for the clip (§2, D.2)."""
+
+    geometries: list[Geometry] = Field(min_length=1)
+    min_fps: float = Field(5, gt=0)
+    max_fps: float = Field(30, gt=0)
+    windows: PositiveInt = Field(1, description="windows of frames cached from each clip, spread over its length")
+    samples_per_shard: PositiveInt = 256
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_fps > self.max_fps:
+            raise ValueError("'min_fps' must not exceed 'max_fps'")
+        return self
+
+
+class Phase(Section):
+    """One phase of a training stage: a resolution, a number of iterations and a noise distribution (App. D)."""
+
+    iterations: PositiveInt
+    batch_size: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    frames: PositiveInt
+    p_mean: float
+    p_std: float = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    trainable: Literal["all", "time-embedding", "temporal"] = "all"
+    image_share: Fraction = Field(0.0, description="text-to-video: share of clips replaced by as many unrelated images")
+
+
+class Subset(Section):
+    """Which cached clips a stage trains on: shares dropped at the low (`min_*`) or high end (`max_*`) of an axis."""
+
+    min_motion: Fraction = 0.0
+    min_similarity: Fraction = 0.0
+    max_text_area: Fraction = 0.0
+
+
+class TrainingConfig(Section):
+    """A training stage: its phases in order, and what they share."""
+
+    phases: list[Phase] = Field(min_length=1)
+    subset: Subset = Subset()
+    objective: Literal["edm", "discrete-v"] = "edm"
+    offset_noise: float = Field(0.0, ge=0)
+    text_dropout: Fraction = 0.15
+    image_dropout: Fraction = 0.1
+    conditioning_p_mean: float = -3.0
+    conditioning_p_std: float = Field(0.5, gt=0)
+    ema_decay: Fraction | None = 0.9999
+    ema_every: PositiveInt = 1
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="of the network; muon: for training from nothing")
+    matrix_rate: float = Field(0.02, gt=0, description="muon: learning rate of the matrices")
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0, description="of adamw; muon has none")
+    warmup: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["none", "cosine"] = "none"
+    clip_norm: float | None = Field(1.0, gt=0)
+    precision: Precision = "bf16-mixed"
+    gradient_accumulation: PositiveInt = 1
+    checkpointing: Literal["none", "fine", "all"] = "none"
+    compile: bool = False
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    devices: int | Literal["auto"] = "auto"
+    nodes: PositiveInt = 1
+    validate_every: PositiveInt = 1000
+    checkpoint_every: PositiveInt = 1000
+    validation_samples: PositiveInt = 256
+    sample_steps: PositiveInt = 25
+    num_workers: Annotated[int, Field(ge=0)] = 0
+
+
+class LoraConfig(TrainingConfig):
+    """Camera-motion LoRA on the temporal attention blocks (§4.3.1, D.4.2)."""
+
+    rank: PositiveInt = 16
+    alpha: float = Field(16.0, gt=0)
+    motions: list[Literal["horizontal", "zoom", "static"]] = ["horizontal", "zoom", "static"]
+
+    @model_validator(mode="after")
+    def _one_phase(self) -> Self:
+        if len(self.phases) != 1:
+            raise ValueError(f"a LoRA trains in one phase, got {len(self.phases)}")
+        return self
+
+
+class MultiviewTraining(TrainingConfig):
+    """SVD-MV (§4.5, D.6): orbits of rendered objects, elevation as an additional conditioning."""
+
+    initialisation: Literal["image-to-video", "image-model", "scratch"] = "image-to-video"

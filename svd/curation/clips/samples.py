@@ -1,0 +1,217 @@
+"""What is kept of the decoded frames: sparse small pictures for text and similarity, and flow maps between samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+from svd.config import MotionConfig
+from svd.curation.cuts.frame_scores import Clock
+from svd.curation.decoding.decoder import FRAME_WIDTH, DecodeFacts, Picture, Planes, halve, to_rgb
+from svd.curation.motion.camera import GlobalFit, classify, fit_similarity
+from svd.curation.motion.flow import Flow, farneback, flow_function, grid, motion_score, stored
+from svd.curation.types import CameraMotion, ClipSpan
+from svd.media.orientation import UPRIGHT, Orientation
+
+FRAMES_PER_SECOND = 4.0
+KEY_SPACING = 0.12  # seconds from a kept frame within which a keyframe need not be kept too
+KEPT_WIDTH = 1280  # wider frames are halved before they are kept
+MAX_KEPT = 120_000_000  # bytes of kept frames of one shot; beyond, every second of its middle is forgotten
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A sampled frame: number, time, and planes at most KEPT_WIDTH wide, as coded (not yet turned upright)."""
+
+    frame: int
+    seconds: float
+    planes: Planes
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Flow between two samples: frame numbers, seconds between, stored map (h, w, 2) float16, and its global fit."""
+
+    before: int
+    after: int
+    seconds: float
+    flow: np.ndarray
+    fit: GlobalFit
+
+
+def sampled_times(config: MotionConfig, pts: np.ndarray, time_base: float) -> list[int]:
+    """Which of the timestamps `pts`, ascending, a Sampler takes a sample at."""
+    clocks = Clock(FRAMES_PER_SECOND), Clock(config.fps)
+    return [t for t in pts.tolist() if any([clock.tick(t * time_base) for clock in clocks])]
+
+
+@dataclass(frozen=True)
+class ClipSamples:
+    """The samples of one clip, as in ClipAnalysis."""
+
+    motion_score: float
+    flow: np.ndarray
+    camera: CameraMotion
+    frames: np.ndarray
+    frame_seconds: tuple[float, float, float]
+
+
+@dataclass
+class Geometry:
+    """How a coded picture becomes an upright one with square pixels."""
+
+    orientation: Orientation = UPRIGHT
+    display: tuple[int, int] = (0, 0)  # width, height
+
+    def upright(self, plane: np.ndarray) -> np.ndarray:
+        """A coded picture as it is shown."""
+        return self.orientation.upright(plane)
+
+    def upright_motion(self, velocity: np.ndarray) -> np.ndarray:
+        """(n, 4) motions dx, dy (coded widths), growth, rotation as they are seen in the shown pictures."""
+        dx, dy = self.orientation.upright_motion(velocity[:, 0], velocity[:, 1])
+        # Widths are those of the upright picture: a turned one is as wide as the coded one is high.
+        scale = self.display[1] / self.display[0] if self.orientation.sideways else 1.0
+        clockwise = -velocity[:, 3] if self.orientation.mirrored else velocity[:, 3]
+        return np.stack([dx * scale, dy * scale, velocity[:, 2], clockwise], 1)
+
+
+@dataclass
+class Sampler:
+    """Collects the samples of one source; `add` takes every frame, `take` gives the samples of a finished clip."""
+
+    config: MotionConfig
+    geometry: Geometry
+    facts: DecodeFacts
+    kept: list[Kept] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._flow: Flow
+        self._flow, self._wants_rgb, self._size = flow_function(self.config)
+        self._frame_clock = Clock(FRAMES_PER_SECOND)
+        self._motion_clock = Clock(self.config.fps)
+        self._last: tuple[int, float, np.ndarray] | None = None
+
+    def add(self, frame: int, seconds: float, picture: Picture) -> None:
+        """Look at a frame and keep what is needed of it."""
+        far = not self.kept or abs(seconds - self.kept[-1].seconds) > KEY_SPACING
+        if self._frame_clock.tick(seconds) or (picture.key and far):
+            self.kept.append(Kept(frame, seconds, _frame_planes(picture)))
+        if self._motion_clock.tick(seconds):
+            now = self._motion_picture(picture)
+            if self._last is not None:
+                self.pairs.append(self._pair(self._last, (frame, seconds, now)))
+            self._last = frame, seconds, now
+
+    def _motion_picture(self, picture: Picture) -> np.ndarray:
+        size = self._size(*self.geometry.display)
+        if self._wants_rgb:
+            rgb = self.geometry.upright(to_rgb(picture.full, self.facts))
+            return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+        return self._luma(picture.small[0])
+
+    def _luma(self, luma: np.ndarray) -> np.ndarray:
+        size = grid(*self.geometry.display, self.config.short_side)
+        return cv2.resize(self.geometry.upright(luma), size, interpolation=cv2.INTER_AREA)
+
+    def _pair(
+        self, one: tuple[int, float, np.ndarray], other: tuple[int, float, np.ndarray], flow: Flow | None = None
+    ) -> Pair:
+        seconds = max(other[1] - one[1], 1e-3)
+        field_ = (flow or self._flow)(one[2], other[2])
+        # Samples of sources whose frame rate is no multiple lie unevenly; vectors are scaled to one sample step.
+        even = field_ * np.float32(1 / self.config.fps / seconds)
+        fit = fit_similarity(*_for_fit(field_, one[2]), seconds)
+        return Pair(one[0], other[0], seconds, stored(even, self.config.stored_short_side), fit)
+
+    def thin(self, before: int) -> None:
+        """Bound the memory of a long shot: forget every second kept frame but the newest ones."""
+        if sum(plane.nbytes for k in self.kept for plane in k.planes) > MAX_KEPT:
+            self.kept = [k for i, k in enumerate(self.kept) if i % 2 == 0 or k.frame >= before]
+
+    def forget(self, frame: int) -> None:
+        """Drop the samples before a frame."""
+        self.kept = [k for k in self.kept if k.frame >= frame]
+        self.pairs = [p for p in self.pairs if p.before >= frame]
+
+    def take(self, span: ClipSpan, velocity: np.ndarray, rate: float) -> ClipSamples | None:
+        """The samples of a clip; None when none of its frames was sampled.
+
+        velocity: (n, 4) of tracking.track times `rate` frames a second, of coded pictures.
+        """
+        kept = [k for k in self.kept if span.start_frame <= k.frame < span.end_frame]
+        if not kept:
+            return None
+        pairs = [p for p in self.pairs if span.start_frame <= p.before and p.after < span.end_frame]
+        if not pairs and len(kept) > 1:
+            pairs = [self._kept_pair(kept)]
+        middle = (kept[0].seconds + kept[-1].seconds) / 2
+        chosen = [kept[0], min(kept, key=lambda k: abs(k.seconds - middle)), kept[-1]]
+        size = grid(*self.geometry.display, self.config.stored_short_side)
+        flows = np.stack([p.flow for p in pairs]) if pairs else np.zeros((0, size[1], size[0], 2), np.float16)
+        return ClipSamples(
+            motion_score=motion_score(flows),
+            flow=flows,
+            camera=classify(self.geometry.upright_motion(velocity), rate, [p.fit for p in pairs]),
+            frames=np.stack([self._rgb(k.planes) for k in chosen]),
+            frame_seconds=(chosen[0].seconds, chosen[1].seconds, chosen[2].seconds),
+        )
+
+    def _kept_pair(self, kept: list[Kept]) -> Pair:
+        """Flow for a clip that is too short to hold two samples of the motion rate."""
+        one, other = kept[0], kept[-1]
+        pictures = [self._luma(k.planes[0]) for k in (one, other)]
+        return self._pair(
+            (one.frame, one.seconds, pictures[0]), (other.frame, other.seconds, pictures[1]), flow=farneback
+        )
+
+    def _rgb(self, planes: Planes) -> np.ndarray:
+        # Planes are scaled before they become RGB, which costs more than scaling.
+        rgb = self.geometry.upright(to_rgb(_scaled(planes), self.facts))
+        width, height = self.geometry.display
+        scale = min(1.0, FRAME_WIDTH / width)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        return rgb if rgb.shape[1::-1] == size else cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+
+
+def _for_fit(flow: np.ndarray, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flow thinned to about 24 × 14 points, with trust from the picture's gradients: flat areas carry no
+    motion.
+    """
+    grey = picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    dx, dy = cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)
+    energy = cv2.boxFilter(dx * dx + dy * dy, -1, (5, 5))
+    height, width = grey.shape
+    longest = max(width, height)
+    size = max(8, min(width, 24 * width // longest)), max(8, min(height, 24 * height // longest))
+    scale = np.array([size[0] / width, size[1] / height], np.float32)
+    points = cv2.resize(flow, size, interpolation=cv2.INTER_AREA) * scale
+    trust = cv2.resize(energy, size, interpolation=cv2.INTER_AREA)
+    return points, trust / (trust + 400.0)
+
+
+def _frame_planes(picture: Picture) -> Planes:
+    """Planes at most KEPT_WIDTH wide: copies that outlive the decoder's memory."""
+    luma, blue, red = picture.full
+    if luma.shape[1] <= KEPT_WIDTH:
+        return luma.copy(), blue.copy(), red.copy()
+    while luma.shape[1] > KEPT_WIDTH:
+        luma, blue, red = halve(luma), halve(blue), halve(red)
+    return luma, blue, red
+
+
+def _scaled(planes: Planes) -> Planes:
+    """Planes at most FRAME_WIDTH wide (for upright pictures of usual shapes). Luma by area: text stays sharp."""
+    luma, blue, red = planes
+    if luma.shape[1] <= FRAME_WIDTH:
+        return planes
+    height = max(2, round(luma.shape[0] * FRAME_WIDTH / luma.shape[1] / 2) * 2)
+    chroma = (FRAME_WIDTH // 2, height // 2)
+    return (
+        cv2.resize(luma, (FRAME_WIDTH, height), interpolation=cv2.INTER_AREA),
+        cv2.resize(blue, chroma, interpolation=cv2.INTER_LINEAR),
+        cv2.resize(red, chroma, interpolation=cv2.INTER_LINEAR),
+    )

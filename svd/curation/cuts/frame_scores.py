@@ -1,0 +1,253 @@
+"""What cut detection sees of each frame: content scores at several frame rates, brightness, and a tiny picture.
+
+The content score is PySceneDetect's (mean absolute difference of hue, saturation and value between two frames,
+weights 1, 1, 1): all passes of the cascade share one HSV picture a frame, so that each further frame rate costs one
+L1 norm.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+from scenedetect import FrameTimecode, StatsManager
+from scenedetect.detector import SceneDetector
+from scenedetect.detectors import HashDetector, HistogramDetector, ThresholdDetector
+
+from svd.config import CutPass
+from svd.curation.decoding.decoder import Planes, halve
+
+THUMB_WIDTH = 48
+TRANSNET_SIZE = (48, 27)
+Look = tuple[int, float, Planes]  # number and time of a frame, and its small picture
+
+
+@dataclass(frozen=True)
+class Jump:
+    """One comparison of a pass: the frames before and after, and its score."""
+
+    before: int
+    after: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A cut that a PySceneDetect detector reports."""
+
+    frame: int
+    score: float
+
+
+def to_hsv(small: Planes) -> np.ndarray:
+    """Y (h, w), U and V (h/2, w/2) to OpenCV's 8-bit HSV (h, w, 3)."""
+    return cv2.cvtColor(to_bgr(small), cv2.COLOR_BGR2HSV)
+
+
+def to_bgr(small: Planes) -> np.ndarray:
+    """Y (h, w), U and V (h/2, w/2) to BGR (h, w, 3), limited range BT.601: scores don't need the exact matrix."""
+    width = small[0].shape[1]
+    packed = np.concatenate([plane.reshape(-1) for plane in small]).reshape(-1, width)
+    return cv2.cvtColor(packed, cv2.COLOR_YUV2BGR_I420)
+
+
+def content_score(one: np.ndarray, other: np.ndarray) -> float:
+    """PySceneDetect's ContentDetector score of two HSV pictures (h, w, 3), 0…255."""
+    return cv2.norm(one, other, cv2.NORM_L1) / one.size
+
+
+def thumbnail(small: Planes) -> np.ndarray:
+    """Y, U and V halved until Y is at most THUMB_WIDTH wide, concatenated into one uint8 vector; Y comes first."""
+    luma, blue, red = small
+    while luma.shape[1] > THUMB_WIDTH and luma.shape[0] >= 16:
+        luma, blue, red = halve(luma), halve(blue), halve(red)
+    return np.concatenate([luma.reshape(-1), blue.reshape(-1), red.reshape(-1)])
+
+
+def thumbnail_size(small: Planes) -> tuple[int, int]:
+    """Height and width of the Y part of `thumbnail`."""
+    height, width = small[0].shape
+    while width > THUMB_WIDTH and height >= 16:
+        height, width = height // 2, width // 2
+    return height, width
+
+
+class Clock:
+    """Picks the frames of a slower frame rate by their times: the first frame in each interval of 1 / fps."""
+
+    def __init__(self, fps: float | None) -> None:
+        self.fps = fps
+        self._next = -math.inf
+
+    def tick(self, seconds: float) -> bool:
+        """Whether the frame at `seconds` belongs to the slower rate; call once for each frame."""
+        if self.fps is None:
+            return True
+        # A thousandth of a step absorbs the rounding of timestamps to milliseconds.
+        if seconds < self._next - 1e-3 / self.fps:
+            return False
+        self._next = (math.floor(seconds * self.fps + 1e-3) + 1) / self.fps
+        return True
+
+
+class _ContentPass:
+    def __init__(self, fps: float | None) -> None:
+        self.clock = Clock(fps)
+        self.jumps: list[Jump] = []
+        self._last: tuple[int, np.ndarray] | None = None
+
+    def wants(self, seconds: float) -> bool:
+        return self.clock.tick(seconds)
+
+    def add(self, frame: int, hsv: np.ndarray, change: float) -> None:
+        """Compare with the last frame; change: the score against the last one that any pass has seen."""
+        if self._last is not None:
+            score = change if self.clock.fps is None else content_score(hsv, self._last[1])
+            self.jumps.append(Jump(self._last[0], frame, score))
+        self._last = frame, hsv
+
+    def replace(self, steps: list[Jump]) -> None:
+        """Put the steps from a frame to a later one in place of the one comparison of both."""
+        place = bisect.bisect_left(self.jumps, steps[-1].after, key=lambda j: j.after)
+        self.jumps[place : place + 1] = steps
+
+
+def _library_detector(cut_pass: CutPass, min_seconds: float) -> SceneDetector:
+    if cut_pass.detector == "hash":
+        return HashDetector(threshold=cut_pass.threshold, min_scene_len=min_seconds)
+    if cut_pass.detector == "histogram":
+        return HistogramDetector(threshold=cut_pass.threshold, min_scene_len=min_seconds)
+    return ThresholdDetector(threshold=cut_pass.threshold, min_scene_len=min_seconds)
+
+
+class _LibraryPass:
+    """One of PySceneDetect's other detectors, fed with the small pictures of its frame rate."""
+
+    def __init__(self, cut_pass: CutPass, min_seconds: float, fps: float) -> None:
+        self.clock = Clock(cut_pass.fps)
+        self.hits: list[Hit] = []
+        self._detector = _library_detector(cut_pass, min_seconds)
+        self._detector.stats_manager = StatsManager()
+        self._rate = min(fps, cut_pass.fps or fps)
+        self._frames: list[int] = []
+
+    def wants(self, seconds: float) -> bool:
+        return self.clock.tick(seconds)
+
+    def add(self, frame: int, bgr: np.ndarray) -> None:
+        timecode = FrameTimecode(len(self._frames), fps=self._rate)
+        self._frames.append(frame)
+        for cut in self._detector.process_frame(timecode, bgr):
+            self.hits.append(Hit(self._frames[cut.frame_num], self._score(cut)))
+
+    def _score(self, cut: FrameTimecode) -> float:
+        key = self._detector.get_metrics()[0]
+        manager = self._detector.stats_manager
+        found = manager.get_metrics(cut, [key])[0] if manager and manager.metrics_exist(cut, [key]) else None
+        if found is None:
+            return math.nan
+        # The histogram detector keeps the similarity and compares its complement.
+        return 1.0 - float(found) if isinstance(self._detector, HistogramDetector) else float(found)
+
+
+@dataclass
+class Features:
+    """Features of the frames that were looked at, in lists of equal length; numbers: which frames they are."""
+
+    numbers: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    thumbs: list[np.ndarray] = field(default_factory=list)
+    changes: list[float] = field(default_factory=list)  # content score against the frame before
+    tiny: list[np.ndarray] = field(default_factory=list)  # TRANSNET_SIZE RGB, only with that detector
+    thumb_size: tuple[int, int] = (0, 0)
+
+    def forget(self, frame: int) -> None:
+        """Drop everything before `frame`."""
+        count = bisect.bisect_left(self.numbers, frame)
+        for values in (self.numbers, self.seconds, self.thumbs, self.changes, self.tiny):
+            del values[:count]
+
+
+class Scorer:
+    """Scores frames for all passes of the cascade; `add` once a frame, in display order."""
+
+    def __init__(self, passes: list[CutPass], min_seconds: float, fps: float) -> None:
+        self.features = Features()
+        self.content = {c.fps: _ContentPass(c.fps) for c in passes if c.detector in ("content", "adaptive")}
+        self.library = {
+            i: _LibraryPass(c, min_seconds, fps)
+            for i, c in enumerate(passes)
+            if c.detector in ("hash", "histogram", "threshold")
+        }
+        self._tiny = any(c.detector == "transnetv2" for c in passes)
+        self._last: np.ndarray | None = None
+        self._ready: tuple[Planes, np.ndarray, np.ndarray] | None = None
+        self._change: tuple[Planes, np.ndarray, float] | None = None
+
+    def change(self, small: Planes) -> float:
+        """Content score of a picture against the last one that was added; 0 for the first."""
+        if self._last is None:
+            return 0.0
+        # Asked for twice for most pictures: before and while they are added.
+        if self._change is None or self._change[0] is not small or self._change[1] is not self._last:
+            self._change = small, self._last, content_score(self._colours(small)[1], self._last)
+        return self._change[2]
+
+    def _colours(self, small: Planes) -> tuple[np.ndarray, np.ndarray]:
+        """BGR and HSV of a picture, remembered for the call of `add` that follows `change`."""
+        if self._ready is None or self._ready[0] is not small:
+            bgr = to_bgr(small)
+            self._ready = small, bgr, cv2.cvtColor(bgr, cv2.COLOR_BGR2HSV)
+        return self._ready[1:]
+
+    def add(self, frame: int, seconds: float, small: Planes) -> None:
+        """Score the frame with this number and time; small: Y (h, w), U and V (h/2, w/2) uint8."""
+        features, change = self.features, self.change(small)
+        features.numbers.append(frame)
+        features.seconds.append(seconds)
+        features.thumbs.append(thumbnail(small))
+        features.changes.append(change)
+        if not features.thumb_size[0]:
+            features.thumb_size = thumbnail_size(small)
+        content = [p for p in self.content.values() if p.wants(seconds)]
+        library = [p for p in self.library.values() if p.wants(seconds)]
+        bgr, self._last = self._colours(small)
+        if self._tiny:
+            features.tiny.append(cv2.resize(bgr, TRANSNET_SIZE, interpolation=cv2.INTER_AREA)[:, :, ::-1])
+        for other in library:
+            other.add(frame, bgr)
+        for own in content:
+            own.add(frame, self._last, change)
+
+    def insert(self, looks: list[Look]) -> None:
+        """Add the frames between two neighbours that were looked at: all from the first to the second.
+
+        Only where content is compared; slower passes keep the frames that they have compared.
+        """
+        colours = [to_hsv(small) for _, _, small in looks]
+        changes = [content_score(other, one) for one, other in itertools.pairwise(colours)]
+        features = self.features
+        place = bisect.bisect_left(features.numbers, looks[-1][0])
+        features.changes[place] = changes[-1]
+        features.changes[place:place] = changes[:-1]
+        features.numbers[place:place] = [number for number, _, _ in looks[1:-1]]
+        features.seconds[place:place] = [seconds for _, seconds, _ in looks[1:-1]]
+        features.thumbs[place:place] = [thumbnail(small) for _, _, small in looks[1:-1]]
+        if None in self.content:
+            pairs = itertools.pairwise(number for number, _, _ in looks)
+            self.content[None].replace([Jump(*pair, change) for pair, change in zip(pairs, changes, strict=True)])
+
+    def forget(self, frame: int) -> None:
+        """Drop the features and jumps before `frame`."""
+        self.features.forget(frame)
+        for own in self.content.values():
+            own.jumps = [j for j in own.jumps if j.after >= frame]
+
+    def jumps(self, fps: float | None) -> Iterator[Jump]:
+        """The remembered comparisons at a frame rate."""
+        yield from self.content[fps].jumps

@@ -1,0 +1,225 @@
+"""Opening a source and reading its packets: facts, keyframes and the order of packets, without decoding.
+
+One demuxing pass costs about one percent of a decode and gives what headers only promise: which packets there are,
+their timestamps, and where decoding can start.
+"""
+
+from __future__ import annotations
+
+import array
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import av.container
+import av.error
+import numpy as np
+
+from svd.curation.types import SourceFailure
+from svd.media.orientation import Orientation
+
+MAX_PIXELS = 1 << 26  # 67 megapixels; a frame of the largest H.264 level has 36
+MAX_PACKETS = 20_000_000  # 92 hours at 60 fps
+# Playlists can name other files and hosts, and pictures or text are no videos.
+REFUSED_FORMATS = ("hls", "dash", "concat", "tty", "image2", "_pipe", "lavfi", "ffmetadata", "webvtt", "srt", "ass")
+UNTRUSTED = "timestamps are missing, repeated or run backwards; times follow from the frame rate"
+NO_TIMESTAMP = np.iinfo(np.int64).min
+Opened = tuple[av.container.InputContainer, av.VideoStream]
+
+
+@dataclass(frozen=True)
+class PacketIndex:
+    """The packets of the video stream in decoding order; arrays of one length.
+
+    pts and dts are in `time_base` (NO_TIMESTAMP where the container gives none), size in bytes; `keyframe` tells where
+    decoding can start; `trusted` is False when the timestamps are missing, repeated or run backwards.
+    """
+
+    pts: np.ndarray
+    dts: np.ndarray
+    size: np.ndarray
+    keyframe: np.ndarray
+    discarded: np.ndarray
+    last_duration: int
+    time_base: Fraction
+    trusted: bool
+    warnings: tuple[str, ...]
+
+    def shown(self) -> np.ndarray:
+        """Timestamps of the frames that a player shows, ascending."""
+        return np.sort(self.pts[~self.discarded])
+
+    def without_timestamps(self) -> PacketIndex:
+        """The same packets, their timestamps not to be used."""
+        return replace(self, trusted=False, warnings=(*self.warnings, UNTRUSTED))
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def check_file(path: Path) -> None:
+    """Raise SourceFailure unless `path` is a readable, regular, non-empty file."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceFailure("not a regular file")
+        if status.st_size == 0:
+            raise SourceFailure("the file is empty")
+        with path.open("rb") as stream:
+            stream.read(1)
+    except OSError as error:
+        raise SourceFailure(f"the file can't be read: {_reason(error)}") from None
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[Opened]:
+    """The container and its video stream, one decoding thread, closed at the end.
+
+    Only local files are opened: a playlist can't lead elsewhere. Raises SourceFailure without a usable video stream.
+    """
+    check_file(path)
+    try:
+        # The "file:" prefix keeps names such as "concat:a|b" or "pipe:0" from being read as protocols.
+        container = av.open(
+            f"file:{path.absolute()}", options={"protocol_whitelist": "file"}, metadata_errors="replace"
+        )
+    except (av.error.FFmpegError, ValueError, OSError, UnicodeError) as error:
+        raise SourceFailure(f"not a readable video: {_reason(error)}") from None
+    with container:
+        names = container.format.name.split(",")
+        if any(
+            name == refused or (refused[0] == "_" and name.endswith(refused))
+            for name in names
+            for refused in REFUSED_FORMATS
+        ):
+            raise SourceFailure(f"not a video but '{container.format.name}'")
+        yield container, _video_stream(container)
+
+
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    candidates = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not candidates:
+        raise SourceFailure("no video stream")
+    stream = max(candidates, key=lambda s: (s.codec_context is not None and s.width * s.height, -s.index))
+    context = stream.codec_context
+    if context is None:
+        raise SourceFailure("a video codec that this build can't decode")
+    if context.width <= 0 or context.height <= 0:
+        raise SourceFailure("the header gives no picture size")
+    if context.width * context.height > MAX_PIXELS:
+        raise SourceFailure(f"{context.width}x{context.height} pixels are more than the limit of {MAX_PIXELS}")
+    if not stream.time_base:
+        raise SourceFailure("the video stream has no time base")
+    context.thread_count = 1
+    return stream
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What the container's header says; width × height are coded pixels."""
+
+    container: str
+    codec: str
+    width: int
+    height: int
+    sample_aspect: Fraction
+    header_rate: Fraction
+
+    def fps(self, index: PacketIndex) -> Fraction:
+        """Frames a second: from the timestamps when they can be trusted, else the header's, else 25."""
+        if index.trusted:
+            shown = index.shown()
+            seconds = Fraction(int(shown[-1] - shown[0])) * index.time_base
+            return Fraction(len(shown) - 1) / seconds
+        return self.header_rate if 1 <= self.header_rate <= 480 else Fraction(25)
+
+    def display(self, orientation: Orientation) -> tuple[int, int]:
+        """Width and height of the upright picture with square pixels."""
+        width = max(1, round(self.width * self.sample_aspect))
+        return (self.height, width) if orientation.sideways else (width, self.height)
+
+
+def read_source(path: Path) -> SourceInfo:
+    """The header's facts; raises SourceFailure when `path` is no readable video."""
+    with open_video(path) as (container, stream):
+        context = stream.codec_context
+        aspect = Fraction(stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
+        if not Fraction(1, 8) <= aspect <= 8:
+            aspect = Fraction(1)
+        rate = Fraction(stream.average_rate or stream.base_rate or 0)
+        return SourceInfo(container.format.name, context.name, context.width, context.height, aspect, rate)
+
+
+def read_packets(path: Path) -> PacketIndex:
+    """Demux the video stream of `path` once; raises SourceFailure when it holds fewer than two packets."""
+    pts, dts, size = array.array("q"), array.array("q"), array.array("q")
+    keyframe, discarded = bytearray(), bytearray()
+    warnings: list[str] = []
+    duration = 0
+    with open_video(path) as (container, stream):
+        base = Fraction(stream.time_base or 1)
+        try:
+            for packet in container.demux(stream):
+                if packet.size == 0:
+                    continue
+                pts.append(NO_TIMESTAMP if packet.pts is None else packet.pts)
+                dts.append(NO_TIMESTAMP if packet.dts is None else packet.dts)
+                size.append(packet.size)
+                keyframe.append(packet.is_keyframe)
+                discarded.append(packet.is_discard)
+                duration = packet.duration or duration
+                if len(pts) > MAX_PACKETS:
+                    raise SourceFailure(f"more than {MAX_PACKETS} packets")
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            warnings.append(f"the container breaks off: {_reason(error)}")
+    if len(pts) < 2:
+        raise SourceFailure("; ".join(("fewer than two frames", *warnings)))
+    shown_at, decoded_at = np.frombuffer(pts, np.int64), np.frombuffer(dts, np.int64)
+    hidden = np.frombuffer(bytes(discarded), np.bool_)
+    trusted = _trusted(shown_at, decoded_at, hidden, base)
+    if not trusted:
+        warnings.append(UNTRUSTED)
+    keys = np.frombuffer(bytes(keyframe), np.bool_)
+    sizes = np.frombuffer(size, np.int64)
+    return PacketIndex(shown_at, decoded_at, sizes, keys, hidden, duration, base, trusted, tuple(warnings))
+
+
+def _trusted(pts: np.ndarray, dts: np.ndarray, hidden: np.ndarray, base: Fraction) -> bool:
+    if (pts == NO_TIMESTAMP).any():
+        return False
+    decoding = dts[dts != NO_TIMESTAMP]
+    shown = np.sort(pts[~hidden])
+    if len(shown) < 2 or (np.diff(decoding) < 0).any() or (np.diff(shown) <= 0).any():
+        return False
+    seconds = np.diff(shown).astype(np.float64) * float(base)
+    return bool(seconds.max() < 3600 and shown[-1] - shown[0] < 1 << 53)
+
+
+def packets_from(
+    source: Path, keyframe: int | None, opened: Opened | None = None
+) -> Iterator[tuple[av.Packet, av.VideoStream]]:
+    """The packets in decoding order from the keyframe with this timestamp on; None: from the beginning.
+
+    Program and transport streams have no index, and a seek may land behind the wanted packet; they are read from the
+    beginning then. opened: the source, open already; opening costs as much as decoding four frames.
+    """
+    for seeking in (True, False) if keyframe is not None else (False,):
+        found = keyframe is None
+        with nullcontext(opened) if opened and seeking else open_video(source) as (container, stream):
+            if seeking and keyframe is not None:
+                container.seek(keyframe, stream=stream, backward=True, any_frame=False)
+            for packet in container.demux(stream):
+                if not found and packet.is_keyframe and packet.pts is not None and keyframe is not None:
+                    found = packet.pts == keyframe
+                    if seeking and packet.pts > keyframe:
+                        break
+                if found:
+                    yield packet, stream
+        if found:
+            return

@@ -1,0 +1,311 @@
+"""The one decode pass of a source (§3.1, App. C): cuts at several frame rates, motion, camera motion and sampled
+frames.
+
+Everything that needs pixels shares this pass. Memory is bounded by CHUNK_SECONDS and the longest clip, not by the
+source.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import av.error
+import cv2
+import numpy as np
+
+from svd.config import CurationConfig
+from svd.curation.clips.samples import Geometry, Sampler, sampled_times
+from svd.curation.clips.spans import Shot, SpanPlanner, Timeline
+from svd.curation.cuts.decisions import Found
+from svd.curation.cuts.finder import CutFinder, Step, looked_at_stride
+from svd.curation.cuts.frame_scores import Look
+from svd.curation.decoding.decoder import Decoder, Picture
+from svd.curation.decoding.probe import PacketIndex, SourceInfo, read_packets, read_source
+from svd.curation.decoding.skipping import SKIPPING_CODECS, Debt, Numbering, skippable
+from svd.curation.types import Analysis, ClipAnalysis, Cut, DroppedSpan, SourceFacts, SourceFailure
+
+CHUNK_SECONDS = 20.0
+COPY_CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video", "av1", "vp9")
+Taken = Callable[[ClipAnalysis], ClipAnalysis]
+Window = tuple[int, int]  # numbers of frames
+
+
+def analyse(
+    path: Path, config: CurationConfig, taken: Taken = lambda clip: clip, window: Window | None = None
+) -> Analysis:
+    """Decode `path` once and find its cuts, clips, motion and sampled frames.
+
+    taken: called with each clip once it is complete; the analysis holds what it returns. Frames that it puts elsewhere
+    take no memory, however long the source is. A source that has to be begun again begins again with its first clip.
+    window: frames [first, end) that count: those around them are only looked at, so that a cut at either end is found
+    as in the middle; a cut belongs to the window that holds its start, or that ends there.
+    Raises SourceFailure, with a readable reason, for anything that can't be decoded as video. It trusts the decoder
+    with the file: for untrusted files use worker.analyse_guarded.
+    """
+    started = time.process_time()
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # one source, one thread: sources run side by side
+    try:
+        return _analyse(path, config, started, taken, window)
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken, window: Window | None) -> Analysis:
+    info, index = read_source(path), read_packets(path)
+    demuxed = time.process_time()
+    analysis = _decode(path, config, info, index, taken, window)
+    timing = {"demux": demuxed - started, "decode_and_analyse": time.process_time() - demuxed}
+    return replace(analysis, timing=timing)
+
+
+def _decode(
+    path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, taken: Taken, window: Window | None
+) -> Analysis:
+    """Try the cheapest pass first: without frames that nothing depends on; every frame; without timestamps."""
+    try:
+        return _Pass(path, config, info, index, taken, window, skipping=info.codec in SKIPPING_CODECS).run()
+    except _UnexpectedError:
+        pass
+    try:
+        return _Pass(path, config, info, index, taken, window, skipping=False).run()
+    except _UnexpectedError:
+        return _Pass(path, config, info, index.without_timestamps(), taken, window, skipping=False).run()
+
+
+class _UnexpectedError(Exception):
+    """Frames leave the decoder in another order than their timestamps say, as with B-frames in AVI, or, while frames
+    are left out, not those that should."""
+
+
+class _Pass:
+    """The state of one decode pass."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: CurationConfig,
+        info: SourceInfo,
+        index: PacketIndex,
+        taken: Taken,
+        window: Window | None,
+        skipping: bool,
+    ) -> None:
+        self.config, self.info, self.index, self.taken = config, info, index, taken
+        self.rate = info.fps(index)
+        # Without usable timestamps frames are counted: the clock ticks once a frame.
+        self.base = index.time_base if index.trusted else 1 / self.rate
+        self.skipped = self._skippable() if skipping else np.zeros(0, np.int64)
+        self.decoder = Decoder(path, self.skipped.tolist())
+        self.numbering = Numbering(self.skipped)
+        self.keyframes = np.searchsorted(index.shown(), np.sort(index.pts[index.keyframe]))
+        self.debt = Debt(self.keyframes)
+        self.finder = CutFinder(config.cuts, float(self.rate), self._look_again, window or ())
+        self.sampler: Sampler | None = None
+        self.motion: list[np.ndarray] = []  # (n, 4) between neighbouring frames, from frame 0 on
+        self.cuts: list[Cut] = []
+        self.clips: list[ClipAnalysis] = []
+        self.dropped: list[DroppedSpan] = []
+        self._first = window[0] if window else 0
+        self._end_frame = window[1] if window else None
+        self._inherited = False
+        self._shot_start = self._first
+        self._shot_cut: int | None = None
+
+    def _skippable(self) -> np.ndarray:
+        stride = looked_at_stride(self.config.cuts, float(self.rate))
+        sampled = sampled_times(self.config.motion, self.index.shown(), float(self.base))
+        return skippable(self.index, stride, sampled)
+
+    def run(self) -> Analysis:
+        """Decode the source; shots are closed as soon as their cuts are certain."""
+        checked = 0.0
+        for picture in self.decoder:
+            number, seconds = self._number(picture)
+            if self.sampler is None:
+                orientation = self.decoder.facts.orientation
+                geometry = Geometry(orientation, self.info.display(orientation))
+                self.sampler = Sampler(self.config.motion, geometry, self.decoder.facts)
+                checked = seconds
+            if self.finder.add(number, seconds, picture) and self.debt.grows_too_large(number):
+                self.decoder.skippable = frozenset()
+            self.sampler.add(number, seconds, picture)
+            if seconds - checked >= CHUNK_SECONDS:
+                checked = seconds
+                self._settle()
+        return self._finish()
+
+    def _number(self, picture: Picture) -> tuple[int, float]:
+        """Number and time of a decoded frame."""
+        known = self.numbering.pts
+        pts = len(known) if not self.index.trusted else picture.pts
+        if pts is None or (known and pts <= known[-1]) or (len(self.skipped) and self.decoder.facts.errors):
+            raise _UnexpectedError
+        return self.numbering.add(pts), self._seconds(pts)
+
+    def _seconds(self, pts: int) -> float:
+        return pts * self.base.numerator / self.base.denominator
+
+    def _look_again(self, steps: list[Step]) -> Iterator[list[Look]]:
+        """Decode the frames of each step, those after one keyframe in one go."""
+        pts, keyframes = self.numbering.pts, self._timeline().keyframes
+
+        def keyframe(step: Step) -> int:
+            return int(np.searchsorted(keyframes, step[0], side="right")) - 1
+
+        for place, group in itertools.groupby(steps, key=keyframe):
+            together = list(group)
+            wanted = {pts[n]: n for before, after in together for n in range(before, after + 1)}
+            pictures = self.decoder.again(pts[keyframes[max(place, 0)]], wanted)
+            try:
+                looks = {wanted[p.pts]: p.small for p in pictures if p.pts is not None}
+            except (av.error.FFmpegError, OSError):
+                raise _UnexpectedError from None
+            if len(looks) < len(wanted):
+                raise _UnexpectedError
+            for before, after in together:
+                yield [(n, self._seconds(pts[n]), looks[n]) for n in range(before, after + 1)]
+
+    def _timeline(self) -> Timeline:
+        pts = np.array(self.numbering.pts, np.int64)
+        return Timeline(pts, self._end(pts), self.index, self.base)
+
+    def _end(self, pts: np.ndarray) -> int:
+        step = int(np.median(np.diff(pts))) if len(pts) > 1 else 1
+        last = self.index.last_duration if self.index.trusted else 1
+        return int(pts[-1]) + (last if 0 < last <= 4 * step else max(step, 1))
+
+    def _settle(self, final: bool = False) -> None:
+        timeline = self._timeline()
+        cuts, motion = self.finder.settle(final)
+        self.motion.append(motion)
+        for found in cuts:
+            self._close(found, timeline)
+        assert self.sampler is not None
+        self.sampler.thin(self.finder.settled)
+
+    def _close(self, found: Found, timeline: Timeline) -> None:
+        """A cut is certain: the shot before it is complete."""
+        start, last = max(found.start, self._shot_start), self._last(timeline)
+        inherited = 0 < start <= self._first
+        known = found.end <= self._shot_start and bool(self.cuts) and not inherited
+        if known or start > last or (inherited and self._keyframe_before_first(found.end)):
+            return
+        if inherited:
+            self.cuts.clear()  # of several before the first frame, the last one counts
+        self._inherited |= inherited
+        number = len(self.cuts)
+        self.cuts.append(self._cut(found, start, timeline))
+        self._shot(Shot(self._shot_start, start, self._shot_cut, number), timeline)
+        if min(found.end, last) > start:
+            self.dropped.append(self._transition(start, min(found.end, last), found.kind, timeline))
+        self._shot_start, self._shot_cut = max(found.end, self._first), number
+        assert self.sampler is not None
+        self.sampler.forget(found.end)
+
+    def _keyframe_before_first(self, frame: int) -> bool:
+        """Whether the shot that starts at `frame` has clips before the window."""
+        return bool(((self.keyframes >= frame) & (self.keyframes < self._first)).any())
+
+    def _last(self, timeline: Timeline) -> int:
+        """The end of what counts."""
+        known = len(timeline.pts)
+        return known if self._end_frame is None else min(self._end_frame, known)
+
+    def _cut(self, found: Found, start: int, t: Timeline) -> Cut:
+        return Cut(
+            kind=found.kind,
+            frame=found.end,
+            start_frame=start,
+            end_frame=found.end,
+            pts=t.at(found.end),
+            seconds=t.seconds(found.end),
+            start_seconds=t.seconds(start),
+            end_seconds=t.seconds(found.end),
+            detector=found.detector,
+            score=round(found.score, 4),
+            threshold=found.threshold,
+        )
+
+    def _transition(self, start: int, end: int, kind: str, t: Timeline) -> DroppedSpan:
+        return DroppedSpan(start, end, t.at(start), t.at(end), t.seconds(start), t.seconds(end), f"transition: {kind}")
+
+    def _shot(self, shot: Shot, timeline: Timeline) -> None:
+        if shot.end <= shot.start:
+            return
+        assert self.sampler is not None
+        motion = np.concatenate(self.motion) * float(self.rate)
+        copyable = self.info.codec in COPY_CODECS
+        spans, dropped = SpanPlanner(timeline, self.config.clips, copyable).plan(shot)
+        self.dropped += dropped
+        for span in spans:
+            samples = self.sampler.take(span, motion[span.start_frame : span.end_frame - 1], float(self.rate))
+            if samples is None:
+                self.dropped.append(
+                    DroppedSpan(
+                        span.start_frame,
+                        span.end_frame,
+                        span.start_pts,
+                        span.end_pts,
+                        span.start_seconds,
+                        span.end_seconds,
+                        "no frame could be sampled",
+                    )
+                )
+                continue
+            self.clips.append(self.taken(ClipAnalysis(span=span, **vars(samples))))
+
+    def _finish(self) -> Analysis:
+        """Close the last shot and put everything together."""
+        if len(self.numbering.pts) < 2 or self.sampler is None:
+            raise SourceFailure("a single frame is no video")
+        timeline = self._timeline()
+        if len(self.skipped):
+            shown = self.index.shown()
+            if not np.array_equal(timeline.pts, shown[shown >= timeline.pts[0]]):
+                raise _UnexpectedError
+        self._settle(final=True)
+        self._shot(Shot(self._shot_start, self._last(timeline), self._shot_cut, None), timeline)
+        self.dropped.sort(key=lambda d: d.start_frame)
+        return Analysis(self._facts(timeline), self.cuts, self.clips, self.dropped, inherited=int(self._inherited))
+
+    def _facts(self, timeline: Timeline) -> SourceFacts:
+        facts, info = self.decoder.facts, self.info
+        steps = np.diff(timeline.pts)
+        duration = (timeline.end_pts - int(timeline.pts[0])) * float(self.base)
+        if duration <= 0:
+            raise SourceFailure("its timestamps don't advance")
+        warnings = list(self.index.warnings)
+        if facts.errors:
+            warnings.append(f"{facts.errors} packets can't be decoded")
+        width, height = info.display(facts.orientation)
+        return SourceFacts(
+            container=info.container,
+            codec=info.codec,
+            pixel_format=facts.pixel_format,
+            width=info.width,
+            height=info.height,
+            display_width=width,
+            display_height=height,
+            orientation=facts.orientation,
+            sample_aspect=(info.sample_aspect.numerator, info.sample_aspect.denominator),
+            interlaced=facts.interlaced,
+            fps=len(timeline.pts) / duration,
+            variable_frame_rate=bool(
+                steps.max() > 1.5 * max(float(np.median(steps)), 1e-9) or steps.min() < 0.5 * np.median(steps)
+            ),
+            time_base=Fraction(self.base),
+            start_pts=int(timeline.pts[0]),
+            end_pts=timeline.end_pts,
+            duration=duration,
+            frames=len(timeline.pts),
+            bit_rate=round(8 * float(self.index.size.sum()) / duration),
+            b_frames=bool((np.diff(self.index.pts) < 0).any()) if self.index.trusted else False,
+            keyframes=tuple(int(timeline.pts[k]) for k in timeline.keyframes),
+            warnings=tuple(warnings),
+        )

@@ -1,0 +1,78 @@
+"""Bringing a source here: its local file, for as long as it is needed, whatever the source is.
+
+What sources are and how they are listed is in svd/sources/listing.py; `ytdl:` addresses need yt-dlp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from svd import storage
+from svd.core.errors import UserError
+from svd.sources.listing import Source
+from svd.sources.tars import header_hash
+
+MAX_BYTES = 100 << 30
+MAX_SECONDS = 6 * 3600.0
+_BLOCK = 4 << 20
+
+
+@contextlib.contextmanager
+def local_file(source: Source, folder: Path) -> Iterator[Path]:
+    """A local file with the bytes of `source`; a fetched or extracted one lies in `folder` and is removed afterwards.
+
+    Raises OSError when it can't be read or fetched, UserError when a tool for its kind of address is missing.
+    """
+    if source.path is not None and source.offset is None:
+        yield source.path
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as temporary:
+        # The name in the address is never used as a name on disk: it may hold `../` or be too long.
+        target = Path(temporary) / "source"
+        if source.archive is not None:
+            _extract(source, target)
+        else:
+            _fetch(source.uri, target)
+        yield target
+
+
+def _extract(source: Source, target: Path) -> None:
+    """Copy a member of a tar, by ranges when the tar is remote."""
+    archive = source.path or source.archive or ""
+    left = source.size or 0
+    with storage.open_read(archive, _BLOCK) as stream, target.open("wb") as file:
+        if source.header and header_hash(stream, source.offset or 0) != source.header:
+            raise OSError(f"{archive}: it is another tar than the one that was listed; list the sources again")
+        stream.seek(source.offset or 0)
+        while block := stream.read(min(left, _BLOCK)):
+            file.write(block)
+            left -= len(block)
+    if left:
+        raise OSError(f"{archive}: {left} bytes less than its index says; the tar was cut short")
+
+
+def _fetch(uri: str, target: Path) -> None:
+    if not uri.startswith("ytdl:"):
+        # A stream that never ends must not fill the disk.
+        storage.download(uri, target, min(MAX_BYTES, shutil.disk_usage(target.parent).free / 2), MAX_SECONDS)
+        return
+    try:
+        import yt_dlp
+    except ModuleNotFoundError:
+        raise UserError(
+            f"sources: '{uri}' needs yt-dlp: pip install 'svd-platform[youtube]', or remove the source"
+        ) from None
+    options = {
+        **{"outtmpl": str(target).replace("%", "%%"), "format": "bv*[height<=1080]/b", "max_filesize": MAX_BYTES},
+        **{"quiet": True, "noprogress": True, "no_warnings": True, "noplaylist": True},
+    }
+    try:
+        with yt_dlp.YoutubeDL(options) as downloader:
+            downloader.download([uri.removeprefix("ytdl:")])
+    except yt_dlp.utils.DownloadError as error:
+        raise OSError(f"yt-dlp: {error}") from None

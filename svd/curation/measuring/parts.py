@@ -1,0 +1,229 @@
+"""Long sources are split by time into parts, so that several processes work on one film.
+
+A part begins at a keyframe, its packets are copied into a file of their own as those of a clip are, and what is found
+in it is put back on the clock of the source. The copy holds a few seconds on both sides of the part as well, so that
+cuts near a boundary are found as they are in the whole; a cut is listed by the part that holds its start, and one
+exactly on a boundary by the part that ends there. No clip reaches over a boundary, as none does in a long shot that is
+split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+
+from svd.config import CurationConfig
+from svd.curation.clips.spans import Timeline
+from svd.curation.clips.writer import write_clip
+from svd.curation.cuts.finder import SETTLE_SECONDS
+from svd.curation.decoding.probe import PacketIndex, SourceInfo, open_video, read_packets, read_source
+from svd.curation.measuring.decode_pass import COPY_CODECS, Taken, Window, analyse
+from svd.curation.types import Analysis, ClipSpan, Cut, DroppedSpan, SourceFacts, SourceFailure
+from svd.media.orientation import UPRIGHT
+
+MOST_REORDERED = 16  # frames that may be decoded before those shown before them, H.264's limit
+LEAST_RATE = 4000  # bytes a second; what is smaller than a part of this rate is not even looked into
+Part = tuple[int, int]  # number, and of how many
+WHOLE: Part = (0, 1)
+
+
+def part_starts(timeline: Timeline, seconds: float) -> list[int]:
+    """The keyframes (numbers of frames) with which parts of about `seconds` begin; [0]: not to be split."""
+    keys, pts = timeline.keyframes, timeline.pts
+    total = timeline.seconds(len(pts)) - timeline.seconds(0)
+    count = max(1, round(total / seconds))
+    if not len(keys) or keys[0] != 0:
+        return [0]
+    times = (pts[keys] - pts[0]) * timeline.time_base
+    wanted = total * np.arange(1, count) / count
+    return sorted({0, *(int(keys[np.abs(times - time).argmin()]) for time in wanted)})
+
+
+def _timeline(index: PacketIndex) -> Timeline:
+    shown = index.shown()
+    return Timeline(shown, int(shown[-1]) + max(1, index.last_duration), index, index.time_base)
+
+
+def seconds_claimed(path: Path) -> float:
+    """The duration in the header, but no more than the bytes can hold: broken headers promise years.
+
+    Raises SourceFailure when it is no readable video.
+    """
+    with open_video(path) as (container, _):
+        return min((container.duration or 0) / av.time_base, path.stat().st_size / LEAST_RATE)
+
+
+def count_parts(path: Path, config: CurationConfig) -> int:
+    """How many parts a source is split into; raises SourceFailure when it is no readable video."""
+    if path.stat().st_size < config.part_seconds * LEAST_RATE:
+        return 1
+    info, index = read_source(path), read_packets(path)
+    # AVI has the timestamps of decoding.
+    if info.container == "avi" or info.codec not in COPY_CODECS or not index.trusted or index.discarded.any():
+        return 1
+    return len(part_starts(_timeline(index), config.part_seconds))
+
+
+def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, scratch: Path) -> Analysis:
+    """As analysis.analyse for one part of a source; its packets are copied to `scratch`, which is removed.
+
+    Frame numbers and times are those of the source, and so is `facts.start_pts`; `facts.frames` and `duration` are the
+    part's. A cut that a clip of this part begins with comes first and is counted as `inherited` when the part before
+    lists it. Raises SourceFailure.
+    """
+    if part == WHOLE:
+        return analyse(path, config, taken)
+    info, index = read_source(path), read_packets(path)
+    clock = _Clock(index, config.part_seconds, part[0])
+    try:
+        write_clip(path, clock.whole(), _copied(info, index), scratch)
+        clock.local = read_packets(scratch).time_base
+        analysis = analyse(
+            scratch, config, lambda clip: taken(replace(clip, span=clock.span(clip.span))), clock.window()
+        )
+    finally:
+        scratch.unlink(missing_ok=True)
+    if analysis.facts.time_base != clock.local:
+        raise SourceFailure("its frames are not in the order of their timestamps, and it is too long for one part")
+    return replace(
+        analysis,
+        facts=clock.facts(analysis.facts, info.container, index.warnings),
+        cuts=[clock.cut(cut) for cut in analysis.cuts],
+        dropped=[clock.dropped(span) for span in analysis.dropped],
+    )
+
+
+class _Clock:
+    """Turns numbers and times of a part into those of its source."""
+
+    def __init__(self, index: PacketIndex, seconds: float, number: int) -> None:
+        self.source, self.base = _timeline(index), index.time_base
+        self.local = index.time_base  # of the part's own file
+        bounds = [*part_starts(self.source, seconds), len(self.source.pts)]
+        self.first, self.next = bounds[number], bounds[number + 1]
+        self.lead = self._keyframe_before()
+        self.last = self.source.copy_end(self.lead, self._end_behind())
+        if self.last < self.next:
+            raise SourceFailure("packets are missing between two of its parts, and it is too long for one")
+        self.start = self.source.at(self.lead)
+
+    def _keyframe_before(self) -> int:
+        """A keyframe some seconds before the part, or the first one."""
+        keys = self.source.keyframes
+        early = self.source.pts[keys] <= self.source.at(self.first) - SETTLE_SECONDS / self.source.time_base
+        return int(keys[max(int(early.sum()) - 1, 0)])
+
+    def _end_behind(self) -> int:
+        """A frame some seconds behind the part, or the end of the source."""
+        limit = self.source.at(self.next) + SETTLE_SECONDS / self.source.time_base
+        enough = max(int(np.searchsorted(self.source.pts, limit)), self.next + MOST_REORDERED + 1)
+        return min(enough, len(self.source.pts))
+
+    def whole(self) -> ClipSpan:
+        """What is copied, as a clip: the part with what surrounds it."""
+        at, seconds, frames = self.source.at, self.source.seconds, self.last - self.lead
+        ends = at(self.lead), at(self.last), seconds(self.lead), seconds(self.last)
+        return ClipSpan(self.lead, self.last, *ends, frames, "copy", self.lead, self.last)
+
+    def window(self) -> Window:
+        """The part's own frames in what is copied."""
+        return self.first - self.lead, self.next - self.lead
+
+    def pts(self, local: int) -> int:
+        """Timestamp in the source of one in the part, whose file begins with 0."""
+        return self.start + int(local * self.local / self.base)
+
+    def at(self, frame: int) -> int:
+        """Number in the source of a frame of the part."""
+        return self.lead + frame
+
+    def seconds(self, pts: int) -> float:
+        """Time on the source's clock."""
+        return pts * self.source.time_base
+
+    def span(self, span: ClipSpan) -> ClipSpan:
+        """A clip's span; its cuts stay numbers of the part's cuts."""
+        start, end = self.pts(span.start_pts), self.pts(span.end_pts)
+        return replace(
+            span,
+            start_frame=self.at(span.start_frame),
+            end_frame=self.at(span.end_frame),
+            start_pts=start,
+            end_pts=end,
+            start_seconds=self.seconds(start),
+            end_seconds=self.seconds(end),
+            shot_start_frame=self.at(span.shot_start_frame),
+            shot_end_frame=self.at(span.shot_end_frame),
+        )
+
+    def cut(self, cut: Cut) -> Cut:
+        """A cut with its transition."""
+        zero = self.seconds(self.start)
+        return replace(
+            cut,
+            frame=self.at(cut.frame),
+            start_frame=self.at(cut.start_frame),
+            end_frame=self.at(cut.end_frame),
+            pts=self.pts(cut.pts),
+            seconds=self.seconds(self.pts(cut.pts)),
+            start_seconds=zero + cut.start_seconds,
+            end_seconds=zero + cut.end_seconds,
+        )
+
+    def dropped(self, span: DroppedSpan) -> DroppedSpan:
+        """Frames that no clip holds."""
+        start, end = self.pts(span.start_pts), self.pts(span.end_pts)
+        return DroppedSpan(
+            self.at(span.start_frame),
+            self.at(span.end_frame),
+            start,
+            end,
+            self.seconds(start),
+            self.seconds(end),
+            span.reason,
+        )
+
+    def facts(self, facts: SourceFacts, container: str, warnings: tuple[str, ...]) -> SourceFacts:
+        """Facts of the part with the times of the source."""
+        duration, frames = self.source.seconds(self.next) - self.source.seconds(self.first), self.next - self.first
+        return replace(
+            facts,
+            frames=frames,
+            duration=duration,
+            fps=frames / duration,
+            container=container,
+            time_base=self.base,
+            start_pts=self.source.at(0),
+            end_pts=self.source.at(self.next),
+            keyframes=tuple(self.pts(key) for key in facts.keyframes),
+            warnings=(*warnings, *facts.warnings),
+        )
+
+
+def _copied(info: SourceInfo, index: PacketIndex) -> SourceFacts:
+    """What copying packets needs to know of a source."""
+    return SourceFacts(
+        container=info.container,
+        codec=info.codec,
+        pixel_format="",
+        width=info.width,
+        height=info.height,
+        display_width=info.width,
+        display_height=info.height,
+        orientation=UPRIGHT,
+        sample_aspect=(1, 1),
+        interlaced=False,
+        fps=float(info.fps(index)),
+        variable_frame_rate=False,
+        time_base=index.time_base,
+        start_pts=0,
+        end_pts=0,
+        duration=0.0,
+        frames=len(index.pts),
+        bit_rate=0,
+        b_frames=False,
+        keyframes=(),
+    )

@@ -1,1 +1,0 @@
-"""Data: synthetic worlds, sources, shards, latents, loader, rendering."""

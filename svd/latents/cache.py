@@ -1,0 +1,166 @@
+"""The latent cache: safetensors shards of encoded clips and one Parquet index, as training reads them.
+
+A shard holds, for N samples of one geometry: `moments` (N, T, 2C, h, w) bf16 posterior means and log-variances, so
+that the posterior's noise stays fresh in every epoch; `image` (N, T, E) fp16 CLIP embeddings of every frame; `frame`
+(N, 3, H, W) uint8, the clean conditioning frame; `text` (M, S, D) fp16, one entry a distinct caption. The index has
+one row a sample. A shard's name ends with a digest of its samples, and a sample's id is a digest of (clip, frames,
+fps, size, weights): a cache made with another autoencoder or another frame rate has other names and can't be mixed
+in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svd.config import Geometry, Phase
+from svd.core.errors import UserError
+from svd.core.files import write_json
+
+CAPTION = pl.Struct({"captioner": pl.String, "text": pl.String, "row": pl.Int64})
+SCHEMA: dict[str, Any] = {
+    "sample_id": pl.String,
+    "clip_id": pl.String,
+    "geometry": pl.String,
+    "split": pl.String,
+    "fps": pl.Float64,
+    "motion_bucket": pl.Int64,
+    "motion_score": pl.Float64,
+    "similarity": pl.Float64,
+    "text_area": pl.Float64,
+    "camera": pl.String,
+    "elevation": pl.Float64,
+    "shard": pl.String,
+    "row": pl.Int64,
+    "captions": pl.List(CAPTION),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One cached sample: moments (T, 2C, h, w), image (T, E) and frame (3, H, W) in [-1, 1] as float32; texts (S, D)
+    by caption, each with its captioner; the row of the index it came from."""
+
+    moments: Tensor
+    image: Tensor
+    frame: Tensor
+    texts: tuple[tuple[str, Tensor], ...]
+    row: Mapping[str, Any]
+
+
+def geometry_name(geometry: Geometry) -> str:
+    """The key of a geometry in the index, for example `14x320x576`: frames, height, width."""
+    return f"{geometry.frames}x{geometry.height}x{geometry.width}"
+
+
+def digest(*parts: object) -> str:
+    """A short hexadecimal digest of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a shard atomically; a killed process leaves no half-written file under this name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_index(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], null_text: Tensor) -> None:
+    """Write `index.parquet`, the facts shared by all samples (`latents.json`) and the empty prompt's embedding (S,
+    D).
+    """
+    frame = pl.DataFrame(list(rows), schema=SCHEMA).sort("geometry", "shard", "row")
+    frame.write_parquet(folder / "index.parquet", statistics=False)
+    save_file({"text": null_text.to(torch.float16).contiguous()}, folder / "null_text.safetensors")
+    write_json(folder / "latents.json", dict(facts))
+
+
+def _parse_geometry(name: str) -> Geometry:
+    frames, height, width = map(int, name.split("x"))
+    return Geometry(frames=frames, height=height, width=width)
+
+
+class LatentCache:
+    """A finished cache, read by random access; raises UserError when the folder holds none or a shard is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "latents.json").is_file():
+            raise UserError(f"{folder}: no latent cache here (latents.json is missing); run the stage 'latents' first")
+        self.facts: dict[str, Any] = json.loads((folder / "latents.json").read_text())
+        self.index = pl.read_parquet(folder / "index.parquet")
+        self._handles: dict[str, Any] = {}
+
+    @property
+    def scaling_factor(self) -> float:
+        """What posterior samples are multiplied by before diffusion."""
+        return float(self.facts["scaling_factor"])
+
+    @cached_property
+    def null_text(self) -> Tensor:
+        """(S, D) float32 embedding of the empty prompt, the text of the unconditional branch."""
+        with safe_open(self.folder / "null_text.safetensors", "pt") as file:
+            return file.get_tensor("text").float()
+
+    def rows(self, phase: Phase, split: str) -> pl.DataFrame:
+        """The samples that can feed a phase: of its size and with the fewest frames that suffice, in a fixed order.
+
+        Raises UserError when there is none.
+        """
+        fitting = [g for g in map(_parse_geometry, self.index["geometry"].unique()) if g.serves(phase)]
+        if fitting:
+            name = geometry_name(min(fitting, key=lambda g: g.frames))
+            chosen = self.index.filter((pl.col("geometry") == name) & (pl.col("split") == split))
+            if not chosen.is_empty():
+                return chosen.sort("sample_id")
+        wanted = f"{phase.frames} frames of {phase.height}x{phase.width}"
+        known = ", ".join(sorted(self.index["geometry"].unique())) or "nothing"
+        raise UserError(
+            f"{self.folder}: no {split} samples with {wanted} (cached: {known}); "
+            "add the size to 'latents.geometries', or curate more and longer clips"
+        )
+
+    def read(self, row: Mapping[str, Any]) -> Sample:
+        """Load one sample."""
+        shard, number = self._open(row["shard"]), row["row"]
+        frame = shard.get_slice("frame")[number].float() / 127.5 - 1
+        text = shard.get_slice("text") if row["captions"] else None
+        return Sample(
+            shard.get_slice("moments")[number].float(),
+            shard.get_slice("image")[number].float(),
+            frame,
+            tuple((c["captioner"], text[c["row"]].float()) for c in row["captions"]) if text else (),
+            row,
+        )
+
+    def _open(self, name: str) -> Any:
+        """A memory-mapped shard; the last 256 stay open."""
+        if name not in self._handles:
+            path = self.folder / "shards" / name
+            try:
+                self._handles[name] = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{path}: can't be read ({error}); delete it and run the stage 'latents' again"
+                ) from None
+            if len(self._handles) > 256:
+                del self._handles[next(iter(self._handles))]
+        return self._handles[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}

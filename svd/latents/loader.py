@@ -1,0 +1,289 @@
+"""Training examples whose order and random draws are functions of (seed, global sample index) alone.
+
+The state of the whole data pipeline is therefore one integer, the next step: training resumes exactly, and on any
+number of ranks, because sample i is the same wherever it is drawn. Legend: B clips, T frames, C latent channels, h x
+w latent size, S tokens of width D, E width of an image embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from svd.core.errors import UserError
+from svd.diffusion.edm import DiscreteSchedule, LogNormal, offset_noise
+from svd.latents.cache import LatentCache, Sample
+
+Batch = dict[str, Tensor]
+
+
+def generator(seed: int, index: int, stream: str) -> torch.Generator:
+    """A CPU generator for one quantity (`stream`) of one global sample; a new quantity changes no other's numbers."""
+    key = hashlib.blake2b(f"{seed}/{index}/{stream}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "little"))
+
+
+def shuffled(position: int, size: int, key: str) -> int:
+    """Where a pseudo-random permutation of range(size) sends `position`, in O(1) memory: a Feistel network,
+    cycle-walked.
+
+    A permutation of 10^8 clips held as an array costs 0.8 GB a rank; this one costs nothing and can start anywhere.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for turn in range(4):
+            block = hashlib.blake2b(f"{key}/{turn}/{right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(block, "little") & mask)
+        position = (left << half) | right
+        if position < size:
+            return position
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for a sample: ln sigma ~ N(p_mean, p_std^2) (D.2), captions by probability (E.2.2), classifier-free
+    dropout per signal, the conditioning frame's noise ln sigma ~ N(conditioning_p_mean, conditioning_p_std^2) (D.4).
+
+    `strata` > 0 makes the draws a fixed examination: sigma runs through that many quantiles of its distribution, the
+    posterior's mean is used, nothing is dropped and the first caption is taken. `pixels`: the conditioning frame is
+    needed as a picture. `image_share`: how many of the clips are replaced by unrelated images (joint training).
+    """
+
+    seed: int
+    p_mean: float
+    p_std: float
+    objective: Literal["edm", "discrete-v"] = "edm"
+    offset_noise: float = 0.0
+    text_dropout: float = 0.0
+    image_dropout: float = 0.0
+    conditioning_p_mean: float = -3.0
+    conditioning_p_std: float = 0.5
+    caption_probabilities: tuple[tuple[str, float], ...] = ()
+    pixels: bool = False
+    image_share: float = 0.0
+    strata: int = 0
+
+    @property
+    def joint(self) -> bool:
+        """Whether some samples are images; an examination looks at clips alone, whatever a training mixes in."""
+        return self.image_share > 0 and not self.strata
+
+    def images(self, index: int) -> bool:
+        """Whether a global sample is made of unrelated images."""
+        return self.joint and torch.rand((), generator=generator(self.seed, index, "joint")).item() < self.image_share
+
+    def sigma(self, index: int) -> Tensor:
+        """() the noise level of a global sample."""
+        if self.strata:
+            quantile = torch.tensor((index % self.strata + 0.5) / self.strata, dtype=torch.float64)
+            if self.objective == "discrete-v":
+                return DiscreteSchedule().sigmas[int(quantile * DiscreteSchedule().steps)]
+            return (self.p_mean + self.p_std * math.sqrt(2) * torch.erfinv(2 * quantile - 1)).exp().float()
+        source = generator(self.seed, index, "sigma")
+        schedule = LogNormal(self.p_mean, self.p_std) if self.objective == "edm" else DiscreteSchedule()
+        return schedule.sample(1, source)[0]
+
+    def kept(self, index: int, stream: str, dropout: float) -> bool:
+        """Whether a conditioning signal survives the dropout."""
+        return bool(self.strata) or torch.rand((), generator=generator(self.seed, index, stream)).item() >= dropout
+
+
+class Examples(Dataset[Batch]):
+    """Training examples by global sample index: cached samples in a new pseudo-random order every epoch, with all
+    draws made.
+
+    `frames` T may be fewer than a sample holds: a window of it is drawn then (the first frames when pixels are needed
+    or in an examination, because the conditioning frame is cached for the whole sample).
+
+    With `draws.image_share` some samples are T frames of as many samples drawn at random (with replacement), each with
+    a caption of its own: still images, for which the temporal layers are switched off, as the mixers of the released
+    code provide for. Their motion bucket is 0, their fps that of the clip they replace. The paper doesn't say what
+    the images, and what their ids were; one sigma for the T of them is a choice too, that of the network's input.
+
+    An example: latents (T, C, h, w) scaled; noise, the same shape; sigma (); text (S, D) when there are captions, the
+    empty prompt's when dropped; image (T, E) and keep_image (), keep_concat () in {0, 1}; conditioning_sigma (); fps,
+    motion_bucket, elevation () as numbers; with `draws.pixels` frame and frame_noise (3, H, W), and latent_noise (2,
+    C, h, w) for interpolation; in joint training text is (T, S, D), and image_only () tells which samples are images.
+    """
+
+    def __init__(self, cache: LatentCache, rows: Sequence[Mapping[str, Any]], frames: int, draws: Draws) -> None:
+        if not rows:
+            raise UserError(f"{cache.folder}: no samples left to train on after filtering; loosen the selection")
+        self.cache = cache
+        self.rows = rows
+        self.frames = frames
+        self.draws = draws
+
+    def __len__(self) -> int:
+        """Samples of one epoch; indices go on beyond it."""
+        return len(self.rows)
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        """The index row of a global sample; an examination takes the rows in order, one row for each set of strata."""
+        count = len(self.rows)
+        if self.draws.strata:
+            return self.rows[index % count]
+        epoch, position = divmod(index, count)
+        return self.rows[shuffled(position, count, f"{self.draws.seed}/{epoch}")]
+
+    def __getitem__(self, index: int) -> Batch:
+        draws = self.draws
+        images = draws.images(index)
+        sample, text = self._images(index) if images else self._clip(index)
+        latents = self._latents(sample.moments, index)
+        example = {
+            "index": torch.tensor(index),
+            "latents": latents,
+            "noise": self._noise(latents.shape, index, images),
+            "sigma": draws.sigma(index),
+            "scaling_factor": torch.tensor(self.cache.scaling_factor),
+            "image": sample.image,
+            "keep_image": torch.tensor(float(draws.kept(index, "image", draws.image_dropout))),
+            "keep_concat": torch.tensor(float(draws.kept(index, "concat", draws.image_dropout))),
+            "conditioning_sigma": self._conditioning_sigma(index),
+            "fps": torch.tensor(float(sample.row["fps"])),
+            "motion_bucket": torch.tensor(float(sample.row["motion_bucket"])),
+            "elevation": torch.tensor(float(sample.row["elevation"])),
+        }
+        if text is not None:
+            example["text"] = text
+        if draws.joint:
+            example["image_only"] = torch.tensor(images)
+        if draws.pixels:
+            example["frame"] = sample.frame
+            example["frame_noise"] = torch.randn(sample.frame.shape, generator=generator(draws.seed, index, "frame"))
+        else:
+            shape = (2, *latents.shape[1:])
+            example["latent_noise"] = torch.randn(shape, generator=generator(draws.seed, index, "ends"))
+        return example
+
+    def _clip(self, index: int) -> tuple[Sample, Tensor | None]:
+        """A sample cut to T frames, and its text: (S, D), in joint training (T, S, D)."""
+        sample = self.cache.read(self.row(index))
+        window = self._window(len(sample.moments), index)
+        text = self._text(sample, index) if sample.texts else None
+        if text is not None and self.draws.joint:
+            text = text.expand(self.frames, -1, -1)
+        return replace(sample, moments=sample.moments[window], image=sample.image[window]), text
+
+    def _images(self, index: int) -> tuple[Sample, Tensor]:
+        """T frames, each of a sample of its own, in the place of a clip, and their texts (T, S, D)."""
+        source = generator(self.draws.seed, index, "images")
+        chosen = torch.randint(len(self.rows), (self.frames,), generator=source).tolist()
+        samples = [self.cache.read(self.rows[number]) for number in chosen]
+        frames = [int(torch.randint(len(sample.moments), (), generator=source)) for sample in samples]
+        moments, image = (
+            torch.stack([getattr(sample, name)[frame] for sample, frame in zip(samples, frames, strict=True)])
+            for name in ("moments", "image")
+        )
+        texts = [self._text(sample, index, f"/{number}") for number, sample in enumerate(samples)]
+        row = {**self.row(index), "motion_bucket": 0}
+        return Sample(moments, image, samples[0].frame, (), row), torch.stack(texts)
+
+    def _noise(self, shape: Sequence[int], index: int, images: bool) -> Tensor:
+        """(T, C, h, w); the offset is shared by the frames of a clip, and drawn for every image by itself."""
+        draws = self.draws
+        noise = torch.randn(shape, generator=generator(draws.seed, index, "noise"))
+        apart = noise[:, None] if images else noise[None]
+        return offset_noise(apart, draws.offset_noise, generator(draws.seed, index, "offset")).view(shape)
+
+    def _window(self, available: int, index: int) -> slice:
+        """Which frames of a cached sample are used."""
+        free = available - self.frames
+        if free == 0 or self.draws.pixels or self.draws.strata:
+            return slice(0, self.frames)
+        start = int(torch.randint(free + 1, (), generator=generator(self.draws.seed, index, "window")))
+        return slice(start, start + self.frames)
+
+    def _latents(self, moments: Tensor, index: int) -> Tensor:
+        """(T, C, h, w): a fresh sample of the posterior (its mean in an examination), scaled to unit variance."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        if not self.draws.strata:
+            posterior = torch.randn(mean.shape, generator=generator(self.draws.seed, index, "posterior"))
+            mean = mean + (0.5 * log_variance).exp() * posterior
+        return mean * self.cache.scaling_factor
+
+    def _conditioning_sigma(self, index: int) -> Tensor:
+        """() noise level of the conditioning frame; its median in an examination."""
+        draws = self.draws
+        if draws.strata:
+            return torch.tensor(math.exp(draws.conditioning_p_mean))
+        level = LogNormal(draws.conditioning_p_mean, draws.conditioning_p_std)
+        return level.sample(1, generator(draws.seed, index, "conditioning"))[0]
+
+    def _text(self, sample: Sample, index: int, part: str = "") -> Tensor:
+        """(S, D): one of the sample's captions, drawn by its captioner's probability, or the empty prompt when
+        dropped or when there is none. The probabilities of the captioners that a sample has are scaled to a sum of 1.
+        `part` tells the images of one index apart.
+        """
+        draws = self.draws
+        if not sample.texts or not draws.kept(index, f"text{part}", draws.text_dropout):
+            return self.cache.null_text
+        if draws.strata:
+            return sample.texts[0][1]
+        weights = dict(draws.caption_probabilities)
+        shares = torch.tensor([weights.get(captioner, 0.0) for captioner, _ in sample.texts])
+        shares = shares if shares.sum() > 0 else torch.ones_like(shares)
+        chosen = torch.multinomial(shares, 1, generator=generator(draws.seed, index, f"caption{part}"))
+        return sample.texts[int(chosen)][1]
+
+
+class Steps(Sampler[list[int]]):
+    """Global sample indices of each batch of one rank, from batch `start` on; the ranks' batches together are
+    contiguous.
+    """
+
+    def __init__(self, batches: int, global_batch: int, rank: int, ranks: int, start: int = 0) -> None:
+        self.batches, self.global_batch, self.rank, self.ranks, self.start = batches, global_batch, rank, ranks, start
+
+    def __len__(self) -> int:
+        return self.batches - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.start, self.batches):
+            first = batch * self.global_batch
+            yield list(range(first + self.rank, first + self.global_batch, self.ranks))
+
+
+class IndexedLoader:
+    """Batches 0 … `batches` - 1 of `examples`; its state is the number of the next batch.
+
+    It has `__len__`, which counts the batches of the whole run: without one Lightning fetches a batch ahead and skips
+    it when resuming. `global_batch` clips are shared evenly by the ranks; raises UserError when that isn't possible.
+    """
+
+    def __init__(
+        self, examples: Examples, batches: int, global_batch: int, rank: int = 0, ranks: int = 1, num_workers: int = 0
+    ) -> None:
+        if global_batch % ranks:
+            raise UserError(f"a batch of {global_batch} clips can't be shared by {ranks} ranks; change 'batch_size'")
+        self.examples, self.batches, self.global_batch = examples, batches, global_batch
+        self.rank, self.ranks, self.num_workers = rank, ranks, num_workers
+        self.next = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps = Steps(self.batches, self.global_batch, self.rank, self.ranks, self.next)
+        pin = torch.cuda.is_available()
+        for batch in DataLoader(self.examples, batch_sampler=steps, num_workers=self.num_workers, pin_memory=pin):
+            self.next += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The next batch, as Lightning stores it in a checkpoint."""
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the batch of a checkpoint."""
+        self.next = state["next"]

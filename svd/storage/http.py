@@ -1,0 +1,128 @@
+"""Files from http(s) addresses: tried again after failures, going on where a broken transfer stopped; or in ranges."""
+
+from __future__ import annotations
+
+import http.client
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import httpx
+
+from svd.core.errors import UserError
+from svd.core.retries import Transient, retrying
+
+_PATIENCE = 60
+_PASSING = (408, 425, 429)
+_BLOCK = 1 << 20
+
+
+def download_address(address: str, path: Path, most: float = math.inf, seconds: float = math.inf) -> None:
+    """Write what `address` serves to `path`.
+
+    A transfer that breaks is continued when the server supports ranges and still has the same version, else it starts
+    again. most, seconds: bytes and time after which it is given up, for servers that never end. Raises
+    FileNotFoundError (404, 410), UserError (denied, other refusals, too much) and svd.core.retries.Unreachable.
+    """
+    path.unlink(missing_ok=True)
+    validator: list[str] = []
+    limits = most, time.monotonic() + seconds
+    retrying(lambda: _continue(address, path, validator, limits), address)
+
+
+def _continue(address: str, path: Path, validator: list[str], limits: tuple[float, float]) -> None:
+    """One try; `validator` remembers the version (ETag or date) that the bytes in `path` belong to."""
+    have = path.stat().st_size if path.exists() and validator else 0
+    request = urllib.request.Request(address, headers={"User-Agent": "svd-platform"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", validator[0])
+    try:
+        with urllib.request.urlopen(request, timeout=_PATIENCE) as response:
+            _receive(response, path, have, validator, limits)
+    except urllib.error.HTTPError as error:
+        raise _refusal(error.code, error.reason, address) from None
+    except (http.client.HTTPException, OSError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise Transient(str(reason) or type(error).__name__) from error
+
+
+def _receive(
+    response: http.client.HTTPResponse, path: Path, have: int, validator: list[str], limits: tuple[float, float]
+) -> None:
+    """Append to `path`, or start it again when the server sends the whole; raises Transient for a short body."""
+    resumed = response.status == http.client.PARTIAL_CONTENT
+    strong = response.headers.get("ETag", "")
+    validator[:] = [v for v in (strong if not strong.startswith("W/") else "", response.headers["Last-Modified"]) if v]
+    length = response.headers.get("Content-Length")
+    start = have if resumed else 0
+    with path.open("ab" if resumed else "wb") as stream:
+        _copy(response, stream, limits)
+        arrived = stream.tell() - start
+    if length is not None and arrived != int(length):
+        raise Transient(f"{arrived} of {length} bytes arrived")
+
+
+def _copy(response: http.client.HTTPResponse, stream: BinaryIO, limits: tuple[float, float]) -> None:
+    """Copy until the server ends; raises UserError once it has sent too much or for too long."""
+    most, end = limits
+    while block := response.read1(_BLOCK):
+        stream.write(block)
+        if stream.tell() > most:
+            raise UserError(f"{response.url}: more than {most / 1e6:,.0f} MB; the transfer was given up")
+        if time.monotonic() > end:
+            raise UserError(f"{response.url}: does not come to an end; the transfer was given up")
+
+
+def _refusal(code: int, reason: str, address: str) -> Exception:
+    if code >= 500 or code in _PASSING:
+        return Transient(f"the server answers {code} {reason}")
+    if code in (404, 410):
+        return FileNotFoundError(f"{address}: no such file ({code})")
+    return UserError(f"{address}: the server answers {code} {reason}; check the address and your access")
+
+
+def ranged_address(address: str) -> tuple[Callable[[int, int], bytes], int]:
+    """What reads (start, length) of the file at `address` over one kept connection, and its size in bytes.
+
+    Raises FileNotFoundError (404, 410), svd.core.retries.Unreachable, and UserError: refusals, a server that ignores
+    ranges or does not tell the size, and from the reading function a file that became another one.
+    """
+    client = httpx.Client(follow_redirects=True, timeout=_PATIENCE, headers={"User-Agent": "svd-platform"})
+    _, headers = retrying(lambda: _get_range(client, address, 0, 1), address)
+    total = headers.get("Content-Range", "").rpartition("/")[2]
+    if not total.isdigit():
+        raise UserError(f"{address}: the server does not tell the size of the file; download it first")
+    strong = headers.get("ETag", "")
+    validator = strong if strong and not strong.startswith("W/") else headers.get("Last-Modified", "")
+
+    def read(start: int, length: int) -> bytes:
+        return retrying(lambda: _get_range(client, address, start, length, validator), address)[0]
+
+    return read, int(total)
+
+
+def _get_range(
+    client: httpx.Client, address: str, start: int, length: int, validator: str = ""
+) -> tuple[bytes, httpx.Headers]:
+    """One try; nothing but the range is read when the server sends the whole file instead."""
+    headers = {"Range": f"bytes={start}-{start + length - 1}"} | ({"If-Range": validator} if validator else {})
+    try:
+        with client.stream("GET", address, headers=headers) as response:
+            if response.status_code == httpx.codes.OK:
+                change = "the file became another one while it was read" if validator else "the server ignores ranges"
+                raise UserError(f"{address}: {change}; download it first")
+            if response.status_code != httpx.codes.PARTIAL_CONTENT:
+                raise _refusal(response.status_code, response.reason_phrase, address)
+            data = b"".join(response.iter_raw())
+    except httpx.InvalidURL as error:
+        raise UserError(f"{address}: {error}") from None
+    except httpx.HTTPError as error:
+        raise Transient(str(error) or type(error).__name__) from error
+    if len(data) != length:
+        raise Transient(f"{len(data)} of {length} bytes arrived")
+    return data, response.headers

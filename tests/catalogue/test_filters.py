@@ -1,0 +1,105 @@
+"""Filters: thresholds, verdicts, reasons, funnel; against a plain Python judgement."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svd.catalogue import filters, schema
+from svd.catalogue import tables as catalog
+from svd.config import FiltersConfig
+
+
+def frame(**columns) -> pl.DataFrame:
+    length = len(next(iter(columns.values())))
+    table = pl.DataFrame({"clip_id": [f"c{i}" for i in range(length)], **columns})
+    return pl.from_arrow(catalog.with_schema(table, schema.CLIPS_SCHEMA))
+
+
+def judge(table: pl.DataFrame, **config) -> tuple[pl.DataFrame, dict[str, float]]:
+    clips, thresholds = filters.apply(table.lazy(), FiltersConfig.model_validate(config))
+    return clips.collect(), thresholds
+
+
+scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=scores, share=st.sampled_from([0.0, 0.125, 0.25, 0.5]))
+def test_a_quantile_drops_its_share_from_the_right_end(values, share):
+    table = frame(motion_score=values, text_area=values)
+    kept, _ = judge(table, min_motion={"quantile": share})
+    dropped = [v for v, k in zip(values, kept["keep"], strict=True) if not k]
+    remaining = [v for v, k in zip(values, kept["keep"], strict=True) if k]
+    # Never more than the share (rounded up); less only where scores tie at the threshold.
+    assert len(dropped) <= -(-share * (len(values) - 1) // 1)
+    assert not dropped or max(dropped) < min(remaining)
+    kept, _ = judge(table, max_text_area={"quantile": share})
+    dropped = [v for v, k in zip(values, kept["keep"], strict=True) if not k]
+    remaining = [v for v, k in zip(values, kept["keep"], strict=True) if k]
+    assert not dropped or min(dropped) > max(remaining)
+
+
+def test_distinct_scores_lose_exactly_the_share():
+    table = frame(motion_score=[float(i) for i in range(101)])
+    for share, count in ((0.125, 13), (0.25, 25), (0.5, 50)):
+        kept, _ = judge(table, min_motion={"quantile": share})
+        assert (~kept["keep"]).sum() == count
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.tuples(*[st.one_of(st.none(), st.floats(0, 1, width=32))] * 3), min_size=1, max_size=40))
+def test_verdicts_equal_a_plain_judgement(rows):
+    motion, similarity, text = (list(column) for column in zip(*rows, strict=True))
+    table = frame(motion_score=motion, similarity=similarity, text_area=text)
+    clips, thresholds = judge(
+        table, min_motion={"absolute": 0.3}, min_similarity={"absolute": 0.5}, max_text_area={"absolute": 0.07}
+    )
+    used = {
+        name
+        for name, column in (("motion", motion), ("similarity", similarity), ("text_area", text))
+        if any(v is not None for v in column)
+    }
+    assert set(thresholds) == used
+    for row, (m, s, t) in zip(clips.iter_rows(named=True), rows, strict=True):
+        failed = []
+        if "motion" in used and (m is None or m < 0.3):
+            failed.append("motion")
+        if "similarity" in used and s is not None and s < 0.5:
+            failed.append("similarity")
+        if "text_area" in used and (t is None or t > 0.07):
+            failed.append("text_area")
+        assert row["keep"] == (not failed)
+        assert row["verdict"] == (failed[0] if failed else "kept")
+        assert [part.split(" ")[0] for part in row["reason"].split("; ") if part] == failed
+    steps = filters.funnel(clips.lazy(), thresholds)
+    assert steps[0]["left"] == len(rows)
+    assert steps[-1]["left"] == clips["keep"].sum()
+    assert sum(step["dropped"] for step in steps) == len(rows) - steps[-1]["left"]
+
+
+def test_reasons_name_score_sign_and_threshold():
+    table = frame(motion_score=[0.021, None, 0.5], text_area=[0.102, 0.0, 0.0])
+    clips, _ = judge(table, min_motion={"absolute": 0.043}, max_text_area={"absolute": 0.07})
+    assert clips["reason"].to_list() == [
+        "motion 0.021 < 0.043; text_area 0.102 > 0.07",
+        "motion not measured",
+        "",
+    ]
+
+
+def test_a_score_that_is_no_number_is_not_measured():
+    table = frame(aesthetics=[float("nan"), 5.0, 3.0])
+    clips, thresholds = judge(table, min_aesthetics={"quantile": 0.5})
+    assert thresholds == {"aesthetics": 5.0}
+    assert clips["reason"].to_list() == ["aesthetics not measured", "", "aesthetics 3.0 < 5"]
+
+
+@pytest.mark.parametrize("config", [{}, {"min_aesthetics": {"quantile": 0.25}}])
+def test_without_scores_an_axis_is_unused(config):
+    clips, thresholds = judge(frame(motion_score=[1.0, 2.0]), **config)
+    assert thresholds == {}
+    assert clips["keep"].all()
+    assert clips["pass_aesthetics"].is_null().all()
