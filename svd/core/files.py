@@ -48,6 +48,8 @@ def atomic_file(path: Path, mode: int | None = None) -> Iterator[Path]:
             os.fchmod(descriptor, mode)
         os.ftruncate(descriptor, 0)
         yield temporary
+        if mode is not None:
+            temporary.chmod(mode)  # some writers put a file of their own in its place
         _sync(temporary)
         temporary.replace(path)
     except BaseException:

@@ -13,16 +13,14 @@ import hashlib
 import io
 import math
 import mimetypes
-import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from svd.core.errors import UserError
+from svd.core.files import atomic_file
 from svd.core.retries import Transient, retrying
 from svd.storage import s3
 from svd.storage.http import download_address, ranged_address
@@ -214,27 +212,13 @@ def open_read(location: Location, block: int = 4 << 20) -> BinaryIO:
     return local_path(location).open("rb")
 
 
-@contextmanager
-def _atomic(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target` that is synced and renamed to it at the end, or removed after a failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def download(location: Location, path: Path, most: float = math.inf, seconds: float = math.inf) -> Path:
     """Bring a file, object or http(s) address to `path`; complete and verified, or not there at all.
 
     most, seconds: bytes and time after which a transfer from an http(s) address is given up (UserError).
     Raises FileNotFoundError, UserError (denied), Truncated (the checksum differs) and svd.core.retries.Unreachable.
     """
-    with _atomic(path) as temporary:
+    with atomic_file(path) as temporary:
         if is_remote(location):
             _download_object(location, temporary)
         elif str(location).startswith(("http://", "https://")):
@@ -257,7 +241,7 @@ def upload(path: Path, location: Location) -> None:
     if is_remote(location):
         s3.put_file(_address(location), path, sha256(path))
         return
-    with _atomic(local_path(location)) as temporary:
+    with atomic_file(local_path(location)) as temporary:
         shutil.copyfile(path, temporary)
 
 
@@ -266,7 +250,7 @@ def write_bytes(location: Location, data: bytes) -> None:
     if is_remote(location):
         s3.put_bytes(_address(location), data)
         return
-    with _atomic(local_path(location)) as temporary:
+    with atomic_file(local_path(location)) as temporary:
         temporary.write_bytes(data)
 
 
