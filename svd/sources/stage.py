@@ -22,7 +22,7 @@ from rich.progress import track
 from svd import storage
 from svd.core.errors import UserError
 from svd.core.files import atomic_file
-from svd.sources.listing import LISTS_IN_FOLDERS, NOT_VIDEOS, REMOTE, Source, as_row, list_sources
+from svd.sources.listing import LISTS_IN_FOLDERS, NOT_VIDEOS, Source, as_row, list_sources, must_be_fetched
 from svd.sources.rows import LISTS
 from svd.stage import Report, StageContext, publish
 from svd.synthetic.ucf101_fixture import write_ucf101_fixture
@@ -63,7 +63,7 @@ def gather(patterns: list[str], folder: Path, copied_bytes: int) -> tuple[int, i
 
     Raises UserError that names the pattern when nothing is there, or a list has no column of addresses.
     """
-    listed = [pattern for pattern in patterns if pattern.startswith(REMOTE)]
+    listed = [pattern for pattern in patterns if must_be_fetched(pattern)]
     files: list[tuple[Path, str]] = []
     tops: list[str] = []
     for path in (path for pattern in patterns if pattern not in listed for path in _matches(pattern)):
