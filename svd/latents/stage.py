@@ -25,6 +25,7 @@ from tqdm import tqdm
 from svd.catalogue.shards import read_clip
 from svd.catalogue.tables import read_clips
 from svd.config import Geometry, LatentsConfig, Preset
+from svd.core.device import pick_device
 from svd.core.errors import UserError
 from svd.core.files import write_json
 from svd.latents.cache import digest, geometry_name, write_index, write_shard
@@ -51,7 +52,7 @@ class Encoder:
     """The frozen networks of the cache: autoencoder, text and image encoder, on the GPU when there is one."""
 
     def __init__(self, autoencoder: Path, encoders: Path, context: StageContext) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(pick_device())
         self.autoencoder = load_autoencoder(autoencoder, device=self.device).eval().requires_grad_(False)
         self.encoders = load_encoders(encoders, context.preset.encoders, self.device)
         self.identity = digest(checkpoint_hash(autoencoder), checkpoint_hash(encoders))
