@@ -25,7 +25,7 @@ from torch import Tensor
 from evaluation.frechet.batches import Collector, FeatureSet, noise_pictures, repeated
 from evaluation.frechet.distances import distance
 from evaluation.frechet.features import Extractor, check_overlap, load_extractor, metric_name
-from evaluation.frechet.moments import MomentState, packed, save_state, write_bytes
+from evaluation.frechet.moments import MomentState, packed, save_state
 from evaluation.frechet.pictures import comparison_grid
 from evaluation.frechet.protocol import (
     I3D,
@@ -55,6 +55,7 @@ from svd.media.video import write_mp4, write_png
 from svd.model.formats.folders import checkpoint_hash
 from svd.model.unet import UNet
 from svd.stage import Report, StageContext, Tracker, publish
+from svd.storage import write_bytes
 from svd.tasks.api import Models, load_models, text_to_video
 
 FIXTURE = "ucf101_fixture"

@@ -15,7 +15,7 @@ from svd.config.compute import MOVED
 from svd.config.preset import Preset
 from svd.core.errors import UserError
 
-PRESETS = Path(__file__).resolve().parents[2] / "presets"
+PRESETS = Path("presets")  # of the working folder, which may be another checkout than that of the code
 
 
 class ConfigError(UserError):
@@ -83,7 +83,7 @@ def load_preset(name_or_path: str, overrides: dict[str, Any] | None = None) -> P
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
-    if path.resolve().parent == PRESETS and values.get("name", path.stem) != path.stem:
+    if path.resolve().parent == PRESETS.resolve() and values.get("name", path.stem) != path.stem:
         raise ConfigError(
             f"{path}: 'name' is '{values['name']}', but presets/ is searched by file name; write `name: {path.stem}`"
         )
@@ -93,10 +93,12 @@ def load_preset(name_or_path: str, overrides: dict[str, Any] | None = None) -> P
 
 
 def preset_path(name_or_path: str) -> Path:
-    """Return the file of a preset; raises ConfigError that lists the presets when there is none."""
+    """Return the file of a preset; raises ConfigError that lists the presets of the working folder if there is none."""
     for candidate in (Path(name_or_path), PRESETS / f"{name_or_path}.yaml"):
         if candidate.is_file():
             return candidate
+    if not PRESETS.is_dir():
+        raise ConfigError(f"no {PRESETS}/ in {Path.cwd()}; run the command in the project's folder")
     known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
     raise ConfigError(f"no preset '{name_or_path}': give a YAML file or one of: {known}")
 
