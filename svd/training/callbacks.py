@@ -238,7 +238,7 @@ class Checkpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """The name of the state in a checkpoint; Lightning's own holds the interval, which may change until resuming."""
+        """The name of the state in a checkpoint; Lightning's holds the interval, which may change until resuming."""
         return "Checkpoint"
 
     def on_load_checkpoint(
