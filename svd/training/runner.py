@@ -36,6 +36,7 @@ from svd.training.initialise import with_checkpointing
 from svd.training.module import Diffusion, select_parameters
 from svd.training.parallel import first_rank, full_state, strategy
 from svd.training.samples import Preview, contact_sheet, write_films
+from svd.training.sharded_checkpoints import readable_checkpoint
 
 STRATA = 8
 EXAMINATION_SEED = 20231125
@@ -180,7 +181,8 @@ def run_phase(training: Training, number: int) -> Path:
         trainer.world_size,
         compute.num_workers,
     )
-    trainer.fit(module, loader, ckpt_path=callbacks.newest_checkpoint(folder), weights_only=True)
+    checkpoint = readable_checkpoint(callbacks.newest_checkpoint(folder), compute.strategy)
+    trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     _finish_phase(trainer, module, training, folder, history)
     return folder
 
