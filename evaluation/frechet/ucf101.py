@@ -121,7 +121,8 @@ def prepare(context: StageContext, device: str = "cpu") -> Evaluation:
     protocol = make_protocol(config, name, len(dataset.clips), extractor)
     prompts = captions(dataset) if protocol.prompt == "caption" else None
     items = prompt_list(dataset.histogram, config.samples, prompts)
-    collector = Collector(context.work / protocol.digest(), protocol, extractor, config.batch_size)
+    batch_size = context.preset.compute.evaluation.ucf101.batch_size
+    collector = Collector(context.work / protocol.digest(), protocol, extractor, batch_size)
     return Evaluation(config, context.preset.seed, dataset, name, items, protocol, extractor, collector)
 
 

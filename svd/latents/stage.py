@@ -204,7 +204,7 @@ def encode_clips(
     parts = []
     with tqdm(total=sum(map(len, shards)), desc="latents", unit="clip") as bar:
         for jobs in shards:
-            parts.append(encode_shard(jobs, curation, encoder, made, preset.curation.workers))
+            parts.append(encode_shard(jobs, curation, encoder, made, preset.compute.latents.workers))
             bar.update(len(jobs))
     return [row for part in parts for row in json.loads(part.read_text())]
 
