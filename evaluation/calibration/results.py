@@ -13,9 +13,10 @@ from evaluation.calibration.candidates import Candidate
 from evaluation.frechet.moments import write_bytes
 from evaluation.preference.pairs import AXES
 from evaluation.preference.ratings import Rating, Vote, aggregated_elo, elo
+from svd.catalogue import axes
 
 # E.2.2: on these axes visual quality counts more than prompt following.
-BY_QUALITY = ("motion", "aesthetics")
+BY_QUALITY = tuple(axis.name for axis in axes.AXES if axis.by_quality)
 AGGREGATED = "aggregated"
 Ratings = Mapping[str, Sequence[Rating]]
 

@@ -41,7 +41,7 @@ def curate(
 ) -> None:
     """Cut, clip, caption, score and filter your own videos: catalogue, shards and report in outputs/NAME/curation."""
     from flows.runner import run_preset_stage
-    from svd.curation.dry_run import plan
+    from svd.curation.dry_run import plan_curation
     from svd.sources.listing import list_sources
 
     chosen = load_preset(preset, {"name": name, "sources.paths": sources, "sources.synthetic": None})
@@ -49,7 +49,9 @@ def curate(
         found = list_sources(sources)
         if not found:
             raise UserError(f"{', '.join(sources)}: no videos there")
-        print("\n".join(plan(found, chosen.curation, chosen.sources.sources_per_shard, chosen.encoders).lines()))
+        print(
+            "\n".join(plan_curation(found, chosen.curation, chosen.sources.sources_per_shard, chosen.encoders).lines())
+        )
         return
     run_preset_stage("sources", chosen)
     run_preset_stage("encoders", chosen)
@@ -79,10 +81,10 @@ def browse(
 @tools_app.command()
 def refilter(catalogue: CatalogueArgument, preset: PresetOption = "tiny") -> None:
     """Judge a catalogue again with the preset's filters and renew its subsets; touches no video."""
-    from svd.catalogue.refilter import refilter as judge
+    from svd.catalogue.refilter import refilter_catalogue
 
     chosen = load_preset(preset).curation
-    for axis, threshold in judge(catalogue, chosen.filters, chosen.subsets).items():
+    for axis, threshold in refilter_catalogue(catalogue, chosen.filters, chosen.subsets).items():
         out.print(f"{axis}: {threshold:.6g}")
 
 

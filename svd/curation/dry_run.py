@@ -92,7 +92,9 @@ class Plan:
         return _table(shown)
 
 
-def plan(sources: Sequence[Source], config: CurationConfig, sources_per_unit: int, encoders: EncodersConfig) -> Plan:
+def plan_curation(
+    sources: Sequence[Source], config: CurationConfig, sources_per_unit: int, encoders: EncodersConfig
+) -> Plan:
     """Probe the headers of local sources, of members of tars and of some remote sources, and add up."""
     facts = _probe_all(sources)
     known = [one for one in facts if one is not None]

@@ -12,8 +12,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from svd.catalogue import filters, schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import filters, schema, tables
 from svd.catalogue.near_duplicates import near_duplicates
 from svd.catalogue.subsets import write_subsets
 from svd.config import CurationConfig
@@ -36,7 +35,7 @@ class Merged:
     thresholds: Mapping[str, float]
 
 
-def merge(measured: Sequence[Path], scored: Sequence[Path], finished: Path, config: CurationConfig) -> Merged:
+def merge_units(measured: Sequence[Path], scored: Sequence[Path], finished: Path, config: CurationConfig) -> Merged:
     """Write catalogue, shards, flow and embeddings of all units into `finished`.
 
     Units come in their order: that of their sources' uris. They are read one at a time, so what memory holds of all
@@ -49,25 +48,25 @@ def merge(measured: Sequence[Path], scored: Sequence[Path], finished: Path, conf
         _link(other / "embeddings.safetensors", finished / "embeddings" / f"{one.name}.safetensors")
         for shard in sorted(other.glob("*.tar")):
             _link(shard, finished / "shards" / shard.name)
-    tables = finished / "catalogue"
+    target = finished / "catalogue"
     again = _duplicates(measured)
-    _write(tables / "sources.parquet", _sources(measured, again), schema.SOURCES_SCHEMA)
+    _write(target / "sources.parquet", _sources(measured, again), schema.SOURCES_SCHEMA)
     columns = _global_columns(measured, again, finished, config)
-    _write(tables / "clips.parquet", _clips(measured, scored, again, columns), schema.SCORES_SCHEMA)
+    _write(target / "clips.parquet", _clips(measured, scored, again, columns), schema.SCORES_SCHEMA)
     for name, columns in (("cuts", schema.CUTS_SCHEMA), ("dropped", schema.DROPPED_SCHEMA)):
-        _write(tables / f"{name}.parquet", (pl.read_parquet(unit / f"{name}.parquet") for unit in measured), columns)
+        _write(target / f"{name}.parquet", (pl.read_parquet(unit / f"{name}.parquet") for unit in measured), columns)
     thresholds = filters.write_verdicts(finished, config.filters)
     if config.subsets:
         write_subsets(finished, config.subsets)
     clips = (
-        catalog.scan_clips(finished).select(CLIP_COLUMNS).with_columns(pl.col("method", "verdict").cast(pl.Categorical))
+        tables.scan_clips(finished).select(CLIP_COLUMNS).with_columns(pl.col("method", "verdict").cast(pl.Categorical))
     )
-    sources = pl.read_parquet(tables / "sources.parquet", columns=list(SOURCE_COLUMNS))
+    sources = pl.read_parquet(target / "sources.parquet", columns=list(SOURCE_COLUMNS))
     return Merged(finished, clips.collect(engine="streaming"), sources, thresholds)
 
 
 def _write(path: Path, frames: Iterable[pl.DataFrame], schema: pa.Schema) -> None:
-    catalog.write_stream(path, (catalog.with_schema(frame, schema) for frame in frames), schema)
+    tables.write_stream(path, (tables.with_schema(frame, schema) for frame in frames), schema)
 
 
 def _duplicates(measured: Sequence[Path]) -> dict[str, str]:

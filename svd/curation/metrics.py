@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from svd.catalogue import tables as catalog
+from svd.catalogue import tables
 from svd.curation.merge import Merged
 
 NEAR_DUPLICATE = 0.98  # cosine of mean embeddings, for the report only
@@ -22,7 +22,7 @@ JUDGED = ("source_uri", "start_frame", "end_frame", "text_area", "camera")  # wh
 TEXT_RULE = 0.005  # a clip shows text when more than this share of its frames is covered
 
 
-def metrics(merged: Merged, sources_folder: Path) -> dict[str, float | int]:
+def curation_metrics(merged: Merged, sources_folder: Path) -> dict[str, float | int]:
     """Flat metrics of a curation run; `truth_*` only where `sources_folder` holds the truth."""
     clips, sources = merged.clips, merged.sources
     kept = int(clips["keep"].sum())
@@ -49,7 +49,7 @@ def metrics(merged: Merged, sources_folder: Path) -> dict[str, float | int]:
     return values
 
 
-def summary(merged: Merged) -> str:
+def curation_summary(merged: Merged) -> str:
     """One line for people."""
     counts = dict(merged.sources.group_by("verdict").len().rows())
     extra = [
@@ -151,7 +151,7 @@ def scenes_of(
 
 def _defect_metrics(truth: Mapping[str, Mapping[str, Any]], merged: Merged) -> dict[str, float]:
     clips = (
-        catalog.scan_clips(merged.folder).filter(pl.col("source_uri").is_in(list(truth))).select(*JUDGED, "^pass_.*$")
+        tables.scan_clips(merged.folder).filter(pl.col("source_uri").is_in(list(truth))).select(*JUDGED, "^pass_.*$")
     )
     known = clips.collect()
     pairs = scenes_of(truth, known)

@@ -25,14 +25,14 @@ from svd.catalogue.statistics import write_statistics
 from svd.config import CurationConfig, EncodersConfig
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.curation.base.types import SourceFailure
 from svd.curation.measuring.fetching import local_file
 from svd.curation.measuring.parts import LEAST_RATE
-from svd.curation.measuring.process import Analyst
+from svd.curation.measuring.process import DecodeProcess
 from svd.curation.measuring.unit import Identified, Unit, identify, measure_unit, units_of
-from svd.curation.merge import Merged, merge
-from svd.curation.metrics import metrics, summary
-from svd.curation.scoring.process import Networks
-from svd.curation.types import SourceFailure
+from svd.curation.merge import Merged, merge_units
+from svd.curation.metrics import curation_metrics, curation_summary
+from svd.curation.scoring.process import ScoringProcess
 from svd.sources.listing import Source, list_sources
 from svd.stage import Report, StageContext, publish
 
@@ -52,22 +52,22 @@ def run(context: StageContext) -> Report:
     context.work.mkdir(parents=True, exist_ok=True)
     identified = split_long(find_duplicates(sources, config.workers), config, context.work / "fetched")
     units = list(units_of(identified, context.preset.sources.sources_per_shard))
-    with contextlib.closing(Networks(config, context.preset.encoders, context.inputs["encoders"])) as networks:
+    with contextlib.closing(ScoringProcess(config, context.preset.encoders, context.inputs["encoders"])) as networks:
         measured, scored = process(units, config, networks, context)
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     with progress() as bar:
         task = bar.add_task("catalogue, statistics, report", total=3)
-        merged = merge(measured, scored, finished, config)
+        merged = merge_units(measured, scored, finished, config)
         _check_usable(merged, folder)
-        values = metrics(merged, folder)
+        values = curation_metrics(merged, folder)
         write_json(finished / "models.json", scored_by(config, context.preset.encoders))
         bar.advance(task)
         write_statistics(finished, merged.thresholds)
         bar.advance(task)
         write_report([finished], finished / "report.html", [context.preset.name])
         bar.advance(task)
-    line = summary(merged)
+    line = curation_summary(merged)
     context.tracker.log_metrics({k: v for k, v in values.items() if isinstance(v, int | float)}, 0)
     for plot in sorted((finished / "plots").glob("*")):
         context.tracker.log_file(plot, "curation")
@@ -98,13 +98,13 @@ def split_long(identified: Sequence[Identified], config: CurationConfig, folder:
     """
     least = config.part_seconds * LEAST_RATE
     found: list[Identified] = []
-    with Analyst() as analyst:
+    with DecodeProcess() as decoding:
         for one in identified:
             count = 1
             usable = not one.failure and not one.duplicate_of and not one.source.remote
             if usable and one.bytes >= least:
                 with contextlib.suppress(SourceFailure, OSError), local_file(one.source, folder) as path:
-                    count = analyst.count_parts(path, config)  # a failure is told in its row
+                    count = decoding.count_parts(path, config)  # a failure is told in its row
             found += [replace(one, part=(number, count)) for number in range(count)]
     return found
 
@@ -126,7 +126,7 @@ def scored_by(config: CurationConfig, encoders: EncodersConfig) -> dict[str, str
 
 
 def process(
-    units: Sequence[Unit], config: CurationConfig, networks: Networks, context: StageContext
+    units: Sequence[Unit], config: CurationConfig, networks: ScoringProcess, context: StageContext
 ) -> tuple[list[Path], list[Path]]:
     """Measure and score all units; returns their folders in order. A unit that is there already is not done again."""
     measured = [context.work / "measured" / unit.name for unit in units]
@@ -149,19 +149,19 @@ def _measured(units: Sequence[Unit], config: CurationConfig, folder: Path) -> Ge
     if not waiting:
         return
     with contextlib.ExitStack() as stack:
-        analysts = [stack.enter_context(Analyst()) for _ in range(min(config.workers, len(waiting)))]
-        idle: SimpleQueue[Analyst] = SimpleQueue()
-        for analyst in analysts:
-            idle.put(analyst)
+        processes = [stack.enter_context(DecodeProcess()) for _ in range(min(config.workers, len(waiting)))]
+        idle: SimpleQueue[DecodeProcess] = SimpleQueue()
+        for decoding in processes:
+            idle.put(decoding)
 
         def measure(unit: Unit) -> Path:
-            analyst = idle.get()
+            decoding = idle.get()
             try:
-                return measure_unit(unit, config, folder, analyst)
+                return measure_unit(unit, config, folder, decoding)
             finally:
-                idle.put(analyst)
+                idle.put(decoding)
 
-        pool = stack.enter_context(ThreadPoolExecutor(len(analysts)))
+        pool = stack.enter_context(ThreadPoolExecutor(len(processes)))
         futures: dict[Future[Path], Unit] = {pool.submit(measure, unit): unit for unit in waiting}
         try:
             for future in as_completed(futures):
@@ -169,8 +169,8 @@ def _measured(units: Sequence[Unit], config: CurationConfig, folder: Path) -> Ge
                 yield futures[future]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for analyst in analysts:
-                analyst.stop()
+            for decoding in processes:
+                decoding.stop()
             raise
 
 

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svd.catalogue.axes import SUBSET_AXES
 from svd.config import Geometry, Phase
 from svd.core.errors import UserError
 from svd.core.files import write_json
@@ -37,9 +38,7 @@ SCHEMA: dict[str, Any] = {
     "split": pl.String,
     "fps": pl.Float64,
     "motion_bucket": pl.Int64,
-    "motion_score": pl.Float64,
-    "similarity": pl.Float64,
-    "text_area": pl.Float64,
+    **{axis.column: pl.Float64 for axis in SUBSET_AXES},
     "camera": pl.String,
     "elevation": pl.Float64,
     "shard": pl.String,

@@ -223,7 +223,7 @@ def _truth(plan: VideoPlan) -> dict[str, Any]:
 
 
 def scene_truth(shot: Shot) -> dict[str, Any]:
-    """What is true about a shot; camera uses the labels of svd.curation.types."""
+    """What is true about a shot; camera uses the camera labels of the clip catalogue."""
     scene = shot.scene
     return {
         "start_frame": shot.start_frame,

@@ -18,7 +18,7 @@ import numpy as np
 from svd.core.errors import UserError
 
 if TYPE_CHECKING:  # what reads lists of sources has no business in the process that captions
-    from svd.curation.types import CameraLabel
+    from svd.curation.base.types import CameraLabel
     from svd.sources.listing import SceneCaption
 
 # Captions that say what is to be seen; a sentence about the camera alone says nothing to CLIP.

@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 
 from svd.config import MotionConfig
+from svd.curation.base.types import CameraMotion, ClipSpan
 from svd.curation.cuts.frame_scores import Clock
-from svd.curation.decoding.decoder import FRAME_WIDTH, DecodeFacts, Picture, Planes, halve, to_rgb
+from svd.curation.decoding.decoder import FRAME_WIDTH, DecodedFrame, DecodeFacts, Planes, halve, to_rgb
 from svd.curation.motion.camera import GlobalFit, classify, fit_similarity
 from svd.curation.motion.flow import Flow, farneback, flow_function, grid, motion_score, stored
-from svd.curation.types import CameraMotion, ClipSpan
 from svd.media.orientation import UPRIGHT, Orientation
 
 FRAMES_PER_SECOND = 4.0
@@ -31,7 +31,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Pair:
+class FlowPair:
     """Flow between two samples: frame numbers, seconds between, stored map (h, w, 2) float16, and its global fit."""
 
     before: int
@@ -59,7 +59,7 @@ class ClipSamples:
 
 
 @dataclass
-class Geometry:
+class DisplayGeometry:
     """How a coded picture becomes an upright one with square pixels."""
 
     orientation: Orientation = UPRIGHT
@@ -83,10 +83,10 @@ class Sampler:
     """Collects the samples of one source; `add` takes every frame, `take` gives the samples of a finished clip."""
 
     config: MotionConfig
-    geometry: Geometry
+    geometry: DisplayGeometry
     facts: DecodeFacts
     kept: list[Kept] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[FlowPair] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._flow: Flow
@@ -95,7 +95,7 @@ class Sampler:
         self._motion_clock = Clock(self.config.fps)
         self._last: tuple[int, float, np.ndarray] | None = None
 
-    def add(self, frame: int, seconds: float, picture: Picture) -> None:
+    def add(self, frame: int, seconds: float, picture: DecodedFrame) -> None:
         """Look at a frame and keep what is needed of it."""
         far = not self.kept or abs(seconds - self.kept[-1].seconds) > KEY_SPACING
         if self._frame_clock.tick(seconds) or (picture.key and far):
@@ -106,7 +106,7 @@ class Sampler:
                 self.pairs.append(self._pair(self._last, (frame, seconds, now)))
             self._last = frame, seconds, now
 
-    def _motion_picture(self, picture: Picture) -> np.ndarray:
+    def _motion_picture(self, picture: DecodedFrame) -> np.ndarray:
         size = self._size(*self.geometry.display)
         if self._wants_rgb:
             rgb = self.geometry.upright(to_rgb(picture.full, self.facts))
@@ -119,13 +119,13 @@ class Sampler:
 
     def _pair(
         self, one: tuple[int, float, np.ndarray], other: tuple[int, float, np.ndarray], flow: Flow | None = None
-    ) -> Pair:
+    ) -> FlowPair:
         seconds = max(other[1] - one[1], 1e-3)
         field_ = (flow or self._flow)(one[2], other[2])
         # Samples of sources whose frame rate is no multiple lie unevenly; vectors are scaled to one sample step.
         even = field_ * np.float32(1 / self.config.fps / seconds)
         fit = fit_similarity(*_for_fit(field_, one[2]), seconds)
-        return Pair(one[0], other[0], seconds, stored(even, self.config.stored_short_side), fit)
+        return FlowPair(one[0], other[0], seconds, stored(even, self.config.stored_short_side), fit)
 
     def thin(self, before: int) -> None:
         """Bound the memory of a long shot: forget every second kept frame but the newest ones."""
@@ -140,7 +140,7 @@ class Sampler:
     def take(self, span: ClipSpan, velocity: np.ndarray, rate: float) -> ClipSamples | None:
         """The samples of a clip; None when none of its frames was sampled.
 
-        velocity: (n, 4) of tracking.track times `rate` frames a second, of coded pictures.
+        velocity: (n, 4) of camera_velocity.track_camera times `rate` frames a second, of coded pictures.
         """
         kept = [k for k in self.kept if span.start_frame <= k.frame < span.end_frame]
         if not kept:
@@ -160,7 +160,7 @@ class Sampler:
             frame_seconds=(chosen[0].seconds, chosen[1].seconds, chosen[2].seconds),
         )
 
-    def _kept_pair(self, kept: list[Kept]) -> Pair:
+    def _kept_pair(self, kept: list[Kept]) -> FlowPair:
         """Flow for a clip that is too short to hold two samples of the motion rate."""
         one, other = kept[0], kept[-1]
         pictures = [self._luma(k.planes[0]) for k in (one, other)]
@@ -193,7 +193,7 @@ def _for_fit(flow: np.ndarray, picture: np.ndarray) -> tuple[np.ndarray, np.ndar
     return points, trust / (trust + 400.0)
 
 
-def _frame_planes(picture: Picture) -> Planes:
+def _frame_planes(picture: DecodedFrame) -> Planes:
     """Planes at most KEPT_WIDTH wide: copies that outlive the decoder's memory."""
     luma, blue, red = picture.full
     if luma.shape[1] <= KEPT_WIDTH:

@@ -14,12 +14,12 @@ from fractions import Fraction
 import numpy as np
 
 from svd.config import ClipsConfig
+from svd.curation.base.types import ClipSpan, Cut, DroppedSpan
 from svd.curation.decoding.probe import PacketIndex
-from svd.curation.types import ClipSpan, Cut, DroppedSpan
 
 
 @dataclass(frozen=True)
-class Shot:
+class ShotSpan:
     """Frames [start, end) between two cuts; cut indices, None at the ends of the source."""
 
     start: int
@@ -75,15 +75,15 @@ class Timeline:
         return best
 
 
-def shots(cuts: list[Cut], frames: int) -> Iterator[Shot]:
+def shots(cuts: list[Cut], frames: int) -> Iterator[ShotSpan]:
     """The shots between cuts; transitions belong to none."""
     start, start_cut = 0, None
     for i, cut in enumerate(cuts):
         if cut.start_frame > start:
-            yield Shot(start, cut.start_frame, start_cut, i)
+            yield ShotSpan(start, cut.start_frame, start_cut, i)
         start, start_cut = max(start, cut.end_frame), i
     if frames > start:
-        yield Shot(start, frames, start_cut, None)
+        yield ShotSpan(start, frames, start_cut, None)
 
 
 class SpanPlanner:
@@ -92,7 +92,7 @@ class SpanPlanner:
     def __init__(self, timeline: Timeline, config: ClipsConfig, copyable: bool = True) -> None:
         self.timeline, self.config, self.copyable = timeline, config, copyable
 
-    def plan(self, shot: Shot) -> tuple[list[ClipSpan], list[DroppedSpan]]:
+    def plan(self, shot: ShotSpan) -> tuple[list[ClipSpan], list[DroppedSpan]]:
         """The clips of one shot and what is left of it."""
         seconds = self._duration(shot.start, shot.end)
         if seconds < self.config.min_seconds - 1e-6 or shot.end - shot.start < 2:
@@ -111,7 +111,7 @@ class SpanPlanner:
         t = self.timeline
         return DroppedSpan(start, end, t.at(start), t.at(end), t.seconds(start), t.seconds(end), reason)
 
-    def _span(self, start: int, end: int, shot: Shot, copy: bool) -> ClipSpan:
+    def _span(self, start: int, end: int, shot: ShotSpan, copy: bool) -> ClipSpan:
         t = self.timeline
         return ClipSpan(
             start_frame=start,
@@ -128,7 +128,7 @@ class SpanPlanner:
             end_cut=shot.end_cut,
         )
 
-    def _copies(self, shot: Shot) -> Iterator[ClipSpan]:
+    def _copies(self, shot: ShotSpan) -> Iterator[ClipSpan]:
         """Clips from keyframe to packet boundary, none longer than max_seconds."""
         keys = self.timeline.keyframes
         keys = keys[(keys >= shot.start) & (keys < shot.end)]
@@ -167,7 +167,7 @@ class SpanPlanner:
                 return int(usable[-1])
         return max(last, start + 1)
 
-    def _exact(self, shot: Shot) -> Iterator[ClipSpan]:
+    def _exact(self, shot: ShotSpan) -> Iterator[ClipSpan]:
         spans: list[ClipSpan] = []
         start = shot.start
         while start < shot.end:
@@ -177,7 +177,7 @@ class SpanPlanner:
             start = end
         yield from _without_inner_cuts(spans)
 
-    def _rest(self, shot: Shot, spans: list[ClipSpan]) -> Iterator[DroppedSpan]:
+    def _rest(self, shot: ShotSpan, spans: list[ClipSpan]) -> Iterator[DroppedSpan]:
         position = shot.start
         for span in spans:
             if span.start_frame > position:

@@ -11,7 +11,7 @@ JPEG_QUALITY = 90
 THUMBNAIL_WIDTH = 192
 
 
-def write_frame(folder: Path, name: str, position: int, frame: np.ndarray) -> None:
+def write_still(folder: Path, name: str, position: int, frame: np.ndarray) -> None:
     """Write one of the three frames (H, W, 3) uint8 RGB of a clip of the unit in `folder`; raises OSError."""
     path = _path(folder, name, position)
     encoded, data = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
@@ -20,12 +20,12 @@ def write_frame(folder: Path, name: str, position: int, frame: np.ndarray) -> No
     path.write_bytes(data.tobytes())
 
 
-def read_frames(folder: Path, name: str) -> np.ndarray:
+def read_stills(folder: Path, name: str) -> np.ndarray:
     """First, middle and last frame of a clip: (3, H, W, 3) uint8 RGB; raises OSError."""
-    return np.stack([read_frame(folder, name, position) for position in range(3)])
+    return np.stack([read_still(folder, name, position) for position in range(3)])
 
 
-def read_frame(folder: Path, name: str, position: int) -> np.ndarray:
+def read_still(folder: Path, name: str, position: int) -> np.ndarray:
     """One of the three frames, (H, W, 3) uint8 RGB; raises OSError."""
     path = _path(folder, name, position)
     picture = cv2.imread(str(path))
@@ -38,7 +38,7 @@ def _path(folder: Path, name: str, position: int) -> Path:
     return folder / "frames" / f"{name}-{position}.jpg"
 
 
-def thumbnail(frame: np.ndarray) -> bytes:
+def encode_thumbnail(frame: np.ndarray) -> bytes:
     """A JPEG at most THUMBNAIL_WIDTH wide of an (H, W, 3) uint8 RGB frame."""
     height, width = frame.shape[:2]
     scale = min(1.0, THUMBNAIL_WIDTH / width)

@@ -16,8 +16,8 @@ import av.container
 import av.error
 import av.filter
 
+from svd.curation.base.types import ClipFile, ClipSpan, SourceFacts, SourceFailure
 from svd.curation.decoding.probe import UNTRUSTED, Opened, open_video, packets_from
-from svd.curation.types import ClipFile, ClipSpan, SourceFacts, SourceFailure
 
 # x264's choice of instructions by machine leaves random bytes behind some slices; a fixed set gives equal bytes
 # anywhere.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from svd.curation.base.types import CutKind
 from svd.curation.cuts.frame_scores import Features
 from svd.curation.cuts.transitions import (
     MIN_UNEXPLAINED,
@@ -21,7 +22,6 @@ from svd.curation.cuts.transitions import (
     same_scene,
     unexplained,
 )
-from svd.curation.types import CutKind
 
 FLASH_SECONDS = 0.4
 MAX_FADE_SECONDS = 3.0
@@ -55,14 +55,14 @@ class Proposal:
     threshold: float
 
 
-class Judge:
+class CutDecider:
     """Decides proposals over one stretch of features; all numbers are places in its lists. `found` holds the cuts."""
 
     def __init__(self, features: Features) -> None:
         self.numbers = np.array(features.numbers)
         self.seconds = np.array(features.seconds)
-        self.pictures = np.stack(features.thumbs)
-        self.size = features.thumb_size
+        self.pictures = np.stack(features.tiny_images)
+        self.size = features.tiny_size
         self.pixels = self.size[0] * self.size[1]
         self._exchanges: dict[tuple[int, int], float] = {}
         self.found: list[Found] = []

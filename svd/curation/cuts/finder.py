@@ -19,11 +19,11 @@ from dataclasses import replace
 import numpy as np
 
 from svd.config import CutPass, CutsConfig
-from svd.curation.cuts.decisions import Found, Judge, Proposal
-from svd.curation.cuts.frame_scores import Jump, Look, Scorer
+from svd.curation.cuts.decisions import CutDecider, Found, Proposal
+from svd.curation.cuts.frame_scores import FrameScorer, Jump, Look
 from svd.curation.cuts.transnet import transnet_jumps
-from svd.curation.decoding.decoder import Picture
-from svd.curation.motion.camera_velocity import track
+from svd.curation.decoding.decoder import DecodedFrame
+from svd.curation.motion.camera_velocity import track_camera
 
 SETTLE_SECONDS = 4.0  # a transition is decided when this much footage after it is known
 MIN_CONTENT = 15.0  # PySceneDetect's min_content_val of its adaptive detector
@@ -84,7 +84,7 @@ class CutFinder:
     ) -> None:
         self.config = config
         self._edges = edges
-        self.scorer = Scorer(config.passes, config.min_scene_seconds, fps)
+        self.scorer = FrameScorer(config.passes, config.min_scene_seconds, fps)
         self._look_again = look_again
         self._next = 0
         self._settled = 0
@@ -93,9 +93,9 @@ class CutFinder:
         self._stride = looked_at_stride(config, fps)
         every_frame = [c.threshold for c in config.passes if c.fps is None or c.fps > LOOKED_AT_FPS]
         self._threshold = min(every_frame, default=DEFAULT_THRESHOLD)
-        self._waiting: list[tuple[int, float, Picture]] = []
+        self._waiting: list[tuple[int, float, DecodedFrame]] = []
 
-    def add(self, number: int, seconds: float, picture: Picture) -> bool:
+    def add(self, number: int, seconds: float, picture: DecodedFrame) -> bool:
         """Take the next decoded frame; whether a cut may hide among frames left out before it."""
         numbers = self.scorer.features.numbers
         self._next = number + 1
@@ -117,7 +117,7 @@ class CutFinder:
 
     def settle(self, final: bool = False) -> tuple[list[Found], np.ndarray]:
         """New cuts that are certain by now; with `final`, all that remain. With them the camera motion between
-        neighbouring frames, from where the last call ended to the last settled frame, (n, 4) as tracking.track.
+        neighbouring frames, from where the last call ended to the last settled frame, (n, 4) as camera_velocity.track_camera.
         """
         if final:
             self._look_at_waiting()
@@ -140,12 +140,12 @@ class CutFinder:
         features = self.scorer.features
         first = bisect.bisect_left(features.numbers, self._moved)
         last = bisect.bisect_right(features.numbers, limit)
-        height, width = features.thumb_size
-        pictures = np.stack(features.thumbs[first:last])[:, : height * width].reshape(-1, height, width)
+        height, width = features.tiny_size
+        pictures = np.stack(features.tiny_images[first:last])[:, : height * width].reshape(-1, height, width)
         steps = np.diff(features.numbers[first:last])
         self._moved = features.numbers[last - 1]
         # Motion over frames that were not looked at is spread evenly over them.
-        return np.repeat(track(pictures) / np.maximum(steps, 1)[:, None], steps, axis=0)
+        return np.repeat(track_camera(pictures) / np.maximum(steps, 1)[:, None], steps, axis=0)
 
     def _examine(self, limit: int) -> list[Found]:
         """The cuts of the remembered stretch, after a second look at all steps before `limit` that need one."""
@@ -168,7 +168,7 @@ class CutFinder:
         if len(numbers) < 2:
             return [], []
         scores = self._neighbour_scores()
-        judge = Judge(self.scorer.features)
+        judge = CutDecider(self.scorer.features)
         proposals = [p for cut_pass in self.config.passes for p in self._proposals(cut_pass)]
         neighbours = [p for p in proposals if p.after - p.before == 1]
         judge.blanks()
@@ -212,7 +212,7 @@ class CutFinder:
     def _proposals(self, cut_pass: CutPass) -> list[Proposal]:
         name, threshold = detector_name(cut_pass), cut_pass.threshold
         if cut_pass.detector == "transnetv2":
-            jumps = transnet_jumps(self.scorer.features.tiny, self.scorer.features.numbers, threshold)
+            jumps = transnet_jumps(self.scorer.features.transnet_images, self.scorer.features.numbers, threshold)
         elif cut_pass.detector == "content":
             jumps = [j for j in self.scorer.jumps(cut_pass.fps) if j.score >= threshold]
         elif cut_pass.detector == "adaptive":

@@ -22,7 +22,7 @@ from scenedetect.detectors import HashDetector, HistogramDetector, ThresholdDete
 from svd.config import CutPass
 from svd.curation.decoding.decoder import Planes, halve
 
-THUMB_WIDTH = 48
+TINY_WIDTH = 48
 TRANSNET_SIZE = (48, 27)
 Look = tuple[int, float, Planes]  # number and time of a frame, and its small picture
 
@@ -61,18 +61,18 @@ def content_score(one: np.ndarray, other: np.ndarray) -> float:
     return cv2.norm(one, other, cv2.NORM_L1) / one.size
 
 
-def thumbnail(small: Planes) -> np.ndarray:
-    """Y, U and V halved until Y is at most THUMB_WIDTH wide, concatenated into one uint8 vector; Y comes first."""
+def tiny_image(small: Planes) -> np.ndarray:
+    """Y, U and V halved until Y is at most TINY_WIDTH wide, concatenated into one uint8 vector; Y comes first."""
     luma, blue, red = small
-    while luma.shape[1] > THUMB_WIDTH and luma.shape[0] >= 16:
+    while luma.shape[1] > TINY_WIDTH and luma.shape[0] >= 16:
         luma, blue, red = halve(luma), halve(blue), halve(red)
     return np.concatenate([luma.reshape(-1), blue.reshape(-1), red.reshape(-1)])
 
 
-def thumbnail_size(small: Planes) -> tuple[int, int]:
-    """Height and width of the Y part of `thumbnail`."""
+def tiny_size(small: Planes) -> tuple[int, int]:
+    """Height and width of the Y part of `tiny_image`."""
     height, width = small[0].shape
-    while width > THUMB_WIDTH and height >= 16:
+    while width > TINY_WIDTH and height >= 16:
         height, width = height // 2, width // 2
     return height, width
 
@@ -161,19 +161,19 @@ class Features:
 
     numbers: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    thumbs: list[np.ndarray] = field(default_factory=list)
+    tiny_images: list[np.ndarray] = field(default_factory=list)
     changes: list[float] = field(default_factory=list)  # content score against the frame before
-    tiny: list[np.ndarray] = field(default_factory=list)  # TRANSNET_SIZE RGB, only with that detector
-    thumb_size: tuple[int, int] = (0, 0)
+    transnet_images: list[np.ndarray] = field(default_factory=list)  # TRANSNET_SIZE RGB, only with that detector
+    tiny_size: tuple[int, int] = (0, 0)
 
     def forget(self, frame: int) -> None:
         """Drop everything before `frame`."""
         count = bisect.bisect_left(self.numbers, frame)
-        for values in (self.numbers, self.seconds, self.thumbs, self.changes, self.tiny):
+        for values in (self.numbers, self.seconds, self.tiny_images, self.changes, self.transnet_images):
             del values[:count]
 
 
-class Scorer:
+class FrameScorer:
     """Scores frames for all passes of the cascade; `add` once a frame, in display order."""
 
     def __init__(self, passes: list[CutPass], min_seconds: float, fps: float) -> None:
@@ -210,15 +210,15 @@ class Scorer:
         features, change = self.features, self.change(small)
         features.numbers.append(frame)
         features.seconds.append(seconds)
-        features.thumbs.append(thumbnail(small))
+        features.tiny_images.append(tiny_image(small))
         features.changes.append(change)
-        if not features.thumb_size[0]:
-            features.thumb_size = thumbnail_size(small)
+        if not features.tiny_size[0]:
+            features.tiny_size = tiny_size(small)
         content = [p for p in self.content.values() if p.wants(seconds)]
         library = [p for p in self.library.values() if p.wants(seconds)]
         bgr, self._last = self._colours(small)
         if self._tiny:
-            features.tiny.append(cv2.resize(bgr, TRANSNET_SIZE, interpolation=cv2.INTER_AREA)[:, :, ::-1])
+            features.transnet_images.append(cv2.resize(bgr, TRANSNET_SIZE, interpolation=cv2.INTER_AREA)[:, :, ::-1])
         for other in library:
             other.add(frame, bgr)
         for own in content:
@@ -237,7 +237,7 @@ class Scorer:
         features.changes[place:place] = changes[:-1]
         features.numbers[place:place] = [number for number, _, _ in looks[1:-1]]
         features.seconds[place:place] = [seconds for _, seconds, _ in looks[1:-1]]
-        features.thumbs[place:place] = [thumbnail(small) for _, _, small in looks[1:-1]]
+        features.tiny_images[place:place] = [tiny_image(small) for _, _, small in looks[1:-1]]
         if None in self.content:
             pairs = itertools.pairwise(number for number, _, _ in looks)
             self.content[None].replace([Jump(*pair, change) for pair, change in zip(pairs, changes, strict=True)])

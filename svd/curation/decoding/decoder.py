@@ -16,8 +16,8 @@ import av.error
 import cv2
 import numpy as np
 
+from svd.curation.base.types import SourceFailure
 from svd.curation.decoding.probe import open_video, packets_from
-from svd.curation.types import SourceFailure
 from svd.media.orientation import UPRIGHT, Orientation, orientation_of
 
 SCORE_WIDTH = 320  # pictures are halved until they are narrower than this
@@ -28,7 +28,7 @@ Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 _PLANAR_420 = ("yuv420p", "yuvj420p")
 
 
-class Picture:
+class DecodedFrame:
     """A decoded frame: its planes Y, U, V (uint8) are looked at only when something asks for them.
 
     full: as coded, U and V of half size; small: halved to at most SCORE_WIDTH, Y (h, w) with even sides.
@@ -116,7 +116,7 @@ def _shrink(planes: Planes, count: int) -> Planes:
     return luma[: height * 2, : width * 2], blue[:height, :width], red[:height, :width]
 
 
-class Decoder:
+class FrameDecoder:
     """Iterates over the Pictures of a source in display order; `facts` fills up on the way.
 
     skippable: timestamps of frames that may be left out when no other frame refers to them; may be emptied midway.
@@ -131,7 +131,7 @@ class Decoder:
         self._count = 0
         self._seen = self._interlaced = 0  # of the early frames
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[DecodedFrame]:
         packets = frames = 0
         with open_video(self.path) as (container, stream):
             context = stream.codec_context
@@ -155,7 +155,7 @@ class Decoder:
         if self.facts.errors > MAX_ERROR_SHARE * packets:
             raise SourceFailure(f"{self.facts.errors} of {packets} packets can't be decoded")
 
-    def again(self, keyframe: int, wanted: Collection[int]) -> Iterator[Picture]:
+    def again(self, keyframe: int, wanted: Collection[int]) -> Iterator[DecodedFrame]:
         """The frames with the timestamps `wanted`, decoded once more from the one of a keyframe before them on."""
         missing, last = set(wanted), max(wanted)
         for packet, stream in packets_from(self.path, keyframe):
@@ -166,7 +166,7 @@ class Decoder:
             for frame in self._decode(packet):
                 if frame.pts in missing:
                     missing.remove(frame.pts)
-                    yield Picture(frame, self._count, self._size)
+                    yield DecodedFrame(frame, self._count, self._size)
                 if not missing or (frame.pts or 0) >= last:
                     return
 
@@ -177,14 +177,14 @@ class Decoder:
             self.facts.errors += 1
             return []
 
-    def _picture(self, frame: av.VideoFrame, first: bool) -> Picture:
+    def _picture(self, frame: av.VideoFrame, first: bool) -> DecodedFrame:
         if first:
             self._learn(frame)
         if self._seen < EARLY_FRAMES:
             self._seen += 1
             self._interlaced += bool(frame.interlaced_frame)
             self.facts.interlaced = 2 * self._interlaced > self._seen
-        picture = Picture(frame, self._count, self._size)
+        picture = DecodedFrame(frame, self._count, self._size)
         if self._size is None:
             height, width = picture.small[0].shape
             self._size = height, width

@@ -19,7 +19,7 @@ import av.container
 import av.error
 import numpy as np
 
-from svd.curation.types import SourceFailure
+from svd.curation.base.types import SourceFailure
 from svd.media.orientation import Orientation
 
 MAX_PIXELS = 1 << 26  # 67 megapixels; a frame of the largest H.264 level has 36

@@ -19,15 +19,15 @@ import cv2
 import numpy as np
 
 from svd.config import CurationConfig
-from svd.curation.clips.samples import Geometry, Sampler, sampled_times
-from svd.curation.clips.spans import Shot, SpanPlanner, Timeline
+from svd.curation.base.types import ClipAnalysis, Cut, DroppedSpan, SourceAnalysis, SourceFacts, SourceFailure
+from svd.curation.clips.samples import DisplayGeometry, Sampler, sampled_times
+from svd.curation.clips.spans import ShotSpan, SpanPlanner, Timeline
 from svd.curation.cuts.decisions import Found
 from svd.curation.cuts.finder import CutFinder, Step, looked_at_stride
 from svd.curation.cuts.frame_scores import Look
-from svd.curation.decoding.decoder import Decoder, Picture
+from svd.curation.decoding.decoder import DecodedFrame, FrameDecoder
 from svd.curation.decoding.probe import PacketIndex, SourceInfo, read_packets, read_source
 from svd.curation.decoding.skipping import SKIPPING_CODECS, Debt, Numbering, skippable
-from svd.curation.types import Analysis, ClipAnalysis, Cut, DroppedSpan, SourceFacts, SourceFailure
 
 CHUNK_SECONDS = 20.0
 COPY_CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video", "av1", "vp9")
@@ -37,7 +37,7 @@ Window = tuple[int, int]  # numbers of frames
 
 def analyse(
     path: Path, config: CurationConfig, taken: Taken = lambda clip: clip, window: Window | None = None
-) -> Analysis:
+) -> SourceAnalysis:
     """Decode `path` once and find its cuts, clips, motion and sampled frames.
 
     taken: called with each clip once it is complete; the analysis holds what it returns. Frames that it puts elsewhere
@@ -56,7 +56,7 @@ def analyse(
         cv2.setNumThreads(threads)
 
 
-def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken, window: Window | None) -> Analysis:
+def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken, window: Window | None) -> SourceAnalysis:
     info, index = read_source(path), read_packets(path)
     demuxed = time.process_time()
     analysis = _decode(path, config, info, index, taken, window)
@@ -66,7 +66,7 @@ def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken, w
 
 def _decode(
     path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, taken: Taken, window: Window | None
-) -> Analysis:
+) -> SourceAnalysis:
     """Try the cheapest pass first: without frames that nothing depends on; every frame; without timestamps."""
     try:
         return _Pass(path, config, info, index, taken, window, skipping=info.codec in SKIPPING_CODECS).run()
@@ -101,7 +101,7 @@ class _Pass:
         # Without usable timestamps frames are counted: the clock ticks once a frame.
         self.base = index.time_base if index.trusted else 1 / self.rate
         self.skipped = self._skippable() if skipping else np.zeros(0, np.int64)
-        self.decoder = Decoder(path, self.skipped.tolist())
+        self.decoder = FrameDecoder(path, self.skipped.tolist())
         self.numbering = Numbering(self.skipped)
         self.keyframes = np.searchsorted(index.shown(), np.sort(index.pts[index.keyframe]))
         self.debt = Debt(self.keyframes)
@@ -122,14 +122,14 @@ class _Pass:
         sampled = sampled_times(self.config.motion, self.index.shown(), float(self.base))
         return skippable(self.index, stride, sampled)
 
-    def run(self) -> Analysis:
+    def run(self) -> SourceAnalysis:
         """Decode the source; shots are closed as soon as their cuts are certain."""
         checked = 0.0
         for picture in self.decoder:
             number, seconds = self._number(picture)
             if self.sampler is None:
                 orientation = self.decoder.facts.orientation
-                geometry = Geometry(orientation, self.info.display(orientation))
+                geometry = DisplayGeometry(orientation, self.info.display(orientation))
                 self.sampler = Sampler(self.config.motion, geometry, self.decoder.facts)
                 checked = seconds
             if self.finder.add(number, seconds, picture) and self.debt.grows_too_large(number):
@@ -140,7 +140,7 @@ class _Pass:
                 self._settle()
         return self._finish()
 
-    def _number(self, picture: Picture) -> tuple[int, float]:
+    def _number(self, picture: DecodedFrame) -> tuple[int, float]:
         """Number and time of a decoded frame."""
         known = self.numbering.pts
         pts = len(known) if not self.index.trusted else picture.pts
@@ -201,7 +201,7 @@ class _Pass:
         self._inherited |= inherited
         number = len(self.cuts)
         self.cuts.append(self._cut(found, start, timeline))
-        self._shot(Shot(self._shot_start, start, self._shot_cut, number), timeline)
+        self._shot(ShotSpan(self._shot_start, start, self._shot_cut, number), timeline)
         if min(found.end, last) > start:
             self.dropped.append(self._transition(start, min(found.end, last), found.kind, timeline))
         self._shot_start, self._shot_cut = max(found.end, self._first), number
@@ -235,7 +235,7 @@ class _Pass:
     def _transition(self, start: int, end: int, kind: str, t: Timeline) -> DroppedSpan:
         return DroppedSpan(start, end, t.at(start), t.at(end), t.seconds(start), t.seconds(end), f"transition: {kind}")
 
-    def _shot(self, shot: Shot, timeline: Timeline) -> None:
+    def _shot(self, shot: ShotSpan, timeline: Timeline) -> None:
         if shot.end <= shot.start:
             return
         assert self.sampler is not None
@@ -260,7 +260,7 @@ class _Pass:
                 continue
             self.clips.append(self.taken(ClipAnalysis(span=span, **vars(samples))))
 
-    def _finish(self) -> Analysis:
+    def _finish(self) -> SourceAnalysis:
         """Close the last shot and put everything together."""
         if len(self.numbering.pts) < 2 or self.sampler is None:
             raise SourceFailure("a single frame is no video")
@@ -270,9 +270,11 @@ class _Pass:
             if not np.array_equal(timeline.pts, shown[shown >= timeline.pts[0]]):
                 raise _UnexpectedError
         self._settle(final=True)
-        self._shot(Shot(self._shot_start, self._last(timeline), self._shot_cut, None), timeline)
+        self._shot(ShotSpan(self._shot_start, self._last(timeline), self._shot_cut, None), timeline)
         self.dropped.sort(key=lambda d: d.start_frame)
-        return Analysis(self._facts(timeline), self.cuts, self.clips, self.dropped, inherited=int(self._inherited))
+        return SourceAnalysis(
+            self._facts(timeline), self.cuts, self.clips, self.dropped, inherited=int(self._inherited)
+        )
 
     def _facts(self, timeline: Timeline) -> SourceFacts:
         facts, info = self.decoder.facts, self.info

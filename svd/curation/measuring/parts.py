@@ -16,12 +16,12 @@ import av
 import numpy as np
 
 from svd.config import CurationConfig
+from svd.curation.base.types import ClipSpan, Cut, DroppedSpan, SourceAnalysis, SourceFacts, SourceFailure
 from svd.curation.clips.spans import Timeline
 from svd.curation.clips.writer import write_clip
 from svd.curation.cuts.finder import SETTLE_SECONDS
 from svd.curation.decoding.probe import PacketIndex, SourceInfo, open_video, read_packets, read_source
 from svd.curation.measuring.decode_pass import COPY_CODECS, Taken, Window, analyse
-from svd.curation.types import Analysis, ClipSpan, Cut, DroppedSpan, SourceFacts, SourceFailure
 from svd.media.orientation import UPRIGHT
 
 MOST_REORDERED = 16  # frames that may be decoded before those shown before them, H.264's limit
@@ -67,7 +67,7 @@ def count_parts(path: Path, config: CurationConfig) -> int:
     return len(part_starts(_timeline(index), config.part_seconds))
 
 
-def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, scratch: Path) -> Analysis:
+def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, scratch: Path) -> SourceAnalysis:
     """As analysis.analyse for one part of a source; its packets are copied to `scratch`, which is removed.
 
     Frame numbers and times are those of the source, and so is `facts.start_pts`; `facts.frames` and `duration` are the

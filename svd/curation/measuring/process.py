@@ -27,15 +27,15 @@ import numpy as np
 from svd.config import CurationConfig
 from svd.core.device import pick_device
 from svd.core.errors import UserError
+from svd.curation.base.child_process import end_with_parent, exit_name
+from svd.curation.base.types import ClipAnalysis, ClipFile, ClipSpan, SourceAnalysis, SourceFacts, SourceFailure
 from svd.curation.clips.writer import write_clips
 from svd.curation.cuts.transnet import transnet_probabilities
 from svd.curation.measuring.decode_pass import Taken
 from svd.curation.measuring.parts import analyse_part, count_parts, seconds_claimed
 from svd.curation.motion.flow import flow_function
-from svd.curation.processes import end_with_parent, exit_name
 from svd.curation.text.base import text_areas
 from svd.curation.text.registry import make_detector
-from svd.curation.types import Analysis, ClipAnalysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
 
 DEFAULT_TIMEOUT = 3600.0  # seconds for half an hour of video, and for anything shorter
 TIMED_SECONDS = 1800.0
@@ -135,7 +135,7 @@ def _serve(connection: Connection, memory: int, config: CurationConfig | None) -
         connection.send(_answer(connection, request))
 
 
-class Analyst:
+class DecodeProcess:
     """A child process that analyses sources one at a time; it is replaced when it hangs, crashes or runs out of memory.
 
     timeout: seconds that half an hour of video may take, and anything shorter; a longer source gets more, in
@@ -165,7 +165,7 @@ class Analyst:
         taken: Taken = lambda clip: clip,
         part: tuple[int, int] = (0, 1),
         scratch: Path | None = None,
-    ) -> Analysis:
+    ) -> SourceAnalysis:
         """As parts.analyse_part, and looks for text; a hang, a crash and a lack of memory are SourceFailures too.
 
         `taken` runs here.
@@ -176,7 +176,7 @@ class Analyst:
         def take(clip: ClipAnalysis) -> None:
             clips[clip.span] = taken(clip)
 
-        analysis: Analysis = self._ask(take, "analyse", path, config, part, scratch)
+        analysis: SourceAnalysis = self._ask(take, "analyse", path, config, part, scratch)
         return replace(analysis, clips=[clips[clip.span] for clip in analysis.clips])
 
     def write_clips(self, source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:
@@ -300,7 +300,7 @@ class Analyst:
 
 def analyse_guarded(
     path: Path, config: CurationConfig, *, timeout: float = DEFAULT_TIMEOUT, memory: int = DEFAULT_MEMORY
-) -> Analysis:
-    """Analyse one source in a process of its own; for several, keep one Analyst per worker. Raises SourceFailure."""
-    with Analyst(timeout, memory) as analyst:
-        return analyst.analyse(path, config)
+) -> SourceAnalysis:
+    """Analyse one source in a process of its own; for several, keep one DecodeProcess per worker. Raises SourceFailure."""
+    with DecodeProcess(timeout, memory) as decoding:
+        return decoding.analyse(path, config)

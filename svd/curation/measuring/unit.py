@@ -20,15 +20,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
 from svd.config import CurationConfig
 from svd.core.errors import UserError
+from svd.curation.base.types import ClipAnalysis, ClipFile, Cut, SourceAnalysis, SourceFailure
 from svd.curation.captions import base as captions
-from svd.curation.clips.stills import write_frame
+from svd.curation.clips.stills import write_still
 from svd.curation.measuring.fetching import local_file
-from svd.curation.measuring.process import Analyst, WorkerError
-from svd.curation.types import Analysis, ClipAnalysis, ClipFile, Cut, SourceFailure
+from svd.curation.measuring.process import DecodeProcess, WorkerError
 from svd.sources.listing import Source, printable
 
 log = logging.getLogger(__name__)
@@ -71,19 +70,19 @@ def identify(source: Source) -> Identified:
     try:
         if source.offset is not None:
             return Identified(
-                source, catalog.content_hash_of(source.path, source.offset, source.size or 0), source.size or 0
+                source, tables.content_hash_of(source.path, source.offset, source.size or 0), source.size or 0
             )
         size = source.path.stat().st_size
         if not source.path.is_file():
             return Identified(source, "", 0, failure="not a regular file")
         if size == 0:
             return Identified(source, "", 0, failure="empty file (0 bytes)")
-        return Identified(source, catalog.content_hash(source.path), size)
+        return Identified(source, tables.content_hash(source.path), size)
     except OSError as error:
         return Identified(source, "", 0, failure=f"can't be read: {error.strerror or error}")
 
 
-def measure_unit(unit: Unit, config: CurationConfig, folder: Path, analyst: Analyst) -> Path:
+def measure_unit(unit: Unit, config: CurationConfig, folder: Path, decoding: DecodeProcess) -> Path:
     """Analyse every source of `unit` and write its clips; returns `folder`/<unit name>, complete.
 
     Inside: sources.parquet, clips.parquet (columns MEASURED), cuts.parquet, dropped.parquet, `clips/<id>.mp4`,
@@ -98,7 +97,7 @@ def measure_unit(unit: Unit, config: CurationConfig, folder: Path, analyst: Anal
     temporary = folder / f".{unit.name}.{uuid.uuid4().hex}"
     for name in ("clips", "frames"):
         (temporary / name).mkdir(parents=True)
-    work = _UnitWork(unit, config, temporary, analyst)
+    work = _UnitWork(unit, config, temporary, decoding)
     for identified in unit.sources:
         work.add(identified)
     work.write()
@@ -109,7 +108,7 @@ def measure_unit(unit: Unit, config: CurationConfig, folder: Path, analyst: Anal
 class _UnitWork:
     """Rows of a unit while it is measured."""
 
-    def __init__(self, unit: Unit, config: CurationConfig, folder: Path, analyst: Analyst) -> None:
+    def __init__(self, unit: Unit, config: CurationConfig, folder: Path, decoding: DecodeProcess) -> None:
         self.unit, self.config, self.folder = unit, config, folder
         self.sources: list[dict[str, Any]] = []
         self.clips: list[dict[str, Any]] = []
@@ -117,7 +116,7 @@ class _UnitWork:
         self.dropped: list[dict[str, Any]] = []
         self.flow: dict[str, np.ndarray] = {}
         self.captions: dict[str, dict[str, str]] = {}
-        self.analyst = analyst
+        self.decoding = decoding
 
     def add(self, identified: Identified) -> None:
         """Analyse one source; whatever is wrong with it, exactly one row of it is added. Raises WorkerError."""
@@ -131,7 +130,7 @@ class _UnitWork:
         try:
             with local_file(identified.source, self.folder / "fetched") as path:
                 if not identified.source_id:
-                    row["source_id"], row["bytes"] = catalog.content_hash(path), path.stat().st_size
+                    row["source_id"], row["bytes"] = tables.content_hash(path), path.stat().st_size
                 self._analyse(path, identified, row)
         except WorkerError:
             raise
@@ -155,7 +154,7 @@ class _UnitWork:
 
     def _analyse(self, path: Path, identified: Identified, row: dict[str, Any]) -> None:
         source = identified.source
-        analysis = self.analyst.analyse(
+        analysis = self.decoding.analyse(
             path,
             self.config,
             lambda clip: self._take(clip, row["source_id"]),
@@ -163,8 +162,8 @@ class _UnitWork:
             self.folder / "part.mp4",
         )
         row.update(_facts(analysis))
-        targets = [catalog.clip_id(row["source_id"], clip.span.start_pts, clip.span.end_pts) for clip in analysis.clips]
-        files = self.analyst.write_clips(
+        targets = [tables.clip_id(row["source_id"], clip.span.start_pts, clip.span.end_pts) for clip in analysis.clips]
+        files = self.decoding.write_clips(
             path,
             analysis.facts,
             [
@@ -189,9 +188,9 @@ class _UnitWork:
         """Write a clip's frames while the source is still being decoded: those of a whole film would not fit into
         memory. Returns the rest.
         """
-        name = catalog.clip_id(source_id, clip.span.start_pts, clip.span.end_pts)
+        name = tables.clip_id(source_id, clip.span.start_pts, clip.span.end_pts)
         for position, frame in enumerate(clip.frames):
-            write_frame(self.folder, name, position, frame)
+            write_still(self.folder, name, position, frame)
         return replace(clip, frames=clip.frames[:0].copy())  # a copy: a view would keep the frames
 
     def _clip(
@@ -199,7 +198,7 @@ class _UnitWork:
         name: str,
         clip: ClipAnalysis,
         file: ClipFile,
-        analysis: Analysis,
+        analysis: SourceAnalysis,
         source: Source,
         row: Mapping[str, Any],
     ) -> dict[str, Any]:
@@ -251,10 +250,10 @@ class _UnitWork:
         """Write the tables; clips in the order of their sources and times."""
         for row in self.sources:
             row["reason"] = printable(" ".join(row["reason"].split()))
-        catalog.write_rows(self.folder / "sources.parquet", self.sources, schema.SOURCES_SCHEMA)
-        catalog.write_rows(self.folder / "clips.parquet", self.clips, schema.MEASURED_SCHEMA)
-        catalog.write_rows(self.folder / "cuts.parquet", self.cuts, schema.CUTS_SCHEMA)
-        catalog.write_rows(self.folder / "dropped.parquet", self.dropped, schema.DROPPED_SCHEMA)
+        tables.write_table_rows(self.folder / "sources.parquet", self.sources, schema.SOURCES_SCHEMA)
+        tables.write_table_rows(self.folder / "clips.parquet", self.clips, schema.MEASURED_SCHEMA)
+        tables.write_table_rows(self.folder / "cuts.parquet", self.cuts, schema.CUTS_SCHEMA)
+        tables.write_table_rows(self.folder / "dropped.parquet", self.dropped, schema.DROPPED_SCHEMA)
         save_file(self.flow, self.folder / "flow.safetensors")
         (self.folder / "captions.json").write_text(_json(self.captions) or "{}")
         shutil.rmtree(self.folder / "fetched", ignore_errors=True)
@@ -277,7 +276,7 @@ def _source_row(identified: Identified) -> dict[str, Any]:
     }
 
 
-def _facts(analysis: Analysis) -> dict[str, Any]:
+def _facts(analysis: SourceAnalysis) -> dict[str, Any]:
     facts = analysis.facts
     return {
         "container": facts.container,

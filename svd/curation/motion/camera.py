@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from svd.curation.base.types import CameraLabel, CameraMotion
 from svd.curation.motion.camera_velocity import shake
-from svd.curation.types import CameraLabel, CameraMotion
 
 CAPTIONS: dict[CameraLabel, str] = {
     "static": "the camera is static",
@@ -111,7 +111,7 @@ def _solve(x: np.ndarray, y: np.ndarray, u: np.ndarray, v: np.ndarray, w: np.nda
 def classify(velocity: np.ndarray, rate: float, fits: list[GlobalFit]) -> CameraMotion:
     """The camera label of a clip.
 
-    velocity: (n, 4) of tracking.track between its frames, times `rate` = frames a second; fits: those of its
+    velocity: (n, 4) of camera_velocity.track_camera between its frames, times `rate` = frames a second; fits: those of its
     sampled pairs, which are finer where motion is slow and tell what doesn't follow the camera.
     """
     if not len(velocity) and not fits:

@@ -13,7 +13,7 @@ ROUNDS = 3
 _RIDGE = np.diag(np.array([0.01, 0.01, 1.0, 1.0], np.float32))
 
 
-def track(pictures: np.ndarray) -> np.ndarray:
+def track_camera(pictures: np.ndarray) -> np.ndarray:
     """Motion of the content between neighbours of (n, h, w) luma pictures, (n - 1, 4) float32 a frame.
 
     Columns: dx and dy in picture widths, relative growth, rotation in radians (clockwise).

@@ -41,7 +41,7 @@ class Shrinking(Protocol):
         """(B, C, H, W) in [-1, 1] → (B, C, S, S); the three planes together give the same `image_features`."""
 
 
-def to_tensor(frames: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
+def frames_to_tensor(frames: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """(B, H, W, 3) uint8 → (B, 3, H, W) float32 in [-1, 1]."""
     planes = torch.as_tensor(frames).to(device).permute(0, 3, 1, 2).contiguous()
     return planes.float().div_(127.5).sub_(1)
@@ -63,7 +63,7 @@ def image_embeddings(frames: Iterable[Iterable[np.ndarray]], encoders: ClipEncod
     found: dict[int, Tensor] = {}
     for start, stop in _runs([shapes[at] for at in order], batch):
         chosen = torch.stack([inputs[at] for at in order[start:stop]])
-        pixels = chosen if chosen.is_floating_point() else to_tensor(chosen, device)
+        pixels = chosen if chosen.is_floating_point() else frames_to_tensor(chosen, device)
         features = nn.functional.normalize(encoders.image_features(pixels).float(), dim=-1).cpu()
         found.update(zip(order[start:stop], features, strict=True))
     return torch.stack([found[at] for at in range(len(inputs))]).unflatten(0, (-1, 3))
@@ -73,7 +73,7 @@ def _input(frame: np.ndarray, encoders: ClipEncoders, device: str) -> Tensor:
     """What is kept of a frame (H, W, 3) uint8 until its batch is full: (3, S, S) in [-1, 1], or the frame itself."""
     if isinstance(encoders, Shrinking) and frame.shape[0] * frame.shape[1] > LARGE:
         # Plane by plane: blurred together they take many times their own memory.
-        return torch.cat([encoders.shrink(to_tensor(frame[None, ..., [c]], device))[0] for c in range(3)])
+        return torch.cat([encoders.shrink(frames_to_tensor(frame[None, ..., [c]], device))[0] for c in range(3)])
     return torch.from_numpy(frame)
 
 

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 from svd.config import CurationConfig, EncodersConfig
 from svd.core.device import pick_device
 from svd.core.errors import UserError
-from svd.curation.processes import end_with_parent, exit_name
+from svd.curation.base.child_process import end_with_parent, exit_name
 
 if TYPE_CHECKING:
-    from svd.curation.scoring.unit import Scorer
+    from svd.curation.scoring.unit import ClipScorer
 
 START_METHOD = "spawn"  # CUDA does not survive a fork
 PATIENCE = 5.0  # seconds
 
 
-class Networks:
+class ScoringProcess:
     """A child process that scores units, loaded as soon as this is made; raises UserError for missing weights.
 
     It ends when this process does, however this process ends.
@@ -47,7 +47,7 @@ class Networks:
             raise
 
     def score_unit(self, measured: Path, folder: Path, shard_bytes: int) -> None:
-        """As Scorer.score_unit; what it raises is raised here. Raises UserError when the process has died."""
+        """As ClipScorer.score_unit; what it raises is raised here. Raises UserError when the process has died."""
         with contextlib.suppress(BrokenPipeError):  # the answer says how it ended
             self._connection.send((measured, folder, shard_bytes))
         self._answer()
@@ -92,16 +92,16 @@ def _serve(connection: Connection, config: CurationConfig, encoders: EncodersCon
         connection.send(error)
 
 
-def _load(config: CurationConfig, encoders: EncodersConfig, folder: Path) -> Scorer:
+def _load(config: CurationConfig, encoders: EncodersConfig, folder: Path) -> ClipScorer:
     """Load the networks that the preset names; raises UserError for missing weights."""
     from svd.curation.captions.registry import make_captioners
     from svd.curation.scoring import embeddings
-    from svd.curation.scoring.unit import Scorer
+    from svd.curation.scoring.unit import ClipScorer
     from svd.model.formats.encoders import load_encoders
 
     device = pick_device()
     head = embeddings.load_aesthetics(Path(encoders.aesthetics_weights)) if encoders.aesthetics_weights else None
-    return Scorer(
+    return ClipScorer(
         encoders=load_encoders(folder, encoders, device),
         captioners=make_captioners(config.captions, device),
         used=config.captions.captioners,

@@ -19,11 +19,10 @@ import polars as pl
 import torch
 from safetensors.torch import save_file
 
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
 from svd.catalogue.shards import Member, ShardWriter
 from svd.curation.captions.base import Captioner, CaptionRequest, describe_all
-from svd.curation.clips.stills import read_frame, read_frames, thumbnail
+from svd.curation.clips.stills import encode_thumbnail, read_still, read_stills
 from svd.curation.scoring import embeddings
 
 GROUP = 32  # clips that are scored together
@@ -51,7 +50,7 @@ SAMPLE_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Scorer:
+class ClipScorer:
     """The networks of scoring. used: names of the captions to keep, in order; head: the aesthetics head, if any."""
 
     encoders: embeddings.ClipEncoders
@@ -108,7 +107,7 @@ class Scorer:
                     }
                     scores.append(score | _places(writer.add(name, files)))
         save_file(vectors, folder / "embeddings.safetensors")
-        catalog.write_rows(folder / "scores.parquet", scores, schema.SCORED_SCHEMA)
+        tables.write_table_rows(folder / "scores.parquet", scores, schema.SCORED_SCHEMA)
 
     def _scores(
         self, names: Sequence[str], captions: Sequence[Mapping[str, str]], images: torch.Tensor
@@ -142,7 +141,7 @@ class Scorer:
         for start in range(0, len(names), DESCRIBED):
             some = names[start : start + DESCRIBED]
             requests = [
-                CaptionRequest(name, read_frames(measured, name), _video(measured, name), own[name])
+                CaptionRequest(name, read_stills(measured, name), _video(measured, name), own[name])
                 for name in some
                 if self.captioners  # frames are large
             ]
@@ -157,9 +156,9 @@ def _video(measured: Path, name: str) -> Path:
 def _look(measured: Path, name: str, thumbnails: dict[str, bytes]) -> Iterator[np.ndarray]:
     """First, middle and last frame of a clip, none of them kept; a thumbnail of the middle one is."""
     for position in range(3):
-        frame = read_frame(measured, name, position)
+        frame = read_still(measured, name, position)
         if position == 1:
-            thumbnails[name] = thumbnail(frame)
+            thumbnails[name] = encode_thumbnail(frame)
         yield frame
 
 

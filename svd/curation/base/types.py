@@ -92,7 +92,7 @@ class ClipSpan:
     """Which frames of the source a clip holds and how it is written.
 
     [shot_start_frame, shot_end_frame) is the shot before the boundaries snapped to keyframes; `start_cut` and `end_cut`
-    are indices into `Analysis.cuts`, None at the ends of the source and where a long shot was split.
+    are indices into `SourceAnalysis.cuts`, None at the ends of the source and where a long shot was split.
     """
 
     start_frame: int
@@ -160,7 +160,7 @@ class DroppedSpan:
 
 
 @dataclass(frozen=True)
-class Analysis:
+class SourceAnalysis:
     """Everything one decode pass finds in a source.
 
     inherited: how many of the first cuts the part before lists as its own; 0 for whole sources.
