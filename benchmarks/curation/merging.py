@@ -25,6 +25,7 @@ from rich.progress import track
 from benchmarks.catalogue.__main__ import chunk, peak_bytes
 from svd.catalogue import schema, tables
 from svd.config.load import load_preset
+from svd.curation.merge import merge_units
 from svd.curation.metrics import curation_metrics
 
 PER_SOURCE = 10

@@ -8,6 +8,7 @@ from svd.config.base import Fraction as Fraction
 from svd.config.base import PositiveInt as PositiveInt
 from svd.config.base import Renderer as Renderer
 from svd.config.base import Section as Section
+from svd.config.data import CaptionerName as CaptionerName
 from svd.config.data import CaptionsConfig as CaptionsConfig
 from svd.config.data import ClipsConfig as ClipsConfig
 from svd.config.data import CurationConfig as CurationConfig

@@ -1,9 +1,9 @@
 """The stage `curation`: from a folder of raw videos to a catalogue, clip shards and statistics (§3, App. C).
 
-Work is split into units of sources. Threads measure units, each with a decoding process of its own (decode, cuts,
-motion, text, clips) that may crash without harm; one more process scores finished units with the networks as they
-come. Both kinds of result appear by rename in the work folder, so a killed run goes on where it was; the merge sorts by
-content, so the result does not depend on order, kills or workers.
+Work is split into units of sources. Threads measure units (decode, cuts, motion, text, clips), each with a decoding
+process of its own that may crash without harm. One more process scores measured units with the networks. Both kinds of
+result appear by rename in the work folder, so a killed run resumes where it was. The merge sorts by content, so the
+result does not depend on order, kills or the number of workers.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ SPLITS = ("train", "test", "footage")
 
 
 def run(context: StageContext) -> Report:
-    """Curate the sources in `context.inputs["sources"]`; publishes catalogue, shards, flow, embeddings, funnel, plots.
+    """Curate the sources in `context.inputs["sources"]`; publish catalogue, shards, flow, embeddings, funnel and plots.
 
-    Raises UserError when there is no source, or not one usable clip.
+    Raises UserError when there is no source, or no usable clip.
     """
     config = context.preset.curation
     folder = context.inputs["sources"]
@@ -52,11 +52,11 @@ def run(context: StageContext) -> Report:
     context.work.mkdir(parents=True, exist_ok=True)
     identified = split_long(find_duplicates(sources, config.workers), config, context.work / "fetched")
     units = list(units_of(identified, context.preset.sources.sources_per_shard))
-    with contextlib.closing(ScoringProcess(config, context.preset.encoders, context.inputs["encoders"])) as networks:
-        measured, scored = process(units, config, networks, context)
+    with contextlib.closing(ScoringProcess(config, context.preset.encoders, context.inputs["encoders"])) as scoring:
+        measured, scored = process_units(units, config, scoring, context)
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("catalogue, statistics, report", total=3)
         merged = merge_units(measured, scored, finished, config)
         _check_usable(merged, folder)
@@ -75,8 +75,8 @@ def run(context: StageContext) -> Report:
 
 
 def find_duplicates(sources: Sequence[Source], workers: int) -> list[Identified]:
-    """Hash all local sources and mark each whose bytes came before, in order; unreadable ones carry their reason."""
-    with progress() as bar, ThreadPoolExecutor(workers) as pool:
+    """Hash all local sources; a source whose bytes came before is marked as duplicate, an unreadable one as failed."""
+    with progress_bar() as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task("hashing sources", total=len(sources))
         found = []
         for identified in pool.map(identify, sources):
@@ -92,9 +92,9 @@ def find_duplicates(sources: Sequence[Source], workers: int) -> list[Identified]
 
 
 def split_long(identified: Sequence[Identified], config: CurationConfig, folder: Path) -> list[Identified]:
-    """Put the parts of each long local source in its place, a member of a local tar too (it is extracted to `folder`).
+    """Replace each long local source by its parts; members of local tars are extracted to `folder` to be probed.
 
-    What must be fetched stays whole: its parts would be fetched again each. So does what can't be read.
+    Remote sources stay whole: every part would have to be fetched again. So do sources that can't be read.
     """
     least = config.part_seconds * LEAST_RATE
     found: list[Identified] = []
@@ -104,13 +104,13 @@ def split_long(identified: Sequence[Identified], config: CurationConfig, folder:
             usable = not one.failure and not one.duplicate_of and not one.source.remote
             if usable and one.bytes >= least:
                 with contextlib.suppress(SourceFailure, OSError), local_file(one.source, folder) as path:
-                    count = decoding.count_parts(path, config)  # a failure is told in its row
+                    count = decoding.count_parts(path, config)  # a failure is reported when it is measured
             found += [replace(one, part=(number, count)) for number in range(count)]
     return found
 
 
 def scored_by(config: CurationConfig, encoders: EncodersConfig) -> dict[str, str]:
-    """What made each score, for people who read the report."""
+    """Name the model or algorithm behind each score, for readers of the report."""
     toy = "toy-clip, a small model trained here on synthetic captions"
     models = {
         "similarity": toy if encoders.kind == "toy-clip" else f"open_clip {encoders.model} {encoders.weights}",
@@ -125,24 +125,24 @@ def scored_by(config: CurationConfig, encoders: EncodersConfig) -> dict[str, str
     return models
 
 
-def process(
-    units: Sequence[Unit], config: CurationConfig, networks: ScoringProcess, context: StageContext
+def process_units(
+    units: Sequence[Unit], config: CurationConfig, scoring: ScoringProcess, context: StageContext
 ) -> tuple[list[Path], list[Path]]:
-    """Measure and score all units; returns their folders in order. A unit that is there already is not done again."""
+    """Measure and score all units; return their folders in order. Units that are done already are skipped."""
     measured = [context.work / "measured" / unit.name for unit in units]
     scored = [context.work / "scored" / unit.name for unit in units]
-    with progress() as bar, contextlib.closing(_measured(units, config, context.work / "measured")) as done:
+    with progress_bar() as bar, contextlib.closing(_measured(units, config, context.work / "measured")) as done:
         task = bar.add_task("curating (units of sources)", total=len(units))
         for count, unit in enumerate(done, start=1):
             path = context.work / "measured" / unit.name
-            networks.score_unit(path, context.work / "scored", config.shard_bytes)
+            scoring.score_unit(path, context.work / "scored", config.shard_bytes)
             bar.advance(task)
             context.tracker.log_metrics({"curation/units": float(count)}, count)
     return measured, scored
 
 
 def _measured(units: Sequence[Unit], config: CurationConfig, folder: Path) -> Generator[Unit]:
-    """Units as they become measured, by `config.workers` processes; an error ends those at work and what waits."""
+    """Yield units as they become measured, by `config.workers` processes; an error ends all processes."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting = [unit for unit in units if not (folder / unit.name).exists()]
     yield from (unit for unit in units if unit not in waiting)
@@ -174,8 +174,8 @@ def _measured(units: Sequence[Unit], config: CurationConfig, folder: Path) -> Ge
             raise
 
 
-def progress() -> Progress:
-    """The progress bar of this stage, on stderr."""
+def progress_bar() -> Progress:
+    """Make a progress bar on stderr; SVD_NO_PROGRESS=1 turns it off."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -187,6 +187,7 @@ def progress() -> Progress:
 
 
 def _check_usable(merged: Merged, folder: Path) -> None:
+    """Raise UserError, with the first reasons, when no source gave a clip."""
     if len(merged.clips):
         return
     reasons = merged.sources.filter(merged.sources["reason"] != "").select("source_uri", "reason").head(3).rows()

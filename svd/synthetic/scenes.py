@@ -96,7 +96,7 @@ class Scene:
 
     @property
     def camera_label(self) -> str:
-        """Return the camera label that curation should find: "object-motion" for a static camera before a moving object."""
+        """Return the camera label that curation should find: "object-motion" for a static camera with motion."""
         if self.camera == "static" and self.action != "standing still":
             return "object-motion"
         return self.camera

@@ -20,7 +20,7 @@ from svd.config import EncodersConfig, FiltersConfig
 from svd.core.errors import UserError
 from svd.curation.dry_run import plan_curation
 from svd.curation.merge import bucket, motion_edges
-from svd.curation.metrics import match
+from svd.curation.metrics import match_cuts
 from svd.sources.listing import list_sources
 
 TOY = EncodersConfig(kind="toy-clip")
@@ -145,9 +145,9 @@ def test_motion_buckets_are_ranks():
 
 
 def test_cuts_are_matched_once_each():
-    assert sorted(match([10, 11, 50], [12, 49, 90], 2)) == [1, 2]
-    assert match([5, 6], [5], 2) == [0]
-    assert match([5], [8], 2) == []
+    assert sorted(match_cuts([10, 11, 50], [12, 49, 90], 2)) == [1, 2]
+    assert match_cuts([5, 6], [5], 2) == [0]
+    assert match_cuts([5], [8], 2) == []
 
 
 def test_the_dry_run_adds_up(tmp_path):

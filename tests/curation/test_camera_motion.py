@@ -16,11 +16,11 @@ from media_files import MATRICES, Kind, scenery, set_matrix, shots, tiny_config,
 
 from svd.core.errors import UserError
 from svd.curation.clips.samples import DisplayGeometry
+from svd.curation.measuring.child import load_networks
 from svd.curation.measuring.decode_pass import analyse
-from svd.curation.measuring.process import load_networks
 from svd.curation.motion.camera import CAPTIONS, camera_caption, fit_similarity
 from svd.curation.motion.camera_velocity import track_camera
-from svd.curation.motion.flow import farneback, grid, motion_score, raft, stored
+from svd.curation.motion.flow import farneback, grid_size, motion_score, raft, stored_flow
 from svd.media.orientation import Orientation
 from svd.synthetic.encode import Encoding, encode_video
 from svd.synthetic.scenes import CAMERAS, World, render_scene
@@ -158,10 +158,10 @@ def test_flow_maps_are_stored_at_sixteen_pixels(tmp_path: Path) -> None:
     assert clip.motion_score == pytest.approx(lengths.mean(), rel=1e-3)
     tall = write(tmp_path / "tall", list(shots([60], height=128, width=96)))
     assert analyse(tall, tiny_config(**FLAT)).clips[0].flow.shape == (4, 21, 16, 2)
-    assert grid(1920, 1080, 16) == (28, 16) and grid(1080, 1920, 16) == (16, 28)
+    assert grid_size(1920, 1080, 16) == (28, 16) and grid_size(1080, 1920, 16) == (16, 28)
     assert motion_score(np.zeros((0, 16, 28, 2), np.float16)) == 0.0
     flow = np.full((64, 114, 2), [4.0, -2.0], np.float32)
-    assert stored(flow, 16)[8, 8] == pytest.approx([4 * 28 / 114, -0.5], rel=1e-2)
+    assert stored_flow(flow, 16)[8, 8] == pytest.approx([4 * 28 / 114, -0.5], rel=1e-2)
 
 
 def test_turned_sources_have_turned_motion(tmp_path: Path) -> None:

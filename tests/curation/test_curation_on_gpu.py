@@ -17,7 +17,8 @@ from torch import nn
 from torchvision.models.optical_flow import raft_large
 
 from svd.curation.base.types import ClipAnalysis
-from svd.curation.measuring.process import DecodeProcess, limited_resource
+from svd.curation.measuring.child import limited_resource
+from svd.curation.measuring.process import DecodeProcess
 from svd.curation.scoring.unit import ClipScorer
 from svd.curation.text import craft
 from svd.curation.text.base import MEAN, MULTIPLE, STD

@@ -17,7 +17,7 @@ from media_files import Kind, shots, tiny_config, write
 from svd.curation.base.types import SourceAnalysis
 from svd.curation.decoding import decoder as decode
 from svd.curation.decoding.probe import PacketIndex
-from svd.curation.decoding.skipping import Debt, Numbering, skippable
+from svd.curation.decoding.skipping import DecodedTwice, Numbering, skippable
 from svd.curation.measuring import decode_pass as analysis
 from svd.curation.measuring.decode_pass import analyse
 
@@ -174,10 +174,10 @@ def test_enough_frames_remain(groups: list[int], gap: int, data: st.DataObject) 
 
 def test_debt_counts_every_frame_once() -> None:
     """Steps in one group share a decode; a debt beyond the limit is reported."""
-    debt = Debt(np.array([0, 1000]))
+    debt = DecodedTwice(np.array([0, 1000]))
     assert not debt.grows_too_large(40) and not debt.grows_too_large(60)
     assert debt.grows_too_large(100) is (100 > 60 + 25)
-    assert not Debt(np.array([0, 1000])).grows_too_large(1010)
+    assert not DecodedTwice(np.array([0, 1000])).grows_too_large(1010)
 
 
 def test_one_pass_costs_little_more_than_decoding() -> None:

@@ -20,8 +20,10 @@ from media_files import Kind, shots, tiny_config, write
 
 from svd.core.errors import UserError
 from svd.curation import stage
+from svd.curation.base.messages import Analyse, CountParts, Done, VideoLength
 from svd.curation.base.types import SourceFailure
-from svd.curation.measuring.process import DEFAULT_MEMORY, DecodeProcess, WorkerError, limited_resource
+from svd.curation.measuring.child import limited_resource
+from svd.curation.measuring.process import DEFAULT_MEMORY, DecodeProcess, WorkerError
 from svd.curation.measuring.unit import identify, measure_unit, units_of
 from svd.curation.scoring.process import ScoringProcess
 from svd.sources.listing import list_sources
@@ -51,17 +53,18 @@ class Scripted:
 
 def test_a_long_source_has_more_time(video, tmp_path):
     decoding = DecodeProcess()
-    long = Scripted(3 * 1800.0, "done")
-    assert decoding._exchange(long, ("analyse",), None) == "done" and long.waits == [3600, 3 * 3600]
-    short = Scripted(5.0, "done")
-    assert decoding._exchange(short, ("analyse",), None) == "done" and short.waits == [3600, 3600]
+    request = CountParts(video, tiny_config())
+    long = Scripted(VideoLength(3 * 1800.0), Done("done"))
+    assert decoding._exchange(long, request, None) == Done("done") and long.waits == [3600, 3 * 3600]
+    short = Scripted(VideoLength(5.0), Done("done"))
+    assert decoding._exchange(short, request, None) == Done("done") and short.waits == [3600, 3600]
     with pytest.raises(SourceFailure, match="not finished after 14400 s"):
-        decoding._exchange(Scripted(4 * 1800.0), ("analyse",), None)
+        decoding._exchange(Scripted(VideoLength(4 * 1800.0)), request, None)
     config = tiny_config()
     with decoding:
         connection = decoding._start()
-        connection.send(("analyse", video, config, (0, 2), tmp_path / "part.mp4"))
-        assert connection.recv() == pytest.approx(150 / 24 / 2, abs=0.05), "the seconds of one of two parts"
+        connection.send(Analyse(video, config, (0, 2), tmp_path / "part.mp4"))
+        assert connection.recv().seconds == pytest.approx(150 / 24 / 2, abs=0.05), "the seconds of one of two parts"
 
 
 def when_busy(decoding: DecodeProcess, action) -> threading.Thread:
@@ -100,7 +103,7 @@ def test_a_killed_process_is_replaced_and_its_source_tried_again(video):
 WHAT_FITS = """
 import mmap, sys
 import numpy as np
-from svd.curation.measuring.process import limit_memory
+from svd.curation.measuring.child import limit_memory
 
 limit_memory(256 << 20, sys.argv[1])
 for attempt in (

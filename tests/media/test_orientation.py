@@ -81,7 +81,7 @@ def test_every_reader_shows_what_a_player_shows(matrix: Matrix, tmp_path: Path) 
             read_training_frames(path.read_bytes(), 3, height, width).permute(0, 2, 3, 1).numpy()
         ),
         "evaluation": list(read_frames(path)[0]),
-        "captions": sample_frames(path, 3).pictures,
+        "captions": sample_frames(path, 3).images,
         "preview": decode_rgb(preview),
     }
     for reader, pictures in seen.items():

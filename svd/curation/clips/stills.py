@@ -1,4 +1,4 @@
-"""First, middle and last frame of each clip: JPEGs in a measured unit until it is scored, then one thumbnail."""
+"""Stills of each clip: first, middle and last frame as JPEGs in a measured unit, and a thumbnail for the shard."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def write_still(folder: Path, name: str, position: int, frame: np.ndarray) -> No
 
 
 def read_stills(folder: Path, name: str) -> np.ndarray:
-    """First, middle and last frame of a clip: (3, H, W, 3) uint8 RGB; raises OSError."""
+    """Read the first, middle and last frame of a clip, (3, H, W, 3) uint8 RGB; raises OSError."""
     return np.stack([read_still(folder, name, position) for position in range(3)])
 
 
 def read_still(folder: Path, name: str, position: int) -> np.ndarray:
-    """One of the three frames, (H, W, 3) uint8 RGB; raises OSError."""
+    """Read one of the three frames, (H, W, 3) uint8 RGB; raises OSError."""
     path = _path(folder, name, position)
-    picture = cv2.imread(str(path))
-    if picture is None:
+    image = cv2.imread(str(path))
+    if image is None:
         raise OSError(f"{path}: not a picture")
-    return np.ascontiguousarray(picture[..., ::-1])
+    return np.ascontiguousarray(image[..., ::-1])
 
 
 def _path(folder: Path, name: str, position: int) -> Path:
@@ -39,7 +39,7 @@ def _path(folder: Path, name: str, position: int) -> Path:
 
 
 def encode_thumbnail(frame: np.ndarray) -> bytes:
-    """A JPEG at most THUMBNAIL_WIDTH wide of an (H, W, 3) uint8 RGB frame."""
+    """Encode an (H, W, 3) uint8 RGB frame as JPEG, at most THUMBNAIL_WIDTH wide."""
     height, width = frame.shape[:2]
     scale = min(1.0, THUMBNAIL_WIDTH / width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
