@@ -12,7 +12,7 @@ from svd.catalogue.subsets import write_subsets
 from svd.config import FiltersConfig
 
 
-def refilter_catalogue(
+def renew_verdicts(
     folder: Path, config: FiltersConfig, subsets: Mapping[str, FiltersConfig] | None = None
 ) -> dict[str, float]:
     """Judge an existing curation output again, in place; no video is touched and no score is rewritten.

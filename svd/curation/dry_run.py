@@ -94,11 +94,15 @@ class Plan:
 
 
 def plan_curation(
-    sources: Sequence[Source], config: CurationConfig, sources_per_unit: int, encoders: EncodersConfig
+    sources: Sequence[Source],
+    config: CurationConfig,
+    sources_per_unit: int,
+    encoders: EncodersConfig,
+    workers: int = 1,
 ) -> Plan:
     """Probe the headers of local sources, of members of tars and of some remote sources, and add up.
 
-    sources_per_unit: `sources.sources_per_shard` of the preset.
+    sources_per_unit: `sources.sources_per_shard` of the preset. workers: decoding processes side by side.
     """
     facts = _probe_all(sources)
     known = [one for one in facts if one is not None]
@@ -122,7 +126,7 @@ def plan_curation(
         download_gigabytes=sum(one.size for one in [*fetched, *guessed]) / 1e9,
         clips=clips,
         cpu_hours=cpu,
-        wall_hours=max(cpu / config.workers, embedding),
+        wall_hours=max(cpu / workers, embedding),
         networks=_networks(config, encoders, clips),
     )
 

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from svd.catalogue import schema, tables
 from svd.catalogue.axes import AXES, SUBSET_AXES, axes_computed
 from svd.catalogue.browser.app import create_app
-from svd.catalogue.refilter import refilter_catalogue
+from svd.catalogue.refilter import renew_verdicts
 from svd.config import CalibrationConfig, FiltersConfig, Subset
 from svd.curation.measuring.axis_scores import MEASURES
 
@@ -49,7 +49,7 @@ def older(tmp_path):
 
 def test_an_axis_that_a_catalogue_lacks_is_unused(older):
     wanted = {"min_motion": {"absolute": 0.35}, "max_text_area": {"absolute": 0.1}}
-    assert refilter_catalogue(older, FiltersConfig.model_validate(wanted)) == {"motion": 0.35}
+    assert renew_verdicts(older, FiltersConfig.model_validate(wanted)) == {"motion": 0.35}
     clips = tables.read_clips(older)
     assert clips["keep"].sum() == 8 and clips["text_area"].is_null().all() and clips["pass_nsfw"].is_null().all()
 

@@ -69,7 +69,7 @@ def test_a_report_of_two_catalogues_is_one_file_with_everything_in_it(folder, tm
 
 
 def test_refiltering_renews_what_depends_on_verdicts(folder):
-    refilter.refilter_catalogue(folder, FiltersConfig.model_validate({"max_text_area": {"absolute": 0.1}}))
+    refilter.renew_verdicts(folder, FiltersConfig.model_validate({"max_text_area": {"absolute": 0.1}}))
     assert json.loads((folder / "statistics.json").read_text())["kept"]["clips"] == 6
     assert {p.name for p in (folder / "contact").iterdir()} == {"text_area-kept.jpg", "text_area-dropped.jpg"}
     assert "text area" in (folder / "report.html").read_text()
@@ -78,12 +78,12 @@ def test_refiltering_renews_what_depends_on_verdicts(folder):
 def test_refiltering_renews_the_named_subsets_and_keeps_the_title(tmp_path):
     folder = write_catalogue(tmp_path / "mine" / "curation", config={"min_motion": {"absolute": 0.35}})
     half = FiltersConfig.model_validate({"min_motion": {"quantile": 0.5}})
-    refilter.refilter_catalogue(folder, FiltersConfig(), {"half": half})
+    refilter.renew_verdicts(folder, FiltersConfig(), {"half": half})
     assert tables.read_clips(folder, "half")["keep"].sum() == 6 and tables.read_clips(folder)["keep"].all()
     quarter = FiltersConfig.model_validate({"min_motion": {"quantile": 0.25}})
-    refilter.refilter_catalogue(folder, FiltersConfig(), {"half": half, "quarter": quarter})
+    refilter.renew_verdicts(folder, FiltersConfig(), {"half": half, "quarter": quarter})
     assert json.loads((folder / "subsets.json").read_text()).keys() == {"half", "quarter"}
-    refilter.refilter_catalogue(folder, FiltersConfig())
+    refilter.renew_verdicts(folder, FiltersConfig())
     assert tables.read_clips(folder, "quarter")["keep"].sum() == 9
     page = (folder / "report.html").read_text()
     assert "<td>mine, filtered</td>" in page and "<td>curation" not in page

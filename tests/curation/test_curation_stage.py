@@ -93,7 +93,7 @@ def test_the_result_does_not_depend_on_workers_order_or_interruptions(inputs, fi
     sources, encoders, _ = inputs
     moved = tmp_path / "elsewhere"
     shutil.copytree(sources, moved, symlinks=True)
-    run = context(tiny(curation__workers=1), moved, encoders, tmp_path)
+    run = context(tiny(compute__curation__workers=1), moved, encoders, tmp_path)
     measured = run.work / "measured"
     # As a killed run leaves things: half a unit, half a score, a finished folder that was never published.
     for junk in (
@@ -120,7 +120,7 @@ def test_refilter_changes_verdicts_and_no_video(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished[1], folder)
     before, shards = tables.read_clips(folder), tree(folder / "shards")
-    thresholds = refilter.refilter_catalogue(folder, FiltersConfig.model_validate({"min_motion": {"quantile": 0.5}}))
+    thresholds = refilter.renew_verdicts(folder, FiltersConfig.model_validate({"min_motion": {"quantile": 0.5}}))
     after = tables.read_clips(folder)
     assert tree(folder / "shards") == shards
     assert after["keep"].sum() == (before["motion_score"] >= thresholds["motion"]).sum() < before["keep"].len()

@@ -6,7 +6,6 @@ Equal inputs give equal bytes: no time, no encoder name and no thread count ente
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -17,6 +16,7 @@ import av.container
 import av.error
 import av.filter
 
+from svd.core.files import atomic_file
 from svd.curation.base.types import ClipFile, ClipSpan, SourceFacts, SourceFailure
 from svd.curation.decoding.probe import UNTRUSTED, Opened, open_video, packets_from
 
@@ -69,18 +69,15 @@ def _write(source: Path, opened: Opened, span: ClipSpan, facts: SourceFacts, tar
 @contextmanager
 def _complete_mp4(span: ClipSpan, target: Path) -> Iterator[av.container.OutputContainer]:
     """Open an MP4 file that appears as `target` when the block ends without an error; raises SourceFailure."""
-    temporary = target.with_name(f".{target.name}.tmp")
     options = {"fflags": "+bitexact", "movflags": "+faststart"}
     try:
-        with av.open(str(temporary), "w", format="mp4", options=options) as output:
+        with (
+            atomic_file(target) as temporary,
+            av.open(str(temporary), "w", format="mp4", options=options) as output,
+        ):
             yield output
-        with temporary.open("rb") as finished:
-            os.fsync(finished.fileno())
-        temporary.replace(target)
     except (av.error.FFmpegError, ValueError) as error:
         raise SourceFailure(f"clip at {span.start_seconds:.3f} s can't be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_count(span: ClipSpan, count: int) -> None:

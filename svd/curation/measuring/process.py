@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from svd.config import CurationConfig
 from svd.core.errors import UserError
+from svd.core.files import discard_temporary
 from svd.curation.base.child_process import exit_name
 from svd.curation.base.messages import (
     Analyse,
@@ -101,7 +102,7 @@ class DecodeProcess:
             written: list[ClipFile] = self._ask(WriteClips(source, facts, tuple(jobs)))
         finally:
             for _, target in jobs:
-                target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
+                discard_temporary(target)
         return written
 
     def _ask(self, request: CountParts | Analyse | WriteClips, take: Take | None = None) -> Any:

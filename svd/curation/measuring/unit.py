@@ -11,7 +11,6 @@ import logging
 import math
 import shutil
 import traceback
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from svd.catalogue import schema, tables
 from svd.catalogue.axes import axes_computed
 from svd.config import CurationConfig
 from svd.core.errors import UserError
+from svd.core.files import atomic_folder
 from svd.curation.base.types import ClipAnalysis, ClipFile, Cut, SourceAnalysis, SourceFailure
 from svd.curation.captions.known import known_captions
 from svd.curation.clips.stills import write_still
@@ -95,17 +95,13 @@ def measure_unit(unit: Unit, config: CurationConfig, folder: Path, decoding: Dec
     target = folder / unit.name
     if target.exists():
         return target
-    for leftover in folder.glob(f".{unit.name}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    # A unique name: a decoder of a killed run that still writes can't write into this unit.
-    temporary = folder / f".{unit.name}.{uuid.uuid4().hex}"
-    for name in ("clips", "frames"):
-        (temporary / name).mkdir(parents=True)
-    work = _UnitWork(unit, config, temporary, decoding)
-    for identified in unit.sources:
-        work.add(identified)
-    work.write()
-    temporary.rename(target)
+    with atomic_folder(target) as temporary:
+        for name in ("clips", "frames"):
+            (temporary / name).mkdir(parents=True)
+        work = _UnitWork(unit, config, temporary, decoding)
+        for identified in unit.sources:
+            work.add(identified)
+        work.write()
     return target
 
 
