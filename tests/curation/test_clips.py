@@ -204,7 +204,7 @@ def test_most_of_the_early_frames_tell_whether_a_source_is_interlaced(tmp_path: 
         decoder = decode.FrameDecoder(tmp_path / "unused")
         decoder._size = (96, 128)
         for flag in flags:
-            decoder._picture(SimpleNamespace(interlaced_frame=flag, pts=0, key_frame=0), first=False)
+            decoder._decoded(SimpleNamespace(interlaced_frame=flag, pts=0, key_frame=0), first=False)
         assert decoder.facts.interlaced is expected
 
 
