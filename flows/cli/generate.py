@@ -160,12 +160,12 @@ def interpolate(
     cond_aug: CondAug = 0.02,
 ) -> None:
     """Three new frames between any two: 28 frames become 109. --fps is the rate of VIDEO when its file doesn't say."""
-    from svd.media.clips import load_clip
+    from svd.media.clips import load_video
     from svd.media.resize import cover
     from svd.tasks.api import interpolate as interpolated
 
     preset = load_preset(networks.preset)
-    clip, rate = load_clip(video)
+    clip, rate = load_video(video)
     check_single(results.out, results.count)
     networks = fetched(networks, "image_encoder")
     sampling = solving.sampling(base_sampling(networks, preset.evaluation.multiview.sampling), guidance)
