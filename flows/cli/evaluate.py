@@ -35,16 +35,14 @@ def score_clips(
     to: Annotated[Path | None, typer.Option(help="CSV file for the rows.")] = None,
 ) -> None:
     """Distance between two folders of clips, one row per protocol, with error bar, weights and number of clips."""
-    import torch
-
     from evaluation.frechet.folders import protocols, score_folders
     from evaluation.tables import write_rows
+    from svd.core.device import pick_device
 
     if not offline and weights is None:
         raise UserError("give the network's file with --weights (i3d_torchscript.pt of StyleGAN-V), or --offline")
     wanted = protocols(protocol, transnetv2=offline, frames=frames, samples=samples)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = score_folders(real, generated, wanted, work, weights=weights, sha256=sha256, device=device)
+    rows = score_folders(real, generated, wanted, work, weights=weights, sha256=sha256, device=pick_device())
     table = Table(
         "protocol", "metric", "value", "± SE", "bias-corrected", "kernel (unbiased)", "real", "generated", "weights"
     )

@@ -16,6 +16,7 @@ from flows.cli.generate_results import Writer, check_single, describe, groups, s
 from flows.places import OUTPUTS
 from svd.config import Phase, Preset, Sampling
 from svd.config.load import load_preset
+from svd.core.device import pick_device
 from svd.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def text(
     guidance: GuidanceOption = None,
 ) -> None:
     """Clips from text. Example: svd generate text "a red ball bouncing" --seed 3 --out ball.mp4."""
-    from svd.media.images import read_prompts
     from svd.tasks.api import text_to_video
+    from svd.tasks.prompts import read_prompts
 
     wanted = list(prompts or []) + (read_prompts(prompts_file) if prompts_file else [])
     if not wanted:
@@ -109,7 +110,7 @@ def image(
     """Clips that begin with a picture. Example: svd generate image photo.jpg -m
     stabilityai/stable-video-diffusion-img2vid-xt.
     """
-    from svd.media.images import read_pictures
+    from svd.media.images import read_images
     from svd.tasks.api import image_to_video
 
     jobs = seeded(pictures, results)
@@ -118,7 +119,7 @@ def image(
     sampling = solving.sampling(base_sampling(networks, preset.evaluation.multiview.sampling), guidance_max)
     phase, fps = preset.image_to_video.phases[-1], motion.fps or DEFAULT_FPS
     frames, height, width = clip_size(networks, size, phase)
-    read_pictures(pictures, (height, width))  # a broken picture is named before minutes go into loading and sampling
+    read_images(pictures, (height, width))  # a broken picture is named before minutes go into loading and sampling
     networks = located(networks, preset, "image-to-video")
     models = open_models(networks, preset, "image-to-video", phase)
     details = describe("image-to-video", networks, sampling, results, motion=motion.motion, fps=fps,
@@ -128,7 +129,7 @@ def image(
     for group in groups(jobs, results.batch):
         clips = image_to_video(
             models,
-            read_pictures([path for path, _ in group], (height, width)),
+            read_images([path for path, _ in group], (height, width)),
             frames=frames,
             height=height,
             width=width,
@@ -159,12 +160,12 @@ def interpolate(
     cond_aug: CondAug = 0.02,
 ) -> None:
     """Three new frames between any two: 28 frames become 109. --fps is the rate of VIDEO when its file doesn't say."""
-    from svd.media.images import read_clip
+    from svd.media.clips import load_clip
     from svd.media.resize import cover
     from svd.tasks.api import interpolate as interpolated
 
     preset = load_preset(networks.preset)
-    clip, rate = read_clip(video)
+    clip, rate = load_clip(video)
     check_single(results.out, results.count)
     networks = fetched(networks, "image_encoder")
     sampling = solving.sampling(base_sampling(networks, preset.evaluation.multiview.sampling), guidance)
@@ -200,7 +201,7 @@ def multiview(
     """Orbits around an object; the last view is the given one. Example: svd generate multiview cup.png --elevation
     10.
     """
-    from svd.media.images import read_pictures
+    from svd.media.images import read_images
     from svd.tasks.api import multiview as orbits
 
     jobs = seeded(pictures, results)
@@ -208,7 +209,7 @@ def multiview(
     preset = load_preset(networks.preset)
     phase = preset.multiview_finetuning.phases[-1]
     side, count = size or phase.height, views or phase.frames
-    read_pictures(pictures, (side, side))
+    read_images(pictures, (side, side))
     sampling = solving.sampling(base_sampling(networks, preset.evaluation.multiview.sampling), guidance_max)
     networks, fps = located(networks, preset, "multiview-finetuning"), motion.fps or DEFAULT_FPS
     models = open_models(networks, preset, "multiview-finetuning", phase)
@@ -220,7 +221,7 @@ def multiview(
     for group in groups(jobs, results.batch):
         clips = orbits(
             models,
-            read_pictures([path for path, _ in group], (side, side)),
+            read_images([path for path, _ in group], (side, side)),
             elevation,
             count,
             sampling=sampling,
@@ -298,9 +299,7 @@ def open_models(networks: Networks, preset: Preset, stage: str, phase: Phase) ->
 def _device_and_dtype(networks: Networks) -> tuple[str, Dtype]:
     device = networks.device
     if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = pick_device()
     if networks.dtype != "auto":
         return device, networks.dtype
     return device, "float32" if device == "cpu" else "bfloat16"

@@ -38,7 +38,9 @@ def curate_videos(
         found = list_sources(sources)
         if not found:
             raise UserError(f"{', '.join(sources)}: no videos there")
-        print("\n".join(plan(found, chosen.curation, chosen.sources.sources_per_shard, chosen.encoders).lines()))
+        workers = chosen.compute.curation.workers
+        planned = plan(found, chosen.curation, chosen.sources.sources_per_shard, chosen.encoders, workers)
+        print("\n".join(planned.lines()))
         return
     run_preset_stage("sources", chosen)
     run_preset_stage("encoders", chosen)

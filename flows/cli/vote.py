@@ -54,11 +54,11 @@ def create_vote(
     Clips are brought to one length and size first (E.3). Without texts there is nothing to follow, so raters are asked
     for visual quality alone, as in the paper's image-to-video study; `--axis prompt` shows file names as texts.
     """
-    from evaluation.preference.study import create_study, read_prompts
+    from evaluation.preference.study import create_study, read_named_prompts
 
     chosen = axis or ([Question.quality, Question.prompt] if prompts else [Question.quality])
     axes = [one.value for one in dict.fromkeys(chosen)]
-    texts = read_prompts(prompts) if prompts else None
+    texts = read_named_prompts(prompts) if prompts else None
     study = create_study(
         folder, _sources(models, watermark or []), texts, axes=axes, votes=votes, seed=seed, database=database
     )

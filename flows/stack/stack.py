@@ -25,6 +25,7 @@ from flows.stack.env_file import ENV_FILE, read_env
 from flows.stack.processes import Process, Processes, check_port
 from flows.stack.server_setup import install_automations, limit_pipelines
 from svd.core.errors import UserError
+from svd.core.files import atomic_file
 
 LOCAL = Path(".local")
 BUCKET = "svd"
@@ -83,12 +84,8 @@ def _stored_secret() -> str:
 
 def _write_private(path: Path, text: str) -> None:
     """Write a file that only this user may read, in one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch(mode=0o600)
-    temporary.write_text(text)
-    temporary.replace(path)
+    with atomic_file(path, mode=0o600) as temporary:
+        temporary.write_text(text)
 
 
 def _start_s3(ports: Ports, env: dict[str, str]) -> Process:

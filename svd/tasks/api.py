@@ -25,8 +25,8 @@ from svd.core.errors import UserError
 from svd.diffusion.edm import randn
 from svd.diffusion.guidance import Condition, constant, linear, triangle
 from svd.generation.models import Models, check, decode, denoise, encode, generators, latent_shape, load_models, working
-from svd.media.images import read_prompts
 from svd.media.resize import cover
+from svd.tasks.prompts import read_prompts
 from svd.tasks.signals import micro_conditioning, noise_augment
 
 __all__ = [
