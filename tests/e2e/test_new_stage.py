@@ -1,4 +1,4 @@
-"""The recipe of CONTRIBUTING for an evaluation stage, followed from outside: which files it touches, and that it runs."""
+"""The recipe of CONTRIBUTING for an evaluation stage, followed from outside: what it touches, and that it runs."""
 
 from __future__ import annotations
 
