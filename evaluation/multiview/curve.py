@@ -25,10 +25,10 @@ from evaluation.multiview.scores import Measures, rows, score
 from evaluation.tables import write_csv
 from svd.config import Preset
 from svd.core.errors import UserError
+from svd.generation import load_models
 from svd.latents.cache import digest
 from svd.model.formats.folders import checkpoint_hash
 from svd.orbits.renderer import open_renderer
-from svd.tasks.api import load_models
 
 
 @dataclass(frozen=True)

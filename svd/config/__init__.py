@@ -23,8 +23,12 @@ from svd.config.data import Threshold as Threshold
 from svd.config.evaluation import CalibrationConfig as CalibrationConfig
 from svd.config.evaluation import EvaluationConfig as EvaluationConfig
 from svd.config.evaluation import MultiviewBenchmark as MultiviewBenchmark
-from svd.config.evaluation import Sampling as Sampling
 from svd.config.evaluation import Ucf101Config as Ucf101Config
+from svd.config.generation import GenerationConfig as GenerationConfig
+from svd.config.generation import Ramp as Ramp
+from svd.config.generation import Sampling as Sampling
+from svd.config.generation import Solver as Solver
+from svd.config.generation import TaskGeneration as TaskGeneration
 from svd.config.model import AutoencoderSection as AutoencoderSection
 from svd.config.model import ModelConfig as ModelConfig
 from svd.config.model import Precision as Precision

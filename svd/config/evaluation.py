@@ -1,4 +1,4 @@
-"""Options of sampling and of the evaluations."""
+"""Options of the evaluations."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ from svd.config.base import Fraction as Fraction
 from svd.config.base import PositiveInt as PositiveInt
 from svd.config.base import Renderer
 from svd.config.base import Section as Section
+from svd.config.generation import Sampling as Sampling
 from svd.config.training import TrainingConfig
-
-
-class Sampling(Section):
-    """How clips are sampled for evaluation."""
-
-    steps: PositiveInt = 50
-    guidance: float = Field(7.0, ge=0)
-    solver: Literal["euler", "heun", "dpmpp_2m", "ddim"] = "euler"
-    sigma_min: float = Field(0.002, gt=0)
-    sigma_max: float = Field(700.0, gt=0)
-    rho: float = Field(7.0, gt=0)
 
 
 class Ucf101Config(Section):

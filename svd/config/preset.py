@@ -27,6 +27,7 @@ from svd.config.data import SyntheticWorlds as SyntheticWorlds
 from svd.config.data import TextConfig as TextConfig
 from svd.config.data import Threshold as Threshold
 from svd.config.evaluation import CalibrationConfig, EvaluationConfig
+from svd.config.generation import GenerationConfig
 from svd.config.model import ModelConfig
 from svd.config.training import AutoencoderTraining, LatentsConfig, LoraConfig, MultiviewTraining, TrainingConfig
 
@@ -67,6 +68,7 @@ class Preset(Section):
     threshold_calibration: CalibrationConfig
     orbits: OrbitsConfig
     multiview_finetuning: MultiviewTraining
+    generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig
 
     @model_validator(mode="after")

@@ -111,7 +111,7 @@ class Autoencoder(nn.Module):
     def forward(self, frames_BTCHW: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Reconstruction (B, T, 3, H, W) of the posterior's mean, or of a draw given `generator`; and the moments."""
         moments = self.encode(frames_BTCHW)
-        latents = mean(moments) if generator is None else sample(moments, generator)
+        latents = posterior_mean(moments) if generator is None else sample_posterior(moments, generator)
         return self.decode(latents), moments
 
 
@@ -167,12 +167,12 @@ def chunk_weights(frames: int, chunk: int, overlap: int) -> Tensor:
     return weights / weights.sum(0, keepdim=True)
 
 
-def mean(moments: Tensor) -> Tensor:
+def posterior_mean(moments: Tensor) -> Tensor:
     """Mode of the posterior, (..., 2C, h, w) to (..., C, h, w), not scaled."""
     return moments.chunk(2, dim=-3)[0]
 
 
-def sample(moments: Tensor, generator: torch.Generator | None) -> Tensor:
+def sample_posterior(moments: Tensor, generator: torch.Generator | None) -> Tensor:
     """An unscaled draw from the posterior, (..., 2C, h, w) to (..., C, h, w); noise is made where the generator is."""
     average, logvar = moments.chunk(2, dim=-3)
     device = generator.device if generator is not None else moments.device

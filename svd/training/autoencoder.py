@@ -18,7 +18,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from svd.config import Preset
-from svd.model.autoencoder import Autoencoder, AutoencoderConfig, add_temporal_decoder, fresh_autoencoder, mean
+from svd.model.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    add_temporal_decoder,
+    fresh_autoencoder,
+    posterior_mean,
+)
 from svd.model.formats.folders import load_autoencoder, save_autoencoder
 from svd.model.formats.hub import VAE_FILES, resolve
 from svd.model.perceptual import Perceptual
@@ -113,7 +119,8 @@ def evaluate(state: Run, suffix: str, image_mode: bool) -> dict[str, float]:
     for clip in tqdm(clips, desc="validation", unit="batch", leave=False, delay=2):
         clip = clip.to(state.device)
         real.append(clip)
-        fake.append(state.autoencoder.decode(mean(state.autoencoder.encode(clip)), image_mode=image_mode).float())
+        latents = posterior_mean(state.autoencoder.encode(clip))
+        fake.append(state.autoencoder.decode(latents, image_mode=image_mode).float())
     a, b = torch.cat(real), torch.cat(fake)
     return {
         f"psnr{suffix}": psnr(a.flatten(0, 1), b.flatten(0, 1)),
@@ -174,7 +181,7 @@ def reconstructions(state: Run) -> np.ndarray:
     """A picture (H, W, 3) uint8 of held-out clips: for each, its frames, and below them their reconstructions."""
     device = next(state.autoencoder.parameters()).device
     real = state.held_out.examples(PICTURE_CLIPS).to(device)
-    fake = state.autoencoder.decode(mean(state.autoencoder.encode(real)))
+    fake = state.autoencoder.decode(posterior_mean(state.autoencoder.encode(real)))
     rows = torch.stack([real, fake.clamp(-1, 1)], dim=1)[:, :, :PICTURE_FRAMES]
     clips, two, frames, channels, height, width = rows.shape
     grid = rows.permute(0, 1, 4, 2, 5, 3).reshape(clips * two * height, frames * width, channels)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from svd.config import AutoencoderTraining
 from svd.latents.loader import generator
-from svd.model.autoencoder import Autoencoder, sample
+from svd.model.autoencoder import Autoencoder, sample_posterior
 from svd.stage import StageContext
 from svd.training.frames import ClipPixels
 from svd.training.losses import PatchDiscriminator, ReconstructionLoss, adaptive_weight, hinge
@@ -125,7 +125,7 @@ class Learner:
         with torch.set_grad_enabled(self.learns_encoder):
             moments = autoencoder.encode(real)
         source = generator(self.state.context.preset.seed, step, f"autoencoder-{self.phase}")
-        latents = sample(moments, source)
+        latents = sample_posterior(moments, source)
         return moments, autoencoder.decode(latents, image_mode=self.phase == "image")
 
     def _adversarial(self, reconstruction: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from svd.config import Phase, TrainingConfig
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.diffusion.edm import KINDS
 from svd.latents.cache import LatentCache, digest
 from svd.latents.loader import Draws, Examples, IndexedLoader
 from svd.model.autoencoder import Autoencoder
@@ -104,10 +105,9 @@ class Training:
         return adapt
 
     def preview(self) -> Preview:
-        """Samples for people."""
-        sampling = self.context.preset.evaluation.ucf101.sampling.model_copy(update={"steps": self.config.sample_steps})
-        kind = "edm-v" if self.config.objective == "edm" else "v"
-        return Preview(self.task, self.examination(), self.autoencoder, sampling, kind)  # type: ignore[arg-type]
+        """Return the preview: clips sampled as the preset generates this task, in `sample_steps` steps."""
+        sampling = self.task.preset_sampling(self.context.preset).model_copy(update={"steps": self.config.sample_steps})
+        return Preview(self.task, self.examination(), self.autoencoder, sampling, KINDS[self.config.objective])
 
 
 def quiet() -> None:

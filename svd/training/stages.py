@@ -23,7 +23,7 @@ from svd.model.unet import UNet
 from svd.stage import Report, StageContext
 from svd.tasks.base import Task
 from svd.tasks.image_to_video import IMAGE_TO_VIDEO
-from svd.tasks.interpolation import FRAME_INTERPOLATION
+from svd.tasks.interpolation import INTERPOLATION
 from svd.tasks.multiview import MULTIVIEW
 from svd.tasks.text_to_video import IMAGE, TEXT_TO_VIDEO
 from svd.training.initialise import carry_over, fresh_unet, unet_config
@@ -82,7 +82,7 @@ def run_frame_interpolation(context: StageContext) -> Report:
     Inputs: latents, encoders, autoencoder, high-quality-finetuning.
     """
     config = context.preset.frame_interpolation
-    training = _training(context, "frame-interpolation", FRAME_INTERPOLATION, config, "high-quality-finetuning")
+    training = _training(context, "frame-interpolation", INTERPOLATION, config, "high-quality-finetuning")
     return run_training(training)
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from flows.cli import generate as generate_cli
+from flows.cli import generate_models
 from flows.cli.generate import generate_app
 from svd.core.errors import UserError
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
@@ -61,7 +61,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate_cli, "OUTPUTS", trained)
+    monkeypatch.setattr(generate_models, "OUTPUTS", trained)
     monkeypatch.chdir(tmp_path)
 
     def invoke(*arguments):

@@ -30,11 +30,11 @@ from flows.stages import NIGHTLY, STAGES
 from flows.tracking.runs import MlflowTracker, RunInfo, tracked_run, tracking_uri
 from svd.config.load import load_preset
 from svd.core.files import write_json
+from svd.generation import load_models, text_to_video
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.formats import clip as clips
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.unet import UNet, UNetConfig
-from svd.tasks.api import load_models, text_to_video
 
 pytestmark = pytest.mark.slow  # four flow runs in a Prefect server
 ROOT = Path(__file__).parent.parent.parent

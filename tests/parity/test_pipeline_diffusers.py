@@ -11,6 +11,7 @@ from PIL import Image
 
 from svd.config import EncodersConfig, Sampling
 from svd.core.files import write_json
+from svd.generation import image_to_video, load_models
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.formats.clip import build, toy_config
 from svd.model.formats.clip_names import to_transformers, transformers_config
@@ -18,7 +19,6 @@ from svd.model.formats.diffusers_configs import image_processor_json, model_inde
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.safetensors import of_module, write_tensors
 from svd.model.unet import UNet, UNetConfig
-from svd.tasks.api import image_to_video, load_models
 
 HEIGHT, WIDTH, FRAMES = 32, 32, 4
 SETTINGS = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "fps": 7, "motion_bucket": 127, "progress": False}
