@@ -30,7 +30,7 @@ from svd.latents.cache import LatentCache, digest
 from svd.latents.stage import Encoder, assemble, encode_clips, with_split
 from svd.media.video import to_uint8, write_mp4
 from svd.model.formats.folders import load_autoencoder, load_unet
-from svd.model.formats.hub import UNET_FILES, resolve
+from svd.model.formats.hub import UNET_FILES, resolve_weights
 from svd.model.unet import UNet
 from svd.stage import StageContext, Tracker
 from svd.tasks.text_to_video import TEXT_TO_VIDEO
@@ -191,7 +191,7 @@ def model_training(context: StageContext, candidate: Candidate, clips: frozenset
     size = phase.height // autoencoder.factor, phase.width // autoencoder.factor
     # The paper starts from SD 2.1 itself, whose levels are the discrete ones; without it, from our image model.
     pretrained = preset.model.pretrained
-    source = resolve(pretrained, UNET_FILES) if pretrained else context.inputs["image-pretraining"] / "unet"
+    source = resolve_weights(pretrained, UNET_FILES) if pretrained else context.inputs["image-pretraining"] / "unet"
 
     def initial() -> UNet:
         unet = fresh_unet(unet_config(preset, TEXT_TO_VIDEO, size), preset.seed, NAME)

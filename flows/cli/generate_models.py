@@ -27,7 +27,7 @@ def fetched(networks: Networks, encoder: str) -> Networks:
     model = networks.model
     if model is None or model.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         return networks
-    from svd.model.formats.hub import UNET_FILES, VAE_FILES, resolve
+    from svd.model.formats.hub import UNET_FILES, VAE_FILES, resolve_weights
 
     files = [*UNET_FILES]
     if networks.autoencoder is None:
@@ -36,7 +36,7 @@ def fetched(networks: Networks, encoder: str) -> Networks:
         files += [f"{encoder}/config.json", f"{encoder}/model.safetensors"]
     small_first = sorted(files, key=lambda name: name.endswith(".safetensors"))
     try:
-        return dataclasses.replace(networks, model=resolve(str(model), small_first))
+        return dataclasses.replace(networks, model=resolve_weights(str(model), small_first))
     except UserError as error:
         raise UserError(f"--model {model}: no such file or folder, and as a repository of the hub: {error}") from None
 

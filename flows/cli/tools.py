@@ -114,7 +114,7 @@ def fetch(
 
     Broken downloads are resumed, hashes checked, pickles refused. All files are of one commit; fetched.json names it.
     """
-    from svd.model.formats.hub import fetch as download
+    from svd.model.formats.hub import fetch_repository as download
 
     hashes = dict(pair.split("=", 1) for pair in sha256 or [] if "=" in pair)
     if len(hashes) != len(sha256 or []):
@@ -139,7 +139,7 @@ def convert(
     """Convert checkpoints between the released single files and diffusers' folders, without a second copy in memory."""
     import torch
 
-    from svd.model.formats.convert import convert as write
+    from svd.model.formats.convert import convert_model as write
 
     done = write(source, target, to, dtype=torch.float16 if half else None, sha256=sha256, frames=frames)
     out.print(f"{done.target}: {done.tensors} tensors")
@@ -155,7 +155,7 @@ def export(
     preset: PresetOption = "tiny",
 ) -> None:
     """Put a trained model, its autoencoder and its image encoder into one folder or file that others can load."""
-    from svd.model.formats.export import export as write
+    from svd.model.formats.export import export_model as write
 
     out.print(write(model, target, to, load_preset(preset).encoders))
 

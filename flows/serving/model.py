@@ -94,8 +94,8 @@ class VideoModel(mlflow.pyfunc.PythonModel):
 
         columns, phase = self._task.columns, self._config.phases[-1]
         images = [self._image(row, name) for name, kind in columns.items() if kind == "image"]
-        texts = {name: row[name] for name, kind in columns.items() if kind == "text"}
-        numbers = {name: float(row[name]) for name, kind in columns.items() if kind == "number"}
+        values: dict[str, Any] = {name: row[name] for name, kind in columns.items() if kind == "text"}
+        values |= {name: float(row[name]) for name, kind in columns.items() if kind == "number"}
         return Request(
             sampling=self._task.preset_sampling(self._preset),
             seed=seed,
@@ -105,8 +105,7 @@ class VideoModel(mlflow.pyfunc.PythonModel):
             fps=float(options["fps"]),
             motion_bucket=float(options["motion_bucket"]),
             images=torch.cat(images) if images else None,
-            **texts,
-            **numbers,
+            **values,
         )
 
     def _choose_camera(self, motion: str, scale: float) -> None:

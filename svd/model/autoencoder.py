@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from svd.model.autoencoder_blocks import Decoder, Encoder
+from svd.model.autoencoder_blocks import AutoencoderDecoder, AutoencoderEncoder
 
 LOGVAR_RANGE = (-30.0, 20.0)
 START_LOGVAR = -6.0
@@ -37,9 +37,9 @@ class Autoencoder(nn.Module):
         super().__init__()
         c = self.config = config
         sizes = (c.latent_channels, c.block_out_channels, c.layers_per_block, c.norm_groups)
-        self.encoder = Encoder(c.in_channels, *sizes)
+        self.encoder = AutoencoderEncoder(c.in_channels, *sizes)
         self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
-        self.decoder = Decoder(c.in_channels, *sizes, temporal=c.temporal_decoder)
+        self.decoder = AutoencoderDecoder(c.in_channels, *sizes, temporal=c.temporal_decoder)
         if not c.temporal_decoder:
             self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
 

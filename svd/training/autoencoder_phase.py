@@ -20,7 +20,7 @@ from svd.training.frames import ClipPixels
 from svd.training.losses import PatchDiscriminator, ReconstructionLoss, adaptive_weight, hinge
 from svd.training.muon import Muon
 
-Phase = Literal["image", "temporal"]
+PhaseName = Literal["image", "temporal"]
 COLUMNS = (
     "phase",
     "step",
@@ -64,7 +64,7 @@ class Run:
 class Learner:
     """Optimises one phase. All randomness is a function of (seed, step), so a resumed run repeats the whole one."""
 
-    def __init__(self, state: Run, phase: Phase, steps: int) -> None:
+    def __init__(self, state: Run, phase: PhaseName, steps: int) -> None:
         self.state, self.phase, self.steps = state, phase, steps
         options, autoencoder = state.options, state.autoencoder
         torch.manual_seed(state.context.preset.seed + (phase == "temporal"))
@@ -179,7 +179,7 @@ class Learner:
         return int(saved["step"])
 
 
-def trainable(autoencoder: Autoencoder, phase: Phase, train_encoder: bool) -> Iterator[nn.Parameter]:
+def trainable(autoencoder: Autoencoder, phase: PhaseName, train_encoder: bool) -> Iterator[nn.Parameter]:
     """Parameters that a phase changes: (encoder and) spatial decoder, or the whole decoder; the others are frozen."""
     autoencoder.requires_grad_(False)
     for name, parameter in autoencoder.named_parameters():

@@ -36,7 +36,7 @@ from svd.training.callbacks import History
 from svd.training.initialise import with_checkpointing
 from svd.training.module import Diffusion, select_parameters
 from svd.training.parallel import first_rank, full_state, strategy
-from svd.training.samples import Preview, contact_sheet, write_films
+from svd.training.samples import Preview, preview_sheet, write_films
 
 STRATA = 8
 EXAMINATION_SEED = 20231125
@@ -186,10 +186,10 @@ def _hooks(training: Training, number: int, folder: Path, history: History, offs
     batch = config.phases[-1].batch_size
 
     def examine(module: Diffusion, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
-        return callbacks.examine(module, trainer, examination, config.validation_samples, batch)
+        return callbacks.validate(module, trainer, examination, config.validation_samples, batch)
 
     def show(module: Diffusion, step: int, first_rank: bool) -> None:
-        sheet = contact_sheet(preview.films(module.unet))
+        sheet = preview_sheet(preview.films(module.unet))
         if first_rank:
             tracker.log_image(f"samples/{training.name}", sheet, step)
 
@@ -207,7 +207,7 @@ def _hooks(training: Training, number: int, folder: Path, history: History, offs
         callbacks.Averaging(),
         record,
         callbacks.Samples(show, config.validate_every, offset),
-        callbacks.Checkpoint(folder, config.checkpoint_every),
+        callbacks.PhaseCheckpoint(folder, config.checkpoint_every),
     ]
 
 
@@ -227,7 +227,7 @@ def _finish_phase(trainer: pl.Trainer, module: Diffusion, training: Training, fo
             save_lora(plain, folder / "lora", training.lora[0])
         write_films(films, folder / "samples")
         step = int(history.rows[-1]["step"] or 0)
-        training.context.tracker.log_image(f"samples/{training.name}", contact_sheet(films), step)
+        training.context.tracker.log_image(f"samples/{training.name}", preview_sheet(films), step)
         write_json(folder / "history.json", history.rows)
         for checkpoint in folder.glob("step=*.ckpt*"):
             shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()

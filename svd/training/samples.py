@@ -88,7 +88,7 @@ class Preview:
         return [to_uint8((video.float() / 2 + 0.5).cpu().numpy()) for video in videos]
 
 
-def contact_sheet(films: list[tuple[Frames, Frames, float]]) -> Frames:
+def preview_sheet(films: list[tuple[Frames, Frames, float]]) -> Frames:
     """Film strips under each other, generated above real, as one (H, W, 3) picture."""
     strips = [filmstrip(frames, 8) for made, real, _ in films for frames in (made, real)]
     return np.concatenate(strips)
@@ -103,4 +103,4 @@ def write_films(films: list[tuple[Frames, Frames, float]], folder: Path) -> None
                 write_mp4(folder / f"{name}-{number}.mp4", frames, fps)
             else:
                 write_png(folder / f"{name}-{number}.png", frames[0])
-    write_png(folder / "sheet.png", contact_sheet(films))
+    write_png(folder / "sheet.png", preview_sheet(films))

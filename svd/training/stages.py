@@ -18,7 +18,7 @@ from svd.core.files import exclusive
 from svd.latents.cache import LatentCache
 from svd.latents.orbits import cache_orbits
 from svd.model.formats.folders import load_autoencoder, load_unet
-from svd.model.formats.hub import UNET_FILES, resolve
+from svd.model.formats.hub import UNET_FILES, resolve_weights
 from svd.model.unet import UNet
 from svd.stage import Report, StageContext
 from svd.tasks.base import Task
@@ -112,7 +112,7 @@ def run_multiview_finetuning(context: StageContext) -> Report:
     )
 
 
-def select(rows: pl.DataFrame, subset: Subset) -> pl.DataFrame:
+def select_subset(rows: pl.DataFrame, subset: Subset) -> pl.DataFrame:
     """Keep the samples on the right side of each axis' quantile over these samples; ties with the threshold stay."""
     kept = rows
     for column, share in (("motion_score", subset.min_motion), ("similarity", subset.min_similarity)):
@@ -128,7 +128,7 @@ def _rows(cache: LatentCache, subset: Subset) -> Rows:
 
     def rows(phase: Phase, split: str) -> Sequence[Mapping[str, Any]]:
         found = cache.rows(phase, split)
-        return (select(found, subset) if split == "train" else found).to_dicts()
+        return (select_subset(found, subset) if split == "train" else found).to_dicts()
 
     return rows
 
@@ -170,4 +170,4 @@ def _source(context: StageContext, previous: str | None) -> Path | None:
         raise UserError(
             f"{context.output.name}: needs the output of the stage '{previous}', or weights in 'model.pretrained'"
         )
-    return resolve(pretrained, UNET_FILES) if pretrained else None
+    return resolve_weights(pretrained, UNET_FILES) if pretrained else None

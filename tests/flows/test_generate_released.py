@@ -20,7 +20,7 @@ from svd.config import Sampling
 from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.media.video import read_frames, read_metadata
-from svd.model.formats.convert import convert
+from svd.model.formats.convert import convert_model
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.formats.sgm import write_sgm
 
@@ -40,7 +40,7 @@ def test_a_released_pipeline_brings_its_own_defaults(tmp_path):
 def test_a_single_file_is_a_whole_model(run, tmp_path, picture):
     """Its U-Net, autoencoder and image encoder; the same clip as from the folder that it is converted to."""
     write_sgm(tmp_path / "svd_xt.safetensors", released_layout())
-    convert(tmp_path / "svd_xt.safetensors", tmp_path / "folder", "diffusers")
+    convert_model(tmp_path / "svd_xt.safetensors", tmp_path / "folder", "diffusers")
     clips = []
     for model in ("svd_xt.safetensors", "folder"):
         (path,) = run("image", picture, "-m", model, "--out", model.split(".")[0], *SIZE, *QUICK)
@@ -65,7 +65,7 @@ def published(folder):
 def folder(tmp_path):
     """A released pipeline's folder without its index."""
     write_sgm(tmp_path / "svd.safetensors", released_layout())
-    convert(tmp_path / "svd.safetensors", tmp_path / "parts", "diffusers")
+    convert_model(tmp_path / "svd.safetensors", tmp_path / "parts", "diffusers")
     (tmp_path / "parts/model_index.json").unlink()
     return published(tmp_path / "parts")
 

@@ -79,7 +79,7 @@ def write_models(outputs: Path) -> None:
         autoencoder.decoder.conv_out.weight *= 4  # contrast
     save_autoencoder(autoencoder, outputs / "autoencoder")
     toy = clips.toy_config(WIDTH, WIDTH)
-    clips.save_toy(clips.build(toy, "test"), toy, outputs / "encoders")
+    clips.save_toy(clips.build_clip(toy, "test"), toy, outputs / "encoders")
 
 
 def write_lossless(path: Path, frames: np.ndarray) -> None:

@@ -25,7 +25,7 @@ from flows.tracking.runs import RunInfo, tracked_run, tracking_uri
 from svd.config import Preset
 from svd.config.load import load_preset
 from svd.media.video import Frames, read_frames
-from svd.model.formats.clip import build, save_toy, toy_config
+from svd.model.formats.clip import build_clip, save_toy, toy_config
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.lora import add_lora, save_lora
 from svd.tasks.registry import task_of_stage
@@ -75,7 +75,7 @@ def write_outputs(preset: Preset) -> None:
     """What the stages publish that the registered models are made of."""
     save_autoencoder(toy_autoencoder(), runner.output_folder(preset, "autoencoder"))
     config = toy_config(16, 32)
-    save_toy(build(config, "test"), config, runner.output_folder(preset, "encoders"))
+    save_toy(build_clip(config, "test"), config, runner.output_folder(preset, "encoders"))
     for stage, changes in UNETS.items():
         save_unet(toy_unet(**changes), runner.output_folder(preset, stage) / "unet")
     for number, motion in enumerate(preset.camera_lora.motions):

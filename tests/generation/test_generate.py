@@ -16,7 +16,7 @@ from svd.generation import models as loading
 from svd.media.images import read_prompts
 from svd.media.resize import cover
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig, posterior_mean
-from svd.model.formats.clip import build, save_toy, toy_config
+from svd.model.formats.clip import build_clip, save_toy, toy_config
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.unet import UNet, UNetConfig
 
@@ -57,7 +57,7 @@ def folders(tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.05)
     save_autoencoder(autoencoder, root / "autoencoder")
     config = toy_config(16, 32)
-    save_toy(build(config, "test"), config, root / "encoders")
+    save_toy(build_clip(config, "test"), config, root / "encoders")
     kinds = {"text": (4, 2), "image": (8, 3), "views": (8, 4), "released": (8, 3)}
     for name, (channels, ids) in kinds.items():
         save_unet(random_unet(channels, ids), root / name)
@@ -306,7 +306,7 @@ def test_loading_refuses_what_does_not_fit(folders, tmp_path):
     with pytest.raises(UserError, match="device 'no-such'"):
         load_models(folders / "text", folders / "autoencoder", folders / "encoders", TOY, "no-such")
     config = toy_config(16, 48)
-    save_toy(build(config, "test"), config, tmp_path)
+    save_toy(build_clip(config, "test"), config, tmp_path)
     with pytest.raises(UserError, match=r"cross-attention width 32, the encoders .* give 48"):
         load_models(folders / "text", folders / "autoencoder", tmp_path, TOY)
     with pytest.raises(UserError, match="nowhere"):

@@ -15,7 +15,7 @@ from svd.generation import Models, image_to_video, interpolate, multiview, pipel
 from svd.generation.interpolating import _window_seed
 from svd.model.autoencoder import posterior_mean
 from svd.model.encoders import Encoders, ImageEncoder, TextEncoder
-from svd.model.formats.clip import build, toy_config
+from svd.model.formats.clip import build_clip, toy_config
 from svd.tasks.base import Task
 from svd.tasks.registry import TASKS
 from svd.tasks.signals import dropped
@@ -30,7 +30,7 @@ SIZE: dict[str, Any] = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "fps
 @pytest.fixture(scope="module")
 def encoders() -> Encoders:
     torch.manual_seed(0)
-    clip = build(toy_config(16, 32), "test").eval().requires_grad_(False)
+    clip = build_clip(toy_config(16, 32), "test").eval().requires_grad_(False)
     return Encoders(TextEncoder(clip), ImageEncoder(clip.visual), "toy")
 
 

@@ -48,7 +48,7 @@ from svd.model.formats.sgm import (
     read_sgm,
     split,
     stored_config,
-    unet_config,
+    unet_config_of_parts,
     unet_from_sgm,
     unet_to_sgm,
     write_sgm,
@@ -70,7 +70,7 @@ class Conversion:
     missing: tuple[str, ...]
 
 
-def convert(
+def convert_model(
     source: Path,
     target: Path,
     to: Layout,
@@ -111,7 +111,7 @@ def _typed(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
 def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None, frames: int) -> Conversion:
     """Written beside the target and renamed, so that a killed conversion leaves no half folder."""
     work = target.with_name(f".{target.name}.tmp")
-    config = unet_config(parts)
+    config = unet_config_of_parts(parts)
     unet = unet_from_sgm(parts.unet, config)
     check_fit(expected(UNet, config), unet, f"{parts.source}: U-Net")
     unet, config = learned_mixers(unet, config)
