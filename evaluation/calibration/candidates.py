@@ -27,7 +27,7 @@ from svd.curation.captions.base import MOTION
 from svd.diffusion.edm import KINDS
 from svd.generation import load_models, text_to_video
 from svd.latents.cache import LatentCache, digest
-from svd.latents.stage import Encoder, assemble, encode_clips, with_split
+from svd.latents.stage import LatentEncoder, assemble, encode_clips, with_split
 from svd.media.video import to_uint8, write_mp4
 from svd.model.formats.folders import load_autoencoder, load_unet
 from svd.model.formats.hub import UNET_FILES, resolve_weights
@@ -153,7 +153,7 @@ def encode_start_set(context: StageContext, start: pl.DataFrame) -> LatentCache:
         geometries = [Geometry(frames=frames, height=height, width=width) for frames, height, width in sizes]
         latents = context.preset.latents.model_copy(update={"geometries": geometries})
         preset = context.preset.model_copy(update={"latents": latents})
-        encoder = Encoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
+        encoder = LatentEncoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
         assemble(work, encode_clips(start, preset, context.inputs["curation"], encoder, work), encoder)
     return LatentCache(work / "finished")
 
@@ -202,7 +202,8 @@ def model_training(context: StageContext, candidate: Candidate, clips: frozenset
         return (found.filter(pl.col("clip_id").is_in(sorted(clips))) if split == "train" else found).to_dicts()
 
     work = context.work / "models" / candidate.name
-    return Training(NAME, own, TEXT_TO_VIDEO, config, cache, autoencoder, rows, initial, work)
+    compute = preset.compute.of(NAME)
+    return Training(NAME, own, TEXT_TO_VIDEO, config, compute, cache, autoencoder, rows, initial, work)
 
 
 @on_all_ranks("threshold_calibration")

@@ -24,6 +24,7 @@ from evaluation.multiview.protocol import Pictures, Truth, ViewProtocol, make_pr
 from evaluation.multiview.scores import Measures, Scores, published_rows, rows, score
 from evaluation.tables import markdown, write_csv
 from svd.config import Sampling
+from svd.core.device import pick_device
 from svd.core.files import write_json
 from svd.generation import Models, load_models, multiview
 from svd.media.video import write_gif, write_mp4, write_png
@@ -45,7 +46,7 @@ def run(context: StageContext) -> Report:
     Raises UserError for missing models, meshes and weights, and when no renderer works.
     """
     config, seed = context.preset.evaluation.multiview, context.preset.seed
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     with open_renderer(config.renderer) as renderer:
         protocol = make_protocol(config, renderer.name)
         truth = render_truth(context.work / "truth" / protocol.digest, config, protocol, seed, renderer)

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.frechet.moments import write_bytes
 from evaluation.preference.clips import CLIP_SUFFIXES, Box, Source, prepare_clips
 from evaluation.preference.pairs import AXES, schedule
 from evaluation.preference.plots import ratings_plot
@@ -31,6 +30,7 @@ from evaluation.preference.ratings import (
 from evaluation.preference.store import VoteStore, copy_votes
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.storage import write_bytes
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _shared(sources: Sequence[Source]) -> dict[str, str]:
     return {name: name for name in shared}
 
 
-def read_prompts(path: Path) -> dict[str, str]:
+def read_named_prompts(path: Path) -> dict[str, str]:
     """Texts by clip name: a JSON object {name: text}, or a CSV file with the columns `name` and `prompt`.
 
     Raises UserError for a file that is neither, or names no prompts.

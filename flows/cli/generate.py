@@ -52,7 +52,7 @@ def generate_text(
 ) -> None:
     """Generate clips from text. Example: svd generate text "a red ball bouncing" --seed 3 --out ball.mp4."""
     from svd.generation import text_to_video
-    from svd.media.images import read_prompts
+    from svd.tasks.prompts import read_prompts
     from svd.tasks.text_to_video import TEXT_TO_VIDEO
 
     wanted = list(prompts or []) + (read_prompts(prompts_file) if prompts_file else [])
@@ -104,7 +104,7 @@ def generate_image(
     stabilityai/stable-video-diffusion-img2vid-xt.
     """
     from svd.generation import image_to_video
-    from svd.media.images import read_pictures
+    from svd.media.images import read_images
     from svd.tasks.image_to_video import IMAGE_TO_VIDEO
 
     jobs = seeded(pictures, results)
@@ -113,7 +113,7 @@ def generate_image(
     sampling = chosen_sampling(networks, solving, preset, IMAGE_TO_VIDEO, guidance_max)
     phase, fps = preset.image_to_video.phases[-1], motion.fps or DEFAULT_FPS
     frames, height, width = clip_size(networks, size, phase)
-    read_pictures(pictures, (height, width))  # a broken image is named before minutes go into loading and sampling
+    read_images(pictures, (height, width))  # a broken image is named before minutes go into loading and sampling
     networks = located(networks, preset, "image-to-video")
     models = open_models(networks, preset, "image-to-video", phase)
     details = describe(IMAGE_TO_VIDEO.name, networks, sampling, results, motion=motion.motion, fps=fps,
@@ -123,7 +123,7 @@ def generate_image(
     for group in groups(jobs, results.batch):
         clips = image_to_video(
             models,
-            read_pictures([path for path, _ in group], (height, width)),
+            read_images([path for path, _ in group], (height, width)),
             frames=frames,
             height=height,
             width=width,
@@ -155,12 +155,12 @@ def generate_interpolate(
 ) -> None:
     """Generate three frames between any two: 28 become 109. --fps is the rate of VIDEO when its file doesn't say."""
     from svd.generation import interpolate
-    from svd.media.images import read_clip
+    from svd.media.clips import load_clip
     from svd.media.resize import cover
     from svd.tasks.interpolation import INTERPOLATION, RATE
 
     preset = load_preset(networks.preset)
-    clip, rate = read_clip(video)
+    clip, rate = load_clip(video)
     check_single(results.out, results.count)
     networks = fetched(networks, "image_encoder")
     sampling = chosen_sampling(networks, solving, preset, INTERPOLATION, guidance)
@@ -197,7 +197,7 @@ def generate_multiview(
     --elevation 10.
     """
     from svd.generation import multiview
-    from svd.media.images import read_pictures
+    from svd.media.images import read_images
     from svd.tasks.multiview import MULTIVIEW
 
     jobs = seeded(pictures, results)
@@ -205,7 +205,7 @@ def generate_multiview(
     preset = load_preset(networks.preset)
     phase = preset.multiview_finetuning.phases[-1]
     side, count = size or phase.height, views or phase.frames
-    read_pictures(pictures, (side, side))
+    read_images(pictures, (side, side))
     sampling = chosen_sampling(networks, solving, preset, MULTIVIEW, guidance_max)
     networks, fps = located(networks, preset, "multiview-finetuning"), motion.fps or DEFAULT_FPS
     models = open_models(networks, preset, "multiview-finetuning", phase)
@@ -217,7 +217,7 @@ def generate_multiview(
     for group in groups(jobs, results.batch):
         clips = multiview(
             models,
-            read_pictures([path for path, _ in group], (side, side)),
+            read_images([path for path, _ in group], (side, side)),
             elevation,
             count,
             sampling=sampling,

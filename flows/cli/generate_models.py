@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.cli.generate_options import Dtype, Networks, Size, Solving
-from flows.runner import OUTPUTS
+from flows.places import OUTPUTS
 from svd.config import Phase, Preset, Sampling
+from svd.core.device import pick_device
 from svd.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,9 +126,7 @@ def open_models(networks: Networks, preset: Preset, stage: str, phase: Phase) ->
 def _device_and_dtype(networks: Networks) -> tuple[str, Dtype]:
     device = networks.device
     if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = pick_device()
     if networks.dtype != "auto":
         return device, networks.dtype
     return device, "float32" if device == "cpu" else "bfloat16"

@@ -40,7 +40,7 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
 
 def check_single(out: Path, clips: int) -> None:
     """Raise UserError, before any work, for an unknown format and for several clips in one file."""
-    from svd.media.images import check_format
+    from svd.media.clips import check_format
 
     check_format(out)
     if out.suffix and clips > 1:
@@ -90,7 +90,7 @@ class Writer:
 
     def save(self, clip: Tensor, fps: float, name: str, seed: int, **details: str) -> None:
         """Write one clip (T, 3, H, W) in [0, 1]; `name` and `seed` make its file name in a folder."""
-        from svd.media.images import save_clip
+        from svd.media.clips import save_clip
         from svd.media.watermark import MESSAGE
 
         if self.safety is not None:

@@ -118,7 +118,7 @@ class VideoModel(mlflow.pyfunc.PythonModel):
 
     def _image(self, row: Values, column: str) -> Tensor:
         """Return the image in a column, base64 or a data URL: (1, 3, H, W) in [0, 1], at the size of the training."""
-        from svd.media.images import decode_picture
+        from svd.media.images import decode_image
         from svd.media.resize import cover
 
         try:
@@ -126,12 +126,12 @@ class VideoModel(mlflow.pyfunc.PythonModel):
         except ValueError:
             raise UserError(f"column '{column}': no base64; give the base64 text of a PNG or JPEG file") from None
         phase = self._config.phases[-1]
-        return cover(decode_picture(content, f"column '{column}'")[None], phase.height, phase.width)
+        return cover(decode_image(content, f"column '{column}'")[None], phase.height, phase.width)
 
 
 def _mp4(clip: Tensor, fps: float) -> str:
     """Return a clip (T, 3, H, W) in [0, 1] as the base64 text of an mp4."""
-    from svd.media.images import save_clip
+    from svd.media.clips import save_clip
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"

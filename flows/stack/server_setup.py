@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from svd.storage import split_uri
+
 INFRA = Path(__file__).resolve().parents[2] / "infra" / "prefect"
 AUTOMATIONS = INFRA / "automations.yaml"
 POOLS = INFRA / "kubernetes-pools.yaml"
@@ -101,7 +103,7 @@ def main() -> None:
         install_kubernetes_pools()
     install_automations(os.environ["PREFECT_API_URL"])
     limit_pipelines(os.environ["PREFECT_API_URL"])
-    save_results_block(os.environ["SVD_STORE"].removeprefix("s3://").split("/")[0])
+    save_results_block(split_uri(os.environ["SVD_STORE"])[0])
 
 
 if __name__ == "__main__":

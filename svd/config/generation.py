@@ -15,7 +15,10 @@ Ramp = Literal["constant", "linear", "triangle"]
 
 
 class Sampling(Section):
-    """How clips are sampled: the steps, levels and solver of the ODE, and the guidance (D.1, E.4)."""
+    """How clips are sampled: solver, steps and range of noise levels (§2), guidance scale (D.4.1).
+
+    sigma_max: the noise level at which sampling starts. rho: curvature of the schedule (EDM, arXiv 2206.00364, Eq. 5).
+    """
 
     steps: PositiveInt = 50
     guidance: float = Field(7.0, ge=0)

@@ -1,4 +1,4 @@
-"""Where networks of curation run, and what they say when memory is short."""
+"""Which device networks run on, and errors of its memory."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 
 def pick_device() -> str:
-    """`cuda` when there is a GPU, else `cpu`. Imports torch."""
-    import torch
+    """Return `cuda` when there is a GPU, else `cpu`. Imports torch."""
+    import torch  # here, because processes without networks import this module too
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager
-def told_memory() -> Iterator[None]:
-    """Raises MemoryError where torch gets no memory outside the GPU: it has no class of its own for that."""
+def memory_errors() -> Iterator[None]:
+    """Raise MemoryError where torch gets no memory outside the GPU: it has no class of its own for that."""
     try:
         yield
     except RuntimeError as error:

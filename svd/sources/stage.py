@@ -2,8 +2,8 @@
 
 `train/` and `test/` hold the synthetic worlds with `truth.json`, `ucf101_fixture/` the stand-in for UCF-101, `footage/`
 what `sources.paths` names. Local folders and files are copied there, so that a run is reproducible from its cache
-alone; when they are larger than `sources.copied_bytes` together, and for addresses (s3:, https:, ytdl:) and lists,
-`footage/sources.jsonl` holds what svd/sources/listing.py finds there instead: one JSON object a video, with `uri`,
+alone. When they are larger than `sources.copied_bytes` together, and for addresses (s3:, https:, ytdl:) and lists,
+`footage/sources.jsonl` holds what svd/sources/listing.py finds there instead: one JSON object per video, with `uri`,
 captions, licence, other columns, and for a member of a tar its place.
 """
 
@@ -21,7 +21,8 @@ from rich.progress import track
 
 from svd import storage
 from svd.core.errors import UserError
-from svd.sources.listing import LISTS_IN_FOLDERS, NOT_VIDEOS, REMOTE, Source, as_row, list_sources
+from svd.core.files import atomic_file
+from svd.sources.listing import LISTS_IN_FOLDERS, NOT_VIDEOS, Source, as_row, list_sources, must_be_fetched
 from svd.sources.rows import LISTS
 from svd.stage import Report, StageContext, publish
 from svd.synthetic.ucf101_fixture import write_ucf101_fixture
@@ -29,7 +30,7 @@ from svd.synthetic.videos import write_worlds
 
 
 def run(context: StageContext) -> Report:
-    """Write the synthetic worlds and gather the footage; what is finished is not made again.
+    """Write the synthetic worlds and gather_footage the footage; what is finished is not made again.
 
     Raises UserError when the preset names no source, a path does not exist, or nothing is found.
     """
@@ -47,7 +48,7 @@ def run(context: StageContext) -> Report:
         raise UserError(
             f"preset '{context.preset.name}': set sources.paths or sources.synthetic, there is nothing to read"
         )
-    copied, listed = gather(config.paths, finished / "footage", config.copied_bytes)
+    copied, listed = gather_footage(config.paths, finished / "footage", config.copied_bytes)
     if config.synthetic is None and not copied + listed:
         raise UserError(f"sources.paths: no file in {', '.join(config.paths)}; put videos there or name another folder")
     metrics |= {"footage_files": copied, "footage_listed": listed}
@@ -57,12 +58,12 @@ def run(context: StageContext) -> Report:
     )
 
 
-def gather(patterns: list[str], folder: Path, copied_bytes: int) -> tuple[int, int]:
-    """Copy or list the footage behind `patterns` into `folder`; returns the numbers of copied files and list entries.
+def gather_footage(patterns: list[str], folder: Path, copied_bytes: int) -> tuple[int, int]:
+    """Copy or list the footage behind `patterns` into `folder`; return the numbers of copied files and list entries.
 
     Raises UserError that names the pattern when nothing is there, or a list has no column of addresses.
     """
-    listed = [pattern for pattern in patterns if pattern.startswith(REMOTE)]
+    listed = [pattern for pattern in patterns if must_be_fetched(pattern)]
     files: list[tuple[Path, str]] = []
     tops: list[str] = []
     for path in (path for pattern in patterns if pattern not in listed for path in _matches(pattern)):
@@ -84,14 +85,14 @@ def gather(patterns: list[str], folder: Path, copied_bytes: int) -> tuple[int, i
 def _write_list(sources: list[Source], folder: Path) -> None:
     if not sources:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     lines = sorted(json.dumps(as_row(source), sort_keys=True, ensure_ascii=False) for source in sources)
     text = "".join(f"{line}\n" for line in lines)
-    (folder / "sources.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
+    with atomic_file(folder / "sources.jsonl") as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _matches(pattern: str) -> list[Path]:
-    """What a pattern names on this machine, absolute, sorted."""
+    """Return the paths that a pattern names on this machine, absolute, sorted; raises UserError when there is none."""
     path = storage.local_path(pattern).expanduser().absolute()
     found = [path] if os.path.lexists(path) else sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not found:
@@ -100,7 +101,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _to_be_listed(path: Path) -> bool:
-    """Whether `path` is a list, or a folder with a list that names something elsewhere: copied, it would name nothing.
+    """Whether `path` is a list, or a folder with a list that names something outside it: a copy would name nothing.
 
     Raises UserError for a list that can't be read.
     """
@@ -113,7 +114,7 @@ def _to_be_listed(path: Path) -> bool:
 
 
 def _files(path: Path, taken: set[str]) -> Iterator[tuple[Path, str]]:
-    """The files at `path` with their names in the output; a folder keeps its name unless another one has it already.
+    """Yield the files at `path` with their names in the output; a folder keeps its name unless that is taken.
 
     Bytes of a name that are no Unicode become escapes, because DVC can't store them.
     """
@@ -137,7 +138,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _copy(source: Path, target: Path) -> bool:
-    """Copy a file's bytes; False for what is no readable file, so that it is listed and curation reports the reason."""
+    """Copy a file's bytes; return False for what can't be read, which is listed so that curation reports the reason."""
     try:
         if not source.is_file():  # opening a named pipe would wait for its writer for ever
             return False
@@ -146,26 +147,25 @@ def _copy(source: Path, target: Path) -> bool:
         read = source.open("rb")
     except OSError:
         return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    with read, temporary.open("wb") as write:
-        whole = _pour(read, write)
-        write.flush()
-        os.fsync(write.fileno())
-    if whole:
-        temporary.replace(target)
-    else:
-        temporary.unlink()
-    return whole
+    try:
+        with read, atomic_file(target) as temporary, temporary.open("wb") as write:
+            _pour(read, write)
+    except _Unreadable:
+        return False
+    return True
 
 
-def _pour(read: BinaryIO, write: BinaryIO) -> bool:
-    """Copy to the end; False when the source can't be read on. What fails while writing is raised."""
+class _Unreadable(Exception):
+    """A source that breaks off while it is read."""
+
+
+def _pour(read: BinaryIO, write: BinaryIO) -> None:
+    """Copy to the end; raises _Unreadable for what fails while reading, and OSError while writing."""
     while True:
         try:
             block = read.read(1 << 20)
-        except OSError:
-            return False
+        except OSError as error:
+            raise _Unreadable from error
         if not block:
-            return True
+            return
         write.write(block)

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from svd.config import Preset
+from svd.core.device import pick_device
 from svd.model.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
@@ -76,7 +77,7 @@ def _summary(metrics: dict[str, float]) -> str:
 
 def _prepare(context: StageContext) -> Run:
     options, folder = context.preset.autoencoder, context.inputs["curation"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(pick_device())
     training, held_out = split_rows(folder)
     size = (options.frames, options.height, options.width)
     perceptual = Perceptual(options.perceptual, options.perceptual_weights) if options.perceptual_weight else None
@@ -158,7 +159,7 @@ def _train(state: Run, phase: PhaseName) -> None:
                 bar.set_postfix(l1=f"{values['l1']:.4f}", refresh=False)
                 named = {f"{phase}/{name}": value for name, value in values.items()}
                 state.context.tracker.log_metrics(named, step)
-            if (step + 1) % options.checkpoint_every == 0 or step + 1 == steps:
+            if (step + 1) % state.context.preset.compute.autoencoder.checkpoint_every == 0 or step + 1 == steps:
                 learner.save(step + 1)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from svd.core.files import replace_file, replace_folder
 from svd.latents.loader import Examples, Steps
 from svd.stage import Tracker
 from svd.training.module import Diffusion
@@ -125,6 +126,7 @@ class Record(Updates):
         self.log_every = max(1, min(50, total // 50))
         self.pending: list[float] = []
         self.unreduced: list[Tensor] = []
+        self.parts: list[Tensor] = []
         self.levels: list[Tensor] = []
         self.bar: tqdm[Any] | None = None
         self.strategy: Strategy
@@ -151,9 +153,12 @@ class Record(Updates):
         """Record the step."""
         losses = outputs["losses"]
         self.levels.append(torch.stack([losses, outputs["sigma"]]).float())
-        self.unreduced.append(losses.mean())
+        self.parts.append(losses.mean())
         if not self.stepped(trainer):
             return
+        # A step counts once, and none that is under way, into however many parts accumulation splits it.
+        self.unreduced.append(torch.stack(self.parts).mean())
+        self.parts.clear()
         step, last = self.offset + trainer.global_step, trainer.global_step == trainer.max_steps
         validated = last or trainer.global_step % self.validate_every == 0
         if validated or step % self.log_every == 0:
@@ -231,6 +236,26 @@ class PhaseCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    @property
+    def state_key(self) -> str:
+        """The name of the state in a checkpoint; Lightning's holds the interval, which may change until resuming."""
+        return "Checkpoint"
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Continue at the first batch of the next step.
+
+        The saved number of batches is of the accumulation that the run had then, and of a step that SIGTERM cut in two
+        it counts the half whose gradients are lost.
+        """
+        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        loop = checkpoint["loops"]["fit_loop"]
+        loop["state_dict"]["combined_loader"] = [{"next": batches}]
+        for count in ("current", "total"):
+            progress = loop["epoch_loop.batch_progress"][count]
+            progress |= dict.fromkeys(progress, batches)
+
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         """Save under another name and rename: a sharded checkpoint is a folder of files that are written one by one."""
         partial = Path(f"{filepath}.part")
@@ -240,9 +265,7 @@ class PhaseCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, str(partial))
         self._last_checkpoint_saved = filepath
         if trainer.is_global_zero:
-            if Path(filepath).is_dir():
-                shutil.rmtree(filepath)
-            partial.replace(filepath)
+            (replace_folder if partial.is_dir() else replace_file)(partial, Path(filepath))
         trainer.strategy.barrier()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from PIL import Image
+from project_folder import give_presets
 from typer.testing import CliRunner
 
 from flows.cli import generate_models
@@ -62,7 +63,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def run(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(generate_models, "OUTPUTS", trained)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(give_presets(tmp_path))
 
     def invoke(*arguments):
         result = CliRunner().invoke(generate_app, [str(a) for a in arguments])

@@ -19,7 +19,7 @@ from flows.cli import generate_models, generate_options
 from svd.config import Sampling
 from svd.config.load import load_preset
 from svd.core.errors import UserError
-from svd.media.video import read_frames, read_metadata
+from svd.media.video import read_comment, read_frames
 from svd.model.formats.convert import convert_model
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.formats.sgm import write_sgm
@@ -76,7 +76,7 @@ def test_a_pipelines_folder_without_its_index_is_a_whole_model(run, tmp_path, pi
         (path,) = run("image", picture, "-m", model, "--out", model.split(".")[0], *SIZE, *QUICK)
         clips.append(read_frames(tmp_path / path)[0])
     assert np.abs(clips[0].astype(float) - clips[1]).mean() < 1
-    assert read_metadata(tmp_path / path).items() >= {"autoencoder": "parts", "encoders": "parts"}.items()
+    assert read_comment(tmp_path / path).items() >= {"autoencoder": "parts", "encoders": "parts"}.items()
     phase = load_preset("tiny").image_to_video.phases[-1]
     for model in (folder, folder / "unet"):
         networks = generate_options.Networks(model=model)
@@ -101,7 +101,7 @@ def test_a_released_models_missing_parts_are_asked_for(run, tmp_path, picture, f
     with pytest.raises(UserError, match=r"^only/config\.json: no such file, .* there is no U-Net in this folder$"):
         run("image", picture, "-m", "only", *SIZE, *QUICK)
     (orbit,) = run("image", picture, "-m", trained / "tiny/image-to-video", *SIZE, *QUICK)
-    assert read_metadata(tmp_path / orbit)["autoencoder"] == str(trained / "tiny/autoencoder")
+    assert read_comment(tmp_path / orbit)["autoencoder"] == str(trained / "tiny/autoencoder")
 
 
 @pytest.fixture
@@ -165,8 +165,8 @@ def test_a_model_of_the_hub_is_fetched_once_and_named_in_the_file(run, tmp_path,
     line = ["image", picture, *SIZE, *QUICK, "--out"]
     (local,) = run(*line, "local", "-m", "parts")
     (path,) = run(*line, "first", "-m", "ann/svd")
-    assert read_metadata(tmp_path / path)["origin"] == f"ann/svd@{COMMIT}"
-    assert "origin" not in read_metadata(tmp_path / local)
+    assert read_comment(tmp_path / path)["origin"] == f"ann/svd@{COMMIT}"
+    assert "origin" not in read_comment(tmp_path / local)
     assert np.array_equal(read_frames(tmp_path / path)[0], read_frames(tmp_path / local)[0])
     names = sorted(p.name for p in (tmp_path / "cache/ann--svd").rglob("*.safetensors"))
     assert names == ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "model.safetensors"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from project_folder import give_presets
 
 from flows.recording import dvc as versioning
 from flows.recording import inventory
@@ -35,7 +36,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (videos / "a.mp4").write_bytes(b"a")
     folder = tmp_path / "project"
     folder.mkdir()
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(give_presets(folder))
     subprocess.run([BIN / "dvc", "init", "-q", "--no-scm"], check=True)
     real = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["inventory"]
     real["cmd"] = f"{BIN}/svd inventory --preset mine.yaml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from project_folder import give_presets
 
 from flows import runner
 from flows.stages import find_stage
@@ -19,7 +20,7 @@ TRAINING = find_stage("video-pretraining")
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(give_presets(tmp_path))
     return tmp_path
 
 
@@ -33,7 +34,7 @@ def start(**overrides: object) -> Path:
 
 def test_work_outlives_a_change_that_does_not_concern_the_stage() -> None:
     work = start()
-    assert start(**{"evaluation.ucf101.batch_size": 3, "image_pretraining.warmup": 1}) == work
+    assert start(**{"evaluation.ucf101.samples": 3, "image_pretraining.warmup": 1}) == work
     assert start(**{"video_pretraining.warmup": 1}) != work
     assert start(**{"seed": 7}) != work
 

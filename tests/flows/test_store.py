@@ -10,11 +10,13 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from project_folder import give_presets
 from typer.testing import CliRunner
 
 from evaluation.report.page import run as run_report
 from flows import runner
 from flows.cli.app import app
+from flows.places import Place
 from flows.prefect_flows.full_pipeline import PipelineRun
 from flows.recording import dvc as versioning
 from flows.recording import results_store as store
@@ -188,7 +190,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     folder = tmp_path / "machine"
     folder.mkdir()
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(give_presets(folder))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     dvc = Path(sys.executable).parent / "dvc"
     subprocess.run([dvc, "init", "-q", "--no-scm"], check=True)
@@ -245,13 +247,14 @@ def test_a_missing_address_in_the_preset_is_named(project: Path, bucket: str) ->
 
 def test_a_second_process_is_refused(project: Path) -> None:
     stage, preset = find_stage("orbits"), load_preset("tiny")
+    place = Place(preset.name, stage.name)
     with (
-        runner.only_one(stage.name, preset),
+        runner.only_one(place),
         pytest.raises(UserError, match=f"is being run by process {os.getpid()}"),
-        runner.only_one(stage.name, preset),
+        runner.only_one(place),
     ):
         raise AssertionError("two at once")
-    with runner.only_one(stage.name, preset):
+    with runner.only_one(place):
         assert (project / "work/tiny/.orbits.lock").read_text() == str(os.getpid())
 
 

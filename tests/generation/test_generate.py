@@ -13,12 +13,12 @@ from svd.diffusion import denoising
 from svd.diffusion.sampler import noise_levels
 from svd.generation import Models, image_to_video, interpolate, load_models, multiview, text_to_video
 from svd.generation import models as loading
-from svd.media.images import read_prompts
 from svd.media.resize import cover
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig, posterior_mean
 from svd.model.formats.clip import build_clip, save_toy, toy_config
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.unet import UNet, UNetConfig
+from svd.tasks.prompts import read_prompts
 
 QUICK = Sampling(steps=3, guidance=2.0, sigma_max=80)
 TOY = EncodersConfig(kind="toy-clip")
