@@ -19,7 +19,7 @@ from svd.curation.motion.camera_velocity import track_camera
 from svd.latents.windows import decode_frames
 from svd.media.orientation import UPRIGHT, Orientation, from_matrix
 from svd.media.video import read_frames
-from svd.training.frames import read_frames as read_training_frames
+from svd.training.frames import read_clip_frames as read_training_frames
 
 EACH = pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
 FLAT = {"cuts__passes": [{"detector": "content", "threshold": 250}]}  # no cuts: one clip a file
