@@ -48,7 +48,7 @@ def on_all_ranks(section: str) -> Callable[[Callable[..., T]], Callable[..., T]]
             if compute.nodes > 1:
                 raise UserError(
                     f"compute.{section}.nodes is {compute.nodes}: start this command on every node with `srun`, or "
-                    f"with `torchrun --nnodes {compute.nodes} --nproc-per-node {count} … -m flows.cli.app`"
+                    f"with `torchrun --nnodes {compute.nodes} --nproc-per-node {count} … -m flows.cli`"
                 )
             result: T = _launch(count, launching, context, arguments)
             return result

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from flows.cli import generate as generate_cli
 from flows.cli.generate import generate_app
 from flows.cli.generate_results import UNRECORDED
+from svd.config.load import load_preset
 from svd.core.errors import UserError
-from svd.generation import models as pipeline
+from svd.generation import models as loading
 from svd.generation import safety
 from svd.media import watermark
 from svd.media.clips import load_video
@@ -96,7 +97,7 @@ def test_a_file_says_how_to_make_it_again(command, run, tmp_path, trained, pictu
     monkeypatch.setattr(safety, "load_safety_filter", lambda heads, clip: flags)
     networks = {"model": f"tiny/{stage}/unet", "autoencoder": "tiny/autoencoder", "encoders": "tiny/encoders"}
     chosen = CHOSEN | {name: trained / path for name, path in networks.items()}
-    parameters = set(inspect.signature(getattr(generate_cli, command)).parameters)
+    parameters = set(inspect.signature(getattr(generate_cli, f"generate_{command}")).parameters)
     recorded = sorted(parameters - UNRECORDED - GIVEN.keys())
     given = {"text": "a ball", "interpolate": "given.mp4"}.get(command, picture.name)
     write_mp4(tmp_path / "given.mp4", np.random.default_rng(0).integers(0, 255, (2, 40, 60, 3), np.uint8), 5)
@@ -124,7 +125,7 @@ def test_what_was_left_to_defaults_is_written_out(run, tmp_path, trained):
 
 
 def test_more_frames_or_pixels_than_trained_are_warned_of(run, caplog):
-    pipeline._warn_once.cache_clear()
+    loading._warn_once.cache_clear()
     size = ["--height", "128", "--width", "96"]
     for _ in range(2):
         run("text", "a ball", "--frames", 9, *size, *QUICK)
@@ -247,3 +248,23 @@ def test_help_explains_every_option(command):
         "--compile",
     ):
         assert option in result.output
+
+
+def test_the_sampling_is_the_tasks_own_and_no_evaluations(run, picture, tmp_path, monkeypatch):
+    """`--preset` may be a file; the networks are those of the preset that it names."""
+    import svd.generation
+
+    def made(models, images, *, frames, height, width, sampling, **options):
+        used.append(sampling)
+        return torch.zeros(len(images), frames, 3, height, width)
+
+    used = []
+    monkeypatch.setattr(svd.generation, "image_to_video", made)
+    own = {"generation.image_to_video.sampling": {"steps": 4}}
+    evaluations = {f"evaluation.{part}.sampling.steps": 3 for part in ("ucf101", "multiview")}
+    for number, changes in enumerate(({}, evaluations, own)):
+        preset = tmp_path / f"{number}.yaml"
+        preset.write_text(load_preset("tiny", changes).model_dump_json())
+        run("image", picture, "-p", preset, *SIZE, "--device", "cpu")
+    assert [sampling.steps for sampling in used] == [10, 10, 4]
+    assert used[0] == used[1]
