@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from svd.core.device import told_memory
+from svd.core.device import memory_errors
 from svd.core.errors import UserError
 from svd.curation.cuts.frame_scores import Jump
 
@@ -35,7 +35,7 @@ def transnet_probabilities(frames: np.ndarray) -> np.ndarray:
 
     Windows overlap by half. Raises MemoryError, and UserError without the package.
     """
-    import torch
+    import torch  # here, as above
 
     network = _network()
     count = len(frames)
@@ -43,7 +43,7 @@ def transnet_probabilities(frames: np.ndarray) -> np.ndarray:
     after = -(-count // STEP) * STEP - count + before
     padded = np.concatenate([frames[:1].repeat(before, 0), frames, frames[-1:].repeat(after, 0)])
     parts = []
-    with told_memory(), torch.inference_mode():
+    with memory_errors(), torch.inference_mode():
         for start in range(0, len(padded) - WINDOW + 1, STEP):
             logits = network(torch.from_numpy(np.ascontiguousarray(padded[start : start + WINDOW]))[None])[0]
             parts.append(torch.sigmoid(logits)[0, before : before + STEP, 0].numpy())

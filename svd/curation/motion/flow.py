@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from svd.config import MotionConfig
-from svd.core.device import pick_device, told_memory
+from svd.core.device import memory_errors, pick_device
 from svd.core.errors import UserError
 
 Flow = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -84,7 +84,7 @@ def raft(one: np.ndarray, other: np.ndarray, weights: str | None) -> np.ndarray:
     padding = (0, -width % RAFT_MULTIPLE, 0, -height % RAFT_MULTIPLE)
     pair = torch.from_numpy(np.stack([one, other])).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1
     padded = torch.nn.functional.pad(pair, padding, mode="replicate")
-    with told_memory(), torch.inference_mode():
+    with memory_errors(), torch.inference_mode():
         flow = network(padded[:1], padded[1:])[-1][0]
     return flow[:, :height, :width].permute(1, 2, 0).cpu().numpy()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svd.core.device import pick_device, told_memory
+from svd.core.device import memory_errors, pick_device
 from svd.core.errors import UserError
 from svd.curation.text.base import MEAN, MULTIPLE, STD
 
@@ -167,7 +167,7 @@ class CraftTextDetector:
         canvas = np.zeros((*padded, 3), np.float32)
         canvas[: size[0], : size[1]] = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR)
         pixels = torch.from_numpy((canvas / 255 - MEAN) / STD).permute(2, 0, 1)[None]
-        with told_memory():
+        with memory_errors():
             maps = self.model(pixels.to(self.device).float())[0].float().cpu().numpy()
         scale = np.array([2 * width / size[1], 2 * height / size[0]])
         return [box * scale for box in word_boxes(maps[..., 0], maps[..., 1])]
