@@ -35,7 +35,7 @@ def transnet_probabilities(frames: np.ndarray) -> np.ndarray:
 
     Windows overlap by half. Raises MemoryError, and UserError without the package.
     """
-    import torch
+    import torch  # here, as above
 
     network = _network()
     count = len(frames)

@@ -6,13 +6,12 @@ A killed unit is done again and gives the same bytes.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from svd.catalogue import schema, tables
-from svd.catalogue.axes import axes_computed
 from svd.config import CurationConfig
 from svd.core.errors import UserError
 from svd.core.files import atomic_folder
-from svd.curation.base.types import ClipAnalysis, ClipFile, Cut, SourceAnalysis, SourceFailure
+from svd.curation.base.types import ClipAnalysis, ClipFile, SourceAnalysis, SourceFailure
 from svd.curation.captions.known import known_captions
 from svd.curation.clips.stills import write_still
+from svd.curation.measuring import rows
 from svd.curation.measuring.child import without_frames
 from svd.curation.measuring.fetching import local_file
 from svd.curation.measuring.process import DecodeProcess, WorkerError
@@ -85,6 +84,24 @@ def identify(source: Source) -> Identified:
         return Identified(source, "", 0, failure=f"can't be read: {error.strerror or error}")
 
 
+def new_source(identified: Identified) -> dict[str, Any]:
+    """Return the row of a source before it is analysed."""
+    source = identified.source
+    return {
+        "source_id": identified.source_id or None,
+        "source_uri": source.uri,
+        "split": source.split,
+        "verdict": "ok",
+        "reason": "",
+        "duplicate_of": None,
+        "bytes": identified.bytes,
+        "clips": 0,
+        "scenes": sum(c.start > 0 or math.isfinite(c.end) for c in source.captions) or None,
+        "licence": source.licence,
+        "metadata": rows.to_json(source.metadata),
+    }
+
+
 def measure_unit(unit: Unit, config: CurationConfig, folder: Path, decoding: DecodeProcess) -> Path:
     """Analyse every source of `unit` and write its clips; return the complete folder `folder`/<unit name>.
 
@@ -120,7 +137,7 @@ class _UnitWork:
 
     def add(self, identified: Identified) -> None:
         """Analyse one source; exactly one row is added, whatever is wrong with the source. Raises WorkerError."""
-        row = _source_row(identified)
+        row = new_source(identified)
         self.sources.append(row)
         if identified.failure or identified.duplicate_of:
             row["verdict"] = "failed" if identified.failure else "duplicate"
@@ -162,7 +179,7 @@ class _UnitWork:
             identified.part,
             self.folder / "part.mp4",
         )
-        row.update(_facts(analysis))
+        row.update(rows.of_facts(analysis.facts))
         targets = [tables.clip_id(row["source_id"], clip.span.start_pts, clip.span.end_pts) for clip in analysis.clips]
         files = self.decoding.write_clips(
             path,
@@ -172,17 +189,17 @@ class _UnitWork:
                 for name, clip in zip(targets, analysis.clips, strict=True)
             ],
         )
-        rows = [
-            self._clip(name, clip, file, analysis, source, row)
+        clips = [
+            self._clip(name, clip, file, analysis, source, row["source_id"])
             for name, clip, file in zip(targets, analysis.clips, files, strict=True)
         ]
-        self.clips.extend(rows)
+        self.clips.extend(clips)
         own = analysis.cuts[analysis.inherited :]
-        self.cuts.extend(_cut_row(source.uri, cut) for cut in own)
-        self.dropped.extend({"source_uri": source.uri, **_dropped(d)} for d in analysis.dropped)
-        row.update(clips=len(rows), cuts=len(own))
-        row["verdict"] = "ok" if rows else "no-clips"
-        if not rows:
+        self.cuts.extend(rows.of_cut(source.uri, cut) for cut in own)
+        self.dropped.extend(rows.of_dropped(source.uri, span) for span in analysis.dropped)
+        row.update(clips=len(clips), cuts=len(own))
+        row["verdict"] = "ok" if clips else "no-clips"
+        if not clips:
             row["reason"] = "no clip: " + ("; ".join(sorted({d.reason for d in analysis.dropped})) or "no frames")
 
     def _take(self, clip: ClipAnalysis, source_id: str) -> ClipAnalysis:
@@ -196,13 +213,7 @@ class _UnitWork:
         return without_frames(clip)
 
     def _clip(
-        self,
-        name: str,
-        clip: ClipAnalysis,
-        file: ClipFile,
-        analysis: SourceAnalysis,
-        source: Source,
-        row: Mapping[str, Any],
+        self, name: str, clip: ClipAnalysis, file: ClipFile, analysis: SourceAnalysis, source: Source, source_id: str
     ) -> dict[str, Any]:
         """Return the catalogue row of a clip; keep its flow and its captions for the files of the unit."""
         self.flow[name] = np.ascontiguousarray(clip.flow, np.float16)
@@ -214,37 +225,13 @@ class _UnitWork:
             span.end_seconds,
             float(facts.start_pts * facts.time_base),
         )
-        camera = asdict(clip.camera)
-        return {
-            "clip_id": name,
-            "source_id": row["source_id"],
+        own = {"clip_id": name, "unit": self.unit.number, **rows.of_clip(clip, file, analysis)}
+        return own | {
+            "source_id": source_id,
             "source_uri": source.uri,
             "split": source.split,
-            "unit": self.unit.number,
-            "start_frame": span.start_frame,
-            "end_frame": span.end_frame,
-            "start_pts": span.start_pts,
-            "end_pts": span.end_pts,
-            "time_base": str(facts.time_base),
-            "start_seconds": span.start_seconds,
-            "end_seconds": span.end_seconds,
-            "duration": file.duration,
-            "frames": file.frames,
-            "fps": facts.fps if facts.variable_frame_rate else file.frames / file.duration,
-            "width": file.width,
-            "height": file.height,
-            "codec": file.codec,
-            "method": file.method,
-            "shot_start_frame": span.shot_start_frame,
-            "shot_end_frame": span.shot_end_frame,
-            "start_cut": _boundary(analysis.cuts, span.start_cut),
-            "end_cut": _boundary(analysis.cuts, span.end_cut),
-            "camera": camera.pop("label"),
-            "camera_motion": camera,
-            "text_areas": list(clip.text_areas),
-            **{axis.column: clip.scores[axis.name] for axis in axes_computed("measured")},
             "licence": source.licence,
-            "metadata": _json(source.metadata),
+            "metadata": rows.to_json(source.metadata),
         }
 
     def write(self) -> None:
@@ -256,69 +243,8 @@ class _UnitWork:
         tables.write_table_rows(self.folder / "cuts.parquet", self.cuts, schema.CUTS_SCHEMA)
         tables.write_table_rows(self.folder / "dropped.parquet", self.dropped, schema.DROPPED_SCHEMA)
         save_file(self.flow, self.folder / "flow.safetensors")
-        (self.folder / "captions.json").write_text(_json(self.captions) or "{}")
+        (self.folder / "captions.json").write_text(rows.to_json(self.captions) or "{}")
         shutil.rmtree(self.folder / "fetched", ignore_errors=True)
-
-
-def _source_row(identified: Identified) -> dict[str, Any]:
-    """Return what is known of a source before it is analysed."""
-    source = identified.source
-    return {
-        "source_id": identified.source_id or None,
-        "source_uri": source.uri,
-        "split": source.split,
-        "verdict": "ok",
-        "reason": "",
-        "duplicate_of": None,
-        "bytes": identified.bytes,
-        "clips": 0,
-        "scenes": sum(c.start > 0 or math.isfinite(c.end) for c in source.captions) or None,
-        "licence": source.licence,
-        "metadata": _json(source.metadata),
-    }
-
-
-def _facts(analysis: SourceAnalysis) -> dict[str, Any]:
-    """Return what the analysis adds to the row of a source."""
-    facts = analysis.facts
-    return {
-        "container": facts.container,
-        "codec": facts.codec,
-        "width": facts.display_width,
-        "height": facts.display_height,
-        "fps": facts.fps,
-        "duration": facts.duration,
-        "frames": facts.frames,
-        "warnings": list(facts.warnings),
-    }
-
-
-def _boundary(cuts: Sequence[Cut], index: int | None) -> dict[str, Any] | None:
-    """Return the evidence of the cut at one end of a clip; None without a cut."""
-    if index is None:
-        return None
-    cut = cuts[index]
-    return {
-        "kind": cut.kind,
-        "detector": cut.detector,
-        "score": cut.score,
-        "threshold": cut.threshold,
-        "seconds": cut.seconds,
-    }
-
-
-def _cut_row(uri: str, cut: Cut) -> dict[str, Any]:
-    names = ("kind", "frame", "start_frame", "end_frame", "seconds", "detector", "score", "threshold")
-    return {"source_uri": uri, **{name: getattr(cut, name) for name in names}}
-
-
-def _dropped(span: Any) -> dict[str, Any]:
-    names = ("start_frame", "end_frame", "start_seconds", "end_seconds", "reason")
-    return {name: getattr(span, name) for name in names}
-
-
-def _json(value: Mapping[str, Any]) -> str | None:
-    return json.dumps(value, sort_keys=True, default=str) if value else None
 
 
 def units_of(sources: Sequence[Identified], per_unit: int) -> Iterator[Unit]:

@@ -48,7 +48,7 @@ class DBTextDetector:
     def __init__(
         self, width: int = 704, height: int = 384, box_threshold: float = 0.5, max_upscale: float = 1.0
     ) -> None:
-        import onnxruntime
+        import onnxruntime  # here: only decoding processes pay for its memory
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
