@@ -21,6 +21,9 @@ from svd.tasks.signals import Signals
 
 Column = Literal["text", "image", "number"]
 
+# How the released SVD is sampled in diffusers; its guidance rises from 1 over the frames (D.4.1).
+RELEASED = Sampling(steps=25, guidance=3.0)
+
 
 @dataclass(frozen=True)
 class Task:

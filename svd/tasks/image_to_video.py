@@ -11,12 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from svd.config import Sampling
 from svd.diffusion.guidance import Condition
 from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder, posterior_mean
 from svd.model.unet import UNet
-from svd.tasks.base import Task
+from svd.tasks.base import RELEASED, Task
 from svd.tasks.signals import SignalEncoders, Signals, Values, given, kept, noise_augment, of_batch, with_noise
 
 
@@ -70,9 +69,6 @@ def build_from_frame(signals: Signals, unet: UNet) -> Condition:
     latents = given(signals.latents).expand(-1, signals.frames, -1, -1, -1)
     return Condition(given(signals.image), signals.ids(unet.config.ids), latents)
 
-
-# How the released SVD is sampled in diffusers; its guidance rises from 1 over the frames (D.4.1).
-RELEASED = Sampling(steps=25, guidance=3.0)
 
 IMAGE_TO_VIDEO = Task(
     name="image-to-video",

@@ -16,8 +16,7 @@ from svd.diffusion.guidance import Condition
 from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
-from svd.tasks.base import Task
-from svd.tasks.image_to_video import RELEASED
+from svd.tasks.base import RELEASED, Task
 from svd.tasks.signals import Signals, given, kept, noise_augment, of_batch, with_noise
 
 WINDOW = 5  # frames: two given, three new
