@@ -95,7 +95,7 @@ def _launch(count: int, run: Callable[..., Any], context: StageContext, argument
     listener.join()
     if heard.tracker_error is not None:
         raise heard.tracker_error
-    assert isinstance(heard.answer, Result)
+    assert isinstance(heard.answer, RankResult)
     return heard.answer.value
 
 
@@ -109,7 +109,7 @@ class TrackerCall:
 
 
 @dataclass(frozen=True)
-class Result:
+class RankResult:
     """Message of the first rank: the function has returned."""
 
     value: Any
@@ -122,7 +122,7 @@ class Mistake:
     text: str
 
 
-Message = TrackerCall | Result | Mistake
+Message = TrackerCall | RankResult | Mistake
 
 
 class Messages(Protocol):
@@ -139,7 +139,7 @@ class Messages(Protocol):
 class _Heard:
     """What ends the listening: the ranks' answer, or an error of the tracker."""
 
-    answer: Result | Mistake | None = None
+    answer: RankResult | Mistake | None = None
     tracker_error: Exception | None = None
 
 
@@ -166,7 +166,7 @@ def _run_rank(number: int, work: _Work, messages: Messages) -> None:
         messages.put(Mistake(str(error)))
         raise
     if number == 0:
-        messages.put(Result(result))
+        messages.put(RankResult(result))
 
 
 class _Relay:
