@@ -184,7 +184,7 @@ def chosen_sampling(
 def base_sampling(networks: Networks, sampling: Sampling) -> Sampling:
     """Return `sampling`, or for a released model the settings that it is published with."""
     from svd.model.formats.folders import is_released
-    from svd.tasks.image_to_video import RELEASED
+    from svd.tasks.base import RELEASED
 
     released = networks.model is not None and is_released(networks.model)
     return RELEASED if released else sampling

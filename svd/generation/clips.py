@@ -22,7 +22,7 @@ from svd.media.resize import cover
 from svd.tasks.base import Task
 from svd.tasks.image_to_video import IMAGE_TO_VIDEO, from_images
 from svd.tasks.multiview import MULTIVIEW
-from svd.tasks.signals import Signals
+from svd.tasks.signals import ClipSignals
 from svd.tasks.text_to_video import TEXT_TO_VIDEO, from_prompts
 
 
@@ -154,7 +154,7 @@ def guidance_ramp(ramp: Ramp, guidance_range: tuple[float, float], frames: int) 
 def _clips(
     models: Models,
     task: Task,
-    signals: Signals,
+    signals: ClipSignals,
     sources: Sequence[torch.Generator],
     size: tuple[int, int],
     scale: Tensor,

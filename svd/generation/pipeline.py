@@ -14,7 +14,7 @@ from svd.diffusion.denoising import denoise_latents
 from svd.diffusion.guidance import on_device
 from svd.generation.models import Models
 from svd.tasks.base import Task
-from svd.tasks.signals import Signals, dropped
+from svd.tasks.signals import ClipSignals, dropped
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -35,7 +35,7 @@ def clip_generators(seed: int | Sequence[int], clips: int) -> list[torch.Generat
 def generate_latents(
     models: Models,
     task: Task,
-    signals: Signals,
+    signals: ClipSignals,
     noise: Tensor,
     scale: Tensor,
     sampling: Sampling,

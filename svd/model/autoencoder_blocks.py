@@ -1,4 +1,4 @@
-"""Parts of the first stage: residual blocks, mid-block attention, encoder and the two decoders.
+"""Parts of the autoencoder: residual blocks, mid-block attention, encoder and the two decoders.
 
 The encoder and the image decoder are SD 2.1's; the temporal decoder is VideoLDM's (§3.1.1) in its released form.
 
@@ -53,7 +53,7 @@ class TimeConv(nn.Conv3d):
 
 
 class AutoencoderTemporalResBlock(nn.Module):
-    """The residual branch over time, statistics over (T, H, W); it starts at zero, as the original's `zero_module`."""
+    """The residual branch over time, statistics over (T, H, W); it starts at zero."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -79,20 +79,20 @@ class AutoencoderMixer(nn.Module):
 
 
 def to_time(x: Tensor, frames: int) -> Tensor:
-    """(B·T, C, H, W) to (B, C, T, H·W), a view when the memory is channels-last."""
+    """Reshape (B·T, C, H, W) to (B, C, T, H·W), a view when the memory is channels-last."""
     x = x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
     return x.permute(0, 2, 3, 1).reshape(n // frames, frames, h * w, c).permute(0, 3, 1, 2)
 
 
 def from_time(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, T, H·W) back to (B·T, C, H, W)."""
+    """Reshape (B, C, T, H·W) back to (B·T, C, H, W)."""
     b, c, t, _ = x.shape
     return x.permute(0, 2, 3, 1).reshape(b * t, height, width, c).permute(0, 3, 1, 2)
 
 
 class SpatioTemporalResBlock(nn.Module):
-    """A spatial block, then a temporal one, blended the other way round than in the U-Net.
+    """A spatial block, then a temporal one; α weighs the temporal branch, in the U-Net the spatial one.
 
     out = (1 - α)·s + α·(s + h(s)) = s + α·h(s) with α = sigmoid(mix_factor), s the spatial and h the temporal branch.
     """
@@ -211,7 +211,7 @@ class AutoencoderEncoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks of one decoder level and the step up; `temporal` gives each block its temporal half."""
+    """Residual blocks of one decoder level and the step up; with `temporal`, each block has a temporal branch."""
 
     def __init__(
         self, channels_in: int, channels_out: int, layers: int, groups: int, *, last: bool, temporal: bool
@@ -235,8 +235,8 @@ class UpBlock(nn.Module):
 class TemporalMidBlock(nn.Module):
     """Mid block of the temporal decoder: as many residual blocks as the decoder's `layers_per_block`.
 
-    As in diffusers, attention stands between the first two blocks; with one block it is kept only for its
-    weights' names.
+    As in diffusers, attention stands between the first two blocks; with one block it isn't used, but its weights
+    keep their names.
     """
 
     def __init__(self, channels: int, layers: int, groups: int) -> None:

@@ -1,9 +1,9 @@
 """A task of the paper: which network it needs, how that network is conditioned, and how clips are sampled from it.
 
-Each task is one file beside this one (§4.1–4.5, D.2–D.6). Training and generation reach a network's conditioning by the
-same two steps: what is known about the clips becomes `Signals`, and the task's `build` makes the `Condition` of them.
+Each task is one file beside this one (§4.1–4.5, D.2–D.6). Training and generation reach a network's conditioning by
+the same two steps: facts about the clips become `ClipSignals`, and the task's `build` makes the `Condition` of them.
 Only the first step has two sides: `observe` reads a training batch, and a function such as `from_images`, in the task's
-file, starts from what a user gives.
+file, starts from a user's request.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from svd.diffusion.guidance import Condition
 from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
-from svd.tasks.signals import Signals
+from svd.tasks.signals import ClipSignals
 
 Column = Literal["text", "image", "number"]
+
+# How the released SVD is sampled in diffusers; its guidance rises from 1 over the frames (D.4.1).
+RELEASED = Sampling(steps=25, guidance=3.0)
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Task:
     section: str
     stages: tuple[str, ...]
     ids: int
-    observe: Callable[[Batch, Autoencoder | None], Signals]
-    build: Callable[[Signals, UNet], Condition]
+    observe: Callable[[Batch, Autoencoder | None], ClipSignals]
+    build: Callable[[ClipSignals, UNet], Condition]
     temporal: bool = True
     pixels: bool = False
     learned_mask: bool = False

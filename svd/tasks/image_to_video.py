@@ -11,13 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from svd.config import Sampling
 from svd.diffusion.guidance import Condition
 from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder, posterior_mean
 from svd.model.unet import UNet
-from svd.tasks.base import Task
-from svd.tasks.signals import SignalEncoders, Signals, Values, given, kept, noise_augment, of_batch, with_noise
+from svd.tasks.base import RELEASED, Task
+from svd.tasks.signals import ClipSignals, SignalEncoders, Values, given, kept, noise_augment, of_batch, with_noise
 
 
 def from_images(
@@ -30,13 +29,13 @@ def from_images(
     cond_aug: float,
     generators: Sequence[torch.Generator],
     elevation_degrees: Values = 0.0,
-) -> Signals:
+) -> ClipSignals:
     """Return the signals of a request: images (B, 3, H, W) in [-1, 1], the first frames of the clips.
 
     cond_aug: standard deviation of the noise on the pixels, drawn from the clips' `generators`.
     """
     noisy = noise_augment(images, torch.full((len(images),), cond_aug), generators)
-    return Signals(
+    return ClipSignals(
         frames,
         fps,
         motion_bucket,
@@ -47,7 +46,7 @@ def from_images(
     )
 
 
-def observe_frame(batch: Batch, autoencoder: Autoencoder | None, token: int) -> Signals:
+def observe_frame(batch: Batch, autoencoder: Autoencoder | None, token: int) -> ClipSignals:
     """Return the signals of a training batch; `token` is the number of the conditioning frame among the T.
 
     Raises ValueError without an autoencoder.
@@ -61,18 +60,15 @@ def observe_frame(batch: Batch, autoencoder: Autoencoder | None, token: int) -> 
     return kept(signals, batch["keep_image"], batch["keep_concat"])
 
 
-def _observe(batch: Batch, autoencoder: Autoencoder | None) -> Signals:
+def _observe(batch: Batch, autoencoder: Autoencoder | None) -> ClipSignals:
     return observe_frame(batch, autoencoder, token=0)
 
 
-def build_from_frame(signals: Signals, unet: UNet) -> Condition:
+def build_from_frame(signals: ClipSignals, unet: UNet) -> Condition:
     """Condition on the frame's CLIP token and on its latent, copied to all T frames (D.4)."""
     latents = given(signals.latents).expand(-1, signals.frames, -1, -1, -1)
     return Condition(given(signals.image), signals.ids(unet.config.ids), latents)
 
-
-# How the released SVD is sampled in diffusers; its guidance rises from 1 over the frames (D.4.1).
-RELEASED = Sampling(steps=25, guidance=3.0)
 
 IMAGE_TO_VIDEO = Task(
     name="image-to-video",

@@ -16,9 +16,8 @@ from svd.diffusion.guidance import Condition
 from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
-from svd.tasks.base import Task
-from svd.tasks.image_to_video import RELEASED
-from svd.tasks.signals import Signals, given, kept, noise_augment, of_batch, with_noise
+from svd.tasks.base import RELEASED, Task
+from svd.tasks.signals import ClipSignals, given, kept, noise_augment, of_batch, with_noise
 
 WINDOW = 5  # frames: two given, three new
 RATE = WINDOW - 1  # how much faster the result is
@@ -32,7 +31,7 @@ def from_ends(
     motion_bucket: float,
     cond_aug: float,
     generators: Sequence[torch.Generator],
-) -> Signals:
+) -> ClipSignals:
     """Return the signals of B windows from their first and last frame.
 
     tokens (B, 2, D): CLIP embeddings. ends (B, 2, C, h, w): unscaled latents; neighbouring windows share a frame, so
@@ -40,10 +39,10 @@ def from_ends(
     windows' `generators`.
     """
     noisy = noise_augment(ends, torch.full((len(ends),), cond_aug, device=ends.device), generators)
-    return Signals(WINDOW, fps, motion_bucket, cond_aug, image=tokens, latents=noisy)
+    return ClipSignals(WINDOW, fps, motion_bucket, cond_aug, image=tokens, latents=noisy)
 
 
-def _observe(batch: Batch, autoencoder: Autoencoder | None) -> Signals:
+def _observe(batch: Batch, autoencoder: Autoencoder | None) -> ClipSignals:
     """Take the ends of the clip's own latents, without the scaling factor."""
     latents = batch["latents"]
     ends = latents[:, [0, -1]] / expand(batch["scaling_factor"], latents)
@@ -52,7 +51,7 @@ def _observe(batch: Batch, autoencoder: Autoencoder | None) -> Signals:
     return kept(signals, batch["keep_image"], batch["keep_concat"])
 
 
-def _build(signals: Signals, unet: UNet) -> Condition:
+def _build(signals: ClipSignals, unet: UNet) -> Condition:
     first, last = given(signals.latents).unbind(1)
     channels = unet.interpolation_channels(first, last, signals.frames)
     return Condition(given(signals.image), signals.ids(unet.config.ids), channels)

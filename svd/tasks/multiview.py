@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder
-from svd.tasks.base import Task
-from svd.tasks.image_to_video import RELEASED, build_from_frame, observe_frame
-from svd.tasks.signals import Signals
+from svd.tasks.base import RELEASED, Task
+from svd.tasks.image_to_video import build_from_frame, observe_frame
+from svd.tasks.signals import ClipSignals
 
 
-def _observe(batch: Batch, autoencoder: Autoencoder | None) -> Signals:
+def _observe(batch: Batch, autoencoder: Autoencoder | None) -> ClipSignals:
     return observe_frame(batch, autoencoder, token=-1)
 
 

@@ -25,7 +25,7 @@ Values: TypeAlias = float | Sequence[float] | Tensor  # one number for all clips
 
 
 @dataclass(frozen=True)
-class Signals:
+class ClipSignals:
     """What is known about B clips of T = `frames` frames, encoded; a task's `build` takes what its network reads.
 
     text (B, S, D), or (B, T, S, D) with a text per frame. motion_text (B, S, D): a text for the temporal layers alone
@@ -78,9 +78,9 @@ def given(signal: Tensor | None) -> Tensor:
     return signal
 
 
-def of_batch(batch: Batch) -> Signals:
+def of_batch(batch: Batch) -> ClipSignals:
     """Return the signals that every training batch holds; the task adds images and latents, see `kept`."""
-    return Signals(
+    return ClipSignals(
         frames=batch["latents"].shape[1],
         fps=batch["fps"],
         motion_bucket=batch["motion_bucket"],
@@ -91,7 +91,7 @@ def of_batch(batch: Batch) -> Signals:
     )
 
 
-def kept(signals: Signals, image: Tensor, latents: Tensor) -> Signals:
+def kept(signals: ClipSignals, image: Tensor, latents: Tensor) -> ClipSignals:
     """Zero the image embeddings and the conditioning latents of the clips whose flag (B,), 0 or 1, is 0 (D.1, D.4)."""
     return replace(
         signals,
@@ -100,7 +100,7 @@ def kept(signals: Signals, image: Tensor, latents: Tensor) -> Signals:
     )
 
 
-def dropped(signals: Signals, null_text: Tensor | None = None) -> Signals:
+def dropped(signals: ClipSignals, null_text: Tensor | None = None) -> ClipSignals:
     """Return the signals of the unconditional branch: empty prompt, no image, no latent; ids as they were (D.1).
 
     null_text (S, D) or (B, S, D): the empty prompt's embedding; needed when there is a text.

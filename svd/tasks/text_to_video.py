@@ -12,7 +12,7 @@ from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
 from svd.tasks.base import Task
-from svd.tasks.signals import SignalEncoders, Signals, given, of_batch
+from svd.tasks.signals import ClipSignals, SignalEncoders, given, of_batch
 
 
 def from_prompts(
@@ -23,7 +23,7 @@ def from_prompts(
     fps: float,
     motion_bucket: float,
     motion_prompt: str | None = None,
-) -> tuple[Signals, Tensor]:
+) -> tuple[ClipSignals, Tensor]:
     """Return the signals of a request, and the empty prompt's embedding (B, S, D) for `dropped`.
 
     motion_prompt: what the temporal layers read instead of the prompt (temporal prompting, E.5.4).
@@ -31,15 +31,15 @@ def from_prompts(
     groups = [prompts, [""]] if motion_prompt is None else [prompts, [""], [motion_prompt]]
     text, *others = encoders.encode_texts(*groups)
     null, *motion = (embedding.expand(len(prompts), -1, -1) for embedding in others)
-    signals = Signals(frames, fps, motion_bucket, text=text, motion_text=motion[0] if motion else None)
+    signals = ClipSignals(frames, fps, motion_bucket, text=text, motion_text=motion[0] if motion else None)
     return signals, null
 
 
-def _observe(batch: Batch, autoencoder: Autoencoder | None) -> Signals:
+def _observe(batch: Batch, autoencoder: Autoencoder | None) -> ClipSignals:
     return of_batch(batch)
 
 
-def _build(signals: Signals, unet: UNet) -> Condition:
+def _build(signals: ClipSignals, unet: UNet) -> Condition:
     """Condition on text, fps and motion; in a joint batch also on which clips are images (D.2, D.3)."""
     return Condition(
         given(signals.text),

@@ -1,4 +1,4 @@
-"""The stage `autoencoder`: an autoencoder for the data at hand, or a released one with its decoder made temporal.
+"""The stage `autoencoder`: train one for the data at hand, or give a released one a temporal decoder.
 
 1. Image phase (`iterations`): encoder and spatial decoder learn single frames with L1 + perceptual distance + KL.
    Released weights skip it.
@@ -37,8 +37,8 @@ from svd.training.losses import ReconstructionLoss, flicker, reconstruction_psnr
 PHASES: tuple[PhaseName, PhaseName] = ("image", "temporal")
 HELD_OUT_CLIPS = 32
 MEASURED_CLIPS = 64
-PICTURE_CLIPS = 6
-PICTURE_FRAMES = 6
+SHOWN_CLIPS = 6
+SHOWN_FRAMES = 6
 LOG_EVERY = 10
 
 
@@ -95,7 +95,7 @@ def _prepare(context: StageContext) -> Run:
 
 
 def initial_autoencoder(preset: Preset) -> Autoencoder:
-    """The autoencoder before training: released weights if the preset names them, or fresh ones; always temporal."""
+    """Return the autoencoder before training, always temporal: the preset's released weights, or fresh ones."""
     section = preset.model.autoencoder
     if section.pretrained is None:
         config = AutoencoderConfig(
@@ -113,7 +113,7 @@ def initial_autoencoder(preset: Preset) -> Autoencoder:
 
 @torch.no_grad()
 def evaluate(state: Run, suffix: str, image_mode: bool) -> dict[str, float]:
-    """psnr (dB), l1 and flicker of held-out clips, their names with `suffix`; the posterior's mean is decoded."""
+    """Measure psnr (dB), l1 and flicker on held-out clips, named with `suffix`; the posterior's mean is decoded."""
     state.autoencoder.eval()
     real, fake = [], []
     clips = state.held_out.examples(HELD_OUT_CLIPS).split(4)
@@ -132,7 +132,7 @@ def evaluate(state: Run, suffix: str, image_mode: bool) -> dict[str, float]:
 
 @torch.no_grad()
 def scaling_factor(state: Run) -> float:
-    """The preset's factor, or 1 / std of posterior draws over training clips (variance of means + mean variance)."""
+    """Return the preset's factor, or 1 / std of posterior draws of training clips (both variances added)."""
     given = state.context.preset.model.autoencoder.scaling_factor
     if given is not None:
         return given
@@ -143,7 +143,7 @@ def scaling_factor(state: Run) -> float:
 
 
 def _train(state: Run, phase: PhaseName) -> None:
-    """One phase, from its last checkpoint on; leaves the autoencoder as it is when a later phase has begun."""
+    """Train one phase from its last checkpoint on; do nothing when a later phase has begun."""
     options = state.options
     steps = options.iterations if phase == "image" else options.temporal_iterations
     if steps == 0:
@@ -164,7 +164,7 @@ def _train(state: Run, phase: PhaseName) -> None:
 
 
 def _write(state: Run) -> None:
-    """The finished folder: model, losses, picture."""
+    """Write the finished folder: model, losses, reconstructions."""
     folder = state.context.work / "finished"
     shutil.rmtree(folder, ignore_errors=True)
     save_autoencoder(state.autoencoder.cpu(), folder)
@@ -172,18 +172,18 @@ def _write(state: Run) -> None:
     for phase, step, *values in state.rows:
         lines.append(",".join([PHASES[int(phase)], str(int(step)), *(f"{value:.6g}" for value in values)]))
     (folder / "losses.csv").write_text("\n".join(lines) + "\n")
-    picture = reconstructions(state)
-    Image.fromarray(picture).save(folder / "reconstructions.png")
-    state.context.tracker.log_image("reconstructions", picture, state.options.temporal_iterations)
+    shown = reconstructions(state)
+    Image.fromarray(shown).save(folder / "reconstructions.png")
+    state.context.tracker.log_image("reconstructions", shown, state.options.temporal_iterations)
 
 
 @torch.no_grad()
 def reconstructions(state: Run) -> np.ndarray:
-    """A picture (H, W, 3) uint8 of held-out clips: for each, its frames, and below them their reconstructions."""
+    """Return an image (H, W, 3) uint8: frames of held-out clips, each row above its reconstructions."""
     device = next(state.autoencoder.parameters()).device
-    real = state.held_out.examples(PICTURE_CLIPS).to(device)
+    real = state.held_out.examples(SHOWN_CLIPS).to(device)
     fake = state.autoencoder.decode(posterior_mean(state.autoencoder.encode(real)))
-    rows = torch.stack([real, fake.clamp(-1, 1)], dim=1)[:, :, :PICTURE_FRAMES]
+    rows = torch.stack([real, fake.clamp(-1, 1)], dim=1)[:, :, :SHOWN_FRAMES]
     clips, two, frames, channels, height, width = rows.shape
     grid = rows.permute(0, 1, 4, 2, 5, 3).reshape(clips * two * height, frames * width, channels)
     return ((grid + 1) * 127.5).round().byte().cpu().numpy()

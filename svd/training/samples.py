@@ -1,6 +1,4 @@
-"""What a model under training generates for a few test clips, beside the clips themselves: films for people to look
-at.
-"""
+"""Previews for people: what a model under training generates for a few test clips, beside the clips themselves."""
 
 from __future__ import annotations
 
@@ -31,10 +29,10 @@ DECODED_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Preview:
-    """Generates the first few clips of an examination with their own conditioning; deterministic.
+    """Generates a few validation clips with their own conditioning; deterministic.
 
-    Models with a conditioning image are guided from 1 at that frame to `sampling.guidance` (D.4.1), the others
-    constantly.
+    The guidance of models with a conditioning frame rises over the frames from 1 to `sampling.guidance` (D.4.1); that
+    of the others is constant.
     """
 
     task: Task
@@ -44,7 +42,7 @@ class Preview:
     kind: edm.Kind
 
     def batch(self, device: torch.device) -> Batch:
-        """The shown clips, evenly spaced over the test samples so that they come from different sources."""
+        """Return the shown clips, evenly spaced over the test samples so that they come from different sources."""
         count = min(SHOWN, len(self.examples))
         chosen = [i * len(self.examples) // count for i in range(count)]
         collated: Batch = default_collate([self.examples[i] for i in chosen])
@@ -73,14 +71,14 @@ class Preview:
 
     @torch.no_grad()
     def films(self, unet: UNet) -> list[tuple[Frames, Frames, float]]:
-        """For each shown clip: generated and real frames (T, H, W, 3) uint8 and frames per second."""
+        """Return for each shown clip generated and real frames (T, H, W, 3) uint8 and frames per second."""
         device = next(unet.parameters()).device
         autoencoder = self.autoencoder.to(device)
         batch = self.batch(device)
         made, real = self.generate(unet, autoencoder, batch), batch["latents"]
-        pictures = [self._decode(autoencoder, latents, batch) for latents in (made, real)]
+        clips = [self._decode(autoencoder, latents, batch) for latents in (made, real)]
         rates = batch["fps"].tolist()
-        return [(pictures[0][i], pictures[1][i], rates[i]) for i in range(len(rates))]
+        return [(clips[0][i], clips[1][i], rates[i]) for i in range(len(rates))]
 
     def _decode(self, autoencoder: Autoencoder, latents: Tensor, batch: Batch) -> list[Frames]:
         unscaled = latents / edm.expand(batch["scaling_factor"], latents)
@@ -89,13 +87,13 @@ class Preview:
 
 
 def preview_sheet(films: list[tuple[Frames, Frames, float]]) -> Frames:
-    """Film strips under each other, generated above real, as one (H, W, 3) picture."""
+    """Join film strips, generated above real, into one image (H, W, 3)."""
     strips = [filmstrip(frames, 8) for made, real, _ in films for frames in (made, real)]
     return np.concatenate(strips)
 
 
 def write_films(films: list[tuple[Frames, Frames, float]], folder: Path) -> None:
-    """`generated-<n>.mp4` (`.png` for one frame), `real-<n>.*` and `sheet.png`."""
+    """Write `generated-<n>.mp4` (`.png` for one frame), `real-<n>.*` and `sheet.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (made, real, fps) in enumerate(films):
         for name, frames in (("generated", made), ("real", real)):

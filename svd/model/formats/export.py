@@ -1,4 +1,4 @@
-"""From the outputs of training to what others load: a pipeline folder of diffusers, or one file as Stability's."""
+"""Export the outputs of training for others: as diffusers' pipeline folder, or as a single file like Stability's."""
 
 from __future__ import annotations
 
