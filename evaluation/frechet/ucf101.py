@@ -52,12 +52,12 @@ from svd.config import Ucf101Config
 from svd.core.device import pick_device
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.generation import Models, load_models, text_to_video
 from svd.media.video import write_mp4, write_png
 from svd.model.formats.folders import checkpoint_hash
 from svd.model.unet import UNet
 from svd.stage import Report, StageContext, Tracker, publish
 from svd.storage import write_bytes
-from svd.tasks.api import Models, load_models, text_to_video
 
 FIXTURE = "ucf101_fixture"
 

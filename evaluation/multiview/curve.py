@@ -24,11 +24,11 @@ from evaluation.tables import write_csv
 from svd.config import Preset
 from svd.core.device import pick_device
 from svd.core.errors import UserError
+from svd.generation import load_models
 from svd.latents.cache import digest
 from svd.model.formats.folders import checkpoint_hash
 from svd.orbits.renderer import open_renderer
 from svd.storage import write_bytes
-from svd.tasks.api import load_models
 
 
 @dataclass(frozen=True)

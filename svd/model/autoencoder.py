@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from svd.model.autoencoder_blocks import Decoder, Encoder
+from svd.model.autoencoder_blocks import AutoencoderDecoder, AutoencoderEncoder
 
 LOGVAR_RANGE = (-30.0, 20.0)
 START_LOGVAR = -6.0
@@ -37,9 +37,9 @@ class Autoencoder(nn.Module):
         super().__init__()
         c = self.config = config
         sizes = (c.latent_channels, c.block_out_channels, c.layers_per_block, c.norm_groups)
-        self.encoder = Encoder(c.in_channels, *sizes)
+        self.encoder = AutoencoderEncoder(c.in_channels, *sizes)
         self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
-        self.decoder = Decoder(c.in_channels, *sizes, temporal=c.temporal_decoder)
+        self.decoder = AutoencoderDecoder(c.in_channels, *sizes, temporal=c.temporal_decoder)
         if not c.temporal_decoder:
             self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
 
@@ -111,7 +111,7 @@ class Autoencoder(nn.Module):
     def forward(self, frames_BTCHW: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Reconstruction (B, T, 3, H, W) of the posterior's mean, or of a draw given `generator`; and the moments."""
         moments = self.encode(frames_BTCHW)
-        latents = mean(moments) if generator is None else sample(moments, generator)
+        latents = posterior_mean(moments) if generator is None else sample_posterior(moments, generator)
         return self.decode(latents), moments
 
 
@@ -167,12 +167,12 @@ def chunk_weights(frames: int, chunk: int, overlap: int) -> Tensor:
     return weights / weights.sum(0, keepdim=True)
 
 
-def mean(moments: Tensor) -> Tensor:
+def posterior_mean(moments: Tensor) -> Tensor:
     """Mode of the posterior, (..., 2C, h, w) to (..., C, h, w), not scaled."""
     return moments.chunk(2, dim=-3)[0]
 
 
-def sample(moments: Tensor, generator: torch.Generator | None) -> Tensor:
+def sample_posterior(moments: Tensor, generator: torch.Generator | None) -> Tensor:
     """An unscaled draw from the posterior, (..., 2C, h, w) to (..., C, h, w); noise is made where the generator is."""
     average, logvar = moments.chunk(2, dim=-3)
     device = generator.device if generator is not None else moments.device

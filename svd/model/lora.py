@@ -96,14 +96,14 @@ def set_scales(unet: UNet, scales: Mapping[str, float]) -> None:
             layer.set_scale(name, scale)
 
 
-def merge(unet: UNet) -> None:
+def merge_adapters(unet: UNet) -> None:
     """Add the active adapters to the weights: the same output (up to rounding) at no cost per step."""
     with torch.no_grad():
         for layer in layers(unet):
             layer.merge()
 
 
-def unmerge(unet: UNet) -> None:
+def unmerge_adapters(unet: UNet) -> None:
     """Take merged adapters out of the weights again (up to rounding)."""
     with torch.no_grad():
         for layer in layers(unet):

@@ -154,7 +154,7 @@ def _which(error: Exception) -> str:
     return f" at {error}" if isinstance(error, KeyError) else ""
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_header_metadata(path: Path) -> dict[str, str]:
     """The free text pairs in a file's header."""
     return dict(read_header(path).get("__metadata__", {}))
 

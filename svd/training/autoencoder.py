@@ -19,16 +19,22 @@ from tqdm import tqdm
 
 from svd.config import Preset
 from svd.core.device import pick_device
-from svd.model.autoencoder import Autoencoder, AutoencoderConfig, add_temporal_decoder, fresh_autoencoder, mean
+from svd.model.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    add_temporal_decoder,
+    fresh_autoencoder,
+    posterior_mean,
+)
 from svd.model.formats.folders import load_autoencoder, save_autoencoder
-from svd.model.formats.hub import VAE_FILES, resolve
+from svd.model.formats.hub import VAE_FILES, resolve_weights
 from svd.model.perceptual import Perceptual
 from svd.stage import Report, StageContext, publish
-from svd.training.autoencoder_phase import COLUMNS, Learner, Phase, Run
+from svd.training.autoencoder_phase import COLUMNS, Learner, PhaseName, Run
 from svd.training.frames import ClipPixels, split_rows
-from svd.training.losses import ReconstructionLoss, flicker, psnr
+from svd.training.losses import ReconstructionLoss, flicker, reconstruction_psnr
 
-PHASES: tuple[Phase, Phase] = ("image", "temporal")
+PHASES: tuple[PhaseName, PhaseName] = ("image", "temporal")
 HELD_OUT_CLIPS = 32
 MEASURED_CLIPS = 64
 PICTURE_CLIPS = 6
@@ -100,7 +106,7 @@ def initial_autoencoder(preset: Preset) -> Autoencoder:
             norm_groups=section.norm_groups,
         )
         return fresh_autoencoder(config, preset.seed)
-    path = resolve(section.pretrained, filenames=VAE_FILES)
+    path = resolve_weights(section.pretrained, filenames=VAE_FILES)
     released = load_autoencoder(path, dtype=torch.float32)
     return released if released.config.temporal_decoder else add_temporal_decoder(released)
 
@@ -114,10 +120,11 @@ def evaluate(state: Run, suffix: str, image_mode: bool) -> dict[str, float]:
     for clip in tqdm(clips, desc="validation", unit="batch", leave=False, delay=2):
         clip = clip.to(state.device)
         real.append(clip)
-        fake.append(state.autoencoder.decode(mean(state.autoencoder.encode(clip)), image_mode=image_mode).float())
+        latents = posterior_mean(state.autoencoder.encode(clip))
+        fake.append(state.autoencoder.decode(latents, image_mode=image_mode).float())
     a, b = torch.cat(real), torch.cat(fake)
     return {
-        f"psnr{suffix}": psnr(a.flatten(0, 1), b.flatten(0, 1)),
+        f"psnr{suffix}": reconstruction_psnr(a.flatten(0, 1), b.flatten(0, 1)),
         f"l1{suffix}": float((a - b).abs().mean()),
         f"flicker{suffix}": flicker(a, b) if a.shape[1] > 1 else 0.0,
     }
@@ -135,7 +142,7 @@ def scaling_factor(state: Run) -> float:
     return float(1 / (average.var() + logvar.exp().mean()).sqrt())
 
 
-def _train(state: Run, phase: Phase) -> None:
+def _train(state: Run, phase: PhaseName) -> None:
     """One phase, from its last checkpoint on; leaves the autoencoder as it is when a later phase has begun."""
     options = state.options
     steps = options.iterations if phase == "image" else options.temporal_iterations
@@ -175,7 +182,7 @@ def reconstructions(state: Run) -> np.ndarray:
     """A picture (H, W, 3) uint8 of held-out clips: for each, its frames, and below them their reconstructions."""
     device = next(state.autoencoder.parameters()).device
     real = state.held_out.examples(PICTURE_CLIPS).to(device)
-    fake = state.autoencoder.decode(mean(state.autoencoder.encode(real)))
+    fake = state.autoencoder.decode(posterior_mean(state.autoencoder.encode(real)))
     rows = torch.stack([real, fake.clamp(-1, 1)], dim=1)[:, :, :PICTURE_FRAMES]
     clips, two, frames, channels, height, width = rows.shape
     grid = rows.permute(0, 1, 4, 2, 5, 3).reshape(clips * two * height, frames * width, channels)

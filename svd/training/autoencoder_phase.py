@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from svd.config import AutoencoderTraining
 from svd.core.files import atomic_file
 from svd.latents.loader import generator
-from svd.model.autoencoder import Autoencoder, sample
+from svd.model.autoencoder import Autoencoder, sample_posterior
 from svd.stage import StageContext
 from svd.training.frames import ClipPixels
 from svd.training.losses import PatchDiscriminator, ReconstructionLoss, adaptive_weight, hinge
 from svd.training.muon import Muon
 
-Phase = Literal["image", "temporal"]
+PhaseName = Literal["image", "temporal"]
 COLUMNS = (
     "phase",
     "step",
@@ -64,7 +64,7 @@ class Run:
 class Learner:
     """Optimises one phase. All randomness is a function of (seed, step), so a resumed run repeats the whole one."""
 
-    def __init__(self, state: Run, phase: Phase, steps: int) -> None:
+    def __init__(self, state: Run, phase: PhaseName, steps: int) -> None:
         self.state, self.phase, self.steps = state, phase, steps
         options, autoencoder = state.options, state.autoencoder
         torch.manual_seed(state.context.preset.seed + (phase == "temporal"))
@@ -125,7 +125,7 @@ class Learner:
         with torch.set_grad_enabled(self.learns_encoder):
             moments = autoencoder.encode(real)
         source = generator(self.state.context.preset.seed, step, f"autoencoder-{self.phase}")
-        latents = sample(moments, source)
+        latents = sample_posterior(moments, source)
         return moments, autoencoder.decode(latents, image_mode=self.phase == "image")
 
     def _adversarial(self, reconstruction: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +175,7 @@ class Learner:
         return int(saved["step"])
 
 
-def trainable(autoencoder: Autoencoder, phase: Phase, train_encoder: bool) -> Iterator[nn.Parameter]:
+def trainable(autoencoder: Autoencoder, phase: PhaseName, train_encoder: bool) -> Iterator[nn.Parameter]:
     """Parameters that a phase changes: (encoder and) spatial decoder, or the whole decoder; the others are frozen."""
     autoencoder.requires_grad_(False)
     for name, parameter in autoencoder.named_parameters():

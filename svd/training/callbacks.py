@@ -67,7 +67,7 @@ def sigma_bins(losses: Tensor, sigma: Tensor, prefix: str) -> dict[str, float]:
     }
 
 
-def examine(
+def validate(
     module: Diffusion, trainer: pl.Trainer, examples: Examples, count: int, batch: int
 ) -> tuple[Tensor, Tensor]:
     """Losses and noise levels (count,) of the averaged weights on a fixed examination, shared by the ranks.
@@ -219,7 +219,7 @@ class Samples(Updates):
                 self.show(module, self.offset + trainer.global_step, trainer.is_global_zero)
 
 
-class Checkpoint(ModelCheckpoint):
+class PhaseCheckpoint(ModelCheckpoint):
     """The newest state of a phase, `step=<n>.ckpt`, replaced atomically; also written on SIGTERM, which waits for a
     step's end.
 

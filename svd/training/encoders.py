@@ -22,7 +22,7 @@ from tqdm import tqdm
 from svd.config import Preset
 from svd.core.files import atomic_file
 from svd.model.encoders import ImageEncoder, TextEncoder, from_uint8
-from svd.model.formats.clip import build, released_file, save_reference, save_toy, toy_config
+from svd.model.formats.clip import build_clip, released_file, save_reference, save_toy, toy_config
 from svd.model.safetensors import read_tensors
 from svd.stage import Report, StageContext, publish
 from svd.synthetic.scenes import Split, World, render_clip
@@ -70,7 +70,7 @@ def _train_toy(context: StageContext, finished: Path) -> dict[str, float]:
     clip = _fresh(architecture, preset.seed)
     test = render_pairs(preset.seed + _SEED_OFFSET, "test", _TEST_CLIPS, frames=1)
     before = retrieval(clip, test)
-    fit(clip, context)
+    train_clip(clip, context)
     after = retrieval(clip, test)
     save_toy(clip, architecture, finished)
     return after | {f"{name}_before": before[name] for name in ("retrieval_top1", "retrieval_top5", "caption_auc")}
@@ -79,7 +79,7 @@ def _train_toy(context: StageContext, finished: Path) -> dict[str, float]:
 def _fresh(architecture: dict[str, Any], seed: int) -> open_clip.CLIP:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build(architecture, "the toy-clip preset")
+        return build_clip(architecture, "the toy-clip preset")
 
 
 def render_pairs(seed: int, split: Split, clips: int, frames: int) -> Pairs:
@@ -100,7 +100,7 @@ def render_pairs(seed: int, split: Split, clips: int, frames: int) -> Pairs:
     return Pairs(np.stack(pictures), list(captions))
 
 
-def fit(clip: open_clip.CLIP, context: StageContext) -> None:
+def train_clip(clip: open_clip.CLIP, context: StageContext) -> None:
     """Train `clip` in place for `encoders.toy_iterations` steps; continues from the checkpoint in `context.work`."""
     preset, path = context.preset, context.work / "toy-clip.pt"
     steps = preset.encoders.toy_iterations

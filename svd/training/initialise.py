@@ -25,7 +25,6 @@ def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNe
     """The configuration of a task's U-Net; `latent_size` (height, width) sizes the learned mask embedding."""
     sizes = preset.model.unet
     channels = preset.model.autoencoder.latent_channels
-    extra = {4: 0, 8: channels, 9: channels + 1}[task.in_channels]
     return UNetConfig(
         block_out_channels=tuple(sizes.block_out_channels),
         attention_levels=tuple(sizes.attention_levels),
@@ -35,7 +34,7 @@ def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNe
         id_embedding_dim=sizes.id_embedding_dim,
         norm_eps=sizes.norm_eps,
         mixer=sizes.mixer,
-        in_channels=channels + extra,
+        in_channels=task.in_channels(channels),
         out_channels=channels,
         ids=task.ids,
         temporal=task.temporal,

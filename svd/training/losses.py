@@ -126,7 +126,7 @@ class ReconstructionLoss(nn.Module):
         return self.perceptual(real_NCHW[::step], fake_NCHW[::step]).mean()
 
 
-def psnr(real: Tensor, fake: Tensor) -> float:
+def reconstruction_psnr(real: Tensor, fake: Tensor) -> float:
     """Mean over pictures of the peak signal-to-noise ratio in dB of (N, 3, H, W) pictures in [-1, 1], clamped to it."""
     error = ((real - fake.clamp(-1, 1)) / 2).square().mean((1, 2, 3)).clamp_min(1e-10)
     return float((-10 * error.log10()).mean())

@@ -103,7 +103,7 @@ class Diffusion(pl.LightningModule):
     @property
     def kind(self) -> edm.Kind:
         """The preconditioning of the objective."""
-        return "edm-v" if self.settings.objective == "edm" else "v"
+        return edm.KINDS[self.settings.objective]
 
     def configure_model(self) -> None:
         """Choose what trains, compile, shard, and start the average of the weights; once."""

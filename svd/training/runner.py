@@ -22,6 +22,7 @@ from torch import Tensor
 from svd.config import Phase, TrainingCompute, TrainingConfig
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.diffusion.edm import KINDS
 from svd.latents.cache import LatentCache, digest
 from svd.latents.loader import Draws, Examples, IndexedLoader
 from svd.model.autoencoder import Autoencoder
@@ -35,7 +36,7 @@ from svd.training.callbacks import History
 from svd.training.initialise import with_checkpointing
 from svd.training.module import Diffusion, select_parameters
 from svd.training.parallel import first_rank, full_state, strategy
-from svd.training.samples import Preview, contact_sheet, write_films
+from svd.training.samples import Preview, preview_sheet, write_films
 from svd.training.sharded_checkpoints import readable_checkpoint
 
 STRATA = 8
@@ -106,12 +107,11 @@ class Training:
         return adapt
 
     def preview(self) -> Preview:
-        """Samples for people."""
-        sampling = self.context.preset.evaluation.ucf101.sampling.model_copy(
+        """Return the preview: clips sampled as the preset generates this task, in `sample_steps` steps."""
+        sampling = self.task.preset_sampling(self.context.preset).model_copy(
             update={"steps": self.compute.sample_steps}
         )
-        kind = "edm-v" if self.config.objective == "edm" else "v"
-        return Preview(self.task, self.examination(), self.autoencoder, sampling, kind)  # type: ignore[arg-type]
+        return Preview(self.task, self.examination(), self.autoencoder, sampling, KINDS[self.config.objective])
 
 
 def quiet() -> None:
@@ -196,10 +196,10 @@ def _hooks(training: Training, number: int, folder: Path, history: History, offs
     part = max(1, batch // compute.gradient_accumulation)
 
     def examine(module: Diffusion, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
-        return callbacks.examine(module, trainer, examination, count, part)
+        return callbacks.validate(module, trainer, examination, count, part)
 
     def show(module: Diffusion, step: int, first_rank: bool) -> None:
-        sheet = contact_sheet(preview.films(module.unet))
+        sheet = preview_sheet(preview.films(module.unet))
         if first_rank:
             tracker.log_image(f"samples/{training.name}", sheet, step)
 
@@ -217,7 +217,7 @@ def _hooks(training: Training, number: int, folder: Path, history: History, offs
         callbacks.Averaging(),
         record,
         callbacks.Samples(show, compute.validate_every, offset),
-        callbacks.Checkpoint(folder, compute.checkpoint_every),
+        callbacks.PhaseCheckpoint(folder, compute.checkpoint_every),
     ]
 
 
@@ -237,7 +237,7 @@ def _finish_phase(trainer: pl.Trainer, module: Diffusion, training: Training, fo
             save_lora(plain, folder / "lora", training.lora[0])
         write_films(films, folder / "samples")
         step = int(history.rows[-1]["step"] or 0)
-        training.context.tracker.log_image(f"samples/{training.name}", contact_sheet(films), step)
+        training.context.tracker.log_image(f"samples/{training.name}", preview_sheet(films), step)
         write_json(folder / "history.json", history.rows)
         for checkpoint in folder.glob("step=*.ckpt*"):
             shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()

@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from svd.config import Sampling
 from svd.diffusion import edm
-from svd.diffusion.guidance import Condition, conditioned, constant, guided, linear
-from svd.diffusion.sampler import sample
-from svd.generation.models import noise_levels
+from svd.diffusion.denoising import denoise_latents
+from svd.diffusion.guidance import constant, linear
 from svd.latents.loader import Batch, Examples
 from svd.media.video import Frames, filmstrip, to_uint8, write_mp4, write_png
 from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
-from svd.tasks.base import Task, dropped
+from svd.tasks.base import Task
+from svd.tasks.signals import dropped
 from svd.training.parallel import first_rank
 
 SHOWN = 4
@@ -52,22 +52,24 @@ class Preview:
 
     @torch.no_grad()
     def generate(self, unet: UNet, autoencoder: Autoencoder, batch: Batch) -> Tensor:
-        """Scaled latents (B, T, C, h, w)."""
-        conditional = self.task.condition(batch, unet, autoencoder)
-        unconditional = self.task.condition(dropped(batch, self.examples.cache.null_text), unet, autoencoder)
-        frames = batch["latents"].shape[1]
-        scale = constant(self.sampling.guidance, frames)
-        if self.task.name in ("image-to-video", "multiview"):
-            scale = linear(1.0, max(1.0, self.sampling.guidance), frames)
-
-        def denoise(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-            return edm.denoiser(conditioned(unet, condition), self.kind)(x, sigma)
-
-        sigmas = noise_levels(self.sampling, self.kind)
-        guide = guided(denoise, conditional, unconditional, scale)
-        steps = len(sigmas) - 1
-        with tqdm(total=steps, desc="samples", unit="step", leave=False, delay=2, disable=not first_rank()) as bar:
-            return sample(guide, batch["noise"], sigmas, self.sampling.solver, lambda done, total: bar.update())
+        """Return scaled latents (B, T, C, h, w)."""
+        signals = self.task.observe(batch, autoencoder)
+        uncond = dropped(signals, self.examples.cache.null_text)
+        frames, guidance = signals.frames, self.sampling.guidance
+        scale = linear(1.0, max(1.0, guidance), frames) if self.task.pixels else constant(guidance, frames)
+        with tqdm(
+            total=self.sampling.steps, desc="samples", unit="step", leave=False, delay=2, disable=not first_rank()
+        ) as bar:
+            return denoise_latents(
+                unet,
+                batch["noise"],
+                self.task.build(signals, unet),
+                self.task.build(uncond, unet),
+                scale,
+                self.sampling,
+                self.kind,
+                progress=lambda done, steps: bar.update(),
+            )
 
     @torch.no_grad()
     def films(self, unet: UNet) -> list[tuple[Frames, Frames, float]]:
@@ -86,7 +88,7 @@ class Preview:
         return [to_uint8((video.float() / 2 + 0.5).cpu().numpy()) for video in videos]
 
 
-def contact_sheet(films: list[tuple[Frames, Frames, float]]) -> Frames:
+def preview_sheet(films: list[tuple[Frames, Frames, float]]) -> Frames:
     """Film strips under each other, generated above real, as one (H, W, 3) picture."""
     strips = [filmstrip(frames, 8) for made, real, _ in films for frames in (made, real)]
     return np.concatenate(strips)
@@ -101,4 +103,4 @@ def write_films(films: list[tuple[Frames, Frames, float]], folder: Path) -> None
                 write_mp4(folder / f"{name}-{number}.mp4", frames, fps)
             else:
                 write_png(folder / f"{name}-{number}.png", frames[0])
-    write_png(folder / "sheet.png", contact_sheet(films))
+    write_png(folder / "sheet.png", preview_sheet(films))

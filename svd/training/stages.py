@@ -12,18 +12,19 @@ from typing import Any
 
 import polars as pl
 
+from svd.catalogue.axes import SUBSET_AXES
 from svd.config import Phase, Subset, TrainingConfig
 from svd.core.errors import UserError
 from svd.core.files import exclusive
 from svd.latents.cache import LatentCache
 from svd.latents.orbits import cache_orbits
 from svd.model.formats.folders import load_autoencoder, load_unet
-from svd.model.formats.hub import UNET_FILES, resolve
+from svd.model.formats.hub import UNET_FILES, resolve_weights
 from svd.model.unet import UNet
 from svd.stage import Report, StageContext
 from svd.tasks.base import Task
 from svd.tasks.image_to_video import IMAGE_TO_VIDEO
-from svd.tasks.interpolation import FRAME_INTERPOLATION
+from svd.tasks.interpolation import INTERPOLATION
 from svd.tasks.multiview import MULTIVIEW
 from svd.tasks.text_to_video import IMAGE, TEXT_TO_VIDEO
 from svd.training.initialise import carry_over, fresh_unet, unet_config
@@ -82,7 +83,7 @@ def run_frame_interpolation(context: StageContext) -> Report:
     Inputs: latents, encoders, autoencoder, high-quality-finetuning.
     """
     config = context.preset.frame_interpolation
-    training = _training(context, "frame-interpolation", FRAME_INTERPOLATION, config, "high-quality-finetuning")
+    training = _training(context, "frame-interpolation", INTERPOLATION, config, "high-quality-finetuning")
     return run_training(training)
 
 
@@ -112,14 +113,16 @@ def run_multiview_finetuning(context: StageContext) -> Report:
     )
 
 
-def select(rows: pl.DataFrame, subset: Subset) -> pl.DataFrame:
+def select_subset(rows: pl.DataFrame, subset: Subset) -> pl.DataFrame:
     """Keep the samples on the right side of each axis' quantile over these samples; ties with the threshold stay."""
     kept = rows
-    for column, share in (("motion_score", subset.min_motion), ("similarity", subset.min_similarity)):
-        if share:
-            kept = kept.filter(pl.col(column) >= rows[column].quantile(share, "lower"))
-    if subset.max_text_area:
-        kept = kept.filter(pl.col("text_area") <= rows["text_area"].quantile(1 - subset.max_text_area, "higher"))
+    for axis in SUBSET_AXES:
+        share: float = getattr(subset, axis.option)
+        score, scores = pl.col(axis.column), rows[axis.column]
+        if share and axis.side == "min":
+            kept = kept.filter(score >= scores.quantile(share, "lower"))
+        elif share:
+            kept = kept.filter(score <= scores.quantile(1 - share, "higher"))
     return kept
 
 
@@ -128,7 +131,7 @@ def _rows(cache: LatentCache, subset: Subset) -> Rows:
 
     def rows(phase: Phase, split: str) -> Sequence[Mapping[str, Any]]:
         found = cache.rows(phase, split)
-        return (select(found, subset) if split == "train" else found).to_dicts()
+        return (select_subset(found, subset) if split == "train" else found).to_dicts()
 
     return rows
 
@@ -171,4 +174,4 @@ def _source(context: StageContext, previous: str | None) -> Path | None:
         raise UserError(
             f"{context.output.name}: needs the output of the stage '{previous}', or weights in 'model.pretrained'"
         )
-    return resolve(pretrained, UNET_FILES) if pretrained else None
+    return resolve_weights(pretrained, UNET_FILES) if pretrained else None

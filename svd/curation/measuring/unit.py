@@ -1,7 +1,7 @@
-"""Measuring a unit: one decode of each of its sources, its clips written, everything that needs no large network.
+"""Measuring a unit of sources: each source is decoded once, and everything is computed that needs no large network.
 
-A unit is a shard of sources. It is worked on in a folder beside the final one and appears by one rename, so it is
-either complete or absent; killed at any moment, it is simply done again, and gives the same bytes.
+A unit is a shard of sources. It is built in a temporary folder and appears by one rename, so it is complete or absent.
+A killed unit is done again and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -12,34 +12,36 @@ import math
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
+from svd.catalogue.axes import axes_computed
 from svd.config import CurationConfig
 from svd.core.errors import UserError
 from svd.core.files import atomic_folder
-from svd.curation.captions import base as captions
-from svd.curation.clips.stills import write_frame
+from svd.curation.base.types import ClipAnalysis, ClipFile, Cut, SourceAnalysis, SourceFailure
+from svd.curation.captions.known import known_captions
+from svd.curation.clips.stills import write_still
+from svd.curation.measuring.child import without_frames
 from svd.curation.measuring.fetching import local_file
-from svd.curation.measuring.process import Analyst, WorkerError
-from svd.curation.types import Analysis, ClipAnalysis, ClipFile, Cut, SourceFailure
+from svd.curation.measuring.process import DecodeProcess, WorkerError
 from svd.sources.listing import Source, printable
 
 log = logging.getLogger(__name__)
-LEAST_FREE = 16 << 20  # bytes; below, a failure is taken for one of the disk
+LEAST_FREE = 16 << 20  # bytes; with less free space a failure is blamed on the disk, not on the source
 
 
 @dataclass(frozen=True)
 class Identified:
-    """A source whose bytes have been seen, or one part of a long one.
+    """A source, or one part of a long source, with the identity of its bytes.
 
-    failure: why they couldn't be; duplicate_of: uri of an equal source; part: its number, and of how many.
+    failure: why the bytes can't be read; empty if they can. duplicate_of: uri of an equal source; empty if none.
+    part: number of the part, number of parts.
     """
 
     source: Source
@@ -52,42 +54,43 @@ class Identified:
 
 @dataclass(frozen=True)
 class Unit:
-    """A shard of sources; `number` is its place in the catalogue."""
+    """A shard of sources; `number` is its position in the catalogue."""
 
     number: int
     sources: tuple[Identified, ...]
 
     @property
     def name(self) -> str:
-        """Name of its folder and of its shard."""
+        """Return the name of its folder and of its shard."""
         return f"clips-{self.number:06d}"
 
 
 def identify(source: Source) -> Identified:
-    """Hash a local source; one that must be fetched first is hashed once it is here, in `measure_unit`."""
+    """Hash a local source; a remote one is hashed in `measure_unit`, once it is fetched."""
     if source.remote:
         return Identified(source, "", 0)
     assert source.path is not None
     try:
         if source.offset is not None:
             return Identified(
-                source, catalog.content_hash_of(source.path, source.offset, source.size or 0), source.size or 0
+                source, tables.content_hash_of(source.path, source.offset, source.size or 0), source.size or 0
             )
         size = source.path.stat().st_size
         if not source.path.is_file():
             return Identified(source, "", 0, failure="not a regular file")
         if size == 0:
             return Identified(source, "", 0, failure="empty file (0 bytes)")
-        return Identified(source, catalog.content_hash(source.path), size)
+        return Identified(source, tables.content_hash(source.path), size)
     except OSError as error:
         return Identified(source, "", 0, failure=f"can't be read: {error.strerror or error}")
 
 
-def measure_unit(unit: Unit, config: CurationConfig, folder: Path, analyst: Analyst) -> Path:
-    """Analyse every source of `unit` and write its clips; returns `folder`/<unit name>, complete.
+def measure_unit(unit: Unit, config: CurationConfig, folder: Path, decoding: DecodeProcess) -> Path:
+    """Analyse every source of `unit` and write its clips; return the complete folder `folder`/<unit name>.
 
-    Inside: sources.parquet, clips.parquet (columns MEASURED), cuts.parquet, dropped.parquet, `clips/<id>.mp4`,
-    `frames/<id>-<0|1|2>.jpg`, flow.safetensors. A source that fails has a row with the reason.
+    It holds sources.parquet, clips.parquet (columns MEASURED), cuts.parquet, dropped.parquet, captions.json,
+    flow.safetensors, `clips/<id>.mp4` and `frames/<id>-<0|1|2>.jpg`. A source that fails has a row with the reason.
+    Raises WorkerError when no decoding process can be had or the disk is full.
     """
     target = folder / unit.name
     if target.exists():
@@ -95,7 +98,7 @@ def measure_unit(unit: Unit, config: CurationConfig, folder: Path, analyst: Anal
     with atomic_folder(target) as temporary:
         for name in ("clips", "frames"):
             (temporary / name).mkdir(parents=True)
-        work = _UnitWork(unit, config, temporary, analyst)
+        work = _UnitWork(unit, config, temporary, decoding)
         for identified in unit.sources:
             work.add(identified)
         work.write()
@@ -103,9 +106,9 @@ def measure_unit(unit: Unit, config: CurationConfig, folder: Path, analyst: Anal
 
 
 class _UnitWork:
-    """Rows of a unit while it is measured."""
+    """The rows of a unit while it is measured."""
 
-    def __init__(self, unit: Unit, config: CurationConfig, folder: Path, analyst: Analyst) -> None:
+    def __init__(self, unit: Unit, config: CurationConfig, folder: Path, decoding: DecodeProcess) -> None:
         self.unit, self.config, self.folder = unit, config, folder
         self.sources: list[dict[str, Any]] = []
         self.clips: list[dict[str, Any]] = []
@@ -113,10 +116,10 @@ class _UnitWork:
         self.dropped: list[dict[str, Any]] = []
         self.flow: dict[str, np.ndarray] = {}
         self.captions: dict[str, dict[str, str]] = {}
-        self.analyst = analyst
+        self.decoding = decoding
 
     def add(self, identified: Identified) -> None:
-        """Analyse one source; whatever is wrong with it, exactly one row of it is added. Raises WorkerError."""
+        """Analyse one source; exactly one row is added, whatever is wrong with the source. Raises WorkerError."""
         row = _source_row(identified)
         self.sources.append(row)
         if identified.failure or identified.duplicate_of:
@@ -127,7 +130,7 @@ class _UnitWork:
         try:
             with local_file(identified.source, self.folder / "fetched") as path:
                 if not identified.source_id:
-                    row["source_id"], row["bytes"] = catalog.content_hash(path), path.stat().st_size
+                    row["source_id"], row["bytes"] = tables.content_hash(path), path.stat().st_size
                 self._analyse(path, identified, row)
         except WorkerError:
             raise
@@ -138,20 +141,21 @@ class _UnitWork:
         except OSError as error:
             row.update(verdict="failed", reason=f"can't be read: {error.strerror or error}")
         except Exception as error:
-            # One hostile file must not end a run over millions; the trace goes to the log, the fact into the row.
+            # One hostile file must not end a run over millions. The traceback goes to the log, the reason into the row.
             log.error("%s: %s", identified.source.uri, traceback.format_exc())
             row.update(verdict="failed", reason=f"internal error: {type(error).__name__}: {error}")
         if row["verdict"] == "failed":
             self._check_space()
 
     def _check_space(self) -> None:
-        """A full disk is no fault of the source that was at work."""
+        """Raise WorkerError when the disk is full: the source that was at work is not to blame."""
         if shutil.disk_usage(self.folder).free < LEAST_FREE:
             raise WorkerError(f"{self.folder.parent}: the disk is full; free some space and run the stage again")
 
     def _analyse(self, path: Path, identified: Identified, row: dict[str, Any]) -> None:
+        """Analyse a source that is on disk, write its clips and complete its `row`."""
         source = identified.source
-        analysis = self.analyst.analyse(
+        analysis = self.decoding.analyse(
             path,
             self.config,
             lambda clip: self._take(clip, row["source_id"]),
@@ -159,8 +163,8 @@ class _UnitWork:
             self.folder / "part.mp4",
         )
         row.update(_facts(analysis))
-        targets = [catalog.clip_id(row["source_id"], clip.span.start_pts, clip.span.end_pts) for clip in analysis.clips]
-        files = self.analyst.write_clips(
+        targets = [tables.clip_id(row["source_id"], clip.span.start_pts, clip.span.end_pts) for clip in analysis.clips]
+        files = self.decoding.write_clips(
             path,
             analysis.facts,
             [
@@ -182,27 +186,28 @@ class _UnitWork:
             row["reason"] = "no clip: " + ("; ".join(sorted({d.reason for d in analysis.dropped})) or "no frames")
 
     def _take(self, clip: ClipAnalysis, source_id: str) -> ClipAnalysis:
-        """Write a clip's frames while the source is still being decoded: those of a whole film would not fit into
-        memory. Returns the rest.
+        """Write the frames of a clip and return the rest.
+
+        This happens while the source is being decoded: the frames of a whole film would not fit into memory.
         """
-        name = catalog.clip_id(source_id, clip.span.start_pts, clip.span.end_pts)
+        name = tables.clip_id(source_id, clip.span.start_pts, clip.span.end_pts)
         for position, frame in enumerate(clip.frames):
-            write_frame(self.folder, name, position, frame)
-        return replace(clip, frames=clip.frames[:0].copy())  # a copy: a view would keep the frames
+            write_still(self.folder, name, position, frame)
+        return without_frames(clip)
 
     def _clip(
         self,
         name: str,
         clip: ClipAnalysis,
         file: ClipFile,
-        analysis: Analysis,
+        analysis: SourceAnalysis,
         source: Source,
         row: Mapping[str, Any],
     ) -> dict[str, Any]:
-        areas = list(clip.text_areas)
+        """Return the catalogue row of a clip; keep its flow and its captions for the files of the unit."""
         self.flow[name] = np.ascontiguousarray(clip.flow, np.float16)
         span, facts = clip.span, analysis.facts
-        self.captions[name] = captions.own_captions(
+        self.captions[name] = known_captions(
             source.captions,
             clip.camera.label,
             span.start_seconds,
@@ -234,29 +239,29 @@ class _UnitWork:
             "shot_end_frame": span.shot_end_frame,
             "start_cut": _boundary(analysis.cuts, span.start_cut),
             "end_cut": _boundary(analysis.cuts, span.end_cut),
-            "motion_score": clip.motion_score,
             "camera": camera.pop("label"),
             "camera_motion": camera,
-            "text_area": float(np.median(areas)),
-            "text_areas": areas,
+            "text_areas": list(clip.text_areas),
+            **{axis.column: clip.scores[axis.name] for axis in axes_computed("measured")},
             "licence": source.licence,
             "metadata": _json(source.metadata),
         }
 
     def write(self) -> None:
-        """Write the tables; clips in the order of their sources and times."""
+        """Write all tables; clips are in the order of their sources and times."""
         for row in self.sources:
             row["reason"] = printable(" ".join(row["reason"].split()))
-        catalog.write_rows(self.folder / "sources.parquet", self.sources, schema.SOURCES_SCHEMA)
-        catalog.write_rows(self.folder / "clips.parquet", self.clips, schema.MEASURED_SCHEMA)
-        catalog.write_rows(self.folder / "cuts.parquet", self.cuts, schema.CUTS_SCHEMA)
-        catalog.write_rows(self.folder / "dropped.parquet", self.dropped, schema.DROPPED_SCHEMA)
+        tables.write_table_rows(self.folder / "sources.parquet", self.sources, schema.SOURCES_SCHEMA)
+        tables.write_table_rows(self.folder / "clips.parquet", self.clips, schema.MEASURED_SCHEMA)
+        tables.write_table_rows(self.folder / "cuts.parquet", self.cuts, schema.CUTS_SCHEMA)
+        tables.write_table_rows(self.folder / "dropped.parquet", self.dropped, schema.DROPPED_SCHEMA)
         save_file(self.flow, self.folder / "flow.safetensors")
         (self.folder / "captions.json").write_text(_json(self.captions) or "{}")
         shutil.rmtree(self.folder / "fetched", ignore_errors=True)
 
 
 def _source_row(identified: Identified) -> dict[str, Any]:
+    """Return what is known of a source before it is analysed."""
     source = identified.source
     return {
         "source_id": identified.source_id or None,
@@ -273,7 +278,8 @@ def _source_row(identified: Identified) -> dict[str, Any]:
     }
 
 
-def _facts(analysis: Analysis) -> dict[str, Any]:
+def _facts(analysis: SourceAnalysis) -> dict[str, Any]:
+    """Return what the analysis adds to the row of a source."""
     facts = analysis.facts
     return {
         "container": facts.container,
@@ -288,6 +294,7 @@ def _facts(analysis: Analysis) -> dict[str, Any]:
 
 
 def _boundary(cuts: Sequence[Cut], index: int | None) -> dict[str, Any] | None:
+    """Return the evidence of the cut at one end of a clip; None without a cut."""
     if index is None:
         return None
     cut = cuts[index]
@@ -315,7 +322,7 @@ def _json(value: Mapping[str, Any]) -> str | None:
 
 
 def units_of(sources: Sequence[Identified], per_unit: int) -> Iterator[Unit]:
-    """Split identified sources into units of `per_unit`, in order; a part of a long source is a unit of its own."""
+    """Group sources into units of `per_unit`, in order; each part of a long source is a unit of its own."""
     number, group = 0, list[Identified]()
     for one in sources:
         alone = one.part[1] > 1

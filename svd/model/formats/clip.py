@@ -22,7 +22,7 @@ from svd.core.errors import UserError
 from svd.core.files import write_json
 from svd.model.formats.clip_names import to_open_clip, transformers_config
 from svd.model.formats.folders import IMAGE_PART, TEXT_PART, weights_file
-from svd.model.formats.sgm import SgmParts, read_sgm, told
+from svd.model.formats.sgm import SgmParts, one_line_errors, read_sgm
 from svd.model.safetensors import Lazy, check_fit, fill, of_module, read_tensors, write_tensors
 
 WEIGHTS = "model.safetensors"
@@ -66,7 +66,7 @@ def toy_config(width: int, embedding: int) -> dict[str, Any]:
     }
 
 
-def build(config: dict[str, Any], source: str) -> open_clip.CLIP:
+def build_clip(config: dict[str, Any], source: str) -> open_clip.CLIP:
     """A CLIP with fresh weights; `source` is named in the UserError for architectures without CLIP's own text tower."""
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys() or "hf_model_name" in config["text_cfg"]:
         raise UserError(f"{source}: not a CLIP with its own text transformer; use a model such as ViT-H-14 or ViT-L-14")
@@ -115,7 +115,7 @@ def load_clip(folder: Path, config: EncodersConfig, device: torch.device | str =
     if config.kind == "open_clip":
         return load_released(config, device), f"{config.model}/{config.weights}"
     model_config = _read_json(folder / CONFIG).get("model_cfg", {})
-    clip = build(model_config, str(folder / CONFIG))
+    clip = build_clip(model_config, str(folder / CONFIG))
     fill(clip, read_tensors(folder / WEIGHTS), f"{folder} doesn't fit its {CONFIG}", device)
     return clip.to(device).eval(), "toy-clip"
 
@@ -147,7 +147,7 @@ def image_tower_of(parts: SgmParts, what: str) -> tuple[dict[str, Any], dict[str
     tensors = {n.removeprefix("visual."): t for n, t in parts.clip.items() if n.startswith("visual.")}
     if not tensors:
         return {}, {}
-    with told(what):
+    with one_line_errors(what):
         config = transformers_config(tensors, parts.config.get("clip_heads"))
     check_fit(_shapes(config), tensors, what)
     return config, tensors
@@ -207,7 +207,7 @@ def load_released(config: EncodersConfig, device: torch.device | str = "cpu") ->
     if architecture is None:
         raise UserError(f"encoders.model: open_clip knows no model '{config.model}' (for SVD: ViT-H-14)")
     path = released_file(config)
-    clip = build(architecture, f"encoders.model {config.model}")
+    clip = build_clip(architecture, f"encoders.model {config.model}")
     fill(
         clip, read_tensors(path, config.sha256), f"{path} doesn't fit open_clip's {config.model}", device, torch.float32
     )

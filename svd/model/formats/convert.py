@@ -48,7 +48,7 @@ from svd.model.formats.sgm import (
     read_sgm,
     split,
     stored_config,
-    unet_config,
+    unet_config_of_parts,
     unet_from_sgm,
     unet_to_sgm,
     write_sgm,
@@ -70,7 +70,7 @@ class Conversion:
     missing: tuple[str, ...]
 
 
-def convert(
+def convert_model(
     source: Path,
     target: Path,
     to: Layout,
@@ -117,7 +117,7 @@ def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None, frames:
 
 def _write_parts(parts: SgmParts, work: Path, dtype: torch.dtype | None, frames: int) -> tuple[int, list[str]]:
     """Write what the file holds into `work`; returns the number of tensors and the names of the missing parts."""
-    config = unet_config(parts)
+    config = unet_config_of_parts(parts)
     unet = unet_from_sgm(parts.unet, config)
     check_fit(expected(UNet, config), unet, f"{parts.source}: U-Net")
     unet, config = learned_mixers(unet, config)

@@ -14,7 +14,7 @@ from svd.model.encoders import Encoders, ImageEncoder, TextEncoder
 from svd.model.formats.clip import load_clip, load_image_tower, tower_config
 from svd.model.formats.clip_names import text_to_open_clip
 from svd.model.formats.folders import IMAGE_PART, TEXT_PART, weights_file
-from svd.model.formats.sgm import read_sgm, told
+from svd.model.formats.sgm import one_line_errors, read_sgm
 from svd.model.safetensors import Lazy, fill, read_tensors
 
 VOCABULARY = 49408  # of CLIP's tokenizer
@@ -28,7 +28,7 @@ def load_text_encoder(
     tensors: open_clip's names. what: the beginning of messages. head_channels: 64 in all of open_clip's released text
     towers. Raises UserError for missing, unexpected and misshaped tensors.
     """
-    with told(what):
+    with one_line_errors(what):
         length, width = tensors["positional_embedding"].shape
         vocabulary, embedding = tensors["token_embedding.weight"].shape[0], tensors["text_projection"].shape[1]
     layers = len({name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")})

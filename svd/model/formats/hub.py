@@ -76,7 +76,7 @@ class Remote:
         return self.key if re.fullmatch(r"[0-9a-f]{64}", self.key) else None
 
 
-def fetch(
+def fetch_repository(
     repo_id: str,
     target: Path,
     *,
@@ -261,7 +261,7 @@ def _is_of_the_network(error: Exception) -> bool:
     return bool({"TransportError", "ConnectionError"} & {kind.__name__ for kind in type(error).__mro__})
 
 
-def resolve(name: str, filenames: Sequence[str] | None = None) -> Path:
+def resolve_weights(name: str, filenames: Sequence[str] | None = None) -> Path:
     """A local path for weights: `name` itself, or the folder of the hub's repository of this name, fetched when needed.
 
     Repositories are kept under `$SVD_CACHE` (by default `~/.cache/svd`), each at the commit that was `main` when it was
@@ -278,5 +278,5 @@ def resolve(name: str, filenames: Sequence[str] | None = None) -> Path:
     if filenames and all(file in record and (folder / file).is_file() for file in filenames):
         return folder
     commit = next((entry["commit"] for entry in record.values()), None)
-    fetch(name, folder, filenames=filenames, revision=commit or "main")
+    fetch_repository(name, folder, filenames=filenames, revision=commit or "main")
     return folder

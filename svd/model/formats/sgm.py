@@ -22,7 +22,7 @@ from svd.core.errors import UserError
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.formats.diffusers_configs import configuration, learned_mixers
 from svd.model.formats.sgm_names import autoencoder_table, invert, is_attention_projection, unet_table
-from svd.model.safetensors import Lazy, fill, of_module, read_metadata, read_tensors, write_tensors
+from svd.model.safetensors import Lazy, fill, of_module, read_header_metadata, read_tensors, write_tensors
 from svd.model.unet import UNet, UNetConfig
 
 PREFIXES = {
@@ -82,7 +82,7 @@ def stored_facts(path: Path) -> dict[str, Any]:
     Raises UserError, in one line, for a broken file and for facts that aren't ours.
     """
     try:
-        facts = json.loads(read_metadata(path).get(METADATA, "{}"))
+        facts = json.loads(read_header_metadata(path).get(METADATA, "{}"))
     except ValueError as error:
         raise UserError(f"{path}: '{METADATA}' in its metadata is not valid JSON: {error}") from None
     if not isinstance(facts, dict):
@@ -110,19 +110,19 @@ def write_sgm(path: Path, parts: SgmParts) -> None:
     write_tensors(path, parts.joined(), {"format": "pt", METADATA: json.dumps(parts.config, sort_keys=True)})
 
 
-def unet_config(parts: SgmParts) -> UNetConfig:
+def unet_config_of_parts(parts: SgmParts) -> UNetConfig:
     """Configuration of the U-Net: as stored by us, or from its tensors' shapes (64 channels a head, ids of 256).
 
     Raises UserError when a tensor that says it is missing or has an impossible shape.
     """
     if "unet" in parts.config:
         return configuration(UNetConfig, parts.config["unet"], f"{parts.source}: '{METADATA}' in its metadata")
-    with told(f"{parts.source}: U-Net"):
+    with one_line_errors(f"{parts.source}: U-Net"):
         return _unet_of_shapes(parts.unet)
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def one_line_errors(what: str) -> Iterator[None]:
     """Turn what a damaged file does to the reading of shapes into one line."""
     try:
         yield
@@ -170,7 +170,7 @@ def autoencoder_config(tensors: Mapping[str, Lazy], stored: Any = None, source: 
     """
     if stored:
         return configuration(AutoencoderConfig, stored, f"{source}: '{METADATA}' in its metadata")
-    with told(f"{source}: autoencoder"):
+    with one_line_errors(f"{source}: autoencoder"):
         return _autoencoder_of_shapes(tensors)
 
 
@@ -313,7 +313,7 @@ def load_sgm(
 
 def build_unet(parts: SgmParts, path: Path, device: torch.device | str, dtype: torch.dtype | None) -> UNet:
     """The U-Net of a single file; `path` is for messages."""
-    config = unet_config(parts)
+    config = unet_config_of_parts(parts)
     with torch.device("meta"):
         unet = UNet(config)
     fill(unet, unet_from_sgm(parts.unet, config), f"{path}: U-Net", device, dtype)

@@ -55,17 +55,17 @@ def unet_table(config: UNetConfig) -> dict[str, str]:
     """diffusers' name to sgm's (without `model.diffusion_model.`) of all tensors of a U-Net."""
     with torch.device("meta"):
         names = UNet(config).state_dict().keys()
-    return table(names, lambda name: unet_to_sgm(name, config))
+    return table(names, lambda name: unet_sgm_name(name, config))
 
 
 def autoencoder_table(config: AutoencoderConfig) -> dict[str, str]:
     """diffusers' name to sgm's (without prefix) of all tensors of an autoencoder."""
     with torch.device("meta"):
         names = Autoencoder(config).state_dict().keys()
-    return table(names, lambda name: autoencoder_to_sgm(name, len(config.block_out_channels)))
+    return table(names, lambda name: autoencoder_sgm_name(name, len(config.block_out_channels)))
 
 
-def unet_to_sgm(name: str, config: UNetConfig) -> str:
+def unet_sgm_name(name: str, config: UNetConfig) -> str:
     """sgm's name of a U-Net tensor; raises ValueError for a name that no U-Net has.
 
     The interpolation model's `mask_latent` keeps its name: no released file holds one.
@@ -117,7 +117,7 @@ def _transformer(rest: str) -> str:
     )
 
 
-def autoencoder_to_sgm(name: str, levels: int) -> str:
+def autoencoder_sgm_name(name: str, levels: int) -> str:
     """sgm's name of an autoencoder tensor; raises ValueError for a name that no autoencoder has."""
     side, _, rest = name.partition(".")
     if side in ("quant_conv", "post_quant_conv"):

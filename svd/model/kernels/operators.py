@@ -93,7 +93,7 @@ def group_norm(
     """Contiguous (n, ..., C) normalised, with the means and 1 / deviations (n, G) that its gradient needs."""
     from svd.model.kernels import triton as triton_kernels
 
-    return triton_kernels.group_norm(x, weight, bias, groups, eps, silu)
+    return triton_kernels.launch_group_norm(x, weight, bias, groups, eps, silu)
 
 
 @torch.library.custom_op(
@@ -108,7 +108,7 @@ def group_norm_backward(
     """Gradients of x, weight and bias."""
     from svd.model.kernels import triton as triton_kernels
 
-    return triton_kernels.group_norm_backward(dy, x, weight, bias, mean, scale, silu)
+    return triton_kernels.launch_group_norm_backward(dy, x, weight, bias, mean, scale, silu)
 
 
 @torch.library.custom_op(
@@ -118,7 +118,7 @@ def attend_frames(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Attention among the frames at each position of contiguous (B, T, S, C)."""
     from svd.model.kernels import triton as triton_kernels
 
-    return triton_kernels.attend_frames(q, k, v, heads)
+    return triton_kernels.launch_attend_frames(q, k, v, heads)
 
 
 @torch.library.custom_op("svd::gated_gelu", mutates_args=(), schema="(Tensor x) -> Tensor")
@@ -126,7 +126,7 @@ def gated_gelu_kernel(x: Tensor) -> Tensor:
     """value · GELU(gate) of the halves of contiguous (..., 2 C)."""
     from svd.model.kernels import triton as triton_kernels
 
-    return triton_kernels.gated_gelu(x)
+    return triton_kernels.launch_gated_gelu(x)
 
 
 @group_norm.register_fake
