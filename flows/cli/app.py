@@ -69,7 +69,7 @@ def stage(
     from flows.stages import find_stage
 
     find_stage(name)  # a mistake is reported before the rest is imported
-    from flows.runner import run_stage
+    from flows.running.runner import run_stage
 
     console.print(run_stage(name, preset, store_option=store).summary)
 

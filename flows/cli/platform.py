@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import console
-from flows.generated import stale_files, write_files
+from flows.rendering.files import stale_files, write_files
 from svd.core.errors import UserError
 
 platform_app = typer.Typer()

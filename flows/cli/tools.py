@@ -28,7 +28,7 @@ def curate_videos(
     dry_run: Annotated[bool, typer.Option(help="Only say how much there is and what it will cost.")] = False,
 ) -> None:
     """Cut, clip, caption, score and filter your own videos: catalogue, shards and report in outputs/NAME/curation."""
-    from flows.runner import run_preset_stage
+    from flows.running.runner import run_preset_stage
     from svd.config.load import load_preset
     from svd.curation.dry_run import plan_curation
     from svd.sources.listing import list_sources

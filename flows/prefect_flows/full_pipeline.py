@@ -21,7 +21,7 @@ from flows.recording import dvc as versioning
 from flows.recording import results_store
 from flows.recording.inventory import take_and_record
 from flows.recording.work import clear_recorded, clear_work
-from flows.runner import git_commit, only_one
+from flows.running.runner import git_commit, only_one
 from flows.stages import PIPELINE, find_stage
 from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, send_pending, tracked_run
 from svd.config import Preset

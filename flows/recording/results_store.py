@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from flows.recording.dvc_yaml import BRANCH, MAIN
+from flows.rendering.dvc_yaml import BRANCH, MAIN
 from flows.stages import Stage
 from svd import storage
 from svd.config import Preset

@@ -14,12 +14,12 @@ from project_folder import give_presets
 from typer.testing import CliRunner
 
 from evaluation.report.page import run as run_report
-from flows import runner
 from flows.cli.app import app
 from flows.places import Place
 from flows.prefect_flows.full_pipeline import PipelineRun
 from flows.recording import dvc as versioning
 from flows.recording import results_store as store
+from flows.running import runner
 from flows.stages import find_stage
 from flows.tracking.runs import Lineage
 from svd import storage

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from flows.rendering.yaml_text import file_text
 from flows.stages import STAGES, Stage
-from flows.yaml_file import file_text
 
 NIGHTLY_PRESET = "tiny"
 NIGHTLY_CRON = "0 2 * * *"  # UTC
