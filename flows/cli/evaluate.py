@@ -38,7 +38,7 @@ def score_clips(
     import torch
 
     from evaluation.frechet.folders import protocols, score_folders
-    from evaluation.tables import write_rows
+    from evaluation.tables import write_score_rows
 
     if not offline and weights is None:
         raise UserError("give the network's file with --weights (i3d_torchscript.pt of StyleGAN-V), or --offline")
@@ -54,7 +54,7 @@ def score_clips(
         table.add_row(row.protocol, row.metric, *cells, str(row.real), str(row.generated), row.weights)
     out.print(table)
     if to is not None:
-        write_rows(to, rows)
+        write_score_rows(to, rows)
         out.print(f"rows: {to}")
 
 
@@ -92,9 +92,9 @@ def score_views(
 @evaluate_app.command("compare")
 def compare_evaluations(candidate: FolderArgument, champion: FolderArgument) -> None:
     """Paired difference of two evaluations of the same prompts and seeds; below zero: the candidate is better."""
-    from evaluation.gate import compare
+    from evaluation.frechet.gate import compare_scores
 
-    kernel, frechet = compare(candidate, champion)
+    kernel, frechet = compare_scores(candidate, champion)
     out.print(f"kernel distance  {kernel.value:+.6g} ± {kernel.standard_error:.2g}")
     out.print(f"Fréchet distance {frechet.value:+.6g} ± {frechet.standard_error:.2g}")
 
@@ -111,9 +111,9 @@ def check_candidate(
     sigmas: Annotated[float, typer.Option(min=0, help="Standard errors that it may be worse.")] = 3.0,
 ) -> None:
     """May the candidate replace the champion? Says why, and exits with 1 if not."""
-    from evaluation.gate import gate
+    from evaluation.frechet.gate import judge_candidate
 
-    verdict = gate(candidate, champion, tolerance, sigmas)
+    verdict = judge_candidate(candidate, champion, tolerance, sigmas)
     out.print(("passed: " if verdict.passed else "failed: ") + verdict.reason)
     if not verdict.passed:
         raise typer.Exit(1)
