@@ -35,9 +35,7 @@ def build_app(folder: Path, database: str | None = None) -> FastAPI:
     """
     study, store = load_study(folder), open_store(folder, database)
     questions = {question.number: question for question in store.questions()}
-    pages = Environment(
-        loader=PackageLoader("evaluation", "pages"), autoescape=select_autoescape(default=True)
-    )
+    pages = Environment(loader=PackageLoader("evaluation", "pages"), autoescape=select_autoescape(default=True))
     app = FastAPI(title="Video preference study", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/", response_class=HTMLResponse)
