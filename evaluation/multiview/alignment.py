@@ -28,7 +28,7 @@ class Alignment:
 
     @property
     def ok(self) -> bool:
-        """Whether no other order is clearly better."""
+        """True when no other order is clearly better."""
         return self.gain <= LIMIT
 
     @property
