@@ -36,7 +36,7 @@ def score_clips(
 ) -> None:
     """Measure the distance between two folders of clips, one row per protocol, with its error bar and weights."""
     from evaluation.frechet.folders import protocols, score_folders
-    from evaluation.tables import write_rows
+    from evaluation.tables import write_score_rows
     from svd.core.device import pick_device
 
     if not offline and weights is None:
@@ -52,7 +52,7 @@ def score_clips(
         table.add_row(row.protocol, row.metric, *cells, str(row.real), str(row.generated), row.weights)
     out.print(table)
     if to is not None:
-        write_rows(to, rows)
+        write_score_rows(to, rows)
         out.print(f"rows: {to}")
 
 
@@ -89,9 +89,9 @@ def score_views(
 @evaluate_app.command("compare")
 def compare_evaluations(candidate: FolderArgument, champion: FolderArgument) -> None:
     """Compare two evaluations of the same prompts and seeds, paired; below zero: the candidate is better."""
-    from evaluation.gate import compare
+    from evaluation.frechet.gate import compare_scores
 
-    kernel, frechet = compare(candidate, champion)
+    kernel, frechet = compare_scores(candidate, champion)
     out.print(f"kernel distance  {kernel.value:+.6g} ± {kernel.standard_error:.2g}")
     out.print(f"Fréchet distance {frechet.value:+.6g} ± {frechet.standard_error:.2g}")
 
@@ -108,9 +108,9 @@ def check_candidate(
     sigmas: Annotated[float, typer.Option(min=0, help="Standard errors that it may be worse.")] = 3.0,
 ) -> None:
     """Decide whether the candidate may replace the champion, and say why; exit with 1 if it may not."""
-    from evaluation.gate import gate
+    from evaluation.frechet.gate import judge_candidate
 
-    verdict = gate(candidate, champion, tolerance, sigmas)
+    verdict = judge_candidate(candidate, champion, tolerance, sigmas)
     out.print(("passed: " if verdict.passed else "failed: ") + verdict.reason)
     if not verdict.passed:
         raise typer.Exit(1)

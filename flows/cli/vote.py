@@ -13,7 +13,7 @@ from flows.stack.processes import check_port
 from svd.core.errors import UserError
 
 if TYPE_CHECKING:
-    from evaluation.preference.clips import Source
+    from evaluation.preference.clips import ModelClips
 
 vote_app = typer.Typer()
 out = table_console()
@@ -66,9 +66,9 @@ def create_vote(
     out.print(f"{asked}; serve it with: svd vote serve {folder}")
 
 
-def _sources(models: list[str], watermarks: list[str]) -> list[Source]:
+def _sources(models: list[str], watermarks: list[str]) -> list[ModelClips]:
     """Return the models with their folders and watermarks; raises UserError for what isn't in the expected form."""
-    from evaluation.preference.clips import Box, Source
+    from evaluation.preference.clips import Box, ModelClips
 
     folders = dict(model.split("=", 1) for model in models if "=" in model)
     if len(folders) != len(models) or not all(folders.values()):
@@ -85,7 +85,7 @@ def _sources(models: list[str], watermarks: list[str]) -> list[Source]:
                 f"--watermark {text}: expected NAME=TOP,LEFT,BOTTOM,RIGHT with one of {', '.join(folders)}, "
                 f"for example {next(iter(folders))}=0.9,0.8,1,1"
             ) from None
-    return [Source(name, Path(path), tuple(boxes[name])) for name, path in folders.items()]
+    return [ModelClips(name, Path(path), tuple(boxes[name])) for name, path in folders.items()]
 
 
 @vote_app.command("serve")
@@ -110,6 +110,6 @@ def compute_ratings(
     folder: Annotated[Path, typer.Argument(help="Folder of the study.")], database: DatabaseOption = None
 ) -> None:
     """Compute the paper's Elo and Bradley-Terry ratings with intervals; writes ratings.json, .csv and .png there."""
-    from evaluation.preference.study import export
+    from evaluation.preference.study import export_results
 
-    out.print_json(data=export(folder, database))
+    out.print_json(data=export_results(folder, database))

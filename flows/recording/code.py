@@ -102,7 +102,7 @@ class Code:
     def data_files(self, files: set[str]) -> set[str]:
         """Return the files of the packages that are no code and that a string in `files` names, or names a folder of.
 
-        Example: `"report.css"` names evaluation/templates/report.css, and so does `"templates"`.
+        Example: `"style.css"` names evaluation/pages/style.css, and so does `"pages"`.
         """
         texts = {text for file in files for text in self._module(file).parsed.strings}
         return {name for name in self._data() if texts & self._names(Path(name))}

@@ -29,7 +29,7 @@ class Sampling(Section):
 
 
 class TaskGeneration(Section):
-    """How one task is generated from by `svd generate`, by registered models and by the previews of its trainings."""
+    """The defaults of one task in `svd generate`, in registered models and in the previews of its trainings."""
 
     sampling: Sampling | None = Field(None, description="None: the task's own default, see svd/tasks")
 

@@ -1,10 +1,8 @@
-"""Is a candidate good enough? Paired comparison of two evaluations of the same prompts, seeds and real clips.
+"""The gate of promotion: a paired comparison of two evaluations of the same prompts, seeds and real clips.
 
-The two evaluations share their blocks, so the difference of their leave-one-out values gives a standard error in
-which the
-common noise cancels. The gate looks at the unbiased kernel distance, which doesn't depend on the number of clips
-and is
-far less noisy at a few hundred clips than a Fréchet distance; the latter is reported for the trend.
+Both evaluations share their blocks, so the differences of their leave-one-out values give a standard error in which the
+common noise cancels. The gate decides by the unbiased kernel distance: it doesn't depend on the number of clips, and at
+a few hundred clips it is far less noisy than a Fréchet distance, which is reported for the trend.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from svd.core.errors import UserError
 
 @dataclass(frozen=True)
 class Delta:
-    """Candidate minus champion with the standard error of the difference; below zero is better."""
+    """Candidate minus champion, with the standard error of the difference; below zero is better."""
 
     value: float
     standard_error: float
@@ -30,7 +28,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says. `reason` is one line; deltas are None for a first model."""
+    """The gate's decision. `reason` is one line; the deltas are None for a first model."""
 
     passed: bool
     reason: str
@@ -50,7 +48,7 @@ def _statistic(score: dict[str, Any], kernel: bool) -> tuple[float, list[float]]
 
 
 def paired_delta(first: list[dict[str, Any]], second: list[dict[str, Any]], *, kernel: bool) -> Delta:
-    """Mean over seeds of `first` minus `second`, with the jackknife error of that difference.
+    """Return the mean over seeds of `first` minus `second`, with the jackknife error of that difference.
 
     Raises ValueError when the two don't have the same number of blocks.
     """
@@ -63,8 +61,8 @@ def paired_delta(first: list[dict[str, Any]], second: list[dict[str, Any]], *, k
     return Delta(mean, jackknife(mean, list(np.mean(replicates, axis=0)))[0])
 
 
-def compare(candidate: Path, champion: Path) -> tuple[Delta, Delta]:
-    """(kernel, Fréchet) deltas of two evaluation folders. Raises UserError when they measured different things."""
+def compare_scores(candidate: Path, champion: Path) -> tuple[Delta, Delta]:
+    """Return the (kernel, Fréchet) deltas of two evaluation folders; raises UserError when they can't be compared."""
     new, old = load_result(candidate), load_result(champion)
     for what in ("dataset", "metric"):
         if new[what] != old[what]:
@@ -84,15 +82,12 @@ def _size(score: dict[str, Any]) -> tuple[int, int, int]:
     return score["seed"], score["distance"]["real"], score["distance"]["generated"]
 
 
-def gate(candidate: Path, champion: Path | None, tolerance: float = 0.05, sigmas: float = 3.0) -> Verdict:
-    """May the model evaluated in folder `candidate` replace the one evaluated in `champion` (None: there is none
-    yet)?
+def judge_candidate(candidate: Path, champion: Path | None, tolerance: float = 0.05, sigmas: float = 3.0) -> Verdict:
+    """Decide whether the model evaluated in folder `candidate` may replace the one evaluated in `champion`.
 
-    It must be closer to the real clips than every control in its own run, and must not be worse than the champion
-    by more
-    than max(`sigmas` standard errors, `tolerance` × the champion's distance). Raises UserError for evaluations that
-    can't
-    be compared.
+    It must be closer to the real clips than every control in its own run. It must not be worse than the champion (None:
+    there is none yet) by more than max(`sigmas` standard errors, `tolerance` × the champion's distance). Raises
+    UserError for evaluations that can't be compared.
     """
     result = load_result(candidate)
     failed = _lost_against(result)
@@ -100,7 +95,7 @@ def gate(candidate: Path, champion: Path | None, tolerance: float = 0.05, sigmas
         return Verdict(False, f"not closer to the real clips than: {', '.join(failed)}")
     if champion is None:
         return Verdict(True, "closer to the real clips than every control; there is no champion yet")
-    kernel, frechet = compare(candidate, champion)
+    kernel, frechet = compare_scores(candidate, champion)
     reference = float(np.mean([_statistic(s, True)[0] for s in _generated(load_result(champion))]))
     allowed = max(sigmas * kernel.standard_error, tolerance * abs(reference))
     passed = kernel.value <= allowed
@@ -112,7 +107,7 @@ def gate(candidate: Path, champion: Path | None, tolerance: float = 0.05, sigmas
 
 
 def _lost_against(result: dict[str, Any]) -> list[str]:
-    """The controls that are as close to the real clips as the generated ones, by the mean over seeds."""
+    """Return the controls that are as close to the real clips as the generated ones, by the mean over seeds."""
     by_subject: dict[str, list[float]] = {}
     for score in result["scores"]:
         by_subject.setdefault(score["subject"], []).append(_statistic(score, True)[0])

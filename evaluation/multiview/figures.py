@@ -1,4 +1,4 @@
-"""Pictures of the multi-view benchmark: contact sheet, turntable, PSNR against azimuth."""
+"""Figures of the multi-view benchmark: contact sheet, turntable, PSNR against azimuth."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.multiview.protocol import Pictures
+from evaluation.multiview.protocol import Views
 from evaluation.multiview.scores import Scores
 
 _MARGIN, _LABEL = 64, 14
 
 
-def contact_sheet(truth: Sequence[Pictures], views: Sequence[Pictures], azimuths: NDArray[np.float64]) -> Pictures:
-    """Three rows an object (truth, generated, absolute difference), one column a view; (H, W, 3) uint8."""
+def views_sheet(truth: Sequence[Views], views: Sequence[Views], azimuths: NDArray[np.float64]) -> Views:
+    """Draw three rows per object (truth, generated, absolute difference), one column per view; (H, W, 3) uint8."""
     size, count = truth[0].shape[1], len(azimuths)
     sheet = Image.new("RGB", (_MARGIN + count * size, _LABEL + len(truth) * 3 * size + 6 * len(truth)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
@@ -26,14 +26,14 @@ def contact_sheet(truth: Sequence[Pictures], views: Sequence[Pictures], azimuths
     for number, (true, made) in enumerate(zip(truth, views, strict=True)):
         top = _LABEL + number * (3 * size + 6)
         difference = np.abs(true.astype(np.int16) - made).astype(np.uint8)
-        for row, (label, pictures) in enumerate((("truth", true), ("generated", made), ("difference", difference))):
+        for row, (label, images) in enumerate((("truth", true), ("generated", made), ("difference", difference))):
             draw.text((3, top + row * size + size // 2 - 6), label, fill=(90, 90, 90), font=font)
-            sheet.paste(Image.fromarray(np.concatenate(list(pictures), 1)), (_MARGIN, top + row * size))
+            sheet.paste(Image.fromarray(np.concatenate(list(images), 1)), (_MARGIN, top + row * size))
     return np.asarray(sheet)
 
 
-def turntable(truth: Sequence[Pictures], views: Sequence[Pictures], least: int = 128) -> NDArray[np.uint8]:
-    """Turning objects, truth above generated, (V, H, W, 3); small pictures are enlarged by whole factors."""
+def turntable(truth: Sequence[Views], views: Sequence[Views], least: int = 128) -> NDArray[np.uint8]:
+    """Return turning objects, truth above generated, (V, H, W, 3); small views are enlarged by whole factors."""
     top, bottom = (np.concatenate(list(part), axis=2) for part in (truth, views))
     frames = np.concatenate([top, bottom], axis=1)
     factor = max(1, least // truth[0].shape[1])
@@ -41,7 +41,7 @@ def turntable(truth: Sequence[Pictures], views: Sequence[Pictures], least: int =
 
 
 def azimuth_chart(path: Path, scores: Sequence[Scores], azimuths: NDArray[np.float64]) -> None:
-    """PSNR against azimuth as a PNG, one line a subject; a trained model dips at the back of the object."""
+    """Draw PSNR against azimuth as a PNG, one line per subject; trained models are worst at the object's back."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

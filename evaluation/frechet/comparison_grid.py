@@ -1,27 +1,26 @@
-"""Pictures for people: a grid of film strips, generated beside real, with class labels."""
+"""A grid of film strips for people to look at: generated clips beside real ones, with class labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Pictures = NDArray[np.uint8]
+from svd.media.video import Frames
 
 _GAP = 4
 _LABEL = 15
 
 
-def strip(clip: Pictures, frames: int) -> Pictures:
-    """`frames` evenly spaced frames of a clip (T, H, W, 3) side by side, (H, frames·W, 3)."""
+def strip(clip: Frames, frames: int) -> Frames:
+    """Return `frames` evenly spaced frames of a clip (T, H, W, 3) side by side, (H, frames·W, 3)."""
     chosen = np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)
     return np.concatenate(list(clip[chosen]), axis=1)
 
 
 def fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, cut with an ellipsis where it is wider than `width` pixels: labels must not run into each other."""
+    """Return the text, cut with an ellipsis where it is wider than `width` pixels, so that labels don't overlap."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:
@@ -29,11 +28,10 @@ def fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Image
     return f"{text}…"
 
 
-def comparison_grid(pairs: Sequence[tuple[str, Pictures, Pictures]], frames: int = 4) -> Pictures:
-    """One row a pair (label, generated clip, real clip): two film strips side by side under the label; (H, W, 3)
-    uint8.
+def comparison_grid(pairs: Sequence[tuple[str, Frames, Frames]], frames: int = 4) -> Frames:
+    """Draw one row per (label, generated clip, real clip): two film strips side by side under the label.
 
-    Raises ValueError for an empty list.
+    Returns (H, W, 3) uint8. Raises ValueError for an empty list.
     """
     if not pairs:
         raise ValueError("no clips to show")
@@ -44,8 +42,8 @@ def comparison_grid(pairs: Sequence[tuple[str, Pictures, Pictures]], frames: int
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for number, (label, generated, real) in enumerate(rows):
         top = _GAP + number * (height + _LABEL + _GAP)
-        for column, (title, picture) in enumerate((("generated", generated), ("real", real))):
+        for column, (title, image) in enumerate((("generated", generated), ("real", real))):
             left = _GAP + column * (width + _GAP)
             draw.text((left, top), fitted(f"{title} · {label}", width, font), fill=(60, 60, 60), font=font)
-            sheet.paste(Image.fromarray(picture), (left, top + _LABEL))
+            sheet.paste(Image.fromarray(image), (left, top + _LABEL))
     return np.asarray(sheet)

@@ -1,4 +1,4 @@
-"""What the votes of the threshold calibration say: Elo per question, the chosen share, the plots (E.2.2, Fig. 18)."""
+"""Outcomes of the threshold calibration: Elo per question, the chosen share, the plots (E.2.2, Fig. 18)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.calibration.candidates import Candidate
-from evaluation.preference.pairs import AXES
+from evaluation.preference.pairs import QUESTION_NAMES
 from evaluation.preference.ratings import Rating, Vote, aggregated_elo, elo
 from svd.catalogue import axes
 from svd.storage import write_bytes
@@ -33,15 +33,20 @@ class Outcome:
 
 
 def rate(votes: Sequence[Vote]) -> dict[str, list[Rating]]:
-    """The paper's Elo for each question, and its mean over both (E.1.2). Raises ValueError for a question without
-    votes."""
-    by_axis = {axis: [vote for vote in votes if vote.axis == axis] for axis in AXES}
+    """Return the paper's Elo for each question, and its mean over both (E.1.2).
+
+    Raises ValueError for a question without votes.
+    """
+    by_axis = {axis: [vote for vote in votes if vote.axis == axis] for axis in QUESTION_NAMES}
     found = {axis: elo(part) for axis, part in by_axis.items()}
     return {**found, AGGREGATED: aggregated_elo(list(by_axis.values()))}
 
 
 def rule(axis: str) -> str:
-    """Which rating decides on an axis: quality for motion and aesthetics, else the mean of both questions (E.2.2)."""
+    """Return the rating that decides on an axis (E.2.2).
+
+    Quality decides on motion and aesthetics, the mean of both questions on the other axes.
+    """
     return "quality" if axis in BY_QUALITY else AGGREGATED
 
 
@@ -54,7 +59,7 @@ def conclude(axis: str, models: Sequence[Candidate], votes: Sequence[Vote]) -> O
 
 
 def write_ratings(path: Path, outcome: Outcome, facts: Mapping[str, Mapping[str, Any]], judge: str) -> None:
-    """`ratings.csv` of an axis: a row a question and model. low, high: 95 % over the orders of the votes."""
+    """Write the ratings of an axis, one row per question and model; low, high: 95 % over the orders of the votes."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     head = ["axis", "question", "model", "removed", "captioner", "clips", "elo", "relative", "low", "high", "votes"]
@@ -71,7 +76,7 @@ def write_ratings(path: Path, outcome: Outcome, facts: Mapping[str, Mapping[str,
 
 
 def write_votes(path: Path, votes: Sequence[Vote]) -> None:
-    """Votes without times, as CSV; the rater says who judged."""
+    """Write votes as CSV, without times; the column `rater` tells people from rules."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["prompt", "question", "winner", "loser", "left_won", "rater"])
@@ -80,7 +85,10 @@ def write_votes(path: Path, votes: Sequence[Vote]) -> None:
 
 
 def plot(path: Path, outcome: Outcome, judge: str) -> None:
-    """Elo against the share removed (or captioner), a line a question, the chosen model marked; as in Fig. 18."""
+    """Plot Elo against the share removed (or the captioner), as in Fig. 18.
+
+    Each question is one line; the chosen model is marked.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -93,7 +101,7 @@ def plot(path: Path, outcome: Outcome, judge: str) -> None:
         by_model = {rating.model: rating for rating in ratings}
         rated = [by_model[model.name] for model in outcome.models]
         values = [r.rating for r in rated]
-        # Where every order gives the same rating, rounding may put the mean beside its interval.
+        # When all orders give one rating, rounding may put the mean outside its interval.
         spread = [[max(0.0, r.rating - r.low) for r in rated], [max(0.0, r.high - r.rating) for r in rated]]
         width = 2.2 if question == rule(outcome.axis) else 1.2
         axes.errorbar(places, values, spread, label=question, linewidth=width, marker="o", capsize=3)
@@ -109,8 +117,8 @@ def plot(path: Path, outcome: Outcome, judge: str) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def metrics_of(outcome: Outcome, judge: str) -> dict[str, float | int | str]:
-    """Flat metrics of an axis; with automatic votes every name says so."""
+def outcome_metrics(outcome: Outcome, judge: str) -> dict[str, float | int | str]:
+    """Return flat metrics of an axis; with automatic votes every name says so."""
     prefix = outcome.axis if judge == "people" else f"{outcome.axis}_{judge}"
     chosen: float | str = outcome.chosen.captioner or outcome.chosen.removed
     name = "captioner" if outcome.chosen.captioner else "removed"
