@@ -11,7 +11,7 @@ from flows.recording import dvc_yaml
 FILES: dict[Path, Callable[[], str]] = {
     dvc_yaml.MAIN: dvc_yaml.render_main,
     dvc_yaml.BRANCH: dvc_yaml.render_branches,
-    Path("prefect.yaml"): deployments.render,
+    Path("prefect.yaml"): deployments.render_deployments,
 }
 
 

@@ -25,7 +25,7 @@ from svd.config import Phase
 from svd.core.errors import UserError
 from svd.latents.cache import LatentCache
 from svd.media.video import read_frames
-from svd.model.autoencoder import Autoencoder, mean
+from svd.model.autoencoder import Autoencoder, posterior_mean
 from svd.model.encoders import Encoders, from_uint8
 
 RATER = "automatic"
@@ -53,7 +53,7 @@ def real_clips(cache: LatentCache, autoencoder: Autoencoder, phase: Phase) -> Te
     clips = []
     for row in rows.to_dicts():
         moments = cache.read(row).moments[None, : phase.frames]
-        clips.append((autoencoder.decode(mean(moments)) / 2 + 0.5).clamp(0, 1)[0] * 255)
+        clips.append((autoencoder.decode(posterior_mean(moments)) / 2 + 0.5).clamp(0, 1)[0] * 255)
     return torch.stack(clips)
 
 

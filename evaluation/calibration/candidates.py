@@ -24,15 +24,15 @@ from svd.catalogue.tables import read_clips
 from svd.config import CalibrationConfig, Geometry, Phase, Preset
 from svd.core.errors import UserError
 from svd.curation.captions.base import MOTION
-from svd.diffusion.edm import Kind
+from svd.diffusion.edm import KINDS
+from svd.generation import load_models, text_to_video
 from svd.latents.cache import LatentCache, digest
-from svd.latents.stage import Encoder, assemble, encode_clips, with_split
+from svd.latents.stage import LatentEncoder, assemble, encode_clips, with_split
 from svd.media.video import to_uint8, write_mp4
 from svd.model.formats.folders import load_autoencoder, load_unet
-from svd.model.formats.hub import UNET_FILES, resolve
+from svd.model.formats.hub import UNET_FILES, resolve_weights
 from svd.model.unet import UNet
 from svd.stage import StageContext, Tracker
-from svd.tasks.api import load_models, text_to_video
 from svd.tasks.text_to_video import TEXT_TO_VIDEO
 from svd.training.initialise import carry_over, fresh_unet, unet_config
 from svd.training.launch import on_all_ranks
@@ -153,7 +153,7 @@ def encode_start_set(context: StageContext, start: pl.DataFrame) -> LatentCache:
         geometries = [Geometry(frames=frames, height=height, width=width) for frames, height, width in sizes]
         latents = context.preset.latents.model_copy(update={"geometries": geometries})
         preset = context.preset.model_copy(update={"latents": latents})
-        encoder = Encoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
+        encoder = LatentEncoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
         assemble(work, encode_clips(start, preset, context.inputs["curation"], encoder, work), encoder)
     return LatentCache(work / "finished")
 
@@ -191,7 +191,7 @@ def model_training(context: StageContext, candidate: Candidate, clips: frozenset
     size = phase.height // autoencoder.factor, phase.width // autoencoder.factor
     # The paper starts from SD 2.1 itself, whose levels are the discrete ones; without it, from our image model.
     pretrained = preset.model.pretrained
-    source = resolve(pretrained, UNET_FILES) if pretrained else context.inputs["image-pretraining"] / "unet"
+    source = resolve_weights(pretrained, UNET_FILES) if pretrained else context.inputs["image-pretraining"] / "unet"
 
     def initial() -> UNet:
         unet = fresh_unet(unet_config(preset, TEXT_TO_VIDEO, size), preset.seed, NAME)
@@ -243,7 +243,7 @@ def sample_models(
     """
     config, folder = context.preset.threshold_calibration, context.work / "samples"
     phase = config.phases[-1]
-    kind: Kind = "edm-v" if config.objective == "edm" else "v"
+    kind = KINDS[config.objective]
     known = cache.rows(phase, "train")
     fps, motion = (float(statistics.median(known[name].to_list())) for name in ("fps", "motion_bucket"))
     for name, fact in tqdm(facts.items(), desc="samples", unit="model"):

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evaluation.calibration.automatic_votes import (
     RATER,
     cast_votes,
@@ -49,6 +47,7 @@ from evaluation.preference.store import copy_votes
 from evaluation.preference.study import create_study, open_store
 from svd.catalogue.axes import AXES as FILTERS
 from svd.catalogue.tables import clips_path
+from svd.core.device import pick_device
 from svd.core.files import exclusive, write_json
 from svd.latents.cache import digest
 from svd.model.formats.encoders import load_encoders
@@ -130,7 +129,7 @@ def make_models(context: StageContext, axes: Mapping[str, list[Candidate]], key:
 
     Only the first rank samples.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     config = context.preset.threshold_calibration
     models = list({model.name: model for of_axis in axes.values() for model in of_axis}.values())
     start = start_set(context.inputs["curation"], config, context.preset.seed)

@@ -49,14 +49,15 @@ from evaluation.frechet.ucf101_data import (
 )
 from evaluation.tables import Row, markdown_table, write_rows
 from svd.config import Ucf101Config
+from svd.core.device import pick_device
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.generation import Models, load_models, text_to_video
 from svd.media.video import write_mp4, write_png
 from svd.model.formats.folders import checkpoint_hash
 from svd.model.unet import UNet
 from svd.stage import Report, StageContext, Tracker, publish
 from svd.storage import write_bytes
-from svd.tasks.api import Models, load_models, text_to_video
 
 FIXTURE = "ucf101_fixture"
 
@@ -296,7 +297,7 @@ def run(context: StageContext) -> Report:
 
     Raises UserError for missing weights, data sets and models, and for clips that can't be scored.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     evaluation = prepare(context, device)
     unet = context.inputs["high-quality-finetuning"] / "unet"
     folders = {"unet": unet, "autoencoder": context.inputs["autoencoder"], "encoders": context.inputs["encoders"]}

@@ -24,14 +24,15 @@ from evaluation.multiview.protocol import Pictures, Truth, ViewProtocol, make_pr
 from evaluation.multiview.scores import Measures, Scores, published_rows, rows, score
 from evaluation.tables import markdown, write_csv
 from svd.config import Sampling
+from svd.core.device import pick_device
 from svd.core.files import write_json
+from svd.generation import Models, load_models, multiview
 from svd.media.video import write_gif, write_mp4, write_png
-from svd.model.autoencoder import mean
+from svd.model.autoencoder import posterior_mean
 from svd.model.formats.folders import checkpoint_hash
 from svd.model.unet import UNet
 from svd.orbits.renderer import open_renderer
 from svd.stage import Report, StageContext, publish
-from svd.tasks.api import Models, load_models, multiview
 
 SUBJECTS = ("generated", "copy of the input view", "mean view", "untrained", "autoencoder")
 _SHOWN = 4
@@ -45,7 +46,7 @@ def run(context: StageContext) -> Report:
     Raises UserError for missing models, meshes and weights, and when no renderer works.
     """
     config, seed = context.preset.evaluation.multiview, context.preset.seed
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     with open_renderer(config.renderer) as renderer:
         protocol = make_protocol(config, renderer.name)
         truth = render_truth(context.work / "truth" / protocol.digest, config, protocol, seed, renderer)
@@ -131,7 +132,7 @@ def reconstruct(models: Models, pictures: Pictures) -> Pictures:
     frames = torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2)[None].to(models.device).float() / 127.5 - 1
     autoencoder = models.autoencoder
     frames = frames.to(next(autoencoder.parameters()).dtype)
-    decoded = autoencoder.decode(mean(autoencoder.encode(frames, models.decode_chunk)), models.decode_chunk)
+    decoded = autoencoder.decode(posterior_mean(autoencoder.encode(frames, models.decode_chunk)), models.decode_chunk)
     restored = ((decoded[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return np.asarray(restored.permute(0, 2, 3, 1).cpu().numpy(), np.uint8)
 

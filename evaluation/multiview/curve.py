@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from evaluation.multiview.benchmark import generate
@@ -23,12 +22,13 @@ from evaluation.multiview.protocol import Pictures, make_protocol, render_truth
 from evaluation.multiview.scores import Measures, rows, score
 from evaluation.tables import write_csv
 from svd.config import Preset
+from svd.core.device import pick_device
 from svd.core.errors import UserError
+from svd.generation import load_models
 from svd.latents.cache import digest
 from svd.model.formats.folders import checkpoint_hash
 from svd.orbits.renderer import open_renderer
 from svd.storage import write_bytes
-from svd.tasks.api import load_models
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def score_checkpoints(
     networks: folders of `autoencoder` and `encoders`. Raises UserError for missing models, meshes and weights.
     """
     config, seed = preset.evaluation.multiview, preset.seed
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     models_in_order = list(dict.fromkeys(checkpoint.model for checkpoint in checkpoints))
     ordered = sorted(checkpoints, key=lambda one: (models_in_order.index(one.model), one.step))
     places = [(checkpoint, checkpoint.unet) for checkpoint in ordered]

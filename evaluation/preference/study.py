@@ -96,7 +96,7 @@ def _shared(sources: Sequence[Source]) -> dict[str, str]:
     return {name: name for name in shared}
 
 
-def read_prompts(path: Path) -> dict[str, str]:
+def read_named_prompts(path: Path) -> dict[str, str]:
     """Texts by clip name: a JSON object {name: text}, or a CSV file with the columns `name` and `prompt`.
 
     Raises UserError for a file that is neither, or names no prompts.

@@ -14,11 +14,6 @@ from svd.core.errors import UserError
 platform_app = typer.Typer()
 
 
-@platform_app.callback()
-def platform() -> None:
-    """Files that are made from the table of stages."""
-
-
 @platform_app.command("render")
 def render_files(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail when a file is out of date.")] = False,

@@ -108,12 +108,14 @@ def fetch_weights(
 
     Broken downloads are resumed, hashes checked, pickles refused. All files are of one commit; fetched.json names it.
     """
-    from svd.model.formats.hub import fetch
+    from svd.model.formats.hub import fetch_repository
 
     hashes = dict(pair.split("=", 1) for pair in sha256 or [] if "=" in pair)
     if len(hashes) != len(sha256 or []):
         raise UserError("--sha256 takes FILE=HASH, for example svd.safetensors=3b0c…")
-    paths = fetch(repository, target, filenames=file, include=include, revision=revision, token=token, sha256=hashes)
+    paths = fetch_repository(
+        repository, target, filenames=file, include=include, revision=revision, token=token, sha256=hashes
+    )
     for path in paths:
         out.print(path)
 
@@ -133,9 +135,9 @@ def convert_checkpoint(
     """Convert checkpoints between the released single files and diffusers' folders, without a second copy in memory."""
     import torch
 
-    from svd.model.formats.convert import convert
+    from svd.model.formats.convert import convert_model
 
-    done = convert(source, target, to, dtype=torch.float16 if half else None, sha256=sha256, frames=frames)
+    done = convert_model(source, target, to, dtype=torch.float16 if half else None, sha256=sha256, frames=frames)
     out.print(f"{done.target}: {done.tensors} tensors")
     if done.missing:
         out.print(f"not in the source: {', '.join(done.missing)}")
@@ -150,6 +152,6 @@ def export_model(
 ) -> None:
     """Put a trained model, its autoencoder and its image encoder into one folder or file that others can load."""
     from svd.config.load import load_preset
-    from svd.model.formats.export import export
+    from svd.model.formats.export import export_networks
 
-    out.print(export(model, target, to, load_preset(preset).encoders))
+    out.print(export_networks(model, target, to, load_preset(preset).encoders))

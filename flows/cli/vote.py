@@ -21,7 +21,7 @@ out = table_console()
 DatabaseOption = Annotated[str | None, typer.Option(help="Database URL (Postgres); default: SQLite in the folder.")]
 
 
-class Question(StrEnum):
+class Criterion(StrEnum):
     """A question to raters (E.1)."""
 
     quality = "quality"
@@ -38,7 +38,7 @@ def create_vote(
         Path | None, typer.Option(help="Texts: JSON {name: text}, or CSV with the columns name and prompt.")
     ] = None,
     axis: Annotated[
-        list[Question] | None,
+        list[Criterion] | None,
         typer.Option(help="What to ask; may be given twice. Default: both with --prompts, else quality alone."),
     ] = None,
     watermark: Annotated[
@@ -54,11 +54,11 @@ def create_vote(
     Clips are brought to one length and size first (E.3). Without texts there is nothing to follow, so raters are asked
     for visual quality alone, as in the paper's image-to-video study; `--axis prompt` shows file names as texts.
     """
-    from evaluation.preference.study import create_study, read_prompts
+    from evaluation.preference.study import create_study, read_named_prompts
 
-    chosen = axis or ([Question.quality, Question.prompt] if prompts else [Question.quality])
+    chosen = axis or ([Criterion.quality, Criterion.prompt] if prompts else [Criterion.quality])
     axes = [one.value for one in dict.fromkeys(chosen)]
-    texts = read_prompts(prompts) if prompts else None
+    texts = read_named_prompts(prompts) if prompts else None
     study = create_study(
         folder, _sources(models, watermark or []), texts, axes=axes, votes=votes, seed=seed, database=database
     )

@@ -18,7 +18,7 @@ Pipelines share dvc.lock: one at a time, by the limit that flows/stack/server_se
 """
 
 
-def render() -> str:
+def render_deployments() -> str:
     """Return the text of prefect.yaml: the pipeline, the nightly evaluation, and every stage."""
     content = {
         "name": "svd-platform",

@@ -85,7 +85,7 @@ class PipelineRun:
         uri = place.uri(self.store)
         if results_store.stored_version(uri) != output.md5:
             versioning.pull([output])
-            results_store.publish(place.output, uri, output.md5)
+            results_store.publish_folder(place.output, uri, output.md5)
 
 
 @contextmanager

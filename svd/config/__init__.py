@@ -31,7 +31,7 @@ from svd.config.data import (
     Threshold,
 )
 from svd.config.evaluation import CalibrationConfig, EvaluationConfig, MultiviewBenchmark, Ucf101Config
-from svd.config.generation import Sampling
+from svd.config.generation import GenerationConfig, Ramp, Sampling, Solver, TaskGeneration
 from svd.config.model import AutoencoderSection, ModelConfig, Precision, UNetSection
 from svd.config.preset import Preset
 from svd.config.training import (
@@ -63,6 +63,7 @@ __all__ = [
     "EvaluationConfig",
     "FiltersConfig",
     "Fraction",
+    "GenerationConfig",
     "Geometry",
     "LatentsCompute",
     "LatentsConfig",
@@ -76,12 +77,15 @@ __all__ = [
     "PositiveInt",
     "Precision",
     "Preset",
+    "Ramp",
     "Renderer",
     "Sampling",
     "Section",
+    "Solver",
     "SourcesConfig",
     "Subset",
     "SyntheticWorlds",
+    "TaskGeneration",
     "TextConfig",
     "Threshold",
     "TrainingCompute",

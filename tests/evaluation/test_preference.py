@@ -17,7 +17,7 @@ from evaluation.preference.app import build, clip_path
 from evaluation.preference.clips import Box, Source, fit, harmonise, mask, spoil, trim
 from evaluation.preference.pairs import schedule
 from evaluation.preference.store import VoteStore
-from evaluation.preference.study import create_study, export, load_study, open_store, read_prompts
+from evaluation.preference.study import create_study, export, load_study, open_store, read_named_prompts
 from svd.core.errors import UserError
 from svd.media.video import read_frames, write_mp4
 
@@ -144,18 +144,18 @@ def test_a_page_whose_study_was_replaced_says_so(study: Path) -> None:
 def test_prompts_from_files(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('{"a": "A cat", "b": "A dog"}')
     (tmp_path / "p.csv").write_text('\ufeffname,prompt\na,A cat\nb,"A dog, running"\n')
-    assert read_prompts(tmp_path / "p.json") == {"a": "A cat", "b": "A dog"}
-    assert read_prompts(tmp_path / "p.csv") == {"a": "A cat", "b": "A dog, running"}
+    assert read_named_prompts(tmp_path / "p.json") == {"a": "A cat", "b": "A dog"}
+    assert read_named_prompts(tmp_path / "p.csv") == {"a": "A cat", "b": "A dog, running"}
     for content, message in (("x,y\n1,2\n", "no column 'name'"), ("name,prompt\na,\n", "needs a text")):
         (tmp_path / "bad.csv").write_text(content)
         with pytest.raises(UserError, match=message):
-            read_prompts(tmp_path / "bad.csv")
+            read_named_prompts(tmp_path / "bad.csv")
     for content in ("[1]", "{", "3"):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match="no prompts"):
-            read_prompts(tmp_path / "bad.json")
+            read_named_prompts(tmp_path / "bad.json")
     with pytest.raises(UserError, match="no prompts"):
-        read_prompts(tmp_path / "absent.json")
+        read_named_prompts(tmp_path / "absent.json")
 
 
 def test_mistakes_in_a_study_are_one_line(tmp_path: Path, sources: list[Source]) -> None:

@@ -53,7 +53,7 @@ def write_models(folder: Path) -> dict[str, Path]:
     config = AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4, scaling_factor=1.0)
     save_autoencoder(Autoencoder(config), folder / "autoencoder")
     toy = clips.toy_config(WIDTH, WIDTH)
-    clips.save_toy(clips.build(toy, "test"), toy, folder / "encoders")
+    clips.save_toy(clips.build_clip(toy, "test"), toy, folder / "encoders")
     return {
         "multiview-finetuning": folder / "mv",
         "autoencoder": folder / "autoencoder",

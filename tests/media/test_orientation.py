@@ -16,10 +16,10 @@ from svd.curation.clips.samples import DisplayGeometry
 from svd.curation.clips.writer import write_clips
 from svd.curation.measuring.decode_pass import analyse
 from svd.curation.motion.camera_velocity import track_camera
-from svd.latents.windows import decode
+from svd.latents.windows import decode_frames
 from svd.media.orientation import UPRIGHT, Orientation, from_matrix
 from svd.media.video import read_frames
-from svd.training.frames import read_frames as read_training_frames
+from svd.training.frames import read_clip_frames as read_training_frames
 
 EACH = pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
 FLAT = {"cuts__passes": [{"detector": "content", "threshold": 250}]}  # no cuts: one clip a file
@@ -76,7 +76,7 @@ def test_every_reader_shows_what_a_player_shows(matrix: Matrix, tmp_path: Path) 
     preview = tmp_path / "preview.mp4"
     preview.write_bytes(transcode(path.read_bytes()))
     seen = {
-        "training, second stage": list(decode(path.read_bytes(), {0, 1, 2}).values()),
+        "training, second stage": list(decode_frames(path.read_bytes(), {0, 1, 2}).values()),
         "training, first stage": list(
             read_training_frames(path.read_bytes(), 3, height, width).permute(0, 2, 3, 1).numpy()
         ),
@@ -110,7 +110,7 @@ def test_sources_give_shown_samples_and_clips(matrix: Matrix, tmp_path: Path) ->
     assert (copied.width, copied.height) == (128, 96) and (encoded.height, encoded.width) == first.shape[:2]
     assert matrix_of(targets[0]) == list(matrix) and matrix_of(targets[1]) == [1, 0, 0, 1]
     for target, expected in zip(targets, (first, second), strict=True):
-        assert differ(decode(target.read_bytes(), {0})[0], expected) < 6
+        assert differ(decode_frames(target.read_bytes(), {0})[0], expected) < 6
     assert differ(decode_rgb(targets[1])[0], second) < 6, "the re-encoded pixels themselves are turned"
 
 

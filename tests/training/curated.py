@@ -8,7 +8,7 @@ from svd.catalogue.schema import CLIPS_SCHEMA
 from svd.catalogue.shards import ShardWriter
 from svd.catalogue.tables import write_table_rows
 from svd.media.video import write_mp4
-from svd.synthetic.videos import World, render_clip
+from svd.synthetic.scenes import World, render_clip
 
 
 def write_curation(folder: Path, train: int, test: int, frames: int = 8, height: int = 32, width: int = 48) -> Path:

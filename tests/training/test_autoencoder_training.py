@@ -17,7 +17,7 @@ from svd.catalogue.schema import CLIPS_SCHEMA
 from svd.catalogue.tables import read_clips, write_table_rows
 from svd.config.load import load_preset
 from svd.core.errors import UserError
-from svd.model.autoencoder import Autoencoder, sample
+from svd.model.autoencoder import Autoencoder, sample_posterior
 from svd.model.formats.folders import load_autoencoder, save_autoencoder
 from svd.stage import NoTracker, StageContext
 from svd.training.autoencoder import initial_autoencoder, run
@@ -94,7 +94,7 @@ def test_the_measured_scaling_factor_gives_unit_variance(finished: Path, curatio
     pixels = ClipPixels(curation, split_rows(curation)[0], 2, 32, 48)
     with torch.no_grad():
         moments = autoencoder.encode(pixels.examples(6)[:, :1])
-    draws = sample(moments, torch.Generator().manual_seed(0)) * autoencoder.config.scaling_factor
+    draws = sample_posterior(moments, torch.Generator().manual_seed(0)) * autoencoder.config.scaling_factor
     assert abs(draws.std() - 1) < 0.02
 
 
