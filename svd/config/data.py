@@ -136,7 +136,10 @@ class Threshold(Section):
 
 
 class FiltersConfig(Section):
-    """Filters per axis (§3.3, E.2.2): `min_*` drops the low end, `max_*` the high end; quantiles are shares dropped."""
+    """Filters per axis (§3.3, E.2.2): `min_*` drops the low end, `max_*` the high end; quantiles are shares dropped.
+
+    One option per axis of svd.catalogue.axes.
+    """
 
     min_motion: Threshold | None = None
     min_aesthetics: Threshold | None = None

@@ -116,11 +116,10 @@ def select_subset(rows: pl.DataFrame, subset: Subset) -> pl.DataFrame:
     kept = rows
     for axis in SUBSET_AXES:
         share: float = getattr(subset, axis.option)
-        score, scores = pl.col(axis.column), rows[axis.column]
         if share and axis.side == "min":
-            kept = kept.filter(score >= scores.quantile(share, "lower"))
+            kept = kept.filter(pl.col(axis.column) >= rows[axis.column].quantile(share, "lower"))
         elif share:
-            kept = kept.filter(score <= scores.quantile(1 - share, "higher"))
+            kept = kept.filter(pl.col(axis.column) <= rows[axis.column].quantile(1 - share, "higher"))
     return kept
 
 
