@@ -11,7 +11,7 @@ import torch
 from svd.config import EncodersConfig
 from svd.core.errors import UserError
 from svd.model.encoders import Encoders, ImageEncoder, TextEncoder
-from svd.model.formats.clip import load_stored_clip, load_image_tower, tower_config
+from svd.model.formats.clip import load_image_tower, load_stored_clip, tower_config
 from svd.model.formats.clip_names import text_to_open_clip
 from svd.model.formats.folders import IMAGE_PART, TEXT_PART, weights_file
 from svd.model.formats.sgm import one_line_errors, read_sgm
