@@ -36,8 +36,8 @@ test: setup     ## run the tests
 test-slow: setup ## run the slow tests
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m 'slow and not gpu'
 
-lint: setup     ## format check, lint, types
-	ruff format --check . && ruff check . && mypy
+lint: setup     ## format check, lint, types, layers
+	ruff format --check . && ruff check . && mypy && lint-imports
 
 lock: setup     ## compile requirements.lock from pyproject.toml
 	uv pip compile -q pyproject.toml --extra test --extra kubernetes --extra captions \

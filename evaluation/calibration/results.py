@@ -12,10 +12,11 @@ from typing import Any
 from evaluation.calibration.candidates import Candidate
 from evaluation.preference.pairs import AXES
 from evaluation.preference.ratings import Rating, Vote, aggregated_elo, elo
+from svd.catalogue import axes
 from svd.storage import write_bytes
 
 # E.2.2: on these axes visual quality counts more than prompt following.
-BY_QUALITY = ("motion", "aesthetics")
+BY_QUALITY = tuple(axis.name for axis in axes.AXES if axis.by_quality)
 AGGREGATED = "aggregated"
 Ratings = Mapping[str, Sequence[Rating]]
 

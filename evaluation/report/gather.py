@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from evaluation.report.charts import Bar, Dot, Series
+from svd.catalogue.axes import AXES
 from svd.core.errors import UserError
 
 # The inputs of the stage `report`, in the order of the page.
@@ -248,15 +249,7 @@ def gallery(folder: Path, budget: int) -> Gallery | None:
     return Gallery(tuple(pairs), tuple(media)) if pairs or media else None
 
 
-_STEPS = {
-    "clips": "all clips",
-    "motion": "motion",
-    "aesthetics": "aesthetics",
-    "similarity": "text–image similarity",
-    "text_area": "text area",
-    "nsfw": "NSFW",
-    "duplicate": "duplicates",
-}
+_STEPS = {"clips": "all clips"} | {axis.name: axis.label for axis in AXES}
 
 
 def _curation(folder: Path | None, found: Gathered) -> None:

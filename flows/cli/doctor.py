@@ -148,7 +148,7 @@ def _extras() -> Finding:
     )
 
 
-def examine(preset: Preset) -> Iterator[Finding]:
+def run_checks(preset: Preset) -> Iterator[Finding]:
     """Yield the findings of all checks, cheapest first."""
     checks: list[Callable[[], Finding]] = [_python, _git, lambda: _disk(Path.cwd()), _egl, _extras]
     yield from (check() for check in checks)

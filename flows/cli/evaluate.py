@@ -34,7 +34,7 @@ def score_clips(
     work: Annotated[Path, typer.Option(help="Where features are kept between runs.")] = Path("work/evaluate"),
     to: Annotated[Path | None, typer.Option(help="CSV file for the rows.")] = None,
 ) -> None:
-    """Distance between two folders of clips, one row per protocol, with error bar, weights and number of clips."""
+    """Measure the distance between two folders of clips, one row per protocol, with its error bar and weights."""
     from evaluation.frechet.folders import protocols, score_folders
     from evaluation.tables import write_rows
     from svd.core.device import pick_device
@@ -67,8 +67,7 @@ def score_views(
     to: Annotated[Path, typer.Option(help="Folder for curve.csv and curve.png.")] = Path("multiview-curve"),
     work: Annotated[Path, typer.Option(help="Where orbits are kept between runs.")] = Path("work/evaluate-views"),
 ) -> None:
-    """Multi-view scores against training steps, as in Fig. 10b: CLIP-S and PSNR of every checkpoint on one set of
-    objects."""
+    """Score multi-view checkpoints against training steps, as in Fig. 10b: CLIP-S and PSNR on one set of objects."""
     from evaluation.multiview.curve import read_checkpoint, score_checkpoints, write_curve
     from flows.places import Place
     from svd.config.load import load_preset
@@ -89,7 +88,7 @@ def score_views(
 
 @evaluate_app.command("compare")
 def compare_evaluations(candidate: FolderArgument, champion: FolderArgument) -> None:
-    """Paired difference of two evaluations of the same prompts and seeds; below zero: the candidate is better."""
+    """Compare two evaluations of the same prompts and seeds, paired; below zero: the candidate is better."""
     from evaluation.gate import compare
 
     kernel, frechet = compare(candidate, champion)
@@ -108,7 +107,7 @@ def check_candidate(
     ] = 0.05,
     sigmas: Annotated[float, typer.Option(min=0, help="Standard errors that it may be worse.")] = 3.0,
 ) -> None:
-    """May the candidate replace the champion? Says why, and exits with 1 if not."""
+    """Decide whether the candidate may replace the champion, and say why; exit with 1 if it may not."""
     from evaluation.gate import gate
 
     verdict = gate(candidate, champion, tolerance, sigmas)
@@ -119,7 +118,7 @@ def check_candidate(
 
 @evaluate_app.command("protocols")
 def show_protocols() -> None:
-    """The named protocols and what each one fixes."""
+    """List the named protocols and what each one fixes."""
     from evaluation.frechet.protocol import named_protocols
 
     table = Table("name", "digest", "network", "frames", "fps", "clips", "ddof", "rounding")

@@ -155,12 +155,12 @@ def generate_interpolate(
 ) -> None:
     """Generate three frames between any two: 28 become 109. --fps is the rate of VIDEO when its file doesn't say."""
     from svd.generation import interpolate
-    from svd.media.clips import load_clip
+    from svd.media.clips import load_video
     from svd.media.resize import cover
     from svd.tasks.interpolation import INTERPOLATION, RATE
 
     preset = load_preset(networks.preset)
-    clip, rate = load_clip(video)
+    clip, rate = load_video(video)
     check_single(results.out, results.count)
     networks = fetched(networks, "image_encoder")
     sampling = chosen_sampling(networks, solving, preset, INTERPOLATION, guidance)

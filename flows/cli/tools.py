@@ -28,9 +28,9 @@ def curate_videos(
     dry_run: Annotated[bool, typer.Option(help="Only say how much there is and what it will cost.")] = False,
 ) -> None:
     """Cut, clip, caption, score and filter your own videos: catalogue, shards and report in outputs/NAME/curation."""
-    from flows.runner import run_preset_stage
+    from flows.running.runner import run_preset_stage
     from svd.config.load import load_preset
-    from svd.curation.dry_run import plan
+    from svd.curation.dry_run import plan_curation
     from svd.sources.listing import list_sources
 
     chosen = load_preset(preset, {"name": name, "sources.paths": sources, "sources.synthetic": None})
@@ -39,7 +39,7 @@ def curate_videos(
         if not found:
             raise UserError(f"{', '.join(sources)}: no videos there")
         workers = chosen.compute.curation.workers
-        planned = plan(found, chosen.curation, chosen.sources.sources_per_shard, chosen.encoders, workers)
+        planned = plan_curation(found, chosen.curation, chosen.sources.sources_per_shard, chosen.encoders, workers)
         print("\n".join(planned.lines()))
         return
     run_preset_stage("sources", chosen)
@@ -72,11 +72,11 @@ def browse_catalogue(
 @tools_app.command("refilter")
 def refilter_catalogue(catalogue: CatalogueArgument, preset: PresetOption = "tiny") -> None:
     """Judge a catalogue again with the preset's filters and renew its subsets; touches no video."""
-    from svd.catalogue.refilter import refilter
+    from svd.catalogue.refilter import renew_verdicts
     from svd.config.load import load_preset
 
     chosen = load_preset(preset).curation
-    for axis, threshold in refilter(catalogue, chosen.filters, chosen.subsets).items():
+    for axis, threshold in renew_verdicts(catalogue, chosen.filters, chosen.subsets).items():
         out.print(f"{axis}: {threshold:.6g}")
 
 

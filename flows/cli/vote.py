@@ -21,7 +21,7 @@ out = table_console()
 DatabaseOption = Annotated[str | None, typer.Option(help="Database URL (Postgres); default: SQLite in the folder.")]
 
 
-class Question(StrEnum):
+class Criterion(StrEnum):
     """A question to raters (E.1)."""
 
     quality = "quality"
@@ -38,7 +38,7 @@ def create_vote(
         Path | None, typer.Option(help="Texts: JSON {name: text}, or CSV with the columns name and prompt.")
     ] = None,
     axis: Annotated[
-        list[Question] | None,
+        list[Criterion] | None,
         typer.Option(help="What to ask; may be given twice. Default: both with --prompts, else quality alone."),
     ] = None,
     watermark: Annotated[
@@ -56,7 +56,7 @@ def create_vote(
     """
     from evaluation.preference.study import create_study, read_named_prompts
 
-    chosen = axis or ([Question.quality, Question.prompt] if prompts else [Question.quality])
+    chosen = axis or ([Criterion.quality, Criterion.prompt] if prompts else [Criterion.quality])
     axes = [one.value for one in dict.fromkeys(chosen)]
     texts = read_named_prompts(prompts) if prompts else None
     study = create_study(

@@ -45,7 +45,7 @@ class Symbol:
 
 
 @dataclass(frozen=True)
-class Source:
+class Parsed:
     """The text of a file, parsed: its tree without docstrings, all strings in it, and the tree as bytes."""
 
     tree: ast.Module
@@ -60,7 +60,7 @@ class Module:
     Top-level statements that define nothing are under "".
     """
 
-    source: Source
+    parsed: Parsed
     definitions: dict[str, list[ast.AST]] = field(default_factory=dict)
     imports: dict[str, Symbol] = field(default_factory=dict)
 
@@ -97,14 +97,14 @@ class Code:
                 self._known[symbol] = list(self._needs(symbol))
             waiting += self._known[symbol]
         files = {str(self.file_of(symbol.module)) for symbol in seen}
-        return {file for file in files if self._module(file).source.tree.body}
+        return {file for file in files if self._module(file).parsed.tree.body}
 
     def data_files(self, files: set[str]) -> set[str]:
         """Return the files of the packages that are no code and that a string in `files` names, or names a folder of.
 
         Example: `"report.css"` names evaluation/templates/report.css, and so does `"templates"`.
         """
-        texts = {text for file in files for text in self._module(file).source.strings}
+        texts = {text for file in files for text in self._module(file).parsed.strings}
         return {name for name in self._data() if texts & self._names(Path(name))}
 
     def digest(self, function: str) -> str:
@@ -118,7 +118,7 @@ class Code:
     def _digest(self, file: str) -> bytes:
         if file not in self._digests:
             code = file.endswith(".py")
-            content = _source(self._text(file)).meaning if code else (self.root / file).read_bytes()
+            content = _parsed(self._text(file)).meaning if code else (self.root / file).read_bytes()
             self._digests[file] = hashlib.sha256(content).digest()
         return self._digests[file]
 
@@ -140,8 +140,8 @@ class Code:
 
     def _module(self, file: str) -> Module:
         if file not in self._modules:
-            module = Module(_source(self._text(file)))
-            for node in module.source.tree.body:
+            module = Module(_parsed(self._text(file)))
+            for node in module.parsed.tree.body:
                 self._index(module, node)
             self._modules[file] = module
         return self._modules[file]
@@ -231,10 +231,10 @@ class _Uses(ast.NodeVisitor):
 
 
 @cache
-def _source(text: str) -> Source:
+def _parsed(text: str) -> Parsed:
     tree = _without_docstrings(ast.parse(text))
     constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return Source(tree, frozenset(c for c in constants if isinstance(c, str)), "".join(_dump(tree)).encode())
+    return Parsed(tree, frozenset(c for c in constants if isinstance(c, str)), "".join(_dump(tree)).encode())
 
 
 def _first(module: str) -> tuple[str, Symbol]:

@@ -28,7 +28,7 @@ EVALUATION = "evaluation"
 
 @dataclass(frozen=True)
 class Promotion:
-    """What became of a candidate: its version, whether it is the champion now, and why."""
+    """The outcome for a candidate: its version, whether it is the champion now, and why."""
 
     model: str
     version: str
@@ -69,7 +69,7 @@ def promote(model: str, checkpoint: Path, evaluation: Path) -> Promotion:
 
 
 def _version(client: mlflow.MlflowClient, model: str, alias: str) -> ModelVersion | None:
-    """The version that `alias` points at; None when there is no such alias or model."""
+    """Return the version that `alias` points at; None when there is no such alias or model."""
     try:
         return client.get_model_version_by_alias(model, alias)
     except MlflowException as error:

@@ -15,6 +15,7 @@ from svd.config.compute import (
     Ucf101Compute,
 )
 from svd.config.data import (
+    CaptionerName,
     CaptionsConfig,
     ClipsConfig,
     CurationConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "AutoencoderSection",
     "AutoencoderTraining",
     "CalibrationConfig",
+    "CaptionerName",
     "CaptionsConfig",
     "ClipsConfig",
     "ComputeConfig",

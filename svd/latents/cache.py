@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svd.catalogue.axes import SUBSET_AXES
 from svd.config import Geometry, Phase
 from svd.core.errors import UserError
 from svd.core.files import atomic_file, write_json
@@ -36,9 +37,7 @@ SCHEMA: dict[str, Any] = {
     "split": pl.String,
     "fps": pl.Float64,
     "motion_bucket": pl.Int64,
-    "motion_score": pl.Float64,
-    "similarity": pl.Float64,
-    "text_area": pl.Float64,
+    **{axis.column: pl.Float64 for axis in SUBSET_AXES},
     "camera": pl.String,
     "elevation": pl.Float64,
     "shard": pl.String,

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from svd.catalogue.axes import SUBSET_AXES
 from svd.config import Geometry
 from svd.core.errors import UserError
 from svd.core.files import write_json
@@ -80,9 +81,7 @@ def _row(shard: str, number: int, elevation: float, geometry: Geometry) -> Mappi
         "split": "train",
         "fps": ORBIT_FPS,
         "motion_bucket": ORBIT_MOTION_BUCKET,
-        "motion_score": None,
-        "similarity": None,
-        "text_area": None,
+        **{axis.column: None for axis in SUBSET_AXES},
         "camera": "orbit",
         "elevation": elevation,
         "shard": shard,

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from svd.catalogue.shards import read_clip
+from svd.catalogue.axes import SUBSET_AXES
+from svd.catalogue.shards import read_clip_bytes
 from svd.catalogue.tables import read_clips
 from svd.config import Geometry, LatentsConfig, Preset
 from svd.core.device import pick_device
@@ -116,7 +117,7 @@ def _decode_clip(curation: Path, jobs: Sequence[Job]) -> list[tuple[Job, Tensor 
     """Read the frames (T, 3, H, W) uint8 of all samples of one clip; None for a clip that can't be read."""
     wanted = {number for job in jobs for number in job.window.indices}
     try:
-        frames = decode_frames(read_clip(curation, jobs[0].row), wanted)
+        frames = decode_frames(read_clip_bytes(curation, jobs[0].row), wanted)
     except UnreadableClip as error:
         tqdm.write(f"clip {jobs[0].row['clip_id']} left out: {error}")
         return [(job, None) for job in jobs]
@@ -146,9 +147,7 @@ def _index_row(job: Job, shard: str, number: int, texts: Mapping[str, int]) -> d
         "split": row["split"],
         "fps": job.window.fps,
         "motion_bucket": row["motion_bucket"] or 0,
-        "motion_score": row["motion_score"],
-        "similarity": row["similarity"],
-        "text_area": row["text_area"],
+        **{axis.column: row[axis.column] for axis in SUBSET_AXES},
         "camera": row["camera"],
         "elevation": 0.0,
         "shard": shard,

@@ -16,7 +16,7 @@ from svd.media.video import read_frames, to_uint8, write_gif, write_mp4, write_p
 FORMATS = (".mp4", ".gif", ".png", "")
 
 
-def load_clip(path: Path) -> tuple[Tensor, float]:
+def load_video(path: Path) -> tuple[Tensor, float]:
     """Read a clip as (T, 3, H, W) float32 in [0, 1] and its frames per second; a folder as its PNG files in order.
 
     A folder has no rate and gets 1. Raises UserError when there is nothing to read.

@@ -99,7 +99,7 @@ class Scene:
 
     @property
     def camera_label(self) -> str:
-        """The label of svd.curation.types.CameraLabel: a static camera before a moving object is "object-motion"."""
+        """Return the camera label that curation should find: "object-motion" for a static camera with motion."""
         if self.camera == "static" and self.action != "standing still":
             return "object-motion"
         return self.camera

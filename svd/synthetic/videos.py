@@ -208,7 +208,7 @@ def _truth(plan: VideoPlan) -> dict[str, Any]:
 
 
 def scene_truth(shot: Shot) -> dict[str, Any]:
-    """Return the truth about a shot; camera uses the labels of svd.curation.types."""
+    """Return the truth about a shot; camera uses the labels of the clip catalogue."""
     scene = shot.scene
     return {
         "start_frame": shot.start_frame,

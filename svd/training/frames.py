@@ -13,7 +13,7 @@ import av
 import torch
 from torch import Tensor
 
-from svd.catalogue.shards import read_clip
+from svd.catalogue.shards import read_clip_bytes
 from svd.catalogue.tables import read_clips
 from svd.core.errors import UserError
 from svd.latents.loader import generator, shuffled
@@ -50,7 +50,7 @@ class ClipPixels:
             self._cache.move_to_end(index)
             return self._cache[index]
         row = self.rows[index]
-        clip = read_clip_frames(read_clip(self.folder, row), LONGEST_READ, self.height, self.width)
+        clip = read_clip_frames(read_clip_bytes(self.folder, row), LONGEST_READ, self.height, self.width)
         if len(clip) < self.frames:
             raise UserError(
                 f"{self.folder}: clip {row['clip_id']} has {len(clip)} readable frames instead of {row['frames']}; "

@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from svd.catalogue.axes import SUBSET_AXES
 from svd.config import Phase, Subset, TrainingConfig
 from svd.core.errors import UserError
 from svd.core.files import exclusive
@@ -113,11 +114,13 @@ def run_multiview_finetuning(context: StageContext) -> Report:
 def select_subset(rows: pl.DataFrame, subset: Subset) -> pl.DataFrame:
     """Keep the samples on the right side of each axis' quantile over these samples; ties with the threshold stay."""
     kept = rows
-    for column, share in (("motion_score", subset.min_motion), ("similarity", subset.min_similarity)):
-        if share:
-            kept = kept.filter(pl.col(column) >= rows[column].quantile(share, "lower"))
-    if subset.max_text_area:
-        kept = kept.filter(pl.col("text_area") <= rows["text_area"].quantile(1 - subset.max_text_area, "higher"))
+    for axis in SUBSET_AXES:
+        share: float = getattr(subset, axis.option)
+        score, scores = pl.col(axis.column), rows[axis.column]
+        if share and axis.side == "min":
+            kept = kept.filter(score >= scores.quantile(share, "lower"))
+        elif share:
+            kept = kept.filter(score <= scores.quantile(1 - share, "higher"))
     return kept
 
 

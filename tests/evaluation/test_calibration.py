@@ -25,8 +25,7 @@ from evaluation.calibration.results import conclude
 from evaluation.preference.app import build
 from evaluation.preference.ratings import Vote
 from evaluation.preference.study import load_study, open_store
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
 from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.model.formats.folders import load_unet, save_unet
@@ -80,7 +79,7 @@ def write_inputs(folder: Path) -> dict[str, Path]:
         captions=pl.Series(captions),
         keep=pl.lit(False),
     )
-    catalog.write_table(path, catalog.with_schema(rows, schema.CLIPS_SCHEMA))
+    tables.write_table(path, tables.with_schema(rows, schema.CLIPS_SCHEMA))
     inputs = write_models(folder)
     torch.manual_seed(1)
     image = UNet(

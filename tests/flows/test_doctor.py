@@ -42,7 +42,7 @@ def listening() -> Iterator[int]:
 
 
 def findings(preset: str) -> dict[str, doctor.Finding]:
-    return {finding.name: finding for finding in doctor.examine(load_preset(preset))}
+    return {finding.name: finding for finding in doctor.run_checks(load_preset(preset))}
 
 
 def test_missing_weights_are_named_and_found_ones_are_not(tmp_path: Path) -> None:

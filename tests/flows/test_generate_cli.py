@@ -19,7 +19,7 @@ from svd.core.errors import UserError
 from svd.generation import models as loading
 from svd.generation import safety
 from svd.media import watermark
-from svd.media.clips import load_clip
+from svd.media.clips import load_video
 from svd.media.video import read_comment, read_frames, write_mp4
 from svd.model.lora import add_lora, save_lora
 from svd.model.unet import UNet
@@ -147,7 +147,7 @@ def test_interpolation_scales_the_video(run, tmp_path):
         (["--height", 8, "--width", 8], (8, 8)),
     ):
         (path,) = run("interpolate", "odd.mp4", *options, "--format", "png", *QUICK)
-        clip = load_clip(tmp_path / path)[0]
+        clip = load_video(tmp_path / path)[0]
         assert clip.shape == (5, 3, *size)
         shutil.rmtree(tmp_path / path)
 
@@ -156,14 +156,14 @@ def test_batches_and_repeats_give_the_same_clips(run, tmp_path):
     together = run("text", "a ball", "--count", 2, "--batch", 2, "--format", "png", *SIZE, *QUICK)
     assert together == ["generated/a-ball-0", "generated/a-ball-1"]
     alone = run("text", "a ball", "--seed", 1, "--out", "again", "--format", "png", *SIZE, *QUICK)
-    first, second = load_clip(tmp_path / together[1])[0], load_clip(tmp_path / alone[0])[0]
+    first, second = load_video(tmp_path / together[1])[0], load_video(tmp_path / alone[0])[0]
     assert (first - second).abs().max() <= 2 / 255
 
 
 def test_image_starts_from_pictures(run, tmp_path, picture):
     paths = run("image", picture, "--out", "film.gif", "--fps", 10, *SIZE, *QUICK)
     assert paths == ["film.gif"]
-    clip, fps = load_clip(tmp_path / "film.gif")
+    clip, fps = load_video(tmp_path / "film.gif")
     assert clip.shape == (3, 3, 64, 96)
     assert fps == 10
 
@@ -181,7 +181,7 @@ def test_watermark_lora_and_offloading(run, tmp_path, trained):
     plain, marked, lora = (["text", "a ball", *SIZE, *QUICK, "--format", "png", "--out", n] for n in "abc")
     (before,) = run(*plain)
     (after,) = run(*marked, "--watermark", "--offload", "--sequential", "--decode-chunk", 2)
-    frames = (load_clip(tmp_path / after)[0].permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    frames = (load_video(tmp_path / after)[0].permute(0, 2, 3, 1) * 255).round().byte().numpy()
     assert watermark.read(frames) == watermark.MESSAGE
     unet = small_unet(4, 2)
     add_lora(unet, 2, 2.0, "zoom", context_tokens=77)
@@ -190,7 +190,7 @@ def test_watermark_lora_and_offloading(run, tmp_path, trained):
             torch.nn.init.normal_(parameter)
     save_lora(unet, tmp_path / "zoom", "zoom")
     (changed,) = run(*lora, "--lora", "zoom:3")
-    assert not torch.equal(load_clip(tmp_path / changed)[0], load_clip(tmp_path / before)[0])
+    assert not torch.equal(load_video(tmp_path / changed)[0], load_video(tmp_path / before)[0])
     with pytest.raises(UserError, match="'much' is no number"):
         run(*lora, "--lora", "zoom:much")
     with pytest.raises(UserError, match="zoom is given twice"):
@@ -210,7 +210,7 @@ def test_compiled_networks_make_the_same_clip(run, tmp_path, monkeypatch):
     line = ["text", "a ball", *SIZE, *QUICK, "--format", "png", "--out"]
     (plain,), (fast,) = run(*line, "a"), run(*line, "b", "--compile", "--offload")
     assert len(compiled) == 1 and all(block._compiled_call_impl is not None for block in compiled[0].blocks())
-    assert (load_clip(tmp_path / plain)[0] - load_clip(tmp_path / fast)[0]).abs().max() <= 1 / 255
+    assert (load_video(tmp_path / plain)[0] - load_video(tmp_path / fast)[0]).abs().max() <= 1 / 255
 
 
 @pytest.mark.parametrize(

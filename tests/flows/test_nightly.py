@@ -25,7 +25,7 @@ from prefect.testing.utilities import prefect_test_harness
 from toy_models import randomised
 
 from flows.prefect_flows.nightly import EVALUATED, EVALUATION, nightly_evaluation
-from flows.runner import checkpoint_digest
+from flows.running.runner import checkpoint_digest
 from flows.stages import NIGHTLY, STAGES
 from flows.tracking.runs import MlflowTracker, RunInfo, tracked_run, tracking_uri
 from svd.config.load import load_preset

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from project_folder import give_presets
 
-from flows import runner
+from flows.running import runner
 from flows.stages import find_stage
 from svd import stage as stages
 from svd.config import Preset

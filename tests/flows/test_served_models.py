@@ -19,8 +19,8 @@ from mlflow.pyfunc import PyFuncModel, scoring_server
 from PIL import Image
 from toy_models import toy_autoencoder, toy_unet
 
-from flows import runner
 from flows.places import Place
+from flows.running import runner
 from flows.stages import STAGES, Stage
 from flows.tracking.runs import RunInfo, tracked_run, tracking_uri
 from svd.config import Preset

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.generated import stale_files
 from flows.prefect_flows.dispatch import stage_flow
+from flows.rendering.files import stale_files
 from flows.stages import BRANCHES, PIPELINE, STAGES, find_stage
 from svd.config import Preset
 from svd.core.errors import UserError
@@ -23,7 +23,7 @@ def test_the_files_are_what_the_table_makes() -> None:
 
 
 def test_the_files_are_equal_bytes_every_time(tmp_path: Path) -> None:
-    from flows.generated import FILES, write_files
+    from flows.rendering.files import FILES, write_files
 
     assert write_files(tmp_path) == list(FILES)
     assert write_files(tmp_path) == []

@@ -12,9 +12,9 @@ import mlflow
 import pytest
 import yaml
 
-from flows import runner
 from flows.recording import dvc as versioning
 from flows.recording import work
+from flows.running import runner
 from flows.stages import Stage
 from flows.tracking.runs import tracking_uri
 from svd.config.load import load_preset

@@ -7,7 +7,7 @@ from PIL import Image
 
 from svd.core.errors import UserError
 from svd.media import watermark
-from svd.media.clips import load_clip, save_clip
+from svd.media.clips import load_video, save_clip
 from svd.media.images import read_image, read_images
 from svd.media.video import read_comment, read_frames
 
@@ -65,7 +65,7 @@ def test_a_still_is_the_same_image_for_every_reader(tmp_path, suffix):
     Image.fromarray(pixels).save(path)
     (frame,), _ = read_frames(path)
     assert np.array_equal(frame, (read_image(path).permute(1, 2, 0) * 255).round().byte().numpy())
-    assert torch.equal(load_clip(path)[0], read_image(path)[None])
+    assert torch.equal(load_video(path)[0], read_image(path)[None])
 
 
 def test_a_still_that_is_none_is_named(tmp_path):
@@ -81,13 +81,13 @@ def test_unreadable_pictures_are_named(tmp_path):
     with pytest.raises(UserError, match=r"absent\.png: no such file"):
         read_image(tmp_path / "absent.png")
     with pytest.raises(UserError, match=r"holds no \.png"):
-        load_clip(tmp_path / "..")
+        load_video(tmp_path / "..")
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "frames"])
 def test_clips_round_trip(tmp_path, clip, name):
     save_clip(tmp_path / name, clip, 5, {"prompt": "x"})
-    loaded, fps = load_clip(tmp_path / name)
+    loaded, fps = load_video(tmp_path / name)
     assert loaded.shape == clip.shape
     assert fps == (1 if name == "frames" else 5)
     assert (loaded - clip).abs().mean() < 0.03

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from svd.catalogue.shards import read_clip
+from svd.catalogue.shards import read_clip_bytes
 from svd.catalogue.tables import read_clips
 from svd.core.errors import UserError
 from svd.media.video import write_mp4
@@ -204,6 +204,6 @@ def test_batches_are_a_function_of_seed_and_step_and_run_in_epochs(tmp_path: Pat
 def test_clips_shorter_than_the_catalogue_says_are_explained(tmp_path: Path) -> None:
     folder = write_curation(tmp_path, train=1, test=1)
     rows = [row | {"frames": 20} for row in read_clips(folder).iter_rows(named=True)]
-    assert read_clip_frames(read_clip(folder, rows[0]), 99, 32, 48).shape[0] == 8
+    assert read_clip_frames(read_clip_bytes(folder, rows[0]), 99, 32, 48).shape[0] == 8
     with pytest.raises(UserError, match="has 8 readable frames instead of 20"):
         ClipPixels(folder, rows, 12, 32, 48).clip(0)

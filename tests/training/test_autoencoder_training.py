@@ -14,7 +14,7 @@ from curated import write_curation
 from PIL import Image
 
 from svd.catalogue.schema import CLIPS_SCHEMA
-from svd.catalogue.tables import read_clips, write_rows
+from svd.catalogue.tables import read_clips, write_table_rows
 from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.model.autoencoder import Autoencoder, sample_posterior
@@ -176,6 +176,6 @@ def test_mistakes_are_explained_in_one_line(curation: Path, tmp_path: Path) -> N
 def test_an_empty_curation_is_explained(curation: Path, tmp_path: Path) -> None:
     rows = [row | {"keep": False} for row in read_clips(curation).iter_rows(named=True)]
     (tmp_path / "catalogue").mkdir()
-    write_rows(tmp_path / "catalogue" / "clips.parquet", rows, CLIPS_SCHEMA)
+    write_table_rows(tmp_path / "catalogue" / "clips.parquet", rows, CLIPS_SCHEMA)
     with pytest.raises(UserError, match="kept no clip to train on"):
         run(context(tmp_path, tmp_path))

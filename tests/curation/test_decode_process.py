@@ -20,10 +20,12 @@ from media_files import Kind, shots, tiny_config, write
 
 from svd.core.errors import UserError
 from svd.curation import stage
-from svd.curation.measuring.process import DEFAULT_MEMORY, Analyst, WorkerError, limited_resource
+from svd.curation.base.messages import Analyse, CountParts, Done, VideoLength
+from svd.curation.base.types import SourceFailure
+from svd.curation.measuring.child import limited_resource
+from svd.curation.measuring.process import DEFAULT_MEMORY, DecodeProcess, WorkerError
 from svd.curation.measuring.unit import identify, measure_unit, units_of
-from svd.curation.scoring.process import Networks
-from svd.curation.types import SourceFailure
+from svd.curation.scoring.process import ScoringProcess
 from svd.sources.listing import list_sources
 
 
@@ -50,27 +52,28 @@ class Scripted:
 
 
 def test_a_long_source_has_more_time(video, tmp_path):
-    analyst = Analyst()
-    long = Scripted(3 * 1800.0, "done")
-    assert analyst._exchange(long, ("analyse",), None) == "done" and long.waits == [3600, 3 * 3600]
-    short = Scripted(5.0, "done")
-    assert analyst._exchange(short, ("analyse",), None) == "done" and short.waits == [3600, 3600]
+    decoding = DecodeProcess()
+    request = CountParts(video, tiny_config())
+    long = Scripted(VideoLength(3 * 1800.0), Done("done"))
+    assert decoding._exchange(long, request, None) == Done("done") and long.waits == [3600, 3 * 3600]
+    short = Scripted(VideoLength(5.0), Done("done"))
+    assert decoding._exchange(short, request, None) == Done("done") and short.waits == [3600, 3600]
     with pytest.raises(SourceFailure, match="not finished after 14400 s"):
-        analyst._exchange(Scripted(4 * 1800.0), ("analyse",), None)
+        decoding._exchange(Scripted(VideoLength(4 * 1800.0)), request, None)
     config = tiny_config()
-    with analyst:
-        connection = analyst._start()
-        connection.send(("analyse", video, config, (0, 2), tmp_path / "part.mp4"))
-        assert connection.recv() == pytest.approx(150 / 24 / 2, abs=0.05), "the seconds of one of two parts"
+    with decoding:
+        connection = decoding._start()
+        connection.send(Analyse(video, config, (0, 2), tmp_path / "part.mp4"))
+        assert connection.recv().seconds == pytest.approx(150 / 24 / 2, abs=0.05), "the seconds of one of two parts"
 
 
-def when_busy(analyst: Analyst, action) -> threading.Thread:
-    """Call `action` with the process of `analyst` as soon as it has used a little CPU time for its request."""
+def when_busy(decoding: DecodeProcess, action) -> threading.Thread:
+    """Call `action` with the process of `decoding` as soon as it has used a little CPU time for its request."""
 
     def watch() -> None:
-        while analyst._process is None or analyst._process.pid is None:
+        while decoding._process is None or decoding._process.pid is None:
             time.sleep(0.001)
-        pid = analyst._process.pid
+        pid = decoding._process.pid
         before = used(pid)
         while used(pid) <= before:
             time.sleep(0.001)
@@ -89,10 +92,10 @@ def used(pid: int) -> int:
 
 
 def test_a_killed_process_is_replaced_and_its_source_tried_again(video):
-    with Analyst() as analyst:
-        expected = analyst.analyse(video, tiny_config())
-        thread = when_busy(analyst, lambda pid: os.kill(pid, signal.SIGKILL))
-        again = analyst.analyse(video, tiny_config())
+    with DecodeProcess() as decoding:
+        expected = decoding.analyse(video, tiny_config())
+        thread = when_busy(decoding, lambda pid: os.kill(pid, signal.SIGKILL))
+        again = decoding.analyse(video, tiny_config())
         thread.join()
     assert [c.span for c in again.clips] == [c.span for c in expected.clips]
 
@@ -100,7 +103,7 @@ def test_a_killed_process_is_replaced_and_its_source_tried_again(video):
 WHAT_FITS = """
 import mmap, sys
 import numpy as np
-from svd.curation.measuring.process import limit_memory
+from svd.curation.measuring.child import limit_memory
 
 limit_memory(256 << 20, sys.argv[1])
 for attempt in (
@@ -141,18 +144,18 @@ def test_raft_at_full_size_fits_into_the_memory_of_a_process(raft_weights, tmp_p
     frames = list(shots([26], height=450, width=800, speed=2.0))
     video = write(tmp_path / "v", frames, kind=Kind(options={"preset": "ultrafast"}))
     config = tiny_config(motion__algorithm="raft", motion__raft_weights=str(raft_weights), motion__fps=1.0)
-    with Analyst() as analyst:
-        (clip,) = analyst.analyse(video, config).clips
+    with DecodeProcess() as decoding:
+        (clip,) = decoding.analyse(video, config).clips
     assert clip.flow.shape == (1, 16, 28, 2) and np.isfinite(clip.flow).all() and clip.motion_score > 0
 
 
-def when_loading(analyst: Analyst, before: int) -> Future[int]:
+def when_loading(decoding: DecodeProcess, before: int) -> Future[int]:
     """Kill the process that follows `before` while it loads torch, long before it is ready; gives its number."""
     killed: Future[int] = Future()
 
     def pid() -> int | None:
         with contextlib.suppress(ValueError):  # closed in this very moment
-            return analyst._process and analyst._process.pid
+            return decoding._process and decoding._process.pid
         return None
 
     def watch() -> None:
@@ -172,56 +175,56 @@ def test_a_replaced_process_goes_on_with_raft(raft_weights, tmp_path):
     """Killed at work, killed while it loads its networks, and ended for lack of memory."""
     video = write(tmp_path / "v", list(shots([26], height=96, width=128, speed=0.5)))
     config = tiny_config(motion__algorithm="raft", motion__raft_weights=str(raft_weights), motion__fps=1.0)
-    with Analyst() as analyst:
-        expected = analyst.analyse(video, config)
+    with DecodeProcess() as decoding:
+        expected = decoding.analyse(video, config)
         assert expected.clips[0].flow.any()
 
         def same_as_expected() -> bool:
-            (clip,), (other,) = expected.clips, analyst.analyse(video, config).clips
+            (clip,), (other,) = expected.clips, decoding.analyse(video, config).clips
             return np.array_equal(clip.flow, other.flow) and clip.motion_score == other.motion_score
 
-        first = analyst._process.pid
-        working = when_busy(analyst, lambda pid: os.kill(pid, signal.SIGKILL))
-        loading = when_loading(analyst, first)
+        first = decoding._process.pid
+        working = when_busy(decoding, lambda pid: os.kill(pid, signal.SIGKILL))
+        loading = when_loading(decoding, first)
         assert same_as_expected()
         working.join()
-        assert analyst._process.pid not in (first, loading.result(timeout=1))
-        analyst.close()
-        analyst.memory = 64 << 20
+        assert decoding._process.pid not in (first, loading.result(timeout=1))
+        decoding.close()
+        decoding.memory = 64 << 20
         with pytest.raises(SourceFailure, match="more memory needed than allowed"):
-            analyst.analyse(video, config)
-        assert analyst._process is None
-        analyst.memory = DEFAULT_MEMORY
+            decoding.analyse(video, config)
+        assert decoding._process is None
+        decoding.memory = DEFAULT_MEMORY
         assert same_as_expected()
 
 
 def test_a_process_has_the_networks_of_every_request(video):
     """TransNetV2 doesn't fit into what a source may need; a process that is there already does not have it."""
     passes = [{"detector": "transnetv2", "threshold": 0.5}]
-    with Analyst() as analyst:
-        plain = analyst.analyse(video, tiny_config())
-        found = analyst.analyse(video, tiny_config(cuts__passes=passes))
+    with DecodeProcess() as decoding:
+        plain = decoding.analyse(video, tiny_config())
+        found = decoding.analyse(video, tiny_config(cuts__passes=passes))
     assert found.facts == plain.facts and [clip.span for clip in found.clips] == [clip.span for clip in plain.clips]
 
 
 def test_a_process_that_cannot_start_ends_the_run_and_blames_no_source(video, tmp_path):
     config = tiny_config(motion__algorithm="raft", motion__raft_weights=str(tmp_path / "missing.pth"))
     (unit,) = units_of([identify(source) for source in list_sources([str(video)])], 1)
-    with Analyst() as analyst, pytest.raises(WorkerError, match=r"missing\.pth: no such file"):
-        measure_unit(unit, config, tmp_path / "measured", analyst)
+    with DecodeProcess() as decoding, pytest.raises(WorkerError, match=r"missing\.pth: no such file"):
+        measure_unit(unit, config, tmp_path / "measured", decoding)
     assert not (tmp_path / "measured" / unit.name).exists()
 
 
 def test_a_stopped_process_blames_no_source(video, tmp_path):
     (unit,) = units_of([identify(source) for source in list_sources([str(video)])], 1)
-    with Analyst() as analyst:
-        analyst.analyse(video, tiny_config())
-        thread = when_busy(analyst, lambda pid: analyst.stop())
+    with DecodeProcess() as decoding:
+        decoding.analyse(video, tiny_config())
+        thread = when_busy(decoding, lambda pid: decoding.stop())
         with pytest.raises(WorkerError, match="stopped"):
-            measure_unit(unit, tiny_config(), tmp_path / "measured", analyst)
+            measure_unit(unit, tiny_config(), tmp_path / "measured", decoding)
         thread.join()
         with pytest.raises(WorkerError, match="stopped"):
-            analyst.analyse(video, tiny_config())
+            decoding.analyse(video, tiny_config())
     assert not (tmp_path / "measured" / unit.name).exists()
 
 
@@ -232,7 +235,7 @@ def test_an_error_ends_the_run_at_once_and_leaves_work_that_can_be_continued(tmp
     whole, broken = (context(preset, sources, encoders, tmp_path / name) for name in ("whole", "broken"))
     stage.run(whole)
     with monkeypatch.context() as patched:
-        patched.setattr(Networks, "score_unit", lambda *args: (_ for _ in ()).throw(error))
+        patched.setattr(ScoringProcess, "score_unit", lambda *args: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             stage.run(broken)
     assert len([unit for unit in (broken.work / "measured").iterdir() if not unit.name.startswith(".")]) < 6

@@ -1,4 +1,4 @@
-"""What the processes beside a run have in common. Imports next to nothing: those processes count their memory."""
+"""Helpers of the child processes of a run. The imports are few because every child process pays for their memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from multiprocessing.connection import wait
 
 
 def end_with_parent() -> None:
-    """Wait for the parent's death, then end at once: a killed run leaves nothing behind that decodes or writes."""
+    """Wait for the parent's end, then end this process at once, so that a killed run leaves no child that still writes.
+
+    Run it in a daemon thread of the child.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -17,7 +20,7 @@ def end_with_parent() -> None:
 
 
 def exit_name(code: int | None) -> str:
-    """How a process ended, for people."""
+    """Name how a process ended: a signal such as "SIGKILL", or its exit status."""
     if code is None:
         return "no exit status"
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"

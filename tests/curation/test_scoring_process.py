@@ -15,7 +15,7 @@ from curation_inputs import context, tiny, write_encoders, write_sources
 
 from svd.core.errors import UserError
 from svd.curation.scoring import process as networks_module
-from svd.curation.scoring.process import Networks
+from svd.curation.scoring.process import ScoringProcess
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,9 @@ def encoders(tmp_path_factory):
     return write_encoders(tmp_path_factory.mktemp("networks") / "encoders")
 
 
-def networks(encoders, **overrides) -> closing[Networks]:
+def networks(encoders, **overrides) -> closing[ScoringProcess]:
     preset = tiny(**overrides)
-    return closing(Networks(preset.curation, preset.encoders, encoders))
+    return closing(ScoringProcess(preset.curation, preset.encoders, encoders))
 
 
 def test_missing_weights_are_told_at_once(encoders, tmp_path):

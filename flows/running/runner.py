@@ -5,7 +5,6 @@ The `svd stage` command, `dvc repro` and the Prefect flows all come through here
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -13,7 +12,7 @@ import os
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, tracked_run
 from svd.config import Preset
 from svd.config.load import load_preset
 from svd.core.errors import UserError
-from svd.core.files import recover
+from svd.core.files import Held, exclusive, recover
 from svd.stage import Report, StageContext, republish
 from svd.training import ranks
 
@@ -114,19 +113,14 @@ def only_one(place: Place) -> Iterator[None]:
 
     A pipeline that is started again after a crash may meet a stage of the first one that is still at work.
     """
-    place.lock.parent.mkdir(parents=True, exist_ok=True)
-    with place.lock.open("a+") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
+            stack.enter_context(exclusive(place.lock, wait=False))
+        except Held as error:
             raise UserError(
-                f"'{place.stage}' of preset '{place.preset}' is being run by process {lock.read().strip()}; "
+                f"'{place.stage}' of preset '{place.preset}' is being run by process {error.holder}; "
                 f"wait for it or stop it ({place.lock})"
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
         yield
 
 
@@ -169,7 +163,7 @@ def run_preset_stage(
 
 def _run(stage: Stage, preset: Preset, link: RunLink, root: str | None, keep: bool) -> Report:
     inputs, place = stage_inputs(stage, preset), Place(preset.name, stage.name)
-    versioning.open_repo().close()  # its absence is told before hours of work, not after
+    versioning.open_repo().close()  # a missing one is reported before hours of work, not after
     if dvc_records() and not place.inventory.is_file():  # `dvc repro -s` in a fresh clone; DVC hashes it at the end
         inventory.take_stage(stage, preset)
     clear_recorded(preset)
@@ -214,7 +208,7 @@ def _run_tracked(
             report = stage.load()(context)
         made = hash_folder(place.output)
         if uri:
-            store.publish(place.output, uri, made.md5)
+            store.publish_folder(place.output, uri, made.md5)
         tracker.log_lineage("output", [made])
         _log_outcome(tracker, stage, preset, report)
     return report, made

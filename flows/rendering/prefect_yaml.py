@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from flows.rendering.yaml_text import file_text
 from flows.stages import STAGES, Stage
-from flows.yaml_file import file_text
 
 NIGHTLY_PRESET = "tiny"
 NIGHTLY_CRON = "0 2 * * *"  # UTC
@@ -18,7 +18,7 @@ Pipelines share dvc.lock: one at a time, by the limit that flows/stack/server_se
 """
 
 
-def render() -> str:
+def render_deployments() -> str:
     """Return the text of prefect.yaml: the pipeline, the nightly evaluation, and every stage."""
     content = {
         "name": "svd-platform",

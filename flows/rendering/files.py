@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from flows.prefect_flows import deployments
-from flows.recording import dvc_yaml
+from flows.rendering import dvc_yaml, prefect_yaml
+from svd.core.files import write_text
 
 FILES: dict[Path, Callable[[], str]] = {
     dvc_yaml.MAIN: dvc_yaml.render_main,
     dvc_yaml.BRANCH: dvc_yaml.render_branches,
-    Path("prefect.yaml"): deployments.render,
+    Path("prefect.yaml"): prefect_yaml.render_deployments,
 }
 
 
@@ -24,8 +24,7 @@ def write_files(folder: Path) -> list[Path]:
     """Write the generated files below `folder` where they differ from the table; returns those that were written."""
     stale = stale_files(folder)
     for name in stale:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(FILES[name](), encoding="utf-8")
+        write_text(folder / name, FILES[name]())
     return stale
 
 

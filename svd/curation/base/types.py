@@ -1,11 +1,12 @@
-"""What the decode pass finds in one source: facts, cuts with their evidence, clips with motion and sampled frames.
+"""Records of one source: its facts, cuts with their evidence, clips with motion and sampled frames.
 
-All times come in two forms: `pts`, integers in the `time_base` of the source's video stream, which are exact, and
-seconds on the source's own clock, pts × time_base, whose zero need not be the first frame. Ends are exclusive.
+Times come in two forms. `pts` are integers in the `time_base` of the source's video stream and exact. Seconds are
+pts × time_base, on the source's own clock, whose zero need not be the first frame. Ends are exclusive.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
@@ -41,7 +42,10 @@ class SourceFailure(Exception):
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What container and packets say; `width` × `height` are coded, `display_*` after orientation and pixel aspect."""
+    """Facts of a source from its container, packets and decoded frames.
+
+    width, height: coded size; display_width, display_height: size after orientation and pixel aspect.
+    """
 
     container: str
     codec: str
@@ -50,7 +54,7 @@ class SourceFacts:
     height: int
     display_width: int
     display_height: int
-    orientation: Orientation  # makes the shown picture of the coded one
+    orientation: Orientation  # from the coded image to the shown one
     sample_aspect: tuple[int, int]
     interlaced: bool
     fps: float  # frames / duration
@@ -70,8 +74,8 @@ class SourceFacts:
 class Cut:
     """A boundary between two shots, with its evidence.
 
-    frame: index (display order) of the first frame of the new shot; [start_frame, end_frame) is the transition itself,
-    empty for a hard cut, and belongs to no clip; score: the detector's value at the cut, against `threshold`.
+    frame: index (display order) of the first frame of the new shot. [start_frame, end_frame) is the transition: it is
+    empty for a hard cut and belongs to no clip. score: value of the detector at the cut, compared with `threshold`.
     """
 
     kind: CutKind
@@ -82,17 +86,17 @@ class Cut:
     seconds: float
     start_seconds: float
     end_seconds: float
-    detector: str  # such as "content@24", detector and frame rate of the pass that found it
+    detector: str  # detector and frame rate of the pass that found it, such as "content@24"
     score: float
     threshold: float
 
 
 @dataclass(frozen=True)
 class ClipSpan:
-    """Which frames of the source a clip holds and how it is written.
+    """The frames of the source that a clip holds, and how it is written.
 
-    [shot_start_frame, shot_end_frame) is the shot before the boundaries snapped to keyframes; `start_cut` and `end_cut`
-    are indices into `Analysis.cuts`, None at the ends of the source and where a long shot was split.
+    [shot_start_frame, shot_end_frame) is the whole shot, before its ends moved to keyframes. `start_cut` and `end_cut`
+    are indices into `SourceAnalysis.cuts`; None at the ends of the source and where a long shot was split.
     """
 
     start_frame: int
@@ -111,12 +115,12 @@ class ClipSpan:
 
 @dataclass(frozen=True)
 class CameraMotion:
-    """Camera label of a clip with the robust global fit behind it (medians over the sampled pairs).
+    """Camera label of a clip, with the robust global fit behind it (medians over the sampled pairs).
 
-    pan, tilt: apparent camera speed in frame widths / heights a second (pan > 0: the camera turns right, tilt > 0: up);
-    zoom: natural log of the scale a second (> 0: in); roll: radians a second (> 0: the camera turns clockwise);
-    shake: high-frequency part of the translation, same unit as pan; residual: mean flow that the fit leaves, in frame
-    widths a second; moving: share of the area that does not follow the fit.
+    pan, tilt: apparent camera speed in frame widths per second (pan > 0: the camera turns right, tilt > 0: up).
+    zoom: natural logarithm of the scale, per second (> 0: in). roll: radians per second (> 0: clockwise).
+    shake: high-frequency part of the translation, in frame widths per second. residual: mean flow that the fit leaves,
+    in frame widths per second. moving: share of the area that does not follow the fit.
     """
 
     label: CameraLabel
@@ -132,10 +136,14 @@ class CameraMotion:
 
 @dataclass(frozen=True)
 class ClipAnalysis:
-    """One clip. flow: (P, h, w, 2) float16, dx and dy in pixels of the stored map between samples, short side 16 px;
-    frames: first, middle and last sampled frame, (3, H, W, 3) RGB uint8, upright, square pixels, at most 768 px wide;
-    motion_score: mean magnitude of the flow over time and space (§3.1), pixels of the stored map a sample step;
-    text_areas: share of each of the frames that text covers, in [0, 1]; empty where nobody looked for it."""
+    """One clip of a source.
+
+    motion_score: mean magnitude of the flow over time and space (§3.1), in pixels of the stored map per sample step.
+    flow: (P, h, w, 2) float16, dx and dy between P pairs of samples, in pixels of the stored map (short side 16).
+    frames: first, middle and last sample, (3, H, W, 3) uint8 RGB, upright, square pixels, at most 768 px wide.
+    text_areas: share of each of the three frames that text covers, in [0, 1]; empty before text detection.
+    scores: score by axis name, of the axes that are measured; empty before they are computed.
+    """
 
     span: ClipSpan
     motion_score: float
@@ -144,11 +152,12 @@ class ClipAnalysis:
     frames: np.ndarray
     frame_seconds: tuple[float, float, float]
     text_areas: tuple[float, ...] = ()
+    scores: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DroppedSpan:
-    """Frames of the source that no clip holds, and why: every frame is in a clip or has a reason."""
+    """Frames of the source that no clip holds, with the reason. Every frame is in a clip or in a dropped span."""
 
     start_frame: int
     end_frame: int
@@ -160,23 +169,25 @@ class DroppedSpan:
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """Everything one decode pass finds in a source.
+class SourceAnalysis:
+    """Everything that one decode pass finds in a source.
 
-    inherited: how many of the first cuts the part before lists as its own; 0 for whole sources.
+    inherited: how many of the first cuts belong to the part before, which lists them; 0 for whole sources.
     """
 
     facts: SourceFacts
     cuts: list[Cut]
     clips: list[ClipAnalysis]
     dropped: list[DroppedSpan]
-    timing: dict[str, float] = field(default_factory=dict)  # CPU seconds by part; never part of an output
+    timing: dict[str, float] = field(
+        default_factory=dict
+    )  # CPU seconds by step; for benchmarks, never part of an output
     inherited: int = 0
 
 
 @dataclass(frozen=True)
 class ClipFile:
-    """A written clip: its file decodes to exactly `frames` frames; `bytes` is its size."""
+    """A written clip; its file has `bytes` bytes and decodes to exactly `frames` frames."""
 
     frames: int
     bytes: int

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flows.rendering.yaml_text import file_text
 from flows.stages import STAGES, Stage
-from flows.yaml_file import file_text
 
 MAIN, BRANCH = Path("dvc.yaml"), Path("branches") / "dvc.yaml"
 _PRESET = "${preset}"
