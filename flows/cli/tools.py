@@ -28,7 +28,8 @@ def curate_videos(
     dry_run: Annotated[bool, typer.Option(help="Only say how much there is and what it will cost.")] = False,
 ) -> None:
     """Cut, clip, caption, score and filter your own videos: catalogue, shards and report in outputs/NAME/curation."""
-    from flows.running.runner import run_preset_stage
+    from flows.places import Place
+        from flows.running.runner import run_preset_stage
     from svd.config.load import load_preset
     from svd.curation.dry_run import plan_curation
     from svd.sources.listing import list_sources
@@ -45,7 +46,7 @@ def curate_videos(
     run_preset_stage("sources", chosen)
     run_preset_stage("encoders", chosen)
     report = run_preset_stage("curation", chosen)
-    out.print(f"{report.summary}\nreport: outputs/{name}/curation/report.html")
+    out.print(f"{report.summary}\nreport: {Place(name, 'curation').output}/report.html")
 
 
 @tools_app.command("browse")

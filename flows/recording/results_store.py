@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from flows.places import Place
 from flows.rendering.dvc_yaml import BRANCH, MAIN
 from flows.stages import Stage
 from svd import storage
@@ -183,7 +184,7 @@ def _with_progress(files: Files, title: str) -> Iterator[tuple[str, dict[str, An
 def fetch_inputs(root: str, preset: str, folders: Mapping[str, Path]) -> None:
     """Bring the folders of input stages from the store; one that is not stored there stays as it is here."""
     for stage, folder in folders.items():
-        uri = storage.join(root, preset, stage)
+        uri = Place(preset, stage).uri(root)
         if read_manifest(uri) is None:
             logger.info("%s is not in the store, the local folder is used", uri)
         elif moved := fetch_folder(uri, folder):

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flows.places import Place
 from flows.rendering.yaml_text import file_text
 from flows.stages import STAGES, Stage
 
@@ -56,11 +57,11 @@ def render_branches() -> str:
 
 
 def _output(stage: Stage) -> str:
-    return f"outputs/{_PRESET}/{stage.name}"
+    return Place(_PRESET, stage.name).output.as_posix()
 
 
 def _inventory_file(stage: Stage) -> str:
-    return f"outputs/{_PRESET}/inventory/{stage.name}.json"
+    return Place(_PRESET, stage.name).inventory.as_posix()
 
 
 def _inventory() -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _inventory() -> dict[str, Any]:
 
 
 def _entry(stage: Stage) -> dict[str, Any]:
-    inputs = [f"outputs/{_PRESET}/{name}" for name in stage.inputs]
+    inputs = [folder.as_posix() for folder in Place(_PRESET, stage.name).inputs.values()]
     return {
         "desc": stage.description,
         "cmd": f"svd stage {stage.name} --preset {_PRESET}",
