@@ -29,7 +29,7 @@ def curate_videos(
 ) -> None:
     """Cut, clip, caption, score and filter your own videos: catalogue, shards and report in outputs/NAME/curation."""
     from flows.places import Place
-        from flows.running.runner import run_preset_stage
+    from flows.running.runner import run_preset_stage
     from svd.config.load import load_preset
     from svd.curation.dry_run import plan_curation
     from svd.sources.listing import list_sources
