@@ -77,9 +77,7 @@ class Solving:
 class Motion:
     """Options of the micro-conditioning."""
 
-    fps: Annotated[float | None, typer.Option(min=1, help="Frames per second: told to the model, and of the file.")] = (
-        None
-    )
+    fps: Annotated[float | None, typer.Option(min=1, help="Frames per second, for the model and of the file.")] = None
     motion: Annotated[int, typer.Option(min=0, max=511, help="Motion bucket; 0 still, 255 the liveliest trained.")] = (
         127
     )

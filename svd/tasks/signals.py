@@ -26,7 +26,7 @@ Values: TypeAlias = float | Sequence[float] | Tensor  # one number for all clips
 
 @dataclass(frozen=True)
 class ClipSignals:
-    """What is known about B clips of T = `frames` frames, encoded; a task's `build` takes what its network reads.
+    """Facts about B clips of T = `frames` frames, encoded; a task's `build` takes those that its network reads.
 
     text (B, S, D), or (B, T, S, D) with a text per frame. motion_text (B, S, D): a text for the temporal layers alone
     (temporal prompting, E.5.4). image (B, N, D): CLIP embeddings of N given frames. latents (B, N, C, h, w): their
