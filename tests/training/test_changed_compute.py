@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from toy_training import toy_context, toy_preset
 
 from svd.config import Preset
-from svd.stage import Report
+from svd.stage import NoTracker, Report
 from svd.training import callbacks
 from svd.training.stages import run_image_pretraining
 
@@ -107,7 +109,7 @@ def test_the_validation_interval_changes_the_rows_of_the_curve_alone(
     assert curve(folder, "validation")[-1] == curve(folder, "undisturbed")[-1]
 
 
-@pytest.mark.parametrize("checkpointing", ["fine", "all"])
+@pytest.mark.parametrize("checkpointing", ["fine", pytest.param("all", marks=pytest.mark.slow)])
 def test_recomputation_may_change(
     checkpointing: str, folder: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +120,7 @@ def test_recomputation_may_change(
     assert_as_undisturbed(folder, checkpointing, exact=False)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2)])
+@pytest.mark.parametrize(("before", "after"), [(1, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_accumulation_may_change(
     before: int, after: int, folder: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +155,28 @@ def test_half_a_step_that_sigterm_leaves_is_taken_again(folder: Path, monkeypatc
     ours, theirs = (load_file(folder / "outputs" / run / MODEL) for run in ("half", "whole"))
     assert all(ours[key].equal(tensor) for key, tensor in theirs.items())
     assert curve(folder, "half") == curve(folder, "whole")
+
+
+class Steps(NoTracker):
+    """A tracker that keeps the steps at which something was measured."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.seen.append(step)
+
+
+@pytest.mark.slow
+def test_the_number_of_devices_may_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes go on where one was killed; `devices` and `strategy` start them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    killed_at(3, folder, "devices", monkeypatch)
+    assert (folder / "work/devices/phase-0/step=2.ckpt").exists()
+    tracker, changed = Steps(), preset(devices=2, strategy="ddp")
+    run_image_pretraining(replace(toy_context(folder, "devices", changed), tracker=tracker))
+    assert min(tracker.seen) == 3 and max(tracker.seen) == STEPS
+    assert_as_undisturbed(folder, "devices", exact=False)
 
 
 @pytest.mark.slow
