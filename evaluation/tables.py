@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from evaluation.frechet.moments import write_bytes
+from svd.storage import write_bytes
 
 _HEAD = (
     "subject",

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.places import Place, run_key_of
 from flows.recording import dvc as versioning
+from flows.recording import inventory
 from flows.recording import results_store as store
 from flows.recording.dvc import hash_folder
-from flows.recording.work import WORK, clear_recorded, clear_work, close_work, dvc_records, key_file, mark_told, settle
+from flows.recording.work import clear_recorded, clear_work, close_work, dvc_records, forget_ended, mark_delivered
 from flows.serving.signature import signature
-from flows.stages import OUTPUTS, Stage, find_stage, preset_sections
+from flows.stages import OPTIONAL_INPUTS, Stage, find_stage
 from flows.tracking.mlflow_delivery import checkpoint_digest
 from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, tracked_run
 from svd.config import Preset
@@ -31,11 +33,9 @@ from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.core.files import recover
 from svd.stage import Report, StageContext, republish
-from svd.storage import join
 from svd.training import ranks
 
 logger = logging.getLogger(__name__)
-OPTIONAL_INPUTS = ("report",)
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,9 @@ class RunLink:
     flow_run: str | None = None
 
 
-def output_folder(preset: Preset, stage: str) -> Path:
-    """Where a stage publishes: outputs/<preset>/<stage>."""
-    return OUTPUTS / preset.name / stage
-
-
-def input_folders(stage: Stage, preset: Preset) -> dict[str, Path]:
-    """Where the stage's inputs belong, whether or not they are there."""
-    return {name: output_folder(preset, name) for name in stage.inputs}
-
-
 def stage_inputs(stage: Stage, preset: Preset) -> dict[str, Path]:
-    """The folder of each input; raises UserError that names the missing one and the command that makes it."""
-    folders = input_folders(stage, preset)
+    """Return the folder of each input; raises UserError that names a missing one and the command that makes it."""
+    folders = Place(preset.name, stage.name).inputs
     missing = [name for name, path in folders.items() if not path.is_dir()]
     if stage.name in OPTIONAL_INPUTS:
         return {name: path for name, path in folders.items() if name not in missing}
@@ -71,13 +61,13 @@ def stage_inputs(stage: Stage, preset: Preset) -> dict[str, Path]:
 
 
 def work_digest(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> str:
-    """Names work in progress by what it is made from: the parts of the preset's file that DVC watches for the stage,
+    """Return a name for work in progress by what it is made from: the options of the stage that the preset's file sets,
     and names, sizes and metrics of the input files.
 
     An option that the file doesn't set is left out, so that a new version of the code goes on where the old one was.
     """
     values = preset.model_dump(mode="json", exclude_unset=True)
-    parts = {name: _part(values, name) for name in sorted({"name", "seed", *preset_sections(stage.name)})}
+    parts = {name: inventory.option(values, name) for name in sorted({"name", "seed", *stage.options})}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, folder in sorted(inputs.items()):
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -87,18 +77,10 @@ def work_digest(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> str
     return digest.hexdigest()[:16]
 
 
-def _part(values: Mapping[str, Any], dotted: str) -> Any:
-    """The value at a dotted path; None where the file says nothing."""
-    found: Any = values
-    for name in dotted.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
-
-
 def stage_params(stage: Stage, preset: Preset) -> dict[str, Any]:
-    """The parts of the preset that the stage depends on, by dotted path: what its MLflow run has as params."""
+    """Return the options that the stage depends on, by dotted path: the params of its MLflow run."""
     values = preset.model_dump(mode="json")
-    return {name: _part(values, name) for name in preset_sections(stage.name)}
+    return {name: inventory.option(values, name) for name in stage.options}
 
 
 def git_commit() -> str:
@@ -114,13 +96,13 @@ def git_commit() -> str:
 
 
 def open_work(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> Path:
-    """The stage's work folder for exactly these options and inputs.
+    """Make, or find again, the stage's work folder for exactly these options and inputs.
 
     Of work for others, which a killed run left, the newest is kept: changing an option back finds it again.
     """
-    parent = WORK / preset.name / stage.name
-    work = parent / work_digest(stage, preset, inputs)
-    others = sorted((p for p in parent.glob("*/") if p != work), key=lambda p: p.stat().st_mtime)
+    place = Place(preset.name, stage.name)
+    work = place.work(work_digest(stage, preset, inputs))
+    others = sorted((p for p in place.works.glob("*/") if p != work), key=lambda p: p.stat().st_mtime)
     for other in others[:-1]:
         logger.warning("%s: unfinished work for other options or inputs is removed, a newer one is kept", other)
         close_work(other)
@@ -132,21 +114,20 @@ def open_work(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> Path:
 
 
 @contextmanager
-def only_one(name: str, preset: Preset) -> Iterator[None]:
+def only_one(place: Place) -> Iterator[None]:
     """Hold the lock of a stage, or of a pipeline, on this machine; raises UserError when another process runs it.
 
     A pipeline that is started again after a crash may meet a stage of the first one that is still at work.
     """
-    path = WORK / preset.name / f".{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as lock:
+    place.lock.parent.mkdir(parents=True, exist_ok=True)
+    with place.lock.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             raise UserError(
-                f"'{name}' of preset '{preset.name}' is being run by process {lock.read().strip()}; "
-                f"wait for it or stop it ({path})"
+                f"'{place.stage}' of preset '{place.preset}' is being run by process {lock.read().strip()}; "
+                f"wait for it or stop it ({place.lock})"
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -155,10 +136,10 @@ def only_one(name: str, preset: Preset) -> Iterator[None]:
 
 
 def run_key(work: Path) -> str:
-    """The MLflow key of the run that works in `work`; a run that was killed is continued under its key."""
-    path = key_file(work)
+    """Return the MLflow key of the run that works in `work`; a run that was killed is continued under its key."""
+    path = run_key_of(work)
     if not path.exists():
-        path.write_text(f"{work.parent.name}-{uuid.uuid4().hex[:12]}")
+        path.write_text(f"{Place.of_work(work).stage}-{uuid.uuid4().hex[:12]}")
     return path.read_text()
 
 
@@ -182,30 +163,33 @@ def run_preset_stage(
     stage, root = find_stage(name), store.store_root(store_option)
     if ranks.rank() > 0:
         return _follow(stage)
-    with only_one(stage.name, preset), ranks.leading() if stage.distributed else nullcontext():
-        for folder in (*input_folders(stage, preset).values(), output_folder(preset, stage.name)):
+    place = Place(preset.name, stage.name)
+    with only_one(place), ranks.leading() if stage.distributed else nullcontext():
+        for folder in (*place.inputs.values(), place.output):
             recover(folder)
         if root:
-            store.fetch_inputs(root, preset.name, input_folders(stage, preset))
+            store.fetch_inputs(root, preset.name, place.inputs)
         return _run(stage, preset, link or RunLink(), root, keep)
 
 
 def _run(stage: Stage, preset: Preset, link: RunLink, root: str | None, keep: bool) -> Report:
-    inputs, output = stage_inputs(stage, preset), output_folder(preset, stage.name)
+    inputs, place = stage_inputs(stage, preset), Place(preset.name, stage.name)
     versioning.open_repo().close()  # its absence is told before hours of work, not after
+    if dvc_records() and not place.inventory.is_file():  # `dvc repro -s` in a fresh clone; DVC hashes it at the end
+        inventory.take_stage(stage, preset)
     clear_recorded(preset)
     work = open_work(stage, preset, inputs)
-    report = republish(work, output) if settle(stage, work) else None
+    report = republish(work, place.output) if forget_ended(stage, work) else None
     if report is None:
         report, made = _run_tracked(stage, preset, inputs, work, link, root)
-        mark_told(work, made)
+        mark_delivered(work, made)
     if not (keep or dvc_records()):
         clear_work(preset, stage.name)
     return report
 
 
 def _follow(stage: Stage) -> Report:
-    """What the other ranks of torchrun or srun do: they only train, beside the first one."""
+    """Do what the other ranks of torchrun or srun do: they only train, beside the first one."""
     if not stage.distributed:
         return Report({}, f"stage '{stage.name}' runs in the first process alone")
     context = ranks.await_first_rank()
@@ -215,36 +199,44 @@ def _follow(stage: Stage) -> Report:
 def _run_tracked(
     stage: Stage, preset: Preset, inputs: Mapping[str, Path], work: Path, link: RunLink, root: str | None
 ) -> tuple[Report, Lineage]:
-    output = output_folder(preset, stage.name)
-    marks = {"stage": stage.name, "preset": preset.name, "seed": str(preset.seed), "git.commit": git_commit()}
-    if link.flow_run:
-        marks["prefect.flow_run_id"] = link.flow_run
-    uri = join(root, preset.name, stage.name) if root else None
-    if uri:
-        marks["store"] = uri
-    name = f"{stage.name} ({preset.name})"
-    info = RunInfo(run_key(work), name, link.parent, marks, stage_params(stage, preset))
+    place = Place(preset.name, stage.name)
+    uri = place.uri(root) if root else None
+    info = RunInfo(
+        run_key(work),
+        f"{stage.name} ({preset.name})",
+        link.parent,
+        _tags(stage, preset, link, uri),
+        stage_params(stage, preset),
+    )
     with tracked_run(info) as tracker:
         tracker.log_text(json.dumps(preset.model_dump(mode="json"), indent=2), "config/preset.json")
-        context = StageContext(store.localise(preset, stage.name), inputs, output, work, tracker)
+        context = StageContext(store.localise(preset, stage), inputs, place.output, work, tracker)
         tracker.log_lineage("input", [hash_folder(path) for path in inputs.values()])
-        report = republish(work, output)
+        report = republish(work, place.output)
         if report is None:
             if stage.distributed:
                 ranks.announce(context)
             report = stage.load()(context)
-        made = hash_folder(output)
+        made = hash_folder(place.output)
         if uri:
-            store.publish(output, uri, made.md5)
+            store.publish(place.output, uri, made.md5)
         tracker.log_lineage("output", [made])
         _log_outcome(tracker, stage, preset, report)
     return report, made
 
 
+def _tags(stage: Stage, preset: Preset, link: RunLink, uri: str | None) -> dict[str, str]:
+    """Return the tags of the stage's MLflow run."""
+    tags = {"stage": stage.name, "preset": preset.name, "seed": str(preset.seed), "git.commit": git_commit()}
+    if link.flow_run:
+        tags["prefect.flow_run_id"] = link.flow_run
+    return tags | ({"store": uri} if uri else {})
+
+
 def _log_outcome(tracker: MlflowTracker, stage: Stage, preset: Preset, report: Report) -> None:
     numbers = {k: float(v) for k, v in report.metrics.items() if isinstance(v, int | float)}
     tracker.log_metrics(numbers, step=0)
-    folder = output_folder(preset, stage.name)
+    folder = Place(preset.name, stage.name).output
     for path in sorted(folder.glob("samples/*.mp4"))[:8]:
         tracker.log_file(path, "samples")
     for path in sorted([*folder.glob("*.html"), *folder.glob("*.png"), *folder.glob("plots/*.png")]):
@@ -255,9 +247,8 @@ def _log_outcome(tracker: MlflowTracker, stage: Stage, preset: Preset, report: R
 
 def _register(tracker: MlflowTracker, stage: Stage, preset: Preset, folder: Path) -> None:
     """Register what the stage trained, with the networks it needs at inference."""
-    folders = {"model": folder} | {n: output_folder(preset, n) for n in ("autoencoder", "encoders")}
-    if stage.base:
-        folders["base"] = output_folder(preset, stage.base)
+    needed = {"autoencoder": "autoencoder", "encoders": "encoders"} | ({"base": stage.base} if stage.base else {})
+    folders = {"model": folder} | {part: Place(preset.name, name).output for part, name in needed.items()}
     settings = {
         "checkpoint": checkpoint_digest(folder),
         "task": stage.name,

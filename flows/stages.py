@@ -1,6 +1,8 @@
-"""The stages of the system in one table: what runs them, what they read, where they run.
+"""The table of stages: one row says all there is to know of a stage outside its own code.
 
-`dvc.yaml` lists the same stages for `dvc repro`; a test keeps the two in step.
+`dvc.yaml`, `branches/dvc.yaml`, `prefect.yaml`, the Prefect flows and `svd stages` are made from these rows. After a
+change of a row run `svd platform render`, which writes the three files anew. Nothing heavy is imported here: the table
+is read by `svd stages` and by the completion of the shell.
 """
 
 from __future__ import annotations
@@ -8,83 +10,222 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal, cast
-
-import yaml
+from typing import TYPE_CHECKING, Literal, cast
 
 from svd.core.errors import UserError
-from svd.stage import Report, StageContext
 
-ROOT = Path(__file__).resolve().parent.parent
-OUTPUTS = Path("outputs")
+if TYPE_CHECKING:
+    from svd.stage import Report, StageContext
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a stage's pod asks for on Kubernetes; a process on a laptop takes what there is.
+
+    cpu: cores requested; memory and memory_limit: request and limit, as Kubernetes writes them; gpus: whole GPUs.
+    """
+
+    cpu: int
+    memory: str
+    memory_limit: str
+    gpus: int = 0
+
+
+CPU_POD = Resources(cpu=2, memory="4Gi", memory_limit="16Gi")
+GPU_POD = Resources(cpu=8, memory="64Gi", memory_limit="128Gi", gpus=1)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: the function that runs it, its inputs (names of stages) and the work pool it belongs to.
+    """A row of the table.
 
+    name: of the stage, its flow, its deployment and its folder in outputs/PRESET.
+    description: one line for people.
+    function: `module:function`, called as `function(context) -> Report`.
+    hours: the flow is stopped after this time.
+    inputs: the stages whose outputs it reads.
+    options: dotted paths in the preset that its result depends on; a change of one runs the stage again. What only
+        says how to compute (the section `compute`) is never listed.
+    pool: Prefect's work pool. resources: of its pod; None: the usual ones of the pool.
     model: the name under which what it trains is registered. base: the stage whose U-Net the trained adapters are for.
+    distributed: it trains on all ranks of a launcher; other stages run in the first process alone.
+    external: its options may name files outside the project, which `svd inventory` then lists.
+    branch: beside the main chain: not in `full-pipeline`, but in branches/dvc.yaml.
+    nightly: `nightly-evaluation` runs it.
+    losses: it writes losses.csv, which `dvc plots` draws.
+    keep: its output is not deleted before it runs again, because people add to it between two runs.
     """
 
     name: str
-    module: str
+    description: str
+    function: str
+    hours: int
     inputs: tuple[str, ...] = ()
-    function: str = "run"
+    options: tuple[str, ...] = ()
     pool: Literal["cpu", "gpu"] = "gpu"
+    resources: Resources | None = None
     model: str | None = None
     base: str | None = None
-
-    @property
-    def distributed(self) -> bool:
-        """Whether it trains on all ranks of a launcher; other stages run in the first process alone."""
-        return self.module in (_TRAINING, _CALIBRATION)
+    distributed: bool = False
+    external: bool = False
+    branch: bool = False
+    nightly: bool = False
+    losses: bool = False
+    keep: bool = False
 
     def load(self) -> Callable[[StageContext], Report]:
-        """The function `run(context) -> Report`; imported late, because some stages import torch."""
-        return cast(Callable[[StageContext], Report], getattr(importlib.import_module(self.module), self.function))
+        """Import and return the stage's function. Imported late, because some stages import torch."""
+        module, _, name = self.function.partition(":")
+        return cast("Callable[[StageContext], Report]", getattr(importlib.import_module(module), name))
+
+    @property
+    def pod(self) -> Resources:
+        """The resources of its pod, those of its pool where the row says nothing."""
+        return self.resources or (GPU_POD if self.pool == "gpu" else CPU_POD)
 
 
 _NETWORKS = ("autoencoder", "encoders")
-_TRAINING = "svd.training.stages"
-_CALIBRATION = "evaluation.calibration.stage"
+
+
+def _training(section: str) -> tuple[str, ...]:
+    """The options of a training that reads latents; `section` is its own part of the preset."""
+    return "seed", "model", section, "curation.captions"
+
+
 _LIST = (
-    Stage("sources", "svd.sources.stage", pool="cpu"),
-    Stage("encoders", "svd.training.encoders"),
-    Stage("curation", "svd.curation.stage", ("sources", "encoders"), pool="cpu"),
-    Stage("autoencoder", "svd.training.autoencoder", ("curation",)),
-    Stage("latents", "svd.latents.stage", ("curation", "autoencoder", "encoders")),
-    Stage("image-pretraining", _TRAINING, ("latents", *_NETWORKS), "run_image_pretraining"),
-    Stage("video-pretraining", _TRAINING, ("latents", *_NETWORKS, "image-pretraining"), "run_video_pretraining"),
+    Stage(
+        "sources",
+        "Make the synthetic worlds and gather the footage.",
+        "svd.sources.stage:run",
+        hours=6,
+        options=("name", "seed", "sources"),
+        pool="cpu",
+        external=True,
+    ),
+    Stage(
+        "encoders",
+        "Get the text and image encoders: released weights, or a toy CLIP trained on synthetic captions.",
+        "svd.training.encoders:run",
+        hours=6,
+        options=("seed", "encoders", "model.unet.cross_attention_dim"),
+        external=True,
+    ),
+    Stage(
+        "curation",
+        "Cut, clip, caption, score and filter raw videos into a catalogue and shards (§3, App. C).",
+        "svd.curation.stage:run",
+        hours=240,
+        inputs=("sources", "encoders"),
+        options=("seed", "curation", "encoders"),
+        pool="cpu",
+        external=True,
+    ),
+    Stage(
+        "autoencoder",
+        "Train the autoencoder, or the temporal decoder of a released one (VideoLDM §3.1.1).",
+        "svd.training.autoencoder:run",
+        hours=72,
+        inputs=("curation",),
+        options=("seed", "autoencoder", "model.autoencoder"),
+        external=True,
+    ),
+    Stage(
+        "latents",
+        "Cache latents, text and image embeddings of all kept clips.",
+        "svd.latents.stage:run",
+        hours=96,
+        inputs=("curation", "autoencoder", "encoders"),
+        options=("seed", "latents", "curation.captions"),
+    ),
+    Stage(
+        "image-pretraining",
+        "Stage I: switch the image model to the EDM framework and its resolution (§3.2, D.2).",
+        "svd.training.stages:run_image_pretraining",
+        hours=240,
+        inputs=("latents", *_NETWORKS),
+        options=_training("image_pretraining"),
+        distributed=True,
+        external=True,
+        losses=True,
+    ),
+    Stage(
+        "video-pretraining",
+        "Stage II: video pretraining on the curated data (§3.3, D.2).",
+        "svd.training.stages:run_video_pretraining",
+        hours=2400,
+        inputs=("latents", *_NETWORKS, "image-pretraining"),
+        options=_training("video_pretraining"),
+        distributed=True,
+        losses=True,
+    ),
     Stage(
         "high-quality-finetuning",
-        _TRAINING,
-        ("latents", *_NETWORKS, "video-pretraining"),
-        "run_high_quality_finetuning",
+        "Stage III: finetuning on high-quality clips (§3.4, D.3).",
+        "svd.training.stages:run_high_quality_finetuning",
+        hours=720,
+        inputs=("latents", *_NETWORKS, "video-pretraining"),
+        options=_training("high_quality_finetuning"),
         model="svd-text-to-video",
+        distributed=True,
+        losses=True,
     ),
     Stage(
         "image-to-video",
-        _TRAINING,
-        ("latents", *_NETWORKS, "video-pretraining"),
-        "run_image_to_video",
+        "Finetune the text-to-video base to image-to-video (§4.3, D.4).",
+        "svd.training.stages:run_image_to_video",
+        hours=720,
+        inputs=("latents", *_NETWORKS, "video-pretraining"),
+        options=_training("image_to_video"),
         model="svd-image-to-video",
+        distributed=True,
+        losses=True,
     ),
-    Stage("orbits", "svd.orbits.stage", pool="cpu"),
+    Stage(
+        "orbits",
+        "Render the orbits that the multi-view model is trained on (§4.5, D.6).",
+        "svd.orbits.stage:run",
+        hours=240,
+        options=("seed", "orbits"),
+        pool="cpu",
+        external=True,
+    ),
     Stage(
         "multiview-finetuning",
-        _TRAINING,
-        ("orbits", *_NETWORKS, "image-to-video"),
-        "run_multiview_finetuning",
+        "Finetune image-to-video to multi-view generation (§4.5, D.6).",
+        "svd.training.stages:run_multiview_finetuning",
+        hours=72,
+        inputs=("orbits", *_NETWORKS, "image-to-video"),
+        options=("seed", "model", "multiview_finetuning"),
         model="svd-multi-view",
+        distributed=True,
+        losses=True,
     ),
-    Stage("ucf101-evaluation", "evaluation.frechet.ucf101", ("sources", *_NETWORKS, "high-quality-finetuning")),
-    Stage("multiview-benchmark", "evaluation.multiview.benchmark", ("multiview-finetuning", *_NETWORKS)),
+    Stage(
+        "ucf101-evaluation",
+        "UCF-101 zero-shot Fréchet distance of the text-to-video model (E.4).",
+        "evaluation.frechet.ucf101:run",
+        hours=96,
+        inputs=("sources", *_NETWORKS, "high-quality-finetuning"),
+        options=("seed", "evaluation.ucf101"),
+        external=True,
+        nightly=True,
+    ),
+    Stage(
+        "multiview-benchmark",
+        "Multi-view benchmark on held-out objects (§4.5, Fig. 10).",
+        "evaluation.multiview.benchmark:run",
+        hours=24,
+        inputs=("multiview-finetuning", *_NETWORKS),
+        options=("seed", "evaluation.multiview"),
+        external=True,
+        nightly=True,
+    ),
     Stage(
         "report",
-        "evaluation.report.page",
-        (
+        "One self-contained HTML page of everything that was made and measured.",
+        "evaluation.report.page:run",
+        hours=2,
+        inputs=(
             "sources",
             "curation",
             "autoencoder",
@@ -97,57 +238,56 @@ _LIST = (
             "ucf101-evaluation",
             "multiview-benchmark",
         ),
+        options=("name",),
         pool="cpu",
+        nightly=True,
     ),
     Stage(
         "camera-lora",
-        _TRAINING,
-        ("latents", *_NETWORKS, "image-to-video"),
-        "run_camera_lora",
+        "Train one camera-motion LoRA per motion on temporal attention (§4.3.1, D.4.2).",
+        "svd.training.stages:run_camera_lora",
+        hours=72,
+        inputs=("latents", *_NETWORKS, "image-to-video"),
+        options=_training("camera_lora"),
         model="svd-camera-lora",
         base="image-to-video",
+        distributed=True,
+        branch=True,
     ),
     Stage(
         "frame-interpolation",
-        _TRAINING,
-        ("latents", *_NETWORKS, "high-quality-finetuning"),
-        "run_frame_interpolation",
+        "Finetune to frame interpolation (§4.4, D.5).",
+        "svd.training.stages:run_frame_interpolation",
+        hours=96,
+        inputs=("latents", *_NETWORKS, "high-quality-finetuning"),
+        options=_training("frame_interpolation"),
         model="svd-frame-interpolation",
+        distributed=True,
+        branch=True,
     ),
-    Stage("threshold-calibration", _CALIBRATION, ("curation", *_NETWORKS, "image-pretraining")),
+    Stage(
+        "threshold-calibration",
+        "Choose the filters' thresholds by preference between small models (§3.3, E.2.2).",
+        "evaluation.calibration.stage:run",
+        hours=2400,
+        inputs=("curation", *_NETWORKS, "image-pretraining"),
+        options=("seed", "model", "encoders", "latents", "threshold_calibration", "curation.captions"),
+        distributed=True,
+        external=True,
+        branch=True,
+        keep=True,
+    ),
 )
 STAGES = {stage.name: stage for stage in _LIST}
-BRANCHES = ("camera-lora", "frame-interpolation", "threshold-calibration")
-PIPELINE = tuple(name for name in STAGES if name not in BRANCHES)
-# Their options may name files outside the project; flows/recording/inventory.py lists those for DVC.
-EXTERNAL = (
-    "sources",
-    "encoders",
-    "curation",
-    "autoencoder",
-    "image-pretraining",
-    "orbits",
-    "ucf101-evaluation",
-    "multiview-benchmark",
-    "threshold-calibration",
-)
-NIGHTLY = ("ucf101-evaluation", "multiview-benchmark", "report")
+PIPELINE = tuple(stage.name for stage in _LIST if not stage.branch)
+BRANCHES = tuple(stage.name for stage in _LIST if stage.branch)
+NIGHTLY = tuple(stage.name for stage in _LIST if stage.nightly)
+EXTERNAL = tuple(stage.name for stage in _LIST if stage.external)
+OPTIONAL_INPUTS = ("report",)  # stages that make do with the inputs that are there
 
 
 def find_stage(name: str) -> Stage:
-    """The stage called `name`; raises UserError that lists the stages when there is none."""
+    """Return the stage called `name`; raises UserError that lists the stages when there is none."""
     if name not in STAGES:
         raise UserError(f"no stage '{name}'; stages: {', '.join(STAGES)}")
     return STAGES[name]
-
-
-@cache
-def described(name: str) -> dict[str, Any]:
-    """The entry of a stage in dvc.yaml or branches/dvc.yaml."""
-    file = ROOT / ("branches/dvc.yaml" if name in BRANCHES else "dvc.yaml")
-    return cast(dict[str, Any], yaml.safe_load(file.read_text())["stages"][name])
-
-
-def preset_sections(stage: str) -> tuple[str, ...]:
-    """The parts of a preset that a stage depends on, as dotted paths, as dvc.yaml lists them."""
-    return tuple(key for group in described(stage).get("params", []) for keys in group.values() for key in keys)

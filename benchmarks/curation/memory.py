@@ -67,7 +67,7 @@ def curate(folder: Path) -> None:
     from svd.stage import StageContext
 
     os.environ["SVD_NO_PROGRESS"] = "1"
-    preset = load_preset("tiny", {"curation.workers": 1, "curation.part_seconds": 1e9})
+    preset = load_preset("tiny", {"compute.curation.workers": 1, "curation.part_seconds": 1e9})
     inputs = {"sources": folder / "sources", "encoders": folder / "encoders"}
     print("  " + stage.run(StageContext(preset, inputs, folder / "output", folder / "work")).summary)
 

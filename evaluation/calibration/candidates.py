@@ -202,7 +202,8 @@ def model_training(context: StageContext, candidate: Candidate, clips: frozenset
         return (found.filter(pl.col("clip_id").is_in(sorted(clips))) if split == "train" else found).to_dicts()
 
     work = context.work / "models" / candidate.name
-    return Training(NAME, own, TEXT_TO_VIDEO, config, cache, autoencoder, rows, initial, work)
+    compute = preset.compute.of(NAME)
+    return Training(NAME, own, TEXT_TO_VIDEO, config, compute, cache, autoencoder, rows, initial, work)
 
 
 @on_all_ranks("threshold_calibration")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.calibration.candidates import Candidate
-from evaluation.frechet.moments import write_bytes
 from evaluation.preference.pairs import AXES
 from evaluation.preference.ratings import Rating, Vote, aggregated_elo, elo
+from svd.storage import write_bytes
 
 # E.2.2: on these axes visual quality counts more than prompt following.
 BY_QUALITY = ("motion", "aesthetics")

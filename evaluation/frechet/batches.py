@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evaluation.frechet.features import Extractor, clip_digest
-from evaluation.frechet.moments import MomentState, packed, write_bytes
+from evaluation.frechet.moments import MomentState, packed
 from evaluation.frechet.protocol import EvalProtocol
+from svd.storage import write_bytes
 
 Pictures = NDArray[np.uint8]
 

@@ -9,7 +9,6 @@ samples than dimensions the state is as small as the features. Sixteen blocks ar
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from svd.core.errors import UserError
+from svd.storage import write_bytes
 
 BLOCKS = 16
 
@@ -186,14 +186,3 @@ def load_state(path: Path) -> MomentState:
         for count, mean, root, quartic in parts
     ]
     return MomentState(tuple(blocks))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)

@@ -25,7 +25,7 @@ from torch import Tensor
 from evaluation.frechet.batches import Collector, FeatureSet, noise_pictures, repeated
 from evaluation.frechet.distances import distance
 from evaluation.frechet.features import Extractor, check_overlap, load_extractor, metric_name
-from evaluation.frechet.moments import MomentState, packed, save_state, write_bytes
+from evaluation.frechet.moments import MomentState, packed, save_state
 from evaluation.frechet.pictures import comparison_grid
 from evaluation.frechet.protocol import (
     I3D,
@@ -55,6 +55,7 @@ from svd.media.video import write_mp4, write_png
 from svd.model.formats.folders import checkpoint_hash
 from svd.model.unet import UNet
 from svd.stage import Report, StageContext, Tracker, publish
+from svd.storage import write_bytes
 from svd.tasks.api import Models, load_models, text_to_video
 
 FIXTURE = "ucf101_fixture"
@@ -119,7 +120,8 @@ def prepare(context: StageContext, device: str = "cpu") -> Evaluation:
     protocol = make_protocol(config, name, len(dataset.clips), extractor)
     prompts = captions(dataset) if protocol.prompt == "caption" else None
     items = prompt_list(dataset.histogram, config.samples, prompts)
-    collector = Collector(context.work / protocol.digest(), protocol, extractor, config.batch_size)
+    batch_size = context.preset.compute.evaluation.ucf101.batch_size
+    collector = Collector(context.work / protocol.digest(), protocol, extractor, batch_size)
     return Evaluation(config, context.preset.seed, dataset, name, items, protocol, extractor, collector)
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluation.frechet.moments import write_bytes
 from evaluation.multiview.benchmark import generate
 from evaluation.multiview.perceptual import Perceptor
 from evaluation.multiview.protocol import Pictures, make_protocol, render_truth
@@ -28,6 +27,7 @@ from svd.core.errors import UserError
 from svd.latents.cache import digest
 from svd.model.formats.folders import checkpoint_hash
 from svd.orbits.renderer import open_renderer
+from svd.storage import write_bytes
 from svd.tasks.api import load_models
 
 

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from evaluation.frechet.moments import write_bytes
 from svd.config import MultiviewBenchmark
 from svd.model.formats.folders import file_hash
 from svd.orbits.meshes import Mesh
 from svd.orbits.render import SUPERSAMPLING, Light, Renderer, on_white, orbit_azimuths, render_orbit, white_light
 from svd.orbits.stage import key, load_object, mesh_name, objects
+from svd.storage import write_bytes
 
 Pictures = NDArray[np.uint8]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.frechet.moments import write_bytes
+from svd.storage import write_bytes
 
 _METHODS = {
     "elo_paper": "Elo as in the paper (K = 1)\ndepends on the number of votes",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,6 +20,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from evaluation.preference.pairs import Question
 from evaluation.preference.ratings import Vote
 from svd.core.errors import UserError
+from svd.core.files import atomic_file
 
 
 class _Base(DeclarativeBase):
@@ -188,13 +188,14 @@ def copy_votes(source: Path, target: Path) -> None:
     """Copy an SQLite file with everything that is committed, though its server may be running, to where there is none
     yet. Does nothing when `source` is missing or `target` there. Raises UserError when the target can't be written."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() or not source.is_file():
             return
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(temporary)) as new:
+        with (
+            atomic_file(target) as temporary,
+            closing(sqlite3.connect(source)) as old,
+            closing(sqlite3.connect(temporary)) as new,
+        ):
             old.backup(new)
-        temporary.replace(target)
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"{target}: votes can't be kept there ({error}); give a --database") from None
 

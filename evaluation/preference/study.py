@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.frechet.moments import write_bytes
 from evaluation.preference.clips import CLIP_SUFFIXES, Box, Source, prepare_clips
 from evaluation.preference.pairs import AXES, schedule
 from evaluation.preference.plots import ratings_plot
@@ -31,6 +30,7 @@ from evaluation.preference.ratings import (
 from evaluation.preference.store import VoteStore, copy_votes
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.storage import write_bytes
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from evaluation.frechet.moments import write_bytes
 from evaluation.report.charts import Dot, dot_plot, funnel_chart, line_chart
 from evaluation.report.gather import STAGES, Gathered, gather
 from evaluation.tables import MEASURED, load_baselines
 from svd.config import Preset
 from svd.stage import Report, StageContext, publish
+from svd.storage import write_bytes
 
 _SAMPLED = (
     "image-pretraining",

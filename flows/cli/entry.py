@@ -1,4 +1,4 @@
-"""Where the `svd` command begins.
+"""The beginning of the `svd` command.
 
 Nothing is imported at the top: a process that is spawned imports the program's main module again, and the processes of
 curation would hold everything that the commands need.
@@ -7,6 +7,6 @@ curation would hold everything that the commands need.
 
 def main() -> None:
     """Run the command line."""
-    from flows.cli.app import main as run
+    from flows.cli.app import run
 
     run()

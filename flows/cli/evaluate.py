@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from flows.cli.options import PresetOption, table_console
 from svd.core.errors import UserError
 
-evaluate_app = typer.Typer(
-    help="Score folders of clips, compare evaluations, list the protocols. (A model: svd stage ucf101-evaluation.)",
-    no_args_is_help=True,
-)
-# piped output is for programs and files: no table is cut to a narrow screen that is not there
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+evaluate_app = typer.Typer()
+out = table_console()
 
 FolderArgument = Annotated[
     Path, typer.Argument(help="Output of ucf101-evaluation, e.g. outputs/tiny/ucf101-evaluation.")
@@ -25,7 +20,7 @@ FolderArgument = Annotated[
 
 
 @evaluate_app.command("clips")
-def clips(
+def score_clips(
     real: Annotated[Path, typer.Argument(help="Folder of real clips, searched through.")],
     generated: Annotated[Path, typer.Argument(help="Folder of generated clips, searched through.")],
     protocol: Annotated[list[str], typer.Option(help="Protocol; may be given several times.")] = ["svd_ucf101_paper"],  # noqa: B006
@@ -34,12 +29,12 @@ def clips(
     ] = None,
     sha256: Annotated[str | None, typer.Option(help="Hash that the file must have.")] = None,
     offline: Annotated[bool, typer.Option(help="TransNetV2, whose weights are installed, as network.")] = False,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames a clip, instead of the protocol's.")] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="Clips a folder, instead of the protocol's.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames per clip, instead of the protocol's.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Clips per folder, instead of the protocol's.")] = None,
     work: Annotated[Path, typer.Option(help="Where features are kept between runs.")] = Path("work/evaluate"),
     to: Annotated[Path | None, typer.Option(help="CSV file for the rows.")] = None,
 ) -> None:
-    """Distance between two folders of clips, one row a protocol, with error bar, weights and number of clips."""
+    """Distance between two folders of clips, one row per protocol, with error bar, weights and number of clips."""
     import torch
 
     from evaluation.frechet.folders import protocols, score_folders
@@ -64,11 +59,9 @@ def clips(
 
 
 @evaluate_app.command("views")
-def views(
+def score_views(
     checkpoints: Annotated[list[str], typer.Argument(help="MODEL:STEP=FOLDER of a multi-view U-Net, any number.")],
-    preset: Annotated[
-        str, typer.Option("--preset", "-p", help="Preset with the benchmark's protocol and sampling.")
-    ] = "tiny",
+    preset: PresetOption = "tiny",
     autoencoder: Annotated[
         Path | None, typer.Option(help="Default: outputs/PRESET/autoencoder.", show_default=False)
     ] = None,
@@ -79,13 +72,13 @@ def views(
     """Multi-view scores against training steps, as in Fig. 10b: CLIP-S and PSNR of every checkpoint on one set of
     objects."""
     from evaluation.multiview.curve import read_checkpoint, score_checkpoints, write_curve
-    from flows.runner import output_folder
+    from flows.places import Place
     from svd.config.load import load_preset
 
     chosen = load_preset(preset)
     networks = {
-        "autoencoder": autoencoder or output_folder(chosen, "autoencoder"),
-        "encoders": encoders or output_folder(chosen, "encoders"),
+        "autoencoder": autoencoder or Place(chosen.name, "autoencoder").output,
+        "encoders": encoders or Place(chosen.name, "encoders").output,
     }
     rows = score_checkpoints([read_checkpoint(text) for text in checkpoints], chosen, networks, work)
     write_curve(to, rows)
@@ -97,17 +90,17 @@ def views(
 
 
 @evaluate_app.command("compare")
-def compare(candidate: FolderArgument, champion: FolderArgument) -> None:
+def compare_evaluations(candidate: FolderArgument, champion: FolderArgument) -> None:
     """Paired difference of two evaluations of the same prompts and seeds; below zero: the candidate is better."""
-    from evaluation.gate import compare as paired
+    from evaluation.gate import compare
 
-    kernel, frechet = paired(candidate, champion)
+    kernel, frechet = compare(candidate, champion)
     out.print(f"kernel distance  {kernel.value:+.6g} ± {kernel.standard_error:.2g}")
     out.print(f"Fréchet distance {frechet.value:+.6g} ± {frechet.standard_error:.2g}")
 
 
 @evaluate_app.command("gate")
-def gate(
+def check_candidate(
     candidate: FolderArgument,
     champion: Annotated[
         Path | None, typer.Argument(help="Evaluation of the present model; none: the first one.")
@@ -118,9 +111,9 @@ def gate(
     sigmas: Annotated[float, typer.Option(min=0, help="Standard errors that it may be worse.")] = 3.0,
 ) -> None:
     """May the candidate replace the champion? Says why, and exits with 1 if not."""
-    from evaluation.gate import gate as judge
+    from evaluation.gate import gate
 
-    verdict = judge(candidate, champion, tolerance, sigmas)
+    verdict = gate(candidate, champion, tolerance, sigmas)
     out.print(("passed: " if verdict.passed else "failed: ") + verdict.reason)
     if not verdict.passed:
         raise typer.Exit(1)

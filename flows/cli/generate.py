@@ -13,7 +13,7 @@ import typer
 from flows.cli.generate_models import check_parts, fetched
 from flows.cli.generate_options import Dtype, Motion, Networks, Ramp, Results, Size, Solving, with_options
 from flows.cli.generate_results import Writer, check_single, describe, groups, seeded
-from flows.runner import OUTPUTS
+from flows.places import OUTPUTS
 from svd.config import Phase, Preset, Sampling
 from svd.config.load import load_preset
 from svd.core.errors import UserError

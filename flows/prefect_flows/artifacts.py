@@ -1,4 +1,4 @@
-"""Prefect artifacts of a stage's run: a Markdown summary, a table of metrics, and pictures."""
+"""Prefect artifacts of a stage's run: a Markdown summary, a table of metrics, and images."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from pathlib import Path
 from PIL import Image
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
-from flows.runner import output_folder
+from flows.places import Place
 from svd.config import Preset
 
-LARGEST_PICTURE = 1280
+LARGEST_SIDE = 1280  # pixels
 
 
-def publish(stage: str, preset: Preset, metrics: Mapping[str, float | int | str], summary: str) -> None:
-    """Create the artifacts of one stage run; keys are `<stage>-summary`, `<stage>-metrics`, `<stage>-<picture>`."""
-    folder = output_folder(preset, stage)
+def publish_artifacts(stage: str, preset: Preset, metrics: Mapping[str, float | int | str], summary: str) -> None:
+    """Create the artifacts of one stage run; keys are `<stage>-summary`, `<stage>-metrics`, `<stage>-<image>`."""
+    folder = Place(preset.name, stage).output
     create_markdown_artifact(
         f"## {stage}\n\n{summary}\n\npreset `{preset.name}`, output `{folder}`", key=f"{stage}-summary"
     )
     rows = [{"metric": name, "value": value} for name, value in sorted(metrics.items())]
     create_table_artifact(rows, key=f"{stage}-metrics", description=f"Metrics of {stage}")
-    for path in _pictures(folder)[:4]:
+    for path in _images(folder)[:4]:
         key = f"{stage}-{path.stem}".lower().replace("_", "-").replace(".", "-")
         create_image_artifact(_data_uri(path), key=key, description=path.name)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.png"), *folder.glob("plots/*.png"), *folder.glob("samples/*.png")])
 
 
 def _data_uri(path: Path) -> str:
-    """The picture inside its own address, small enough for the server: the UI may run on another machine."""
-    picture = Image.open(path).convert("RGB")
-    picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    """Return the image as a data URI, small enough for the server: the UI may run on another machine."""
+    image = Image.open(path).convert("RGB")
+    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

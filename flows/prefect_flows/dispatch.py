@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import re
@@ -20,11 +19,11 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.runtime import deployment, flow_run
 
+from flows.prefect_flows.stage_flows import FLOWS, StageFlow
 from flows.stages import find_stage
 from svd.core.errors import UserError
 
 T = TypeVar("T")
-StageFlow = Callable[..., dict[str, Any]]
 POLL_SECONDS = 2
 SERVER_AWAY_SECONDS = 900
 RESTARTS = 2
@@ -33,9 +32,8 @@ logger = logging.getLogger(__name__)
 
 
 def stage_flow(stage: str) -> StageFlow:
-    """The Prefect flow of a stage: flows/<stage>.py, a function of the same name."""
-    name = find_stage(stage).name.replace("-", "_")
-    return cast(StageFlow, getattr(importlib.import_module(f"flows.{name}"), name))
+    """Return the Prefect flow of a stage; raises UserError for an unknown one."""
+    return FLOWS[find_stage(stage).name]
 
 
 def dispatch(
@@ -43,13 +41,11 @@ def dispatch(
 ) -> dict[str, Any]:
     """Run `stage` where it belongs and return its flow's result.
 
-    Raises what the child raised; for a deployment only UserError keeps its kind, everything else is a RuntimeError that
-    names the child's flow run.
-
     preset: its name; parent: MLflow key of the pipeline's run; inputs: DVC hashes; store: where results are kept.
 
     A parent that runs as a deployment starts its children as deployments, so that GPU stages reach the pool `gpu`;
-    `SVD_DISPATCH=inline` or `deployment` overrides this.
+    `SVD_DISPATCH=inline` or `deployment` overrides this. Raises what the child raised; of a deployment only UserError
+    keeps its kind, everything else is a RuntimeError that names the child's flow run.
     """
     mode = os.environ.get("SVD_DISPATCH", "deployment" if deployment.get_id() else "inline")
     if mode not in ("inline", "deployment"):
@@ -101,22 +97,22 @@ def _read(run: UUID) -> FlowRun:
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """What Prefect's server answers; one that is away for a while (a restart) is waited for, up to 15 minutes."""
-    deadline, told = time.monotonic() + SERVER_AWAY_SECONDS, False
+    """Return what Prefect's server answers; one that is away (a restart) is waited for, up to 15 minutes."""
+    deadline, warned = time.monotonic() + SERVER_AWAY_SECONDS, False
     while True:
         try:
             return ask()
         except httpx.TransportError as error:
             if time.monotonic() > deadline:
                 raise
-            if not told:
+            if not warned:
                 logger.warning("Prefect's server does not answer (%s), waiting for it", error)
-                told = True
+                warned = True
             time.sleep(POLL_SECONDS)
 
 
 def _idempotency_key(stem: str) -> str:
-    """`stem:n`, counted up past children that ended badly: Prefect would hand those out again instead of a new run."""
+    """Return `stem:n`, counted up past children that ended badly: Prefect would return those instead of a new run."""
     attempt = 0
     with get_client(sync_client=True) as client:
         while True:

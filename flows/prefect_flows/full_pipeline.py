@@ -7,55 +7,30 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import yaml
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
+from flows.places import Place
 from flows.prefect_flows.dispatch import dispatch
 from flows.prefect_flows.logs import shorten_mistakes
+from flows.project import current_preset, pipeline_preset
 from flows.recording import dvc as versioning
 from flows.recording import results_store
 from flows.recording.inventory import take_and_record
-from flows.recording.work import WORK, clear_recorded, clear_work
-from flows.runner import git_commit, only_one, output_folder
+from flows.recording.work import clear_recorded, clear_work
+from flows.runner import git_commit, only_one
 from flows.stages import PIPELINE, find_stage
 from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, send_pending, tracked_run
 from svd.config import Preset
-from svd.config.load import load_preset
-from svd.core.errors import UserError
-from svd.storage import join
 
-PARAMS = Path("params.yaml")
 shorten_mistakes()
 
 
-def current_preset() -> str:
-    """The preset that `params.yaml` selects; raises UserError outside the project's folder."""
-    try:
-        return str(yaml.safe_load(PARAMS.read_text())["preset"])
-    except (FileNotFoundError, TypeError, KeyError, yaml.YAMLError):
-        message = f"{PARAMS.absolute()}: expected a line `preset: NAME`; run the command in the project's folder"
-        raise UserError(message) from None
-
-
-def select_preset(name: str | None) -> Preset:
-    """The preset of this run; a name that differs from `params.yaml` is written there, because DVC reads it there."""
-    current = current_preset()
-    preset = load_preset(name or current)
-    if Path(f"presets/{preset.name}.yaml").exists() and preset.name != current:
-        text = PARAMS.read_text().replace(f"preset: {current}", f"preset: {preset.name}")
-        PARAMS.write_text(text)
-    elif preset.name != current:
-        raise UserError(f"the pipeline's presets live in presets/; there is no presets/{preset.name}.yaml")
-    return preset
-
-
 class PipelineRun:
-    """The state of one pass over the stages: known DVC hashes by path, and what each stage answered."""
+    """One pass over the stages: the DVC hashes known so far by path, and the result of each stage that ran."""
 
     def __init__(self, preset: Preset, tracker: MlflowTracker, key: str, store: str | None) -> None:
         self.preset = preset
@@ -90,10 +65,10 @@ class PipelineRun:
         logger.info("stage %s: %s", name, result["summary"])
 
     def _inputs(self, name: str) -> list[Lineage]:
-        """The stage's inputs by hash; those of stages that aren't part of this run as they are now, or in dvc.lock."""
+        """Return the stage's inputs by hash; of stages outside this run as they are now, or as dvc.lock has them."""
         found = []
         for stage in find_stage(name).inputs:
-            folder = output_folder(self.preset, stage)
+            folder = Place(self.preset.name, stage).output
             if str(folder) not in self.known:
                 here = folder.is_dir()
                 items = [versioning.hash_folder(folder)] if here else versioning.lineage(stage, self.preset.name)[1]
@@ -103,31 +78,31 @@ class PipelineRun:
         return found
 
     def _keep_in_store(self, name: str, output: Lineage) -> None:
-        """The store holds what dvc.lock says, too, when the stage need not run: later stages read it there."""
+        """Bring the store up to what dvc.lock says when the stage need not run: later stages read it there."""
         if not self.store:
             return
-        uri = join(self.store, self.preset.name, name)
+        place = Place(self.preset.name, name)
+        uri = place.uri(self.store)
         if results_store.stored_version(uri) != output.md5:
             versioning.pull([output])
-            results_store.publish(output_folder(self.preset, name), uri, output.md5)
+            results_store.publish(place.output, uri, output.md5)
 
 
 @contextmanager
 def pipeline_key(preset: Preset, names: list[str], force: bool) -> Iterator[str]:
-    """The MLflow key of this pipeline's run; one that was killed is continued under its key, nothing else is.
+    """Yield the MLflow key of this pipeline's run; one that was killed is continued under its key, nothing else is.
 
     Raises UserError when the same pipeline runs on this machine already.
     """
     values = json.dumps([preset.model_dump(mode="json"), names, force], sort_keys=True)
-    name = f"full-pipeline-{hashlib.sha256(values.encode()).hexdigest()[:16]}"
-    with only_one(name, preset):
-        path = WORK / preset.name / f".{name}.run"
-        if not path.exists():
-            path.write_text(f"full-pipeline-{flow_run.get_id() or uuid4()}")
+    place = Place(preset.name, f"full-pipeline-{hashlib.sha256(values.encode()).hexdigest()[:16]}")
+    with only_one(place):
+        if not place.run_key.exists():
+            place.run_key.write_text(f"full-pipeline-{flow_run.get_id() or uuid4()}")
         try:
-            yield path.read_text()
+            yield place.run_key.read_text()
         finally:
-            path.unlink()
+            place.run_key.unlink()
 
 
 def _run_name() -> str:
@@ -143,7 +118,7 @@ def full_pipeline(
     preset: name in presets/ (default: the one in params.yaml); stages: only these; force: unchanged ones as well;
     store: `s3://bucket/prefix` that every stage reads from and publishes to (default: `SVD_STORE`).
     """
-    chosen = select_preset(preset)
+    chosen = pipeline_preset(preset)
     names = [find_stage(name).name for name in stages] if stages else list(PIPELINE)
     send_pending()
     root = results_store.store_root(store)
@@ -161,7 +136,7 @@ def full_pipeline(
         run = PipelineRun(chosen, tracker, key, root)
         for name in names:
             run.run(name, force)
-        report = output_folder(chosen, "report") / "report.html"
+        report = Place(chosen.name, "report").output / "report.html"
         if report.exists():
             tracker.log_file(report)
     return {

@@ -1,4 +1,4 @@
-"""What Prefect's log shows of a user's mistake: its one line, no traceback."""
+"""A user's mistake in Prefect's log: its one line, without a traceback."""
 
 from __future__ import annotations
 

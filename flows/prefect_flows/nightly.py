@@ -7,10 +7,12 @@ from typing import Any
 
 from mlflow.exceptions import MlflowException
 from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
 
-from flows.prefect_flows.full_pipeline import full_pipeline, select_preset
+from flows.places import Place
+from flows.prefect_flows.full_pipeline import full_pipeline
+from flows.project import current_preset, pipeline_preset
 from flows.recording.results_store import fetch_inputs, store_root
-from flows.runner import output_folder
 from flows.stages import NIGHTLY, find_stage
 from flows.tracking.promotion import promote
 from svd.core.errors import UserError
@@ -18,24 +20,29 @@ from svd.core.errors import UserError
 EVALUATED, EVALUATION = "high-quality-finetuning", "ucf101-evaluation"
 
 
-@flow(name="nightly-evaluation", flow_run_name="nightly-evaluation-{preset}", persist_result=True)
+def _run_name() -> str:
+    return f"nightly-evaluation-{flow_run.parameters.get('preset') or current_preset()}"
+
+
+@flow(name="nightly-evaluation", flow_run_name=_run_name, persist_result=True)
 def nightly_evaluation(preset: str | None = None, store: str | None = None) -> dict[str, Any]:
     """Run the evaluation stages whether or not something changed, then pass the candidate through the gate.
 
+    preset: name in presets/; prefect.yaml gives the scheduled runs theirs (default: the one in params.yaml).
     Returns what `full-pipeline` returns, and under `promotion` what became of the candidate. A candidate that can't be
-    judged (MLflow away, none registered) leaves the champion as it is and is told in the log.
+    judged (MLflow away, none registered) leaves the champion as it is; the log says why.
     """
-    result = full_pipeline(preset=preset, stages=list(NIGHTLY), force=True, store=store)
-    return result | {"promotion": _promotion(preset, store_root(store))}
+    name = pipeline_preset(preset).name
+    result = full_pipeline(preset=name, stages=list(NIGHTLY), force=True, store=store)
+    return result | {"promotion": _promotion(name, store_root(store))}
 
 
-def _promotion(name: str | None, store: str | None) -> dict[str, Any]:
-    logger, preset = get_run_logger(), select_preset(name)
-    model = str(find_stage(EVALUATED).model)
-    folders = {stage: output_folder(preset, stage) for stage in (EVALUATED, EVALUATION)}
+def _promotion(preset: str, store: str | None) -> dict[str, Any]:
+    logger, model = get_run_logger(), str(find_stage(EVALUATED).model)
+    folders = {stage: Place(preset, stage).output for stage in (EVALUATED, EVALUATION)}
     try:
         if store:  # the stages ran on other nodes
-            fetch_inputs(store, preset.name, folders)
+            fetch_inputs(store, preset, folders)
         outcome = promote(model, folders[EVALUATED], folders[EVALUATION])
     except (UserError, MlflowException) as error:
         logger.warning("no promotion: %s", error)

@@ -1,32 +1,39 @@
-"""What every stage's flow does: bring inputs by hash, run the stage, hash and push the outputs, draw artifacts."""
+"""The Prefect flow of every stage, made from the table: bring inputs by hash, run the stage, hash and push the outputs.
+
+Each flow is an attribute of this module, named after its stage (`image-pretraining` is `image_pretraining`), where
+Prefect finds it by the entrypoints in prefect.yaml.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from prefect import task
+from prefect import flow, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 
+from flows.places import Place
 from flows.prefect_flows import artifacts
 from flows.prefect_flows.logs import shorten_mistakes
 from flows.recording import dvc as versioning
 from flows.recording.results_store import fetch_inputs, store_root
 from flows.recording.work import clear_work
-from flows.runner import RunLink, input_folders, run_stage
-from flows.stages import find_stage
+from flows.runner import RunLink, run_stage
+from flows.stages import STAGES, Stage
 from flows.tracking.runs import Lineage
 from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.core.retries import Unreachable
 
+StageFlow = Callable[..., dict[str, Any]]
+HOUR = 3600
 shorten_mistakes()
 
 
 def _worth_retrying(task: Any, run: TaskRun, state: State) -> bool:
-    """Everything but a user's mistake, which a second try would only repeat; a server that was away may be back."""
+    """Return True but for a user's mistake, which a second try would repeat; a server that was away may be back."""
     cause = state.result(raise_on_failure=False)
     return not isinstance(cause, UserError) or isinstance(cause, Unreachable)
 
@@ -52,7 +59,7 @@ def run_stage_flow(
     inputs: Sequence[dict[str, Any]] | None = None,
     store: str | None = None,
 ) -> dict[str, Any]:
-    """The body of a stage's flow.
+    """Do what a stage's flow does.
 
     parent: MLflow key of the pipeline's run; inputs: DVC hashes of the input folders, which are fetched from the store
     or pulled when this machine lacks them; store: `s3://bucket/prefix` for inputs and outputs (default: `SVD_STORE`).
@@ -65,7 +72,7 @@ def run_stage_flow(
     outputs = versioning.save_outputs(stage, chosen.name)
     if versioning.has_remote():
         versioning.push(outputs)
-    artifacts.publish(stage, chosen, result["metrics"], result["summary"])
+    artifacts.publish_artifacts(stage, chosen, result["metrics"], result["summary"])
     if parent is None:  # else the parent does it, when it has recorded the output
         clear_work(chosen, stage)
     return {"stage": stage, **result, "outputs": [asdict(item) for item in outputs]}
@@ -75,6 +82,42 @@ def _bring_inputs(stage: str, preset: str, wanted: list[Lineage], store: str | N
     """Fetch from the store first, then let DVC bring whatever is still missing or has another hash."""
     if store:
         chosen = load_preset(preset)
-        fetch_inputs(store, chosen.name, input_folders(find_stage(stage), chosen))
+        fetch_inputs(store, chosen.name, Place(chosen.name, stage).inputs)
     if wanted:
         versioning.pull(wanted)
+
+
+def attribute(stage: Stage) -> str:
+    """Return the name of the stage's flow in this module, as entrypoints give it."""
+    return stage.name.replace("-", "_")
+
+
+def _make_flow(stage: Stage) -> StageFlow:
+    """Return the flow of a stage; its name, run name, time limit and description come from the stage's row."""
+
+    def run(
+        preset: str = "tiny",
+        parent: str | None = None,
+        inputs: list[dict[str, Any]] | None = None,
+        store: str | None = None,
+    ) -> dict[str, Any]:
+        return run_stage_flow(stage.name, preset, parent, inputs, store)
+
+    run.__name__ = run.__qualname__ = attribute(stage)
+    run.__doc__ = f"""{stage.description}
+
+    preset: name or file; parent and inputs are set by `full-pipeline` (MLflow key, DVC hashes of the inputs);
+    store: `s3://bucket/prefix` for inputs and outputs (default: SVD_STORE).
+    Returns metrics and the DVC hashes of the outputs.
+    """
+    make: Callable[[StageFlow], StageFlow] = flow(
+        name=stage.name,
+        flow_run_name=f"{stage.name}-{{preset}}",
+        timeout_seconds=stage.hours * HOUR,
+        persist_result=True,
+    )
+    return make(run)
+
+
+FLOWS = {stage.name: _make_flow(stage) for stage in STAGES.values()}
+globals().update({attribute(stage): FLOWS[stage.name] for stage in STAGES.values()})

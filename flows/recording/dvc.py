@@ -21,7 +21,9 @@ from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
 
-from flows.stages import BRANCHES, STAGES
+from flows.places import Place
+from flows.recording.dvc_yaml import BRANCH, MAIN
+from flows.stages import BRANCHES
 from flows.tracking.runs import Lineage
 from svd.core.errors import UserError
 
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_repo() -> Repo:
-    """The DVC repository in this folder, with or without git; waits while another process holds its lock."""
+    """Open the DVC repository in this folder, with or without git; waits while another process holds its lock."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     folder = Path.cwd()
     config = None if (folder / ".git").exists() else {"core": {"no_scm": True}}
@@ -40,8 +42,8 @@ def open_repo() -> Repo:
 
 
 def _stage(repo: Repo, name: str, preset: str) -> Any:
-    """DVC's stage `name` of `preset`, whichever preset params.yaml names: other runs in this folder may use another."""
-    file = load_file(repo, "branches/dvc.yaml" if name in BRANCHES else "dvc.yaml")
+    """Return DVC's stage `name` of `preset`, whichever preset params.yaml names: other runs here may use another."""
+    file = load_file(repo, str(BRANCH if name in BRANCHES else MAIN))
     file.resolver.context.merge_update(Context({"preset": preset}), overwrite=True)
     return file.stages[name]
 
@@ -53,7 +55,7 @@ def _lineage(entry: Any) -> Lineage:
 
 
 def changed(name: str, preset: str) -> bool:
-    """Whether the stage's command, dependencies, parameters or outputs differ from `dvc.lock`.
+    """Return whether the stage's command, dependencies, parameters or outputs differ from `dvc.lock`.
 
     A folder that is recorded there but not on this machine counts as unchanged: whoever needs it pulls it.
     """
@@ -64,7 +66,7 @@ def changed(name: str, preset: str) -> bool:
 def record(name: str, preset: str, outputs: list[Lineage], known: Mapping[str, Lineage]) -> None:
     """Write the stage's entry in `dvc.lock`, as `dvc repro` would, from hashes alone: the data may be on another node.
 
-    `known` holds the hashes of data inputs by path; code and parameters are hashed here.
+    `known` holds the hashes of data inputs by path; the inventory and parameters are hashed here.
     """
     made = {item.path: item for item in outputs}
     with open_repo() as repo, repo.lock:
@@ -87,7 +89,7 @@ def _set_hash(entry: Any, item: Lineage) -> None:
 
 
 def lineage(name: str, preset: str) -> tuple[list[Lineage], list[Lineage]]:
-    """Hashes of the stage's inputs (data only, no code) and outputs as `dvc.lock` has them."""
+    """Return the hashes of the stage's inputs and outputs as `dvc.lock` has them."""
     with open_repo() as repo:
         stage = _stage(repo, name, preset)
         inputs = [d for d in stage.deps if d.hash_info and str(d.def_path).startswith("outputs/")]
@@ -95,7 +97,7 @@ def lineage(name: str, preset: str) -> tuple[list[Lineage], list[Lineage]]:
 
 
 def hash_folder(path: Path) -> Lineage:
-    """The DVC hash of a folder as it is now; takes no lock, so a stage that `dvc repro` runs may call it."""
+    """Return the DVC hash of a folder as it is now. Takes no lock, so a stage that `dvc repro` runs may call it."""
     with open_repo() as repo, ui.progress(desc=f"hashing {path}", unit="file", leave=False, delay=2) as bar:
         folder, cache = str(path.absolute()), repo.cache.local
         callback = bar.as_callback()
@@ -113,7 +115,7 @@ def save_outputs(name: str, preset: str) -> list[Lineage]:
 
 
 def has_remote() -> bool:
-    """Whether a default DVC remote is configured."""
+    """Return whether a default DVC remote is configured."""
     with open_repo() as repo:
         return bool(repo.config["core"].get("remote"))
 
@@ -135,7 +137,7 @@ def set_local_remote(name: str, url: str | None, endpoint: str = "") -> None:
 
 
 def push(items: list[Lineage]) -> int:
-    """Send folders to the default remote by hash; returns the number of objects that were sent."""
+    """Send folders to the default remote by hash; return the number of objects that were sent."""
     with open_repo() as repo:
         result = repo.cloud.push(_objects(repo, items))
         if result.failed:
@@ -144,18 +146,16 @@ def push(items: list[Lineage]) -> int:
 
 
 def _at_hash(repo: Repo, item: Lineage) -> Any:
-    """DVC's output for the path of `item`, outputs/<preset>/<stage>, set to the hash of `item`."""
-    parts = Path(item.path).parts
-    if len(parts) != 3 or parts[0] != "outputs" or parts[2] not in STAGES:
-        raise UserError(f"'{item.path}' is no output of a stage; expected outputs/<preset>/<stage>")
-    out = _stage(repo, parts[2], parts[1]).outs[0]
+    """Return DVC's output for the path of `item`, set to the hash of `item`."""
+    place = Place.of_output(item.path)
+    out = _stage(repo, place.stage, place.preset).outs[0]
     _set_hash(out, item)
     out.obj = None
     return out
 
 
 def _objects(repo: Repo, items: list[Lineage]) -> set[HashInfo]:
-    """All objects that the folders consist of; raises UserError when one's list is neither here nor in the remote."""
+    """Return all objects of the folders; raises UserError when one's list is neither here nor in the remote."""
     objects: set[HashInfo] = set()
     for item in items:
         try:
@@ -167,7 +167,7 @@ def _objects(repo: Repo, items: list[Lineage]) -> set[HashInfo]:
 
 
 def pull(items: list[Lineage]) -> int:
-    """Bring the folders `items` to exactly their hashes, from DVC's cache or the remote; returns how many were brought.
+    """Bring the folders `items` to exactly their hashes, from DVC's cache or the remote; return how many were brought.
 
     Raises UserError when an object is in neither.
     """

@@ -1,7 +1,13 @@
-"""What a preset names outside the project (videos, data sets, meshes, weights), listed so that DVC sees it change.
+"""What a stage is made of besides its options and inputs, in a file that DVC watches.
 
-DVC can't depend on paths that stand in a preset. So `outputs/<preset>/inventory/<stage>.json` lists what lies behind
-the options of a stage, and the stage depends on this file. `dvc repro` and the flows write it anew every time.
+`outputs/<preset>/inventory/<stage>.json` holds for every stage
+
+* `code`: the digest of the code that the stage's function can reach (flows/recording/code.py);
+* `packages`: the digest of the versions in requirements.lock;
+* `defaults`: the options of the stage that the preset leaves to the code, which DVC can't see in the preset's file;
+* `files`: what lies behind the options that name files outside the project (videos, data sets, meshes, weights).
+
+The stage depends on this file. `dvc repro` and the flows write it anew every time.
 """
 
 from __future__ import annotations
@@ -12,7 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.stages import EXTERNAL, OUTPUTS, preset_sections
+from flows.places import Place
+from flows.recording.code import code_digest, packages_digest
+from flows.stages import STAGES, Stage
 from svd import storage
 from svd.config import Preset
 from svd.core.files import write_json
@@ -22,36 +30,71 @@ Listing = list[list[str | int]]
 
 
 def take(preset: Preset) -> dict[str, dict[str, Listing]]:
-    """Write the lists of all stages; returns them by stage and option value.
+    """Write the inventories of all stages; returns the lists of files by stage and option value.
 
     Raises UserError for a bucket that is missing or denied, svd.core.retries.Unreachable when S3 doesn't answer.
     """
-    found = {stage: {value: _listing(value) for value in sorted(_values(preset, stage))} for stage in EXTERNAL}
-    folder = OUTPUTS / preset.name / "inventory"
-    folder.mkdir(parents=True, exist_ok=True)
-    for stage, lists in found.items():
-        write_json(folder / f"{stage}.json", {value: listing for value, listing in lists.items() if listing})
+    return {stage.name: take_stage(stage, preset) for stage in STAGES.values()}
+
+
+def take_stage(stage: Stage, preset: Preset) -> dict[str, Listing]:
+    """Write the inventory of one stage; returns its lists of files by option value."""
+    values = sorted(_values(stage, preset)) if stage.external else []
+    found = {value: _listing(value) for value in values}
+    content = {
+        "code": code_digest(stage),
+        "packages": packages_digest(),
+        "defaults": _defaults(stage, preset),
+        "files": {value: listing for value, listing in found.items() if listing},
+    }
+    path = Place(preset.name, stage.name).inventory
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
     return found
 
 
 def take_and_record(preset: Preset) -> None:
-    """The inventory as the stage of dvc.yaml, with the entry in dvc.lock that `dvc repro` would write."""
+    """Do what the stage `inventory` of dvc.yaml does, and write the entry in dvc.lock that `dvc repro` would write."""
     from flows.recording import dvc as versioning
 
     take(preset)
     versioning.record("inventory", preset.name, versioning.save_outputs("inventory", preset.name), {})
 
 
-def _values(preset: Preset, stage: str) -> set[str]:
-    """All texts among the options of a stage; most name no file and get an empty list."""
+def option(values: Mapping[str, Any], dotted: str) -> Any:
+    """Return the value at a dotted path of nested mappings; None where there is none."""
+    found: Any = values
+    for name in dotted.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _defaults(stage: Stage, preset: Preset) -> dict[str, Any]:
+    """Return the options of the stage, by dotted path, that have their default because the preset doesn't set them."""
+    resolved, given = preset.model_dump(mode="json"), preset.model_dump(mode="json", exclude_unset=True)
+    found: dict[str, Any] = {}
+    for dotted in stage.options:
+        found |= dict(_left_open(dotted, option(resolved, dotted), option(given, dotted)))
+    return found
+
+
+def _left_open(dotted: str, resolved: Any, given: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the values that `resolved` has and `given` lacks; items of a list are compared one by one."""
+    if given is None and resolved is not None:
+        yield dotted, resolved
+    elif isinstance(resolved, Mapping) and isinstance(given, Mapping):
+        for name, value in resolved.items():
+            yield from _left_open(f"{dotted}.{name}", value, given.get(name))
+    elif isinstance(resolved, list) and isinstance(given, list):
+        for number, (value, said) in enumerate(zip(resolved, given, strict=False)):
+            yield from _left_open(f"{dotted}.{number}", value, said)
+
+
+def _values(stage: Stage, preset: Preset) -> set[str]:
+    """Return all texts among the options of a stage; most name no file and get an empty list."""
     values = preset.model_dump(mode="json")
-    found: set[str] = set()
-    for section in preset_sections(stage):
-        part: Any = values
-        for name in section.split("."):
-            part = part[name]
-        found |= set(_texts(part))
-    return found - {preset.name}
+    texts = (text for dotted in stage.options for text in _texts(option(values, dotted)))
+    return set(texts) - {preset.name}
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -63,7 +106,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _listing(value: str) -> Listing:
-    """What an option names: (path, size, content), sorted; nothing for a text that is no path.
+    """List what an option names: (path, size, content), sorted; nothing for a text that is no path.
 
     The content is an object's ETag, a file's SHA-256, or, when more than 256 MB would have to be read, its time in
     nanoseconds. A list of addresses is a file like others: what the addresses serve isn't asked for.
@@ -80,7 +123,7 @@ def _listing(value: str) -> Listing:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """A file, or the files in a folder that aren't hidden."""
+    """Yield a file, or the files in a folder that aren't hidden."""
     if path.is_file():
         yield path
     for file in path.rglob("*") if path.is_dir() else ():

@@ -16,7 +16,8 @@ from typing import Any
 
 from rich.progress import Progress
 
-from flows.stages import preset_sections
+from flows.recording.dvc_yaml import BRANCH, MAIN
+from flows.stages import Stage
 from svd import storage
 from svd.config import Preset
 from svd.core.errors import UserError
@@ -25,7 +26,7 @@ from svd.core.retries import Transient, Unreachable, retrying
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-LOCKS = (Path("dvc.lock"), Path("branches") / "dvc.lock")
+LOCKS = (MAIN.with_suffix(".lock"), BRANCH.with_suffix(".lock"))
 PUBLISH_ATTEMPTS = 4
 CACHE = Path(".cache") / "s3"
 VERSIONS = Path(".cache") / "s3-versions"
@@ -206,13 +207,13 @@ def keep_locks(root: str, preset: str) -> None:
             storage.upload(lock, storage.join(root, preset, lock.as_posix()))
 
 
-def localise(preset: Preset, stage: str) -> Preset:
-    """The preset with the `s3://` paths that `stage` reads replaced by local copies, so that every path may be remote.
+def localise(preset: Preset, stage: Stage) -> Preset:
+    """Return the preset with the `s3://` paths that `stage` reads replaced by local copies: every path may be remote.
 
     Addresses of sources stay: curation reads those one at a time.
     """
     values = preset.model_dump(mode="json")
-    for section in preset_sections(stage):
+    for section in stage.options:
         *parents, last = section.split(".")
         place = values
         for name in parents:

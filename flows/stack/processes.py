@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from svd.core.errors import UserError
+from svd.core.files import write_text
 
 PATIENCE = 240
 GRACE = 15
@@ -63,9 +64,7 @@ class Processes:
             )
         process = Process(name, child.pid, psutil.Process(child.pid).create_time(), port)
         target = self.folder / "run" / f"{name}.json"
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(process)))
-        temporary.replace(target)
+        write_text(target, json.dumps(asdict(process)))
         return process
 
     def wait(self, process: Process, url: str) -> None:

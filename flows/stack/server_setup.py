@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from svd.storage import split_uri
+
 INFRA = Path(__file__).resolve().parents[2] / "infra" / "prefect"
 AUTOMATIONS = INFRA / "automations.yaml"
 POOLS = INFRA / "kubernetes-pools.yaml"
@@ -131,7 +133,7 @@ def main() -> None:
         install_kubernetes_pools()
     install_automations(os.environ["PREFECT_API_URL"])
     limit_pipelines(os.environ["PREFECT_API_URL"])
-    bucket = os.environ["SVD_STORE"].removeprefix("s3://").split("/")[0]
+    bucket = split_uri(os.environ["SVD_STORE"])[0]
     make_bucket(bucket)
     save_results_block(bucket)
 

@@ -21,12 +21,13 @@ import boto3
 from botocore.exceptions import ClientError
 from rich.console import Console
 
+from flows.stack.env_file import ENV_FILE, read_env
 from flows.stack.processes import Process, Processes, check_port
 from flows.stack.server_setup import install_automations, limit_pipelines
 from svd.core.errors import UserError
+from svd.core.files import atomic_file
 
 LOCAL = Path(".local")
-ENV_FILE = Path(".env")
 BUCKET = "svd"
 POOLS = {"cpu": 4, "gpu": 1}  # flow runs at a time: one GPU stage; parents wait for their children in `cpu`
 console = Console(stderr=True)
@@ -83,24 +84,8 @@ def _stored_secret() -> str:
 
 def _write_private(path: Path, text: str) -> None:
     """Write a file that only this user may read, in one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch(mode=0o600)
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def read_env(path: Path = ENV_FILE) -> dict[str, str]:
-    """The variables of a `.env` file; none when there is no file."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
-
-
-def load_env() -> None:
-    """Take over `.env` where the environment says nothing else."""
-    for name, value in read_env().items():
-        os.environ.setdefault(name, value)
+    with atomic_file(path, mode=0o600) as temporary:
+        temporary.write_text(text)
 
 
 def _start_s3(ports: Ports, env: dict[str, str]) -> Process:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from svd.core.files import atomic_file, write_text
+
 logger = logging.getLogger(__name__)
 REQUEST_SECONDS = 25
 UPLOAD_PATIENCE = 600.0  # for a server that does not answer, while weights wait that may be gone with this machine
@@ -55,9 +57,8 @@ class Journal:
 
     def keep_file(self, source: Path, name: str) -> None:
         """Copy `source` to files/`name`, so that it can be delivered after the stage has moved on."""
-        target = self.folder / "files" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        with atomic_file(self.folder / "files" / name) as target:
+            shutil.copyfile(source, target)
 
     def entries(self, operation: str) -> Iterator[dict[str, Any]]:
         """All entries of one kind, delivered or not."""
@@ -89,9 +90,7 @@ class Journal:
             stream.seek(self.delivered())
             while (line := stream.readline()).endswith(b"\n"):
                 send(json.loads(line), self.folder / "files")
-                temporary = self._offset.with_suffix(".tmp")
-                temporary.write_text(str(stream.tell()))
-                temporary.replace(self._offset)
+                write_text(self._offset, str(stream.tell()))
 
 
 class Courier:

@@ -8,7 +8,6 @@ on a used axis is dropped, with that reason, unless the axis is optional.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from svd.catalogue import schema
 from svd.catalogue import tables as catalog
 from svd.catalogue.axes import AXES, Axis
 from svd.config import FiltersConfig, Threshold
-from svd.core.files import write_json
+from svd.core.files import atomic_file, write_json
 
 
 def _quantile(axis: Axis, share: float) -> pl.Expr:
@@ -132,8 +131,5 @@ def write_verdicts(folder: Path, config: FiltersConfig) -> dict[str, float]:
 
 def sink(frame: pl.LazyFrame, target: Path) -> None:
     """Write a lazy frame as Parquet, streaming and atomically."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    frame.sink_parquet(temporary, compression="zstd", row_group_size=1 << 17, engine="streaming")
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(target)
+    with atomic_file(target) as temporary:
+        frame.sink_parquet(temporary, compression="zstd", row_group_size=1 << 17, engine="streaming")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from svd.catalogue import axes
 from svd.catalogue import tables as catalog
 from svd.core.errors import UserError
+from svd.core.files import write_text
 
 REASONS = 20
 YEAR_HOURS = 365.25 * 24
@@ -64,12 +64,7 @@ def write_report(folders: Sequence[Path], target: Path, names: Sequence[str] | N
         plots=sorted({name for column in columns for name in column.plots}),
         axes=[axis.name for axis in axes.AXES],
     )
-    temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(page)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(target)
+    write_text(target, page)
     return target
 
 

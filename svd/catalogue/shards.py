@@ -7,13 +7,15 @@ the machine that wrote them: equal clips give equal bytes.
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
+
+from svd.core.files import atomic_file
 
 BLOCK = tarfile.BLOCKSIZE
 COPY_BYTES = 1 << 20
@@ -41,6 +43,7 @@ class ShardWriter:
         self.max_bytes = max_bytes
         self.stem = stem
         self.names: list[str] = []
+        self._file = ExitStack()
         self._stream: BinaryIO | None = None
         self._position = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,18 +70,15 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.close()
-        elif self._stream is not None:
-            self._stream.close()
-            self._temporary().unlink(missing_ok=True)
+        else:
+            self._file.__exit__(kind, error, trace)
 
     def _start(self) -> None:
         number = len(self.names)
         self.names.append(f"{self.stem}.tar" if number == 0 else f"{self.stem}-{number}.tar")
-        self._stream = self._temporary().open("wb")
+        temporary = self._file.enter_context(atomic_file(self.folder / self.names[-1]))
+        self._stream = self._file.enter_context(temporary.open("wb"))
         self._position = 0
-
-    def _temporary(self) -> Path:
-        return self.folder / f".{self.names[-1]}.tmp"
 
     def _append(self, name: str, content: bytes | Path) -> Member:
         assert self._stream is not None
@@ -102,11 +102,8 @@ class ShardWriter:
     def _finish(self) -> None:
         assert self._stream is not None
         self._stream.write(b"\0" * (2 * BLOCK))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
         self._stream = None
-        self._temporary().replace(self.folder / self.names[-1])
+        self._file.close()
 
 
 def _size(content: bytes | Path) -> int:

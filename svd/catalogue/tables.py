@@ -9,7 +9,6 @@ by the row: `unit` names the shard of sources it came from, `shard`, `offset` an
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 
 from svd.catalogue.schema import VERDICTS_SCHEMA, VERSION
 from svd.core.errors import UserError
+from svd.core.files import atomic_file
 
 HASH_BYTES = 1 << 20
 # Rows of a row group: a page of the browser reads one for every clip that it shows.
@@ -54,18 +54,13 @@ def content_hash_of(path: Path, offset: int, size: int) -> str:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write Parquet atomically; equal tables are equal bytes."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
         pq.write_table(table, stream, compression="zstd", row_group_size=1 << 17)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def write_stream(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
     """As `write_table`, of tables as they come; memory holds one of them or a row group, whichever is more."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         held, count = list[pa.Table](), 0
         for table in tables:
             held, count = [*held, table], count + len(table)
@@ -75,9 +70,6 @@ def write_stream(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> N
                 held, count = [whole.slice(full)], count - full
         if count:
             writer.write_table(pa.concat_tables(held))
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:

@@ -1,4 +1,4 @@
-"""What all sections of a preset share."""
+"""The base class and the value types that all sections of a preset share."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
-
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Renderer = Literal["auto", "moderngl", "pyvista"]
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, and strict about unknown keys."""
+    """The base of every section: immutable, and strict about unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-Renderer = Literal["auto", "moderngl", "pyvista"]

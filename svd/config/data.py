@@ -1,4 +1,4 @@
-"""Options of the data: sources, curation, encoders."""
+"""Options of the data: sources, curation, encoders, orbits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from svd.config.base import Fraction, PositiveInt, Section
+from svd.config.base import Fraction, PositiveInt, Renderer, Section
 
 
 class SyntheticWorlds(Section):
@@ -26,9 +26,12 @@ class SourcesConfig(Section):
 
     paths: list[str] = []
     synthetic: SyntheticWorlds | None = None
-    sources_per_shard: PositiveInt = 64
+    sources_per_shard: PositiveInt = Field(
+        64, description="sources curated as one unit; defines a result, because a unit's clips share shards"
+    )
     copied_bytes: Annotated[int, Field(ge=0)] = Field(
-        2_000_000_000, description="local files up to this many bytes together are copied and so versioned; else listed"
+        2_000_000_000,
+        description="local files of up to this many bytes together are copied and so versioned; more are listed",
     )
 
 
@@ -80,7 +83,9 @@ class TextConfig(Section):
 
     detector: Literal["rapidocr", "craft"] = "rapidocr"
     craft_weights: str | None = None
-    craft_long_side: PositiveInt = Field(1280, description="at most this many pixels of the longer side go into CRAFT")
+    craft_long_side: PositiveInt = Field(
+        1280, description="the longer side, in pixels, is scaled down to this for CRAFT"
+    )
     width: PositiveInt = 704
     height: PositiveInt = 384
     box_threshold: Fraction = 0.5
@@ -99,7 +104,10 @@ class EncodersConfig(Section):
 
 
 class CaptionsConfig(Section):
-    """Three captions a clip (§3.1): which captioners run, and with which probability training draws each (E.2.2)."""
+    """Three captions per clip (§3.1): which captioners run, and with which probability training draws each (E.2.2).
+
+    llm_endpoint stays here although it says *where*: `llm_model` then names a model of that server, not files.
+    """
 
     captioners: list[Literal["coca", "video", "llm", "sidecar", "motion"]]
     probabilities: dict[str, Fraction]
@@ -143,13 +151,31 @@ class CurationConfig(Section):
     text: TextConfig
     captions: CaptionsConfig
     filters: FiltersConfig
-    subsets: dict[str, FiltersConfig] = Field({}, description="named subsets of the same catalogue, beside `keep`")
+    subsets: dict[str, FiltersConfig] = Field(
+        {}, description="named subsets of the same catalogue, beside the column `keep`"
+    )
     nsfw_weights: str | None = Field(None, description="head on the image embeddings; None: the axis is unused")
     near_duplicates: bool = Field(True, description="compare every clip's embedding with those of earlier clips")
-    shard_bytes: PositiveInt = 1_000_000_000
+    shard_bytes: PositiveInt = Field(1_000_000_000, description="size at which a shard of clips is closed")
     part_seconds: float = Field(
         1800.0,
         gt=0,
-        description="a longer local source is split by time, at keyframes, into parts of about this length",
+        description="a longer local source is split by time, at keyframes, into parts of about this length; "
+        "defines a result, because no clip crosses the border of a part",
     )
-    workers: PositiveInt = 1
+
+
+class OrbitsConfig(Section):
+    """Rendered orbits for the multi-view finetuning (§4.5, D.6): full circles at constant elevation, random light."""
+
+    objects: PositiveInt = 150_000
+    meshes: list[str] = Field([], description="folders or files (GLB, OBJ); empty: procedural textured meshes")
+    up: Literal["y", "z"] = Field("y", description="the upright axis of the mesh files (glTF: y)")
+    views: PositiveInt = 21
+    size: PositiveInt = 576
+    min_elevation: float = Field(-5, ge=-90, le=90)
+    max_elevation: float = Field(30, ge=-90, le=90)
+    environments: list[str] = Field([], description="folders or files of .hdr light; empty: procedural skies")
+    fov: float = Field(33.8, gt=0, lt=180, description="vertical field of view in degrees")
+    radius: float = Field(2.0, gt=0, description="distance of the camera; the object's longest side is 1")
+    renderer: Renderer = "auto"

@@ -1,4 +1,4 @@
-"""Options of sampling and of the evaluations."""
+"""Options of the evaluations."""
 
 from __future__ import annotations
 
@@ -6,22 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from svd.config.base import Fraction as Fraction
-from svd.config.base import PositiveInt as PositiveInt
-from svd.config.base import Renderer
-from svd.config.base import Section as Section
+from svd.config.base import Fraction, PositiveInt, Renderer, Section
+from svd.config.generation import Sampling
 from svd.config.training import TrainingConfig
-
-
-class Sampling(Section):
-    """How clips are sampled for evaluation."""
-
-    steps: PositiveInt = 50
-    guidance: float = Field(7.0, ge=0)
-    solver: Literal["euler", "heun", "dpmpp_2m", "ddim"] = "euler"
-    sigma_min: float = Field(0.002, gt=0)
-    sigma_max: float = Field(700.0, gt=0)
-    rho: float = Field(7.0, gt=0)
 
 
 class Ucf101Config(Section):
@@ -40,10 +27,11 @@ class Ucf101Config(Section):
     weights: str | None = None
     sha256: str | None = None
     sampling: Sampling = Sampling()
-    batch_size: PositiveInt = 8
-    seeds: PositiveInt = Field(1, description="how many times the clips are sampled; the scores' spread is reported")
+    seeds: PositiveInt = Field(
+        1, description="how many times the clips are sampled; the spread of the scores is reported"
+    )
     controls: list[Literal["noise", "mean-frame", "untrained"]] = ["noise", "mean-frame"]
-    shown: PositiveInt = Field(12, description="clips in the picture and the report")
+    shown: PositiveInt = Field(12, description="clips in the contact sheet and the report")
 
 
 class MultiviewBenchmark(Section):
@@ -75,7 +63,7 @@ class CalibrationConfig(TrainingConfig):
     ]
     removed: list[Fraction] = [0.0, 0.125, 0.25, 0.5]
     prompts: PositiveInt = 64
-    votes: PositiveInt = Field(3, description="votes a pair, prompt and question")
+    votes: PositiveInt = Field(3, description="votes per pair, prompt and question")
     judge: Literal["people", "encoders"] = Field(
         "people", description="people vote on the page of `svd vote`; encoders: similarity and motion decide, for tests"
     )

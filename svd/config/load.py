@@ -1,4 +1,4 @@
-"""Reading presets: one YAML file is one `Preset`; a mistake is named by file, key path and nearest valid name."""
+"""Reading of presets: one YAML file is one `Preset`. A mistake is named by file, key path and nearest valid name."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from svd.config.compute import MOVED
 from svd.config.preset import Preset
 from svd.core.errors import UserError
 
-PRESETS = Path(__file__).resolve().parents[2] / "presets"
+PRESETS = Path("presets")  # of the working folder, which may be another checkout than that of the code
 
 
 class ConfigError(UserError):
-    """A preset that can't be used; the message is one readable line a mistake."""
+    """A preset that can't be used; the message has one line per mistake."""
 
 
 def _nested_model(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as `X | None` or `list[X]`, if there is one."""
+    """Return the pydantic model inside an annotation such as `X | None` or `list[X]`, if there is one."""
     if (
         isinstance(annotation, type)
         and not isinstance(annotation, types.GenericAlias)
@@ -33,7 +34,7 @@ def _nested_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def _valid_names(location: tuple[int | str, ...]) -> list[str]:
-    """Names that are valid beside the last element of `location`."""
+    """Return the names that are valid beside the last element of `location`."""
     model: type[BaseModel] | None = Preset
     for part in location[:-1]:
         if model is None:
@@ -44,7 +45,10 @@ def _valid_names(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _explain(error: Any, source: str) -> str:
+    """Return one line about a mistake that pydantic found."""
     location = ".".join(str(part) for part in error["loc"])
+    if location in MOVED:
+        return f"{source}: {MOVED[location]}"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(error["loc"][-1]), _valid_names(error["loc"]), n=1, cutoff=0.4)
         hint = f"; did you mean '{near[0]}'?" if near else f"; valid: {', '.join(_valid_names(error['loc']))}"
@@ -53,7 +57,10 @@ def _explain(error: Any, source: str) -> str:
 
 
 def parse_preset(values: dict[str, Any], source: str) -> Preset:
-    """Validate `values`; raises ConfigError with one line a mistake that names `source` and the key's path."""
+    """Validate the values of a preset.
+
+    Raises ConfigError with one line per mistake, which names `source` and the path of the key.
+    """
     try:
         return Preset.model_validate(values)
     except ValidationError as error:
@@ -62,6 +69,9 @@ def parse_preset(values: dict[str, Any], source: str) -> Preset:
 
 def load_preset(name_or_path: str, overrides: dict[str, Any] | None = None) -> Preset:
     """Load `presets/<name>.yaml` or a YAML file; `overrides` maps dotted paths to values.
+
+    >>> load_preset("tiny", {"compute.training.devices": 2}).compute.image_to_video.devices
+    2
 
     Raises ConfigError for a missing file, broken YAML, unknown or out-of-range keys, and for a file in presets/ whose
     `name` isn't its file's: it would run under the name, and into the outputs, of another preset.
@@ -73,7 +83,7 @@ def load_preset(name_or_path: str, overrides: dict[str, Any] | None = None) -> P
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
-    if path.resolve().parent == PRESETS and values.get("name", path.stem) != path.stem:
+    if path.resolve().parent == PRESETS.resolve() and values.get("name", path.stem) != path.stem:
         raise ConfigError(
             f"{path}: 'name' is '{values['name']}', but presets/ is searched by file name; write `name: {path.stem}`"
         )
@@ -83,15 +93,18 @@ def load_preset(name_or_path: str, overrides: dict[str, Any] | None = None) -> P
 
 
 def preset_path(name_or_path: str) -> Path:
-    """The file of a preset; raises ConfigError that lists the presets when there is none."""
+    """Return the file of a preset; raises ConfigError that lists the presets of the working folder if there is none."""
     for candidate in (Path(name_or_path), PRESETS / f"{name_or_path}.yaml"):
         if candidate.is_file():
             return candidate
+    if not PRESETS.is_dir():
+        raise ConfigError(f"no {PRESETS}/ in {Path.cwd()}; run the command in the project's folder")
     known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
     raise ConfigError(f"no preset '{name_or_path}': give a YAML file or one of: {known}")
 
 
 def _assign(values: dict[str, Any], parts: list[str], value: Any) -> None:
+    """Set a value inside nested mappings, making those that aren't there."""
     for part in parts[:-1]:
         values = values.setdefault(part, {})
     values[parts[-1]] = value

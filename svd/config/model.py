@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from svd.config.base import PositiveInt as PositiveInt
-from svd.config.base import Section as Section
+from svd.config.base import PositiveInt, Section
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 

@@ -1,54 +1,21 @@
-"""The options of the whole system: pydantic models of a preset. Here and in `svd/config/data.py` options are declared.
-
-A preset is one YAML file (`presets/tiny.yaml`, `finetune.yaml`, `paper.yaml`), read by `svd/config/load.py`.
-Section numbers refer to arXiv 2311.15127.
-"""
+"""The preset as a whole: its sections, and the rules that hold between them."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
-from svd.config.base import Fraction as Fraction
-from svd.config.base import PositiveInt as PositiveInt
-from svd.config.base import Renderer
-from svd.config.base import Section as Section
-from svd.config.data import CaptionsConfig as CaptionsConfig
-from svd.config.data import ClipsConfig as ClipsConfig
-from svd.config.data import CurationConfig as CurationConfig
-from svd.config.data import CutPass as CutPass
-from svd.config.data import CutsConfig as CutsConfig
-from svd.config.data import EncodersConfig as EncodersConfig
-from svd.config.data import FiltersConfig as FiltersConfig
-from svd.config.data import MotionConfig as MotionConfig
-from svd.config.data import SourcesConfig as SourcesConfig
-from svd.config.data import SyntheticWorlds as SyntheticWorlds
-from svd.config.data import TextConfig as TextConfig
-from svd.config.data import Threshold as Threshold
+from svd.config.base import Section
+from svd.config.compute import ComputeConfig
+from svd.config.data import CurationConfig, EncodersConfig, OrbitsConfig, SourcesConfig
 from svd.config.evaluation import CalibrationConfig, EvaluationConfig
 from svd.config.model import ModelConfig
 from svd.config.training import AutoencoderTraining, LatentsConfig, LoraConfig, MultiviewTraining, TrainingConfig
 
 
-class OrbitsConfig(Section):
-    """Rendered orbits for the multi-view finetuning (§4.5, D.6): full circles at constant elevation, random light."""
-
-    objects: PositiveInt = 150_000
-    meshes: list[str] = Field([], description="folders or files (GLB, OBJ); empty: procedural textured meshes")
-    up: Literal["y", "z"] = Field("y", description="the upright axis of the mesh files (glTF: y)")
-    views: PositiveInt = 21
-    size: PositiveInt = 576
-    min_elevation: float = Field(-5, ge=-90, le=90)
-    max_elevation: float = Field(30, ge=-90, le=90)
-    environments: list[str] = Field([], description="folders or files of .hdr light; empty: procedural skies")
-    fov: float = Field(33.8, gt=0, lt=180, description="vertical field of view in degrees")
-    radius: float = Field(2.0, gt=0, description="distance of the camera; the object's longest side is 1")
-    renderer: Renderer = "auto"
-
-
 class Preset(Section):
-    """Everything that defines a run."""
+    """Everything that defines a run, and in `compute` how it is computed."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$", description="names the folders of its results")
     seed: int = 0
@@ -68,6 +35,7 @@ class Preset(Section):
     orbits: OrbitsConfig
     multiview_finetuning: MultiviewTraining
     evaluation: EvaluationConfig
+    compute: ComputeConfig = ComputeConfig()
 
     @model_validator(mode="after")
     def _phases_are_cached(self) -> Self:
@@ -83,7 +51,10 @@ class Preset(Section):
 
     @model_validator(mode="after")
     def _images_join_text_to_video(self) -> Self:
-        """Models that start from a picture are conditioned on one frame of a clip: unrelated images have none."""
+        """Allow images in the training of text-to-video alone.
+
+        The other models are conditioned on a frame of the clip, which an unrelated image doesn't have.
+        """
         joint = ("video_pretraining", "high_quality_finetuning", "threshold_calibration")
         for stage in (name for name in type(self).model_fields if isinstance(getattr(self, name), TrainingConfig)):
             for number, phase in enumerate(getattr(self, stage).phases):

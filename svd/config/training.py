@@ -1,4 +1,7 @@
-"""Options of the training stages, and of the latents that they read."""
+"""Options of the training stages, and of the latents that they read.
+
+How a training is computed (devices, memory, intervals) stands in `svd/config/compute.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from svd.config.base import Fraction as Fraction
-from svd.config.base import PositiveInt as PositiveInt
-from svd.config.base import Section as Section
+from svd.config.base import Fraction, PositiveInt, Section
 from svd.config.model import Precision
 
 
@@ -23,22 +24,23 @@ class AutoencoderTraining(Section):
     matrix_rate: float = Field(0.05, gt=0, description="muon: step of the weight matrices")
     crop: tuple[PositiveInt, PositiveInt] | None = Field(None, description="image phase: size of random crops")
     batch_size: PositiveInt = Field(
-        8, description="pictures a step; the temporal phase takes batch_size / frames clips"
+        8, description="images per step; the temporal phase takes batch_size / frames clips"
     )
     frames: PositiveInt = 8
     height: PositiveInt = 256
     width: PositiveInt = 256
     learning_rate: float = Field(1e-4, gt=0)
     kl_weight: float = Field(1e-6, ge=0)
-    squared_weight: float = Field(0.0, ge=0, description="of the mean squared error, beside L1")
+    squared_weight: float = Field(0.0, ge=0, description="weight of the mean squared error, beside L1")
     perceptual: Literal["stlpips-alex", "stlpips-vgg", "lpips-alex", "lpips-vgg"] = "stlpips-alex"
     perceptual_weights: list[str] = Field([], description="lpips-*: files of the backbone and of the linear layers")
     perceptual_weight: float = Field(0.25, ge=0)
-    perceptual_frames: Annotated[int, Field(ge=0)] = Field(0, description="pictures a step it sees; 0: all of them")
+    perceptual_frames: Annotated[int, Field(ge=0)] = Field(
+        0, description="images per step that the perceptual loss sees; 0: all of them"
+    )
     discriminator_weight: float = Field(0.5, ge=0)
-    discriminator_start: int = Field(20001, description="step of the temporal phase from which it is heard")
+    discriminator_start: int = Field(20001, description="step of the temporal phase from which its loss counts")
     discriminator_width: PositiveInt = 64
-    checkpoint_every: PositiveInt = 100
     precision: Precision = "32-true"
 
 
@@ -50,18 +52,18 @@ class Geometry(Section):
     width: PositiveInt
 
     def serves(self, phase: Phase) -> bool:
-        """Whether a training phase can be fed from clips of this geometry (same size, at least as many frames)."""
+        """Decide whether clips of this geometry can feed a phase: the same size and at least as many frames."""
         return (self.height, self.width) == (phase.height, phase.width) and self.frames >= phase.frames
 
 
 class LatentsConfig(Section):
-    """The latent cache: every kept clip, encoded once a geometry, at a frame rate drawn for the clip (§2, D.2)."""
+    """The latent cache: every kept clip, encoded once per geometry, at a frame rate drawn for the clip (§2, D.2)."""
 
     geometries: list[Geometry] = Field(min_length=1)
     min_fps: float = Field(5, gt=0)
     max_fps: float = Field(30, gt=0)
     windows: PositiveInt = Field(1, description="windows of frames cached from each clip, spread over its length")
-    samples_per_shard: PositiveInt = 256
+    samples_per_shard: PositiveInt = Field(256, description="samples per file of the cache")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -113,18 +115,8 @@ class TrainingConfig(Section):
     warmup: Annotated[int, Field(ge=0)] = 0
     decay: Literal["none", "cosine"] = "none"
     clip_norm: float | None = Field(1.0, gt=0)
-    precision: Precision = "bf16-mixed"
-    gradient_accumulation: PositiveInt = 1
-    checkpointing: Literal["none", "fine", "all"] = "none"
-    compile: bool = False
-    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
-    devices: int | Literal["auto"] = "auto"
-    nodes: PositiveInt = 1
-    validate_every: PositiveInt = 1000
-    checkpoint_every: PositiveInt = 1000
+    precision: Precision = Field("bf16-mixed", description="defines a result: it changes what is learned")
     validation_samples: PositiveInt = 256
-    sample_steps: PositiveInt = 25
-    num_workers: Annotated[int, Field(ge=0)] = 0
 
 
 class LoraConfig(TrainingConfig):

@@ -92,7 +92,13 @@ class Plan:
         return _table(shown)
 
 
-def plan(sources: Sequence[Source], config: CurationConfig, sources_per_unit: int, encoders: EncodersConfig) -> Plan:
+def plan(
+    sources: Sequence[Source],
+    config: CurationConfig,
+    sources_per_unit: int,
+    encoders: EncodersConfig,
+    workers: int = 1,
+) -> Plan:
     """Probe the headers of local sources, of members of tars and of some remote sources, and add up."""
     facts = _probe_all(sources)
     known = [one for one in facts if one is not None]
@@ -116,7 +122,7 @@ def plan(sources: Sequence[Source], config: CurationConfig, sources_per_unit: in
         download_gigabytes=sum(one.size for one in [*fetched, *guessed]) / 1e9,
         clips=clips,
         cpu_hours=cpu,
-        wall_hours=max(cpu / config.workers, embedding),
+        wall_hours=max(cpu / workers, embedding),
         networks=_networks(config, encoders, clips),
     )
 

@@ -50,7 +50,8 @@ def run(context: StageContext) -> Report:
     if not sources:
         raise UserError(f"{folder}: no videos in {', '.join(SPLITS)}; set sources.paths or sources.synthetic")
     context.work.mkdir(parents=True, exist_ok=True)
-    identified = split_long(find_duplicates(sources, config.workers), config, context.work / "fetched")
+    workers = context.preset.compute.curation.workers
+    identified = split_long(find_duplicates(sources, workers), config, context.work / "fetched")
     units = list(units_of(identified, context.preset.sources.sources_per_shard))
     with contextlib.closing(Networks(config, context.preset.encoders, context.inputs["encoders"])) as networks:
         measured, scored = process(units, config, networks, context)
@@ -131,7 +132,7 @@ def process(
     """Measure and score all units; returns their folders in order. A unit that is there already is not done again."""
     measured = [context.work / "measured" / unit.name for unit in units]
     scored = [context.work / "scored" / unit.name for unit in units]
-    with progress() as bar, contextlib.closing(_measured(units, config, context.work / "measured")) as done:
+    with progress() as bar, contextlib.closing(_measured(units, context)) as done:
         task = bar.add_task("curating (units of sources)", total=len(units))
         for count, unit in enumerate(done, start=1):
             path = context.work / "measured" / unit.name
@@ -141,15 +142,20 @@ def process(
     return measured, scored
 
 
-def _measured(units: Sequence[Unit], config: CurationConfig, folder: Path) -> Generator[Unit]:
-    """Units as they become measured, by `config.workers` processes; an error ends those at work and what waits."""
+def _measured(units: Sequence[Unit], context: StageContext) -> Generator[Unit]:
+    """Yield units as they become measured, by `compute.curation.workers` processes.
+
+    An error ends those at work and drops what waits.
+    """
+    config, folder = context.preset.curation, context.work / "measured"
+    workers = context.preset.compute.curation.workers
     folder.mkdir(parents=True, exist_ok=True)
     waiting = [unit for unit in units if not (folder / unit.name).exists()]
     yield from (unit for unit in units if unit not in waiting)
     if not waiting:
         return
     with contextlib.ExitStack() as stack:
-        analysts = [stack.enter_context(Analyst()) for _ in range(min(config.workers, len(waiting)))]
+        analysts = [stack.enter_context(Analyst()) for _ in range(min(workers, len(waiting)))]
         idle: SimpleQueue[Analyst] = SimpleQueue()
         for analyst in analysts:
             idle.put(analyst)

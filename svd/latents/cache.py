@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from svd.config import Geometry, Phase
 from svd.core.errors import UserError
-from svd.core.files import write_json
+from svd.core.files import atomic_file, write_json
 
 CAPTION = pl.Struct({"captioner": pl.String, "text": pl.String, "row": pl.Int64})
 SCHEMA: dict[str, Any] = {
@@ -72,12 +71,8 @@ def digest(*parts: object) -> str:
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a shard atomically; a killed process leaves no half-written file under this name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def write_index(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], null_text: Tensor) -> None:

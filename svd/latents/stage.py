@@ -198,7 +198,7 @@ def encode_clips(
     parts = []
     with tqdm(total=sum(map(len, shards)), desc="latents", unit="clip") as bar:
         for jobs in shards:
-            parts.append(write_samples(jobs, curation, encoder, made, preset.curation.workers))
+            parts.append(write_samples(jobs, curation, encoder, made, preset.compute.latents.workers))
             bar.update(len(jobs))
     return [row for part in parts for row in json.loads(part.read_text())]
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from svd.core.errors import UserError
+from svd.core.files import atomic_file
 from svd.media.orientation import upright_rgb
 
 Frames = NDArray[np.uint8]
@@ -36,20 +35,6 @@ def _check(frames: Frames) -> None:
 def _check_rate(fps: float) -> None:
     if not 0 < fps <= 1000:
         raise UserError(f"a frame rate must be above 0 and at most 1000 frames per second, got {fps}")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder that becomes `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_mp4(
@@ -74,7 +59,7 @@ def write_mp4(
         raise UserError(
             f"{path}: H.264 needs an even height and width, got {height}x{width}; crop or resize the frames"
         )
-    with _replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
         with av.open(str(temporary), "w", format="mp4", options=options) as container:
             if metadata:
@@ -129,7 +114,7 @@ def write_gif(path: Path, frames: Frames, fps: float, metadata: Mapping[str, str
     _check(frames)
     _check_rate(fps)
     pictures = [Image.fromarray(frame) for frame in frames]
-    with _replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         pictures[0].save(
             temporary,
             format="GIF",
@@ -146,7 +131,7 @@ def write_png(path: Path, picture: Frames, metadata: Mapping[str, str] | None = 
     information = PngImagePlugin.PngInfo()
     for key, value in sorted((metadata or {}).items()):
         information.add_text(key, value)
-    with _replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG", pnginfo=information)
 
 

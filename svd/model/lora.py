@@ -13,8 +13,6 @@ diffusers, so the same folder loads into the released pipeline:
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svd.core.errors import UserError
+from svd.core.files import atomic_folder
 from svd.model.unet import UNet
 
 WEIGHTS = "adapter_model.safetensors"
@@ -136,21 +135,9 @@ def save_lora(unet: UNet, folder: Path, name: str) -> None:
     config = unet.peft_config[name].to_dict()
     config.update(inference_mode=True, peft_type="LORA")
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-    (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for file in temporary.iterdir():
-        _flush(file)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.replace(folder)
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

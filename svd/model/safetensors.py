@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from svd.core.errors import UserError
+from svd.core.files import atomic_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -194,9 +194,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str
         offset += lazy.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     with (
+        atomic_file(path) as temporary,
         temporary.open("wb") as stream,
         tqdm(total=offset, unit="B", unit_scale=True, desc=path.name, disable=offset < PROGRESS_BYTES) as bar,
     ):
@@ -204,9 +203,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str
         for block in _blocks(tensors):
             stream.write(block)
             bar.update(len(block))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _order(tensors: Mapping[str, Lazy]) -> list[str]:

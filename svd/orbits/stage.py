@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from safetensors.numpy import save_file
 
 from svd.config import OrbitsConfig
 from svd.core.errors import UserError
-from svd.core.files import write_json
+from svd.core.files import atomic_file, write_json
 from svd.orbits.meshes import Mesh, load_mesh, mesh_files, procedural_mesh
 from svd.orbits.render import Light, Renderer, hdr_light, on_white, orbit_azimuths, render_orbit, sky_light
 from svd.orbits.renderer import open_renderer
@@ -148,14 +147,10 @@ def run(context: StageContext) -> Report:
 
 def write_orbits(path: Path, orbits: Sequence[Orbit]) -> None:
     """Write a shard; it appears under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}")
     tensors: dict[str, NDArray[Any]] = {
         "frames": np.stack([orbit.frames for orbit in orbits]),
         "elevation": np.array([orbit.elevation for orbit in orbits], np.float32),
         "azimuth": np.stack([orbit.azimuth for orbit in orbits]),
     }
-    save_file(tensors, temporary)
-    temporary.chmod(0o644)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    with atomic_file(path, mode=0o644) as temporary:  # safetensors would write 0o600
+        save_file(tensors, temporary)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
-import re
 import tempfile
-import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,7 +24,7 @@ from svd.core.errors import UserError
 from svd.sources.rows import LISTS, read_rows
 from svd.sources.tars import VIDEOS, parse, read_index, refuse_compressed
 
-REMOTE = ("s3://", "http://", "https://", "ytdl:")
+YTDL = "ytdl:"
 # Everything else that lies in a folder of videos is taken for a video, so that a broken one gets its row.
 NOT_VIDEOS = {
     *(".json", ".jsonl", ".txt", ".md", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".xml", ".html", ".srt", ".vtt"),
@@ -122,17 +120,16 @@ def _scene(caption: SceneCaption) -> dict[str, Any]:
 
 def suffix_of(address: str) -> str:
     """The suffix of a path or address, in lower case; what follows `?` or `#` in a web address is no part of it."""
-    return PurePosixPath(_file_name(address)).suffix.lower()
+    return PurePosixPath(storage.file_name(address)).suffix.lower()
 
 
-def _file_name(address: str) -> str:
-    if address.startswith(("http://", "https://")):
-        address = re.split(r"[?#]", address)[0]
-    return PurePosixPath(address).name
+def must_be_fetched(address: str) -> bool:
+    """Whether what `address` names lies elsewhere: in a store, on a web server, or behind yt-dlp."""
+    return address.startswith(YTDL) or storage.is_address(address)
 
 
 def _expand(pattern: str, root: Path | None) -> Iterator[Source]:
-    if pattern.startswith(REMOTE):
+    if must_be_fetched(pattern):
         yield from _expand_remote(pattern)
         return
     _refuse_scheme(pattern)
@@ -152,10 +149,10 @@ def _expand(pattern: str, root: Path | None) -> Iterator[Source]:
 
 
 def _refuse_scheme(address: str) -> None:
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", address)
-    if scheme and scheme[1] != "file":
+    if not storage.is_known(address):
+        scheme = address.partition("://")[0]
         raise UserError(
-            f"sources: '{address}': {scheme[1]}:// can't be read; give s3:// (AWS_ENDPOINT_URL names the server, which "
+            f"sources: '{address}': {scheme}:// can't be read; give s3:// (AWS_ENDPOINT_URL names the server, which "
             "may be any that speaks S3), http(s)://, ytdl: or a path"
         )
 
@@ -217,12 +214,12 @@ def _addressed(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[str,
 def _listed_local(row: tuple[str, dict[str, Any]], folder: Path, root: Path | None, split: str) -> Iterator[Source]:
     """What a row of a local list names; it belongs to the split whose folder holds the list."""
     uri, values = row
-    if uri.startswith(REMOTE):
+    if must_be_fetched(uri):
         yield from _listed_remote(uri, values, split)
         return
     _refuse_scheme(uri)
     member = _take_member(values)
-    refuse_compressed(uri, "" if member else _file_name(uri))
+    refuse_compressed(uri, "" if member else storage.file_name(uri))
     path = folder / storage.local_path(member.get("archive", uri)).expanduser()
     name, own = _name(path, root)
     one = Source(name if root is not None else uri, path, own or split)
@@ -247,7 +244,7 @@ def _take_member(values: dict[str, Any]) -> dict[str, Any]:
 
 def _expand_remote(pattern: str) -> Iterator[Source]:
     suffix = suffix_of(pattern)
-    if not pattern.startswith("s3://"):
+    if not storage.is_remote(pattern):
         yield from _object(pattern, suffix, listed=True)
     elif pattern.endswith("/") or not storage.split_uri(pattern)[1]:
         yield from _prefix(pattern)
@@ -259,7 +256,7 @@ def _expand_remote(pattern: str) -> Iterator[Source]:
 
 def _object(location: str, suffix: str, listed: bool, size: int | None = None) -> Iterator[Source]:
     """The sources in one object or web address; `listed` as in `_local`."""
-    refuse_compressed(location, _file_name(location))
+    refuse_compressed(location, storage.file_name(location))
     if suffix == ".tar":
         yield from _tar(location, Source(location))
     elif suffix in (LISTS if listed else LISTS_IN_FOLDERS):
@@ -309,21 +306,19 @@ def _remote_list(location: str, suffix: str) -> Iterator[Source]:
 
 def _beside(location: str, uri: str) -> str:
     """The address of what a remote list names; it can't name files of this machine."""
-    if uri.startswith(REMOTE):
+    if must_be_fetched(uri):
         return uri
     if "://" in uri:
         raise UserError(f"{location}: '{uri}' can't be read; give s3://, http(s)://, or a name relative to the list")
-    if location.startswith("s3://"):
-        return storage.join(location.rpartition("/")[0], uri)
-    return urllib.parse.urljoin(location, uri)
+    return storage.sibling(location, uri)
 
 
 def _listed_remote(uri: str, values: dict[str, Any], split: str) -> Iterator[Source]:
     """What a row names by address: a tar, a prefix that ends with `/`, or else a video."""
-    refuse_compressed(uri, _file_name(uri))
+    refuse_compressed(uri, storage.file_name(uri))
     if member := _take_member(values):
         found: Iterable[Source] = [Source(uri, **member)]
-    elif uri.startswith("s3://") and uri.endswith("/"):
+    elif storage.is_remote(uri) and uri.endswith("/"):
         found = _prefix(uri)
     else:
         found = _tar(uri, Source(uri)) if suffix_of(uri) == ".tar" else [Source(uri)]

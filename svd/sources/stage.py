@@ -21,7 +21,8 @@ from rich.progress import track
 
 from svd import storage
 from svd.core.errors import UserError
-from svd.sources.listing import LISTS_IN_FOLDERS, NOT_VIDEOS, REMOTE, Source, as_row, list_sources
+from svd.core.files import atomic_file
+from svd.sources.listing import LISTS_IN_FOLDERS, NOT_VIDEOS, Source, as_row, list_sources, must_be_fetched
 from svd.sources.rows import LISTS
 from svd.stage import Report, StageContext, publish
 from svd.synthetic.ucf101_fixture import write_ucf101_fixture
@@ -62,7 +63,7 @@ def gather(patterns: list[str], folder: Path, copied_bytes: int) -> tuple[int, i
 
     Raises UserError that names the pattern when nothing is there, or a list has no column of addresses.
     """
-    listed = [pattern for pattern in patterns if pattern.startswith(REMOTE)]
+    listed = [pattern for pattern in patterns if must_be_fetched(pattern)]
     files: list[tuple[Path, str]] = []
     tops: list[str] = []
     for path in (path for pattern in patterns if pattern not in listed for path in _matches(pattern)):
@@ -84,10 +85,10 @@ def gather(patterns: list[str], folder: Path, copied_bytes: int) -> tuple[int, i
 def _write_list(sources: list[Source], folder: Path) -> None:
     if not sources:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     lines = sorted(json.dumps(as_row(source), sort_keys=True, ensure_ascii=False) for source in sources)
     text = "".join(f"{line}\n" for line in lines)
-    (folder / "sources.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
+    with atomic_file(folder / "sources.jsonl") as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -146,26 +147,25 @@ def _copy(source: Path, target: Path) -> bool:
         read = source.open("rb")
     except OSError:
         return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    with read, temporary.open("wb") as write:
-        whole = _pour(read, write)
-        write.flush()
-        os.fsync(write.fileno())
-    if whole:
-        temporary.replace(target)
-    else:
-        temporary.unlink()
-    return whole
+    try:
+        with read, atomic_file(target) as temporary, temporary.open("wb") as write:
+            _pour(read, write)
+    except _Unreadable:
+        return False
+    return True
 
 
-def _pour(read: BinaryIO, write: BinaryIO) -> bool:
-    """Copy to the end; False when the source can't be read on. What fails while writing is raised."""
+class _Unreadable(Exception):
+    """A source that breaks off while it is read."""
+
+
+def _pour(read: BinaryIO, write: BinaryIO) -> None:
+    """Copy to the end; raises _Unreadable for what fails while reading, and OSError while writing."""
     while True:
         try:
             block = read.read(1 << 20)
-        except OSError:
-            return False
+        except OSError as error:
+            raise _Unreadable from error
         if not block:
-            return True
+            return
         write.write(block)

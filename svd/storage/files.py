@@ -1,10 +1,8 @@
-"""Files on this machine and objects in S3 behind one interface.
+"""What can be done with files wherever they lie; svd/storage/backend.py finds the backend of a location.
 
-A location is a path, a `file://` URI, `s3://bucket/key`, or for reading an http(s) address. Endpoint and
-credentials come from the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`).
-Writes are atomic (temporary name and rename; multipart upload that is completed or aborted), the SHA-256 of an object
-travels in its metadata and is verified on the way back, and everything around the network is tried again with
-exponential backoff and jitter (svd/storage/s3.py, svd/storage/http.py).
+Writes are atomic (temporary name and rename; a multipart upload that is completed or aborted). The SHA-256 of an object
+travels in its metadata and is verified on the way back. Everything around the network is tried again with exponential
+backoff and jitter (svd/core/retries.py).
 """
 
 from __future__ import annotations
@@ -13,171 +11,108 @@ import hashlib
 import io
 import math
 import mimetypes
-import os
-import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import re
+import tempfile
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from svd.core.errors import UserError
-from svd.core.retries import Transient, retrying
-from svd.storage import s3
-from svd.storage.http import download_address, ranged_address
-
-Location = str | Path
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file or object: where it is, its size in bytes, its path relative to the folder that was listed, and for an
-    object its ETag, which changes with its content.
-    """
-
-    location: str
-    size: int
-    relative: str
-    version: str = ""
-
-
-class Truncated(UserError, OSError):
-    """What is stored differs from what was put there: fewer bytes, or another checksum."""
+from svd.core.files import atomic_file
+from svd.storage.backend import Entry, Location, Truncated, backend_of, is_known
+from svd.storage.local import local_path
 
 
 def is_remote(location: Location) -> bool:
-    """Whether `location` is in S3."""
-    return str(location).startswith("s3://")
+    """Return whether `location` is in a store that is listed and written over the network, such as S3."""
+    return is_known(location) and backend_of(location).kind == "store"
 
 
-def local_path(location: Location) -> Path:
-    """The path of a local location."""
-    return Path(str(location).removeprefix("file://"))
-
-
-def split_uri(location: Location) -> tuple[str, str]:
-    """Bucket and key of `s3://bucket/key`; raises UserError when the bucket is missing."""
-    bucket, _, key = str(location).removeprefix("s3://").partition("/")
-    if not bucket:
-        raise UserError(f"'{location}': expected s3://bucket/key")
-    return bucket, key
-
-
-def _address(location: Location) -> s3.Address:
-    return s3.Address(*split_uri(location))
+def is_address(location: Location) -> bool:
+    """Return whether `location` is read over the network: from a store or a web server."""
+    return is_known(location) and backend_of(location).kind != "local"
 
 
 def join(location: Location, *parts: str) -> str:
-    """`location` with path components appended."""
+    """Return `location` with path components appended."""
     return "/".join([str(location).rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sibling(location: Location, name: str) -> str:
+    """Return the location of `name` as seen from the folder that holds `location`, for a web address as in a page."""
+    if backend_of(location).kind == "web":
+        return urllib.parse.urljoin(str(location), name)
+    # A prefix keeps its `/` at the end: by it a list tells a folder from a file.
+    return join(str(location).rpartition("/")[0], name) + "/" * name.endswith("/")
+
+
+def file_name(location: Location) -> str:
+    """Return the last component of a location; what follows `?` or `#` in a web address is no part of it."""
+    text = str(location)
+    if is_known(location) and backend_of(location).kind == "web":
+        text = re.split(r"[?#]", text)[0]
+    return PurePosixPath(text).name
 
 
 def list_files(location: Location) -> Iterator[Entry]:
-    """All files below a folder or prefix, sorted by their relative path; none when it does not exist."""
-    if is_remote(location):
-        # servers differ in whether "a.b" comes before "a/b"
-        yield from sorted(_list_objects(location), key=lambda entry: entry.relative)
-        return
-    root = local_path(location)
-    for path in sorted((p for p in root.rglob("*") if p.is_file()), key=lambda p: p.relative_to(root).as_posix()):
-        yield Entry(str(path), path.stat().st_size, path.relative_to(root).as_posix())
+    """Yield all files below a folder or prefix, sorted by their relative path; none when it does not exist.
 
-
-def _list_objects(location: Location) -> Iterator[Entry]:
-    bucket, prefix = split_uri(str(location).rstrip("/"))
-    prefix = f"{prefix}/" if prefix else ""
-    for key, size, version in s3.listing(s3.Address(bucket, prefix)):
-        if not key.endswith("/"):
-            yield Entry(f"s3://{bucket}/{key}", size, key[len(prefix) :], version)
+    Raises UserError for a web address, which can't be listed.
+    """
+    # servers differ in whether "a.b" comes before "a/b"
+    yield from sorted(backend_of(location).list(str(location)), key=lambda entry: entry.relative)
 
 
 def exists(location: Location) -> bool:
-    """Whether a file or object (not a folder) is there."""
-    if not is_remote(location):
-        return local_path(location).is_file()
+    """Return whether a file or object (not a folder) is there."""
     try:
-        s3.head(_address(location))
+        backend_of(location).size(str(location))
     except FileNotFoundError:
         return False
     return True
 
 
 def size(location: Location) -> int:
-    """Size in bytes; raises FileNotFoundError."""
-    if is_remote(location):
-        return int(s3.head(_address(location))["ContentLength"])
-    return local_path(location).stat().st_size
+    """Return the size in bytes; raises FileNotFoundError."""
+    return backend_of(location).size(str(location))
 
 
-def version(uri: str) -> str:
-    """The ETag of an object, which changes with its content; raises FileNotFoundError."""
-    return str(s3.head(_address(uri))["ETag"])
+def version(location: Location) -> str:
+    """Return a text that changes with the content, for an object its ETag; raises FileNotFoundError."""
+    return backend_of(location).version(str(location))
 
 
 def stored_sha256(location: Location) -> str | None:
-    """The SHA-256 that an object was put with, or that a local file has; None for an object without one."""
-    if is_remote(location):
-        stored: str | None = s3.head(_address(location)).get("Metadata", {}).get("sha256")
-        return stored
-    return sha256(local_path(location))
+    """Return the SHA-256 that an object was put with, or that a local file has; None for an object without one."""
+    return backend_of(location).stored_sha256(str(location))
 
 
 def read_range(location: Location, start: int = 0, length: int | None = None) -> bytes:
-    """`length` bytes from `start` (to the end without `length`), fewer at the end; raises FileNotFoundError."""
-    if not is_remote(location):
-        with local_path(location).open("rb") as stream:
-            stream.seek(start)
-            return stream.read(-1 if length is None else length)
-    return _read_object(location, start, length)[0]
-
-
-def _read_object(location: Location, start: int = 0, length: int | None = None) -> tuple[bytes, str | None]:
-    """Bytes of one version of an object, and the SHA-256 that this version was put with."""
-
-    def attempt() -> tuple[bytes, str | None]:
-        about = s3.head(_address(location))
-        # an empty range or one behind the end is an error in S3, and no bytes here
-        available = max(0, int(about["ContentLength"]) - start)
-        wanted = available if length is None else min(length, available)
-        try:
-            data = s3.get_range(_address(location), start, wanted, str(about["ETag"])) if wanted else b""
-        except s3.Replaced as error:
-            raise Transient(str(error)) from error
-        return data, about.get("Metadata", {}).get("sha256")
-
-    return retrying(attempt, str(location))
+    """Read `length` bytes from `start` (to the end without `length`), fewer at the end; raises FileNotFoundError."""
+    return backend_of(location).read(str(location), start, length)[0]
 
 
 def read_bytes(location: Location) -> bytes:
-    """The whole of a small file or object; raises FileNotFoundError, and Truncated when the checksum differs."""
-    if not is_remote(location):
-        return read_range(location)
-    data, expected = _read_object(location)
+    """Read the whole of a small file or object; raises FileNotFoundError, and Truncated for another checksum."""
+    data, expected = backend_of(location).read(str(location), 0, None)
     if expected and hashlib.sha256(data).hexdigest() != expected:
         raise Truncated(f"{location}: {len(data)} bytes whose SHA-256 differs from the stored one")
     return data
 
 
 class RangedReader(io.RawIOBase):
-    """A seekable stream over one version of an object or address; `open_read` wraps it in a buffer."""
+    """A seekable stream over one version of a file; `open_read` wraps it in a buffer."""
 
     def __init__(self, location: str) -> None:
-        self._fetch, self._size = _ranges(location)
+        self._fetch, self._size = backend_of(location).ranges(location)
         self._position = 0
 
     def readable(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -187,7 +122,7 @@ class RangedReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` with one ranged request."""
+        """Fill `buffer` with one ranged request; return the number of bytes."""
         length = min(len(buffer), max(0, self._size - self._position))
         data = self._fetch(self._position, length) if length else b""
         buffer[: len(data)] = data
@@ -195,37 +130,14 @@ class RangedReader(io.RawIOBase):
         return len(data)
 
 
-def _ranges(location: str) -> tuple[Callable[[int, int], bytes], int]:
-    """What reads (start, length) of one version of an object or address, and its size in bytes."""
-    if not is_remote(location):
-        return ranged_address(location)
-    address = _address(location)
-    about = s3.head(address)
-    return lambda start, length: s3.get_range(address, start, length, str(about["ETag"])), int(about["ContentLength"])
-
-
 def open_read(location: Location, block: int = 4 << 20) -> BinaryIO:
-    """A seekable binary stream; objects and http(s) addresses are read in ranges of `block` bytes.
+    """Open a seekable binary stream; objects and http(s) addresses are read in ranges of `block` bytes.
 
     Raises FileNotFoundError, and UserError when a web server does not answer ranged requests.
     """
-    if is_remote(location) or str(location).startswith(("http://", "https://")):
-        return io.BufferedReader(RangedReader(str(location)), buffer_size=block)
-    return local_path(location).open("rb")
-
-
-@contextmanager
-def _atomic(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target` that is synced and renamed to it at the end, or removed after a failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if backend_of(location).kind == "local":
+        return local_path(location).open("rb")
+    return io.BufferedReader(RangedReader(str(location)), buffer_size=block)
 
 
 def download(location: Location, path: Path, most: float = math.inf, seconds: float = math.inf) -> Path:
@@ -234,69 +146,48 @@ def download(location: Location, path: Path, most: float = math.inf, seconds: fl
     most, seconds: bytes and time after which a transfer from an http(s) address is given up (UserError).
     Raises FileNotFoundError, UserError (denied), Truncated (the checksum differs) and svd.core.retries.Unreachable.
     """
-    with _atomic(path) as temporary:
-        if is_remote(location):
-            _download_object(location, temporary)
-        elif str(location).startswith(("http://", "https://")):
-            download_address(str(location), temporary, most, seconds)
-        else:
-            shutil.copyfile(local_path(location), temporary)
+    backend = backend_of(location)
+    with atomic_file(path) as temporary:
+        # A checksum that differs is tried once more, in case the fault lies on the way.
+        if not any(backend.fetch(str(location), temporary, most, seconds) for _ in range(2)):
+            count = temporary.stat().st_size
+            raise Truncated(f"{location}: {count} bytes whose SHA-256 differs from the stored one")
     return path
-
-
-def _download_object(location: Location, temporary: Path) -> None:
-    """Fetch and verify; a checksum that differs is tried once more, in case the fault lies on the way."""
-    for _ in range(2):
-        if retrying(lambda: s3.get_file(_address(location), temporary), str(location)):
-            return
-    raise Truncated(f"{location}: {temporary.stat().st_size} bytes whose SHA-256 differs from the stored one")
 
 
 def upload(path: Path, location: Location) -> None:
     """Put a file at `location`, all or nothing; large files go in parts, which are aborted when one fails."""
-    if is_remote(location):
-        s3.put_file(_address(location), path, sha256(path))
-        return
-    with _atomic(local_path(location)) as temporary:
-        shutil.copyfile(path, temporary)
+    backend_of(location).put(path, str(location))
 
 
 def write_bytes(location: Location, data: bytes) -> None:
     """Put `data` at `location`, all or nothing."""
-    if is_remote(location):
-        s3.put_bytes(_address(location), data)
-        return
-    with _atomic(local_path(location)) as temporary:
-        temporary.write_bytes(data)
+    backend_of(location).write(str(location), data)
 
 
 def copy(source: Location, target: Location) -> None:
-    """Copy within S3 on the server's side, or across through this machine."""
-    if is_remote(source) and is_remote(target):
-        s3.copy(_address(source), _address(target))
-    elif is_remote(source):
+    """Copy a file: within one kind of storage directly, else across through this machine."""
+    here, there = backend_of(source), backend_of(target)
+    if here is there:
+        here.copy_within(str(source), str(target))
+    elif here.kind == "local":
+        upload(local_path(source), target)
+    elif there.kind == "local":
         download(source, local_path(target))
     else:
-        upload(local_path(source), target)
+        with tempfile.TemporaryDirectory() as folder:
+            upload(download(source, Path(folder) / "file"), target)
 
 
 def delete(location: Location) -> None:
     """Remove a file or object; one that is not there is no error."""
-    if is_remote(location):
-        s3.delete(_address(location))
-    else:
-        local_path(location).unlink(missing_ok=True)
+    backend_of(location).remove(str(location))
 
 
 def link(location: Location, seconds: int = 24 * 3600) -> str:
-    """An address that a browser opens: `file://`, or for an object a signed one that is valid for `seconds`.
+    """Return an address that a browser opens: `file://`, or for an object a signed one, valid for `seconds`.
 
     Raises FileNotFoundError.
     """
-    if is_remote(location):
-        kind = mimetypes.guess_type(str(location))[0] or "application/octet-stream"
-        return s3.link(_address(location), seconds, kind)
-    path = local_path(location).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"{location}: no such file")
-    return path.as_uri()
+    kind = mimetypes.guess_type(str(location))[0] or "application/octet-stream"
+    return backend_of(location).share(str(location), seconds, kind)

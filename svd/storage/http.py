@@ -1,4 +1,4 @@
-"""Files from http(s) addresses: tried again after failures, going on where a broken transfer stopped; or in ranges."""
+"""Files on web servers, which are only read: whole, going on where a broken transfer stopped, or in ranges."""
 
 from __future__ import annotations
 
@@ -7,18 +7,86 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import httpx
 
 from svd.core.errors import UserError
 from svd.core.retries import Transient, retrying
+from svd.storage.backend import Entry, Kind
 
 _PATIENCE = 60
 _PASSING = (408, 425, 429)
 _BLOCK = 1 << 20
+
+
+class Web:
+    """The backend for http(s) addresses; see svd.storage.backend.Backend. It refuses to write and to list."""
+
+    kind: Kind = "web"
+
+    def list(self, location: str) -> Iterator[Entry]:
+        """Raise UserError: web servers have no folders."""
+        raise UserError(f"{location}: a web server can't be listed; give the addresses of the files, or a list of them")
+
+    def size(self, location: str) -> int:
+        """Return the size in bytes."""
+        return _open_ranges(location)[1]
+
+    def version(self, location: str) -> str:
+        """Return the ETag, or else the time of the last change; empty when the server tells neither."""
+        return _open_ranges(location)[2]
+
+    def stored_sha256(self, location: str) -> str | None:
+        """Return None: web servers don't tell it."""
+        return None
+
+    def read(self, location: str, start: int, length: int | None) -> tuple[bytes, str | None]:
+        """Read a range."""
+        read, size = self.ranges(location)
+        available = max(0, size - start)
+        wanted = available if length is None else min(length, available)
+        return read(start, wanted) if wanted else b"", None
+
+    def ranges(self, location: str) -> tuple[Callable[[int, int], bytes], int]:
+        """Return a reader over one kept connection.
+
+        Raises UserError for refusals, for a server that ignores ranges or does not tell the size, and from the reader
+        when the file became another one.
+        """
+        return _open_ranges(location)[:2]
+
+    def fetch(self, location: str, path: Path, most: float, seconds: float) -> bool:
+        """Write the whole to `path`; raises UserError after `most` bytes or `seconds`."""
+        download_address(location, path, most, seconds)
+        return True
+
+    def put(self, path: Path, location: str) -> None:
+        """Raise UserError."""
+        _refuse_writing(location)
+
+    def write(self, location: str, data: bytes) -> None:
+        """Raise UserError."""
+        _refuse_writing(location)
+
+    def copy_within(self, source: str, target: str) -> None:
+        """Raise UserError."""
+        _refuse_writing(target)
+
+    def remove(self, location: str) -> None:
+        """Raise UserError."""
+        _refuse_writing(location)
+
+    def share(self, location: str, seconds: int, content_type: str) -> str:
+        """Return the address itself."""
+        self.size(location)
+        return location
+
+
+def _refuse_writing(location: str) -> NoReturn:
+    raise UserError(f"{location}: a web address is only read; give a path or s3://bucket/key to write to")
 
 
 def download_address(address: str, path: Path, most: float = math.inf, seconds: float = math.inf) -> None:
@@ -86,12 +154,8 @@ def _refusal(code: int, reason: str, address: str) -> Exception:
     return UserError(f"{address}: the server answers {code} {reason}; check the address and your access")
 
 
-def ranged_address(address: str) -> tuple[Callable[[int, int], bytes], int]:
-    """What reads (start, length) of the file at `address` over one kept connection, and its size in bytes.
-
-    Raises FileNotFoundError (404, 410), svd.core.retries.Unreachable, and UserError: refusals, a server that ignores
-    ranges or does not tell the size, and from the reading function a file that became another one.
-    """
+def _open_ranges(address: str) -> tuple[Callable[[int, int], bytes], int, str]:
+    """A reader of (start, length) of the file at `address`, its size in bytes, and its version (ETag or date)."""
     client = httpx.Client(follow_redirects=True, timeout=_PATIENCE, headers={"User-Agent": "svd-platform"})
     _, headers = retrying(lambda: _get_range(client, address, 0, 1), address)
     total = headers.get("Content-Range", "").rpartition("/")[2]
@@ -103,7 +167,7 @@ def ranged_address(address: str) -> tuple[Callable[[int, int], bytes], int]:
     def read(start: int, length: int) -> bytes:
         return retrying(lambda: _get_range(client, address, start, length, validator), address)[0]
 
-    return read, int(total)
+    return read, int(total), validator
 
 
 def _get_range(

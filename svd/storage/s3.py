@@ -1,4 +1,4 @@
-"""S3 with its failures taken care of: every call is tried again, large objects go in parts that are tried one by one.
+"""Objects in S3, `s3://bucket/key`: every call is tried again, large objects go in parts that are tried one by one.
 
 A server that is restarted in the middle of a transfer costs the parts that were on their way, not the transfer. An
 upload is completed or aborted; the SHA-256 of an object is stored with it and verified when it comes back. Endpoint and
@@ -31,7 +31,9 @@ from botocore.exceptions import (
 )
 
 from svd.core.errors import UserError
+from svd.core.files import sha256
 from svd.core.retries import Transient, Unreachable, retrying
+from svd.storage.backend import Entry, Kind, split_uri
 
 T = TypeVar("T")
 PART = 8 << 20  # as boto3's transfer manager; an upload holds PART * THREADS in memory, a download CHUNK * THREADS
@@ -192,7 +194,7 @@ def put_file(address: Address, path: Path, digest: str) -> None:
         return
     retrying(lambda: _put_parts(address, path, before.st_size, digest), str(address))
     if (path.stat().st_size, path.stat().st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-        delete(address)
+        _remove(address)
         raise UserError(f"{path}: was changed while it was sent to {address}; send it again")
 
 
@@ -233,7 +235,7 @@ def _complete(address: Address, upload: dict[str, Any], parts: list[dict[str, An
         call(lambda: client().complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}), str(address))
     except UploadLost:
         try:
-            stored = head(address).get("Metadata", {}).get("sha256")
+            stored = _stored_digest(head(address))
         except FileNotFoundError:
             stored = None
         if stored != digest:
@@ -246,7 +248,7 @@ def get_file(address: Address, path: Path) -> bool:
     Raises Transient when the object was replaced meanwhile: then all of it must be fetched again.
     """
     about = head(address)
-    size, etag, expected = int(about["ContentLength"]), about["ETag"], about.get("Metadata", {}).get("sha256")
+    size, etag, expected = int(about["ContentLength"]), about["ETag"], _stored_digest(about)
     with path.open("wb+") as stream, ThreadPoolExecutor(THREADS) as pool:
         descriptor, digest, buffer = stream.fileno(), hashlib.sha256(), memoryview(bytearray(CHUNK))
         parts = pool.map(lambda span: _get_part(address, span, etag, descriptor), _parts(size))
@@ -286,26 +288,98 @@ def _hash_range(digest: hashlib._Hash, descriptor: int, start: int, length: int,
         start += count
 
 
-def copy(source: Address, target: Address) -> None:
-    """Copy on the server's side with the metadata, which a copy in parts would lose otherwise."""
-    about = head(source)
-    if int(about["ContentLength"]) <= LARGEST_COPY:
-        call(lambda: client().copy_object(**target.arguments(), CopySource=source.arguments()), f"copy {source}")
-        return
-    extra = {"Metadata": about.get("Metadata", {}), "MetadataDirective": "REPLACE"}
-    call(lambda: client().copy(source.arguments(), target.bucket, target.key, ExtraArgs=extra), f"copy {source}")
+class S3:
+    """The backend for objects; see svd.storage.backend.Backend."""
+
+    kind: Kind = "store"
+
+    def list(self, location: str) -> Iterator[Entry]:
+        """Yield every object below a prefix; raises UserError when the bucket is missing."""
+        bucket, prefix = split_uri(location.rstrip("/"))
+        prefix = f"{prefix}/" if prefix else ""
+        for key, size, version in listing(Address(bucket, prefix)):
+            if not key.endswith("/"):
+                yield Entry(f"s3://{bucket}/{key}", size, key[len(prefix) :], version)
+
+    def size(self, location: str) -> int:
+        """Return the size in bytes."""
+        return int(head(address_of(location))["ContentLength"])
+
+    def version(self, location: str) -> str:
+        """Return the ETag."""
+        return str(head(address_of(location))["ETag"])
+
+    def stored_sha256(self, location: str) -> str | None:
+        """Return the SHA-256 in the object's metadata."""
+        return _stored_digest(head(address_of(location)))
+
+    def read(self, location: str, start: int, length: int | None) -> tuple[bytes, str | None]:
+        """Read a range of one version, with the SHA-256 of that version."""
+
+        def attempt() -> tuple[bytes, str | None]:
+            about = head(address_of(location))
+            # an empty range or one behind the end is an error in S3, and no bytes here
+            available = max(0, int(about["ContentLength"]) - start)
+            wanted = available if length is None else min(length, available)
+            try:
+                data = get_range(address_of(location), start, wanted, str(about["ETag"])) if wanted else b""
+            except Replaced as error:
+                raise Transient(str(error)) from error
+            return data, _stored_digest(about)
+
+        return retrying(attempt, location)
+
+    def ranges(self, location: str) -> tuple[Callable[[int, int], bytes], int]:
+        """Return a reader of the present version; it raises Replaced when that is gone."""
+        address = address_of(location)
+        about = head(address)
+        etag = str(about["ETag"])
+        return lambda start, length: get_range(address, start, length, etag), int(about["ContentLength"])
+
+    def fetch(self, location: str, path: Path, most: float, seconds: float) -> bool:
+        """Write the object to `path`, in parts; return whether its SHA-256 is the stored one."""
+        return retrying(lambda: get_file(address_of(location), path), location)
+
+    def put(self, path: Path, location: str) -> None:
+        """Store a file with its SHA-256; raises UserError when it changes meanwhile."""
+        put_file(address_of(location), path, sha256(path))
+
+    def write(self, location: str, data: bytes) -> None:
+        """Store bytes with their SHA-256."""
+        put_bytes(address_of(location), data)
+
+    def copy_within(self, source: str, target: str) -> None:
+        """Copy on the server's side with the metadata, which a copy in parts would lose otherwise."""
+        here, there, what = address_of(source), address_of(target), f"copy {source}"
+        about = head(here)
+        if int(about["ContentLength"]) <= LARGEST_COPY:
+            call(lambda: client().copy_object(**there.arguments(), CopySource=here.arguments()), what)
+            return
+        extra = {"Metadata": about.get("Metadata", {}), "MetadataDirective": "REPLACE"}
+        call(lambda: client().copy(here.arguments(), there.bucket, there.key, ExtraArgs=extra), what)
+
+    def remove(self, location: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        _remove(address_of(location))
+
+    def share(self, location: str, seconds: int, content_type: str) -> str:
+        """Return an http(s) address, signed for `seconds`; servers tell browsers the type."""
+        address = address_of(location)
+        head(address)
+        arguments = {**address.arguments(), "ResponseContentType": content_type}
+        return str(client().generate_presigned_url("get_object", Params=arguments, ExpiresIn=seconds))
 
 
-def link(address: Address, seconds: int, content_type: str) -> str:
-    """An http(s) address that reads the object without credentials for `seconds`; servers tell browsers the type."""
-    head(address)
-    arguments = {**address.arguments(), "ResponseContentType": content_type}
-    return str(client().generate_presigned_url("get_object", Params=arguments, ExpiresIn=seconds))
+def address_of(location: str) -> Address:
+    """Return the address of `s3://bucket/key`; raises UserError when the bucket is missing."""
+    return Address(*split_uri(location))
 
 
-def delete(address: Address) -> None:
-    """Remove an object; one that is not there is no error."""
-    try:
+def _stored_digest(about: dict[str, Any]) -> str | None:
+    digest: str | None = about.get("Metadata", {}).get("sha256")
+    return digest
+
+
+def _remove(address: Address) -> None:
+    with contextlib.suppress(FileNotFoundError):
         call(lambda: client().delete_object(**address.arguments()), str(address))
-    except FileNotFoundError:
-        return

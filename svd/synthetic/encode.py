@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,6 +10,8 @@ from pathlib import Path
 import av
 import numpy as np
 from numpy.typing import NDArray
+
+from svd.core.files import atomic_file
 
 # With B-frames, x264's own choice of instructions leaves a few random bytes at the end of some slices (the pictures are
 # equal, the files are not). A fixed set, which every x86-64 machine has, gives equal bytes on every run and machine.
@@ -32,8 +33,10 @@ XVID = Encoding(codec="mpeg4", options=(("qscale", "3"), ("flags", "+qscale")))
 
 def encode_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: int, encoding: Encoding) -> None:
     """Encode (H, W, 3) uint8 RGB frames with even sides; the file appears under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}")
-    with av.open(str(temporary), "w", format=path.suffix[1:], options={"fflags": "+bitexact"}) as container:
+    with (
+        atomic_file(path) as temporary,
+        av.open(str(temporary), "w", format=path.suffix[1:], options={"fflags": "+bitexact"}) as container,
+    ):
         stream = container.add_stream(encoding.codec, rate=Fraction(fps))
         assert isinstance(stream, av.VideoStream)
         stream.pix_fmt = "yuv420p"
@@ -49,6 +52,3 @@ def encode_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: int, enco
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with temporary.open("rb") as finished:
-        os.fsync(finished.fileno())
-    temporary.replace(path)

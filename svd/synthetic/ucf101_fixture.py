@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from svd.config import SyntheticWorlds
-from svd.core.files import write_json
+from svd.core.files import write_json, write_text
 from svd.synthetic.encode import XVID, encode_video
 from svd.synthetic.scenes import ACTIONS, CAMERAS, Scene, World, render_scene
 
@@ -99,10 +99,9 @@ def write_ucf101_fixture(folder: Path, config: SyntheticWorlds, seed: int) -> in
                 frames = render_scene(_variant(scene, seed, label, number), FRAMES, height, width, FPS)
                 encode_video(path, frames, FPS, XVID)
     splits = folder / "ucfTrainTestlist"
-    splits.mkdir(exist_ok=True)
     lists["classInd"] = [f"{label} {name}" for label, (name, _) in labels]
     for file, lines in lists.items():
-        (splits / f"{file}.txt").write_text("".join(f"{line}\n" for line in lines))
+        write_text(splits / f"{file}.txt", "".join(f"{line}\n" for line in lines))
     write_json(
         folder / "prompts.json",
         {

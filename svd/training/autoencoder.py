@@ -151,7 +151,7 @@ def _train(state: Run, phase: Phase) -> None:
                 bar.set_postfix(l1=f"{values['l1']:.4f}", refresh=False)
                 named = {f"{phase}/{name}": value for name, value in values.items()}
                 state.context.tracker.log_metrics(named, step)
-            if (step + 1) % options.checkpoint_every == 0 or step + 1 == steps:
+            if (step + 1) % state.context.preset.compute.autoencoder.checkpoint_every == 0 or step + 1 == steps:
                 learner.save(step + 1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svd.config import AutoencoderTraining
+from svd.core.files import atomic_file
 from svd.latents.loader import generator
 from svd.model.autoencoder import Autoencoder, sample
 from svd.stage import StageContext
@@ -156,12 +156,8 @@ class Learner:
         """Write the checkpoint atomically."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
         state |= {"phase": self.phase, "step": step, "rows": self.state.rows, "metrics": self.state.metrics}
-        temporary = self.state.checkpoint.with_suffix(".tmp")
-        with temporary.open("wb") as stream:
+        with atomic_file(self.state.checkpoint) as temporary, temporary.open("wb") as stream:
             torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.state.checkpoint)
 
     def resume(self) -> int:
         """Load the checkpoint when there is one; the step to go on with (all of them when a later phase has begun)."""

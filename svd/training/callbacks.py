@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from svd.core.files import replace_file, replace_folder
 from svd.latents.loader import Examples, Steps
 from svd.stage import Tracker
 from svd.training.module import Diffusion
@@ -240,9 +241,7 @@ class Checkpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, str(partial))
         self._last_checkpoint_saved = filepath
         if trainer.is_global_zero:
-            if Path(filepath).is_dir():
-                shutil.rmtree(filepath)
-            partial.replace(filepath)
+            (replace_folder if partial.is_dir() else replace_file)(partial, Path(filepath))
         trainer.strategy.barrier()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

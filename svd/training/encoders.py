@@ -7,7 +7,6 @@ uses; it is judged on a test world, whose objects and backgrounds are combinatio
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from svd.config import Preset
+from svd.core.files import atomic_file
 from svd.model.encoders import ImageEncoder, TextEncoder, from_uint8
 from svd.model.formats.clip import build, released_file, save_reference, save_toy, toy_config
 from svd.model.safetensors import read_tensors
@@ -178,12 +178,8 @@ def retrieval(clip: open_clip.CLIP, pairs: Pairs) -> dict[str, float]:
 
 
 def _checkpoint(path: Path, clip: open_clip.CLIP, optimizer: torch.optim.Optimizer, step: int) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as stream:
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
         torch.save({"model": clip.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _resume(path: Path, clip: open_clip.CLIP, optimizer: torch.optim.Optimizer) -> int:

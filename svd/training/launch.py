@@ -22,7 +22,6 @@ import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 
-from svd.config import TrainingConfig
 from svd.core.errors import UserError
 from svd.stage import NoTracker, StageContext
 from svd.training.ranks import launched
@@ -41,15 +40,15 @@ def on_all_ranks(section: str) -> Callable[[Callable[..., T]], Callable[..., T]]
     def decorate(run: Callable[..., T]) -> Callable[..., T]:
         @functools.wraps(run)
         def launching(context: StageContext, *arguments: Any) -> T:
-            config: TrainingConfig = getattr(context.preset, section)
-            count = max(1, torch.cuda.device_count()) if config.devices == "auto" else config.devices
-            if launched() or (count == 1 and config.nodes == 1):
+            compute = context.preset.compute.of(section)
+            count = max(1, torch.cuda.device_count()) if compute.devices == "auto" else compute.devices
+            if launched() or (count == 1 and compute.nodes == 1):
                 with _environment_kept():
                     return run(context, *arguments)
-            if config.nodes > 1:
+            if compute.nodes > 1:
                 raise UserError(
-                    f"{section}.nodes is {config.nodes}: start this command on every node with `srun`, or with "
-                    f"`torchrun --nnodes {config.nodes} --nproc-per-node {count} … -m flows.cli.app`"
+                    f"compute.{section}.nodes is {compute.nodes}: start this command on every node with `srun`, or "
+                    f"with `torchrun --nnodes {compute.nodes} --nproc-per-node {count} … -m flows.cli.app`"
                 )
             result: T = _launch(count, launching, context, arguments)
             return result

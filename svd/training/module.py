@@ -80,6 +80,7 @@ class Diffusion(pl.LightningModule):
         phase: Phase,
         autoencoder: Autoencoder | None,
         choose: Callable[[UNet], None],
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.unet = unet
@@ -90,6 +91,7 @@ class Diffusion(pl.LightningModule):
         self.gradient_norm = torch.zeros(())
         self._frozen = (autoencoder,)
         self._choose = choose
+        self._compiled = compiled
         self._configured = False
 
     @property
@@ -109,7 +111,7 @@ class Diffusion(pl.LightningModule):
             return
         self._configured = True
         self._choose(self.unet)
-        parallelise(self.unet, self.settings, self.device_mesh)
+        parallelise(self.unet, self._compiled, self.settings.precision, self.device_mesh)
         if self.settings.ema_decay is not None:
             self.ema = Ema(self.unet, self.settings.ema_decay, self.settings.ema_every)
 

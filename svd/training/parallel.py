@@ -11,32 +11,32 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from svd.config import TrainingConfig
+from svd.config import Precision, TrainingCompute
 from svd.model.unet import UNet
 
 
-def strategy(config: TrainingConfig) -> str | Strategy:
+def strategy(compute: TrainingCompute) -> str | Strategy:
     """Lightning's strategy: one process as it is, DDP, or FSDP2 with checkpoints sharded by rank."""
-    if config.strategy == "fsdp2":
-        ranks = config.nodes * (max(1, torch.cuda.device_count()) if config.devices == "auto" else config.devices)
+    if compute.strategy == "fsdp2":
+        ranks = compute.nodes * (max(1, torch.cuda.device_count()) if compute.devices == "auto" else compute.devices)
         # Lightning's "auto" shards across nodes only.
         return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=True)
-    return config.strategy
+    return compute.strategy
 
 
-def parallelise(unet: UNet, config: TrainingConfig, mesh: DeviceMesh | None) -> None:
+def parallelise(unet: UNet, compiled: bool, precision: Precision, mesh: DeviceMesh | None) -> None:
     """Compile and shard `unet` in place; the recomputation of activations is part of the model
     (`UNetConfig.checkpointing`).
 
     In mixed precision the shards travel in bf16 and gradients are reduced in float32. Inputs are left to autocast:
     cast to bf16, the noise level would lose the digits that tell neighbouring levels apart.
     """
-    if config.compile:
+    if compiled:
         unet.compile_blocks()
     if mesh is None:
         return
     policy = MixedPrecisionPolicy()
-    if config.precision == "bf16-mixed":
+    if precision == "bf16-mixed":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh["data_parallel"], "mp_policy": policy}
     for block in unet.blocks():

@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from svd.config import Phase, TrainingConfig
+from svd.config import Phase, TrainingCompute, TrainingConfig
 from svd.core.errors import UserError
 from svd.core.files import write_json
 from svd.latents.cache import LatentCache, digest
@@ -54,6 +54,7 @@ class Training:
     context: StageContext
     task: Task
     config: TrainingConfig
+    compute: TrainingCompute
     cache: LatentCache
     autoencoder: Autoencoder
     rows: Callable[[Phase, str], Rows]
@@ -105,7 +106,9 @@ class Training:
 
     def preview(self) -> Preview:
         """Samples for people."""
-        sampling = self.context.preset.evaluation.ucf101.sampling.model_copy(update={"steps": self.config.sample_steps})
+        sampling = self.context.preset.evaluation.ucf101.sampling.model_copy(
+            update={"steps": self.compute.sample_steps}
+        )
         kind = "edm-v" if self.config.objective == "edm" else "v"
         return Preview(self.task, self.examination(), self.autoencoder, sampling, kind)  # type: ignore[arg-type]
 
@@ -125,17 +128,18 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
 
 
-def make_trainer(config: TrainingConfig, phase: Phase, folder: Path, hooks: list[pl.Callback]) -> pl.Trainer:
+def make_trainer(training: Training, phase: Phase, folder: Path, hooks: list[pl.Callback]) -> pl.Trainer:
     """The Lightning trainer of a phase; loops, precision and distribution are its, order and draws are the loader's."""
+    compute = training.compute
     return pl.Trainer(
         accelerator="auto",
-        devices=config.devices,
-        num_nodes=config.nodes,
-        strategy=strategy(config),
-        precision=config.precision,
+        devices=compute.devices,
+        num_nodes=compute.nodes,
+        strategy=strategy(compute),
+        precision=training.config.precision,
         max_steps=phase.iterations,
         max_epochs=-1,
-        accumulate_grad_batches=config.gradient_accumulation,
+        accumulate_grad_batches=compute.gradient_accumulation,
         callbacks=hooks,
         logger=False,
         enable_progress_bar=False,
@@ -147,7 +151,7 @@ def make_trainer(config: TrainingConfig, phase: Phase, folder: Path, hooks: list
 
 def run_phase(training: Training, number: int) -> Path:
     """Train phase `number`, or take it up where it was killed; returns its folder with `unet/` and `history.json`."""
-    config, phase = training.config, training.config.phases[number]
+    config, compute, phase = training.config, training.compute, training.config.phases[number]
     folder = training.work / f"phase-{number}"
     if (folder / "history.json").exists():
         return folder
@@ -157,23 +161,24 @@ def run_phase(training: Training, number: int) -> Path:
     rows = json.loads((previous / "history.json").read_text()) if number else []
     history = History(rows)
     offset = sum(p.iterations for p in config.phases[:number])
-    unet = with_checkpointing(unet, config.checkpointing)
-    module = Diffusion(unet, training.task, config, phase, training.autoencoder, training.choose(phase))
-    trainer = make_trainer(config, phase, folder, _hooks(training, number, folder, history, offset))
-    if phase.batch_size % (config.gradient_accumulation * trainer.world_size):
+    unet = with_checkpointing(unet, compute.checkpointing)
+    choose = training.choose(phase)
+    module = Diffusion(unet, training.task, config, phase, training.autoencoder, choose, compute.compile)
+    trainer = make_trainer(training, phase, folder, _hooks(training, number, folder, history, offset))
+    if phase.batch_size % (compute.gradient_accumulation * trainer.world_size):
         raise UserError(
             f"{training.name}: a batch of {phase.batch_size} clips can't be shared by {trainer.world_size} ranks "
-            f"x {config.gradient_accumulation} accumulation steps; change 'batch_size'"
+            f"x {compute.gradient_accumulation} accumulation steps; change 'batch_size'"
         )
     draws = training.draws(phase, int(digest(training.seed, number)[:12], 16))
     examples = Examples(training.cache, training.rows(phase, "train"), phase.frames, draws)
     loader = IndexedLoader(
         examples,
-        phase.iterations * config.gradient_accumulation,
-        phase.batch_size // config.gradient_accumulation,
+        phase.iterations * compute.gradient_accumulation,
+        phase.batch_size // compute.gradient_accumulation,
         trainer.global_rank,
         trainer.world_size,
-        config.num_workers,
+        compute.num_workers,
     )
     trainer.fit(module, loader, ckpt_path=callbacks.newest_checkpoint(folder), weights_only=True)
     _finish_phase(trainer, module, training, folder, history)
@@ -181,12 +186,15 @@ def run_phase(training: Training, number: int) -> Path:
 
 
 def _hooks(training: Training, number: int, folder: Path, history: History, offset: int) -> list[pl.Callback]:
-    config, tracker = training.config, training.context.tracker
+    config, compute, tracker = training.config, training.compute, training.context.tracker
     examination, preview = training.examination(), training.preview()
     batch = config.phases[-1].batch_size
+    # Whole batches of the preset, so that the same draws are measured however a batch is split to fit into memory.
+    count = -(-config.validation_samples // batch) * batch
+    part = max(1, batch // compute.gradient_accumulation)
 
     def examine(module: Diffusion, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
-        return callbacks.examine(module, trainer, examination, config.validation_samples, batch)
+        return callbacks.examine(module, trainer, examination, count, part)
 
     def show(module: Diffusion, step: int, first_rank: bool) -> None:
         sheet = contact_sheet(preview.films(module.unet))
@@ -198,7 +206,7 @@ def _hooks(training: Training, number: int, folder: Path, history: History, offs
         history,
         tracker,
         examine,
-        validate_every=config.validate_every,
+        validate_every=compute.validate_every,
         offset=offset,
         total=sum(p.iterations for p in config.phases[: number + 1]),
         label=training.name if phases == 1 else f"{training.name} {number + 1}/{phases}",
@@ -206,8 +214,8 @@ def _hooks(training: Training, number: int, folder: Path, history: History, offs
     return [
         callbacks.Averaging(),
         record,
-        callbacks.Samples(show, config.validate_every, offset),
-        callbacks.Checkpoint(folder, config.checkpoint_every),
+        callbacks.Samples(show, compute.validate_every, offset),
+        callbacks.Checkpoint(folder, compute.checkpoint_every),
     ]
 
 

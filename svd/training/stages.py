@@ -153,7 +153,8 @@ def _training(
         return unet if source is None else carry_over(load_unet(source), unet, str(source))
 
     rows = _rows(cache, config.subset)
-    return Training(name, context, task, config, cache, autoencoder, rows, initial, context.work)
+    compute = context.preset.compute.of(name)
+    return Training(name, context, task, config, compute, cache, autoencoder, rows, initial, context.work)
 
 
 def _source(context: StageContext, previous: str | None) -> Path | None:

@@ -94,7 +94,7 @@ def test_the_result_does_not_depend_on_workers_order_or_interruptions(inputs, fi
     sources, encoders, _ = inputs
     moved = tmp_path / "elsewhere"
     shutil.copytree(sources, moved, symlinks=True)
-    run = context(tiny(curation__workers=1), moved, encoders, tmp_path)
+    run = context(tiny(compute__curation__workers=1), moved, encoders, tmp_path)
     measured = run.work / "measured"
     # As a killed run leaves things: half a unit, half a score, a finished folder that was never published.
     for junk in (

@@ -54,25 +54,27 @@ def micro_preset(**overrides: Any) -> dict[str, Any]:
         "height": 64,
         "width": 96,
     }
-    values["curation"]["workers"] = 1
+    values["compute"]["curation"]["workers"] = 1
     values["curation"]["filters"] = {}
     values["encoders"] |= {"toy_iterations": 4, "toy_width": 32}
     values["model"]["unet"] |= {"block_out_channels": [32, 32], "attention_levels": [False, True], "head_channels": 16}
     values["model"]["unet"] |= {"cross_attention_dim": 32}
     values["autoencoder"] |= {"iterations": 4, "temporal_iterations": 2, "batch_size": 4, "discriminator_start": 0}
-    values["autoencoder"] |= {"height": 32, "width": 48, "crop": None, "checkpoint_every": 2}
+    values["autoencoder"] |= {"height": 32, "width": 48, "crop": None}
+    values["compute"]["autoencoder"] = {"checkpoint_every": 2}
     values["latents"] |= {"geometries": [{"frames": 4, "height": 32, "width": 48}], "windows": 1}
     values["orbits"] = {"objects": 2, "views": 3, "size": 32}
     for stage in TRAINED:
         phase = values[stage]["phases"][-1] | {"iterations": 6, "batch_size": 2, "height": 32, "width": 48}
         frames = 1 if stage == "image_pretraining" else 4
         square = {"height": 32, "width": 32, "frames": 3} if stage == "multiview_finetuning" else {"frames": frames}
-        values[stage] |= {"phases": [phase | square], "warmup": 0, "sample_steps": 2}
-        values[stage] |= {"validate_every": 3, "validation_samples": 2, "checkpoint_every": 1}
+        values[stage] |= {"phases": [phase | square], "warmup": 0, "validation_samples": 2}
+    values["compute"]["training"] |= {"sample_steps": 2, "validate_every": 3, "checkpoint_every": 1}
     for stage in ("camera_lora", "frame_interpolation", "threshold_calibration"):
         values[stage]["phases"][0] |= {"height": 32, "width": 48, "frames": 4}
     ucf101 = {"samples": 3, "frames": 4, "height": 32, "width": 48, "resized": [32, 48], "cropped": [32, 43]}
-    values["evaluation"]["ucf101"] |= ucf101 | {"controls": ["noise"], "batch_size": 3}
+    values["evaluation"]["ucf101"] |= ucf101 | {"controls": ["noise"]}
+    values["compute"]["evaluation"]["ucf101"]["batch_size"] = 3
     values["evaluation"]["ucf101"]["sampling"]["steps"] = 2
     values["evaluation"]["multiview"] |= {"objects": 1, "views": 3, "size": 32}
     values["evaluation"]["multiview"]["sampling"]["steps"] = 2

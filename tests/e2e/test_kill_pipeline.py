@@ -65,7 +65,7 @@ def test_a_killed_pipeline_goes_on_where_it_was(whole: Project, how: str, tmp_pa
     assert not (project.outputs / "ucf101-evaluation").exists()
 
     fourth = project.start(*command)
-    fourth.kill_when(lambda: any_file(project, "ucf101-evaluation/*/told.json"))
+    fourth.kill_when(lambda: any_file(project, "ucf101-evaluation/*/delivered.json"))
     said = fourth.log.read_text()
     assert skipped.format("video-pretraining") in said and "generated-0" not in said, "sampled again"
     assert "ucf101-evaluation" not in project.lock()

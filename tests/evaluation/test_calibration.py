@@ -49,10 +49,13 @@ OVERRIDES: dict[str, Any] = {
         "id_embedding_dim": 8,
     },
     "latents.windows": 1,
+    "compute.training.validate_every": 2,
+    "compute.training.checkpoint_every": 1,
+    "compute.training.sample_steps": 1,
 }
 SECTION: dict[str, Any] = {
     "phases": [PHASE], "clips": 7, "axes": ["motion", "captions"], "removed": [0.0, 0.5], "prompts": 3, "votes": 1,
-    "validate_every": 2, "checkpoint_every": 1, "validation_samples": 4, "sample_steps": 1,
+    "validation_samples": 4,
     "sampling": {"steps": 2, "guidance": 2.0, "solver": "ddim"},
 }  # fmt: skip
 

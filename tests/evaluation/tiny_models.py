@@ -27,7 +27,7 @@ OVERRIDES: dict[str, Any] = {
     "evaluation.ucf101.width": 24,
     "evaluation.ucf101.resized": [16, 24],
     "evaluation.ucf101.cropped": [16, 22],
-    "evaluation.ucf101.batch_size": 6,
+    "compute.evaluation.ucf101.batch_size": 6,
     "evaluation.ucf101.shown": 2,
     "evaluation.ucf101.sampling.steps": 1,
 }
@@ -73,6 +73,10 @@ def write_models(folder: Path, seed: int = 0) -> dict[str, Path]:
     }
 
 
+def _path(key: str) -> str:
+    return f"compute.evaluation.ucf101.{key}" if key == "batch_size" else f"evaluation.ucf101.{key}"
+
+
 def make_context(folder: Path, output: str = "output", **overrides: Any) -> StageContext:
     """A stage context over models and data set in `folder`, made on the first call."""
     if not (folder / "sources").exists():
@@ -84,7 +88,7 @@ def make_context(folder: Path, output: str = "output", **overrides: Any) -> Stag
         "encoders": "encoders",
         "sources": "sources",
     }
-    preset = load_preset("tiny", {**OVERRIDES, **{f"evaluation.ucf101.{k}": v for k, v in overrides.items()}})
+    preset = load_preset("tiny", {**OVERRIDES, **{_path(k): v for k, v in overrides.items()}})
     work = folder / "work" / output
     work.mkdir(parents=True, exist_ok=True)
     return StageContext(preset, {k: folder / v for k, v in names.items()}, folder / output, work)

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "unknown.yaml").write_text(tiny.replace("\nseed: 0", "\nseeed: 0"))
     (folder / "deep.yaml").write_text(tiny.replace("min_scene_seconds:", "min_scene_secods:"))
     (folder / "range.yaml").write_text(tiny.replace("sources_per_shard: 8", "sources_per_shard: -8"))
-    (folder / "type.yaml").write_text(tiny.replace("workers: 2", "workers: many"))
+    (folder / "type.yaml").write_text(tiny.replace("curation: {workers: 2}", "curation: {workers: many}"))
     (folder / "escape.yaml").write_text(tiny.replace("name: tiny", "name: ../elsewhere"))
     return folder
 
@@ -71,7 +71,7 @@ PRESETS = {
     "unknown.yaml": "unknown.yaml: unknown key 'seeed'; did you mean 'seed'?",
     "deep.yaml": "unknown key 'curation.cuts.min_scene_secods'; did you mean 'min_scene_seconds'?",
     "range.yaml": "range.yaml: 'sources.sources_per_shard': Input should be greater than 0 (got -8)",
-    "type.yaml": "type.yaml: 'curation.workers': Input should be a valid integer",
+    "type.yaml": "type.yaml: 'compute.curation.workers': Input should be a valid integer",
     "escape.yaml": "escape.yaml: 'name': String should match",
 }
 WITH_PRESET = (

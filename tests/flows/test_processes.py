@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.stack import stack
+from flows.stack import env_file, stack
 from flows.stack.processes import Processes, check_port
 from svd.core.errors import UserError
 
@@ -99,7 +99,7 @@ def test_env_fills_only_what_is_not_set(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("SVD_TEST_A", "")
     monkeypatch.delenv("SVD_TEST_A")
     monkeypatch.setenv("SVD_TEST_B", "mine")
-    stack.load_env()
+    env_file.load_env()
     assert (os.environ["SVD_TEST_A"], os.environ["SVD_TEST_B"]) == ("1=2", "mine")
 
 

@@ -33,7 +33,7 @@ def start(**overrides: object) -> Path:
 
 def test_work_outlives_a_change_that_does_not_concern_the_stage() -> None:
     work = start()
-    assert start(**{"evaluation.ucf101.batch_size": 3, "image_pretraining.warmup": 1}) == work
+    assert start(**{"evaluation.ucf101.samples": 3, "image_pretraining.warmup": 1}) == work
     assert start(**{"video_pretraining.warmup": 1}) != work
     assert start(**{"seed": 7}) != work
 

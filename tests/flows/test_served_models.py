@@ -20,6 +20,7 @@ from PIL import Image
 from toy_models import toy_autoencoder, toy_unet
 
 from flows import runner
+from flows.places import Place
 from flows.serving.signature import COLUMNS
 from flows.stages import STAGES, Stage
 from flows.tracking.runs import RunInfo, tracked_run, tracking_uri
@@ -73,11 +74,11 @@ def small_preset() -> Preset:
 
 def write_outputs(preset: Preset) -> None:
     """What the stages publish that the registered models are made of."""
-    save_autoencoder(toy_autoencoder(), runner.output_folder(preset, "autoencoder"))
+    save_autoencoder(toy_autoencoder(), Place(preset.name, "autoencoder").output)
     config = toy_config(16, 32)
-    save_toy(build(config, "test"), config, runner.output_folder(preset, "encoders"))
+    save_toy(build(config, "test"), config, Place(preset.name, "encoders").output)
     for stage, changes in UNETS.items():
-        save_unet(toy_unet(**changes), runner.output_folder(preset, stage) / "unet")
+        save_unet(toy_unet(**changes), Place(preset.name, stage).output / "unet")
     for number, motion in enumerate(preset.camera_lora.motions):
         unet = toy_unet(**UNETS["image-to-video"])
         add_lora(unet, 2, 2.0, motion)
@@ -85,7 +86,7 @@ def write_outputs(preset: Preset) -> None:
         for name, parameter in unet.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.5)
-        save_lora(unet, runner.output_folder(preset, "camera-lora") / motion, motion)
+        save_lora(unet, Place(preset.name, "camera-lora").output / motion, motion)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preset]:
         write_outputs(found)
         for stage in REGISTERED:
             with tracked_run(RunInfo(stage.name, stage.name)) as tracker:
-                runner._register(tracker, stage, found, runner.output_folder(found, stage.name))
+                runner._register(tracker, stage, found, Place(found.name, stage.name).output)
         yield found
 
 

@@ -13,7 +13,7 @@ import pytest
 import small_project
 
 from flows import runner
-from flows.stages import STAGES, preset_sections
+from flows.stages import STAGES
 from flows.tracking.journal import Journal
 from flows.tracking.mlflow_delivery import Delivery, checkpoint_digest
 from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, flat_params, send_pending, tracked_run
@@ -215,7 +215,7 @@ def test_params_of_every_stage_are_named_by_its_sections() -> None:
     preset = load_preset("tiny")
     for stage in STAGES.values():
         names = flat_params(runner.stage_params(stage, preset))
-        sections = preset_sections(stage.name)
+        sections = stage.options
         assert names and all(any(f"{name}.".startswith(f"{section}.") for section in sections) for name in names)
         assert {section for section in sections if any(f"{n}.".startswith(f"{section}.") for n in names)} == {*sections}
 

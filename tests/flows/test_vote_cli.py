@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from evaluation.preference import app
 from evaluation.preference.study import load_study, open_store
-from flows.cli.tools import vote_app
+from flows.cli.vote import vote_app
 from svd.core.errors import UserError
 from svd.media.video import read_frames, write_mp4
 

@@ -36,7 +36,7 @@ SMALL = {
     "autoencoder.perceptual_frames": 1,
     "autoencoder.batch_size": 4,
     "autoencoder.frames": 2,
-    "autoencoder.checkpoint_every": 2,
+    "compute.autoencoder.checkpoint_every": 2,
 }
 
 
@@ -113,7 +113,7 @@ def test_it_learns(curation: Path, tmp_path: Path) -> None:
     changes = {
         "autoencoder__iterations": 60,
         "autoencoder__temporal_iterations": 0,
-        "autoencoder__checkpoint_every": 99,
+        "compute__autoencoder__checkpoint_every": 99,
     }
     metrics = run(context(tmp_path, curation, **changes)).metrics
     assert float(metrics["psnr"]) > float(metrics["psnr_before"]) + 3

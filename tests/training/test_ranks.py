@@ -290,4 +290,5 @@ def test_srun_without_tasks_per_node_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_tiny_preset_uses_one_device() -> None:
     values = yaml.safe_load((Path(__file__).parents[2] / "presets/tiny.yaml").read_text())
-    assert all(values[s]["devices"] == 1 for s in values if isinstance(values[s], dict) and "phases" in values[s])
+    compute = Preset.model_validate(values).compute
+    assert all(compute.of(s).devices == 1 for s in values if isinstance(values[s], dict) and "phases" in values[s])

@@ -178,7 +178,6 @@ def test_multiview_from_each_initialisation(
         update={
             "phases": [preset.video_pretraining.phases[0].model_validate(training)],
             "initialisation": initialisation,
-            "sample_steps": 2,
             "validation_samples": 4,
         }
     )

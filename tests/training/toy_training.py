@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from svd.config import Preset
+from svd.config import Preset, TrainingCompute
 from svd.config.load import load_preset
 from svd.latents.cache import digest, write_index, write_shard
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
@@ -37,7 +37,7 @@ STAGES = (
 
 
 def toy_preset(**training: Any) -> Preset:
-    """The tiny preset at toy size; `training` overrides keys of every training stage."""
+    """The tiny preset at toy size; `training` overrides keys of every training stage or of `compute.training`."""
     overrides: dict[str, Any] = {
         "model.unet": {
             "block_out_channels": [32, 32],
@@ -49,10 +49,12 @@ def toy_preset(**training: Any) -> Preset:
         },
         "latents.geometries": [{"frames": FRAMES, "height": SIZE, "width": SIZE}],
     }
-    shared = {"validate_every": 3, "checkpoint_every": 2, "validation_samples": 8, "sample_steps": 2}
+    compute = {"validate_every": 3, "checkpoint_every": 2, "sample_steps": 2}
+    compute |= {key: training.pop(key) for key in TrainingCompute.model_fields.keys() & training.keys()}
+    overrides |= {f"compute.training.{key}": value for key, value in compute.items()}
     for stage in STAGES:
         frames = {"image_pretraining": 1, "frame_interpolation": FRAMES}.get(stage, FRAMES)
-        values = {"phases": [{**PHASE, "frames": frames}], "subset": {}, **shared, **training}
+        values = {"phases": [{**PHASE, "frames": frames}], "subset": {}, "validation_samples": 8, **training}
         if stage == "camera_lora":
             values["phases"] = values["phases"][:1]
         overrides |= {f"{stage}.{key}": value for key, value in values.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -35,6 +34,7 @@ from svd.catalogue.statistics import histogram
 from svd.config import FiltersConfig
 from svd.config.load import parse_preset
 from svd.core.errors import UserError
+from svd.core.files import write_text
 from svd.media.orientation import upright_rgb
 
 PLAYABLE = {"h264", "vp8", "vp9", "av1"}
@@ -152,12 +152,7 @@ def save_thresholds(preset: Path, thresholds: Thresholds) -> None:
     text = io.StringIO()
     yaml.dump(values, text)
     parse_preset(YAML(typ="safe").load(text.getvalue()), str(preset))
-    temporary = preset.with_name(f".{preset.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(text.getvalue())
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(preset)
+    write_text(preset, text.getvalue())
 
 
 def create_app(folder: Path, preset: Path | None = None) -> FastAPI:

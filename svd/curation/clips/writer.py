@@ -6,7 +6,6 @@ Equal inputs give equal bytes: no time, no encoder name and no thread count ente
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +15,7 @@ import av.container
 import av.error
 import av.filter
 
+from svd.core.files import atomic_file
 from svd.curation.decoding.probe import UNTRUSTED, Opened, open_video, packets_from
 from svd.curation.types import ClipFile, ClipSpan, SourceFacts, SourceFailure
 
@@ -41,16 +41,11 @@ def write_clips(source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan,
     written = []
     with open_video(source) as opened:
         for span, target in jobs:
-            temporary = target.with_name(f".{target.name}.tmp")
             try:
-                written.append(_write(source, opened, span, facts, temporary))
-                with temporary.open("rb") as finished:
-                    os.fsync(finished.fileno())
-                temporary.replace(target)
+                with atomic_file(target) as temporary:
+                    written.append(_write(source, opened, span, facts, temporary))
             except (av.error.FFmpegError, ValueError) as error:
                 raise SourceFailure(f"clip at {span.start_seconds:.3f} s can't be written: {error}") from None
-            finally:
-                temporary.unlink(missing_ok=True)
     return written
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from svd import storage
 from svd.core.errors import UserError
-from svd.sources.listing import Source
+from svd.sources.listing import YTDL, Source
 from svd.sources.tars import header_hash
 
 MAX_BYTES = 100 << 30
@@ -57,7 +57,7 @@ def _extract(source: Source, target: Path) -> None:
 
 
 def _fetch(uri: str, target: Path) -> None:
-    if not uri.startswith("ytdl:"):
+    if not uri.startswith(YTDL):
         # A stream that never ends must not fill the disk.
         storage.download(uri, target, min(MAX_BYTES, shutil.disk_usage(target.parent).free / 2), MAX_SECONDS)
         return
@@ -73,6 +73,6 @@ def _fetch(uri: str, target: Path) -> None:
     }
     try:
         with yt_dlp.YoutubeDL(options) as downloader:
-            downloader.download([uri.removeprefix("ytdl:")])
+            downloader.download([uri.removeprefix(YTDL)])
     except yt_dlp.utils.DownloadError as error:
         raise OSError(f"yt-dlp: {error}") from None

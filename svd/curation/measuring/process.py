@@ -27,6 +27,7 @@ import numpy as np
 from svd.config import CurationConfig
 from svd.core.device import pick_device
 from svd.core.errors import UserError
+from svd.core.files import discard_temporary
 from svd.curation.clips.writer import write_clips
 from svd.curation.cuts.transnet import transnet_probabilities
 from svd.curation.measuring.decode_pass import Taken
@@ -185,7 +186,7 @@ class Analyst:
             written: list[ClipFile] = self._ask(None, "write", source, facts, list(jobs))
         finally:
             for _, target in jobs:
-                target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
+                discard_temporary(target)
         return written
 
     def _ask(self, take: Callable[[ClipAnalysis], None] | None, *request: Any) -> Any:

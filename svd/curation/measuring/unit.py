@@ -11,7 +11,6 @@ import logging
 import math
 import shutil
 import traceback
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from svd.catalogue import schema
 from svd.catalogue import tables as catalog
 from svd.config import CurationConfig
 from svd.core.errors import UserError
+from svd.core.files import atomic_folder
 from svd.curation.captions import base as captions
 from svd.curation.clips.stills import write_frame
 from svd.curation.measuring.fetching import local_file
@@ -92,17 +92,13 @@ def measure_unit(unit: Unit, config: CurationConfig, folder: Path, analyst: Anal
     target = folder / unit.name
     if target.exists():
         return target
-    for leftover in folder.glob(f".{unit.name}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    # A name of its own: what a decoder of a killed run still writes can't get into this unit.
-    temporary = folder / f".{unit.name}.{uuid.uuid4().hex}"
-    for name in ("clips", "frames"):
-        (temporary / name).mkdir(parents=True)
-    work = _UnitWork(unit, config, temporary, analyst)
-    for identified in unit.sources:
-        work.add(identified)
-    work.write()
-    temporary.rename(target)
+    with atomic_folder(target) as temporary:
+        for name in ("clips", "frames"):
+            (temporary / name).mkdir(parents=True)
+        work = _UnitWork(unit, config, temporary, analyst)
+        for identified in unit.sources:
+            work.add(identified)
+        work.write()
     return target
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from svd.catalogue import schema
 from svd.catalogue import tables as catalog
 from svd.catalogue.shards import Member, ShardWriter
+from svd.core.files import atomic_folder
 from svd.curation.captions.base import Captioner, CaptionRequest, describe_all
 from svd.curation.clips.stills import read_frame, read_frames, thumbnail
 from svd.curation.scoring import embeddings
@@ -73,13 +73,8 @@ class Scorer:
         """
         target = folder / measured.name
         if not target.exists():
-            for leftover in folder.glob(f".{measured.name}.*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            # A name of its own: what the process of a killed run still writes can't get into this unit.
-            temporary = folder / f".{measured.name}.{uuid.uuid4().hex}"
-            temporary.mkdir(parents=True)
-            self._score(measured, temporary, shard_bytes)
-            temporary.rename(target)
+            with atomic_folder(target) as temporary:
+                self._score(measured, temporary, shard_bytes)
         for name in ("clips", "frames"):
             shutil.rmtree(measured / name, ignore_errors=True)
         return target

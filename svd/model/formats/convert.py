@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from svd.core.errors import UserError
-from svd.core.files import write_json
+from svd.core.files import atomic_folder, write_json
 from svd.model.autoencoder import Autoencoder
 from svd.model.formats.clip import image_tower_of, image_tower_of_folder
 from svd.model.formats.clip_names import to_transformers
@@ -110,7 +110,13 @@ def _typed(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
 
 def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None, frames: int) -> Conversion:
     """Written beside the target and renamed, so that a killed conversion leaves no half folder."""
-    work = target.with_name(f".{target.name}.tmp")
+    with atomic_folder(target) as work:
+        count, missing = _write_parts(parts, work, dtype, frames)
+    return Conversion(target, count, tuple(missing))
+
+
+def _write_parts(parts: SgmParts, work: Path, dtype: torch.dtype | None, frames: int) -> tuple[int, list[str]]:
+    """Write what the file holds into `work`; returns the number of tensors and the names of the missing parts."""
     config = unet_config(parts)
     unet = unet_from_sgm(parts.unet, config)
     check_fit(expected(UNet, config), unet, f"{parts.source}: U-Net")
@@ -133,8 +139,7 @@ def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None, frames:
     if is_image_to_video(config) and not missing:
         vae = "AutoencoderKLTemporalDecoder" if first_stage_config(parts).temporal_decoder else "AutoencoderKL"
         write_pipeline_files(work, vae, image_size)
-    work.rename(target)
-    return Conversion(target, count, tuple(missing))
+    return count, missing
 
 
 def _write(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
 from svd.config import EncodersConfig
 from svd.core.errors import UserError
+from svd.core.files import atomic_folder
 from svd.model.formats.encoders import load_encoders
 from svd.model.formats.folders import load_autoencoder, load_unet, save_pipeline, trained_frames
 from svd.model.formats.sgm import save_sgm
@@ -27,12 +27,10 @@ def export(model: Path, target: Path, to: Literal["sgm", "diffusers"], config: E
     visual = load_encoders(model.parent / "encoders", config).image.visual
     heads = int(visual.transformer.resblocks[0].attn.num_heads)
     frames = trained_frames(model) or 14
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.tmp")
     if to == "sgm":
         clip = {f"visual.{name}": tensor for name, tensor in of_module(visual).items()}
-        save_sgm(work, unet, autoencoder, clip, frames, heads)
+        save_sgm(target, unet, autoencoder, clip, frames, heads)
     else:
-        shutil.rmtree(work, ignore_errors=True)
-        save_pipeline(work, unet, autoencoder, visual, heads, frames)
-    return work.rename(target)
+        with atomic_folder(target) as work:
+            save_pipeline(work, unet, autoencoder, visual, heads, frames)
+    return target

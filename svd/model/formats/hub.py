@@ -30,7 +30,7 @@ from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
 from svd.core.errors import UserError
-from svd.core.files import write_json
+from svd.core.files import replace_file, write_json
 from svd.model.formats.diffusers_configs import read_config
 from svd.model.safetensors import PICKLES, check_hash, read_header, some
 
@@ -195,7 +195,7 @@ def _retried(remote: Remote, path: Path, resume: bool) -> None:
             if final or attempt == ATTEMPTS - 1:
                 raise
             time.sleep(min(2**attempt, 30) * BACKOFF)
-    part.replace(path)
+    replace_file(part, path)
 
 
 def _stream(remote: Remote, part: Path) -> None:
@@ -217,8 +217,6 @@ def _stream(remote: Remote, part: Path) -> None:
             for block in response.iter_raw():
                 stream.write(block)
                 bar.update(len(block))
-            stream.flush()
-            os.fsync(stream.fileno())
 
 
 def _check(path: Path, remote: Remote, sha256: str | None) -> None:
