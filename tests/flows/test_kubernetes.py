@@ -122,7 +122,7 @@ def test_one_setting_names_all_images(filled: Path, tmp_path: Path, monkeypatch:
     own = {"SVD_IMAGES": "registry.example:5000/team/svd", "SVD_IMAGE_TAG": "7", "SVD_IMAGE_PULL_POLICY": "Always"}
     (folder / "image" / "image.env").write_text("".join(f"{name}={value}\n" for name, value in own.items()))
     found = [c for m in of_kind(kubectl_kustomize(folder / "standalone"), "Deployment").values() for c in containers(m)]
-    assert own["SVD_IMAGES"] in found[0]["image"] and len(found) == 8
+    assert own["SVD_IMAGES"] in found[0]["image"] and len(found) == 9
     for name, value in own.items():
         monkeypatch.setenv(name, value)
     for container in found + containers(job("cpu")) + containers(job("gpu")):
