@@ -41,7 +41,7 @@ test-slow: setup ## run the slow tests
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m 'slow and not gpu'
 
 test-cluster: setup ## run the stack on the cluster that KUBECONFIG names
-	pytest -m cluster tests/cluster -s --timeout 1800
+	pytest -m cluster tests/cluster -s
 
 lint: setup     ## format check, lint, types
 	ruff format --check . && ruff check . && mypy

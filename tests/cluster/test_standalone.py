@@ -21,7 +21,7 @@ from flows.recording import results_store
 from flows.recording.dvc import hash_folder
 from flows.stages import PIPELINE, STAGES
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2700)]
 PROBE = """
 import socket, sys
 for address in sys.argv[1:]:
@@ -53,7 +53,7 @@ def pipeline(stack: ClusterStack) -> str:
     say("prefect deployment run full-pipeline")
     begun = time.monotonic()
     run = stack.start_pipeline()
-    done = stack.wait(run, 1200)
+    done = stack.wait(run, 2400)
     assert done["state_type"] == "COMPLETED", stack.story(run)
     say(f"the pipeline took {time.monotonic() - begun:.0f} s")
     return run
@@ -208,6 +208,6 @@ def test_nothing_is_reachable_but_what_is_meant(stack: ClusterStack) -> None:
 def test_run_again_it_skips_what_is_there(stack: ClusterStack, pipeline: str) -> None:
     begun = time.monotonic()
     again = stack.start_pipeline()
-    assert stack.wait(again, 400)["state_type"] == "COMPLETED", stack.story(again)
+    assert stack.wait(again, 600)["state_type"] == "COMPLETED", stack.story(again)
     assert stack.children(again) == []
     say(f"run again: {time.monotonic() - begun:.0f} s, no stage ran")
