@@ -43,8 +43,8 @@ test-slow: setup ## run the slow tests
 test-cluster: setup ## run the stack on the cluster that KUBECONFIG names
 	pytest -m cluster tests/cluster -s
 
-lint: setup     ## format check, lint, types
-	ruff format --check . && ruff check . && mypy
+lint: setup     ## format check, lint, types, layers
+	ruff format --check . && ruff check . && mypy && lint-imports
 
 lock: setup     ## compile the locks from pyproject.toml and infra/docker/servers.in
 	uv pip compile -q pyproject.toml --extra test --extra kubernetes --extra captions \

@@ -43,32 +43,32 @@ class Place:
 
     @property
     def output(self) -> Path:
-        """The folder that the stage publishes: outputs/<preset>/<stage>."""
+        """Return the folder that the stage publishes: outputs/<preset>/<stage>."""
         return OUTPUTS / self.preset / self.stage
 
     @property
     def inventory(self) -> Path:
-        """The list of its code, packages and files outside the project: outputs/<preset>/inventory/<stage>.json."""
+        """Return the list of its code, packages and files outside: outputs/<preset>/inventory/<stage>.json."""
         return OUTPUTS / self.preset / "inventory" / f"{self.stage}.json"
 
     @property
     def inputs(self) -> dict[str, Path]:
-        """The folder of each input by the name of its stage, whether or not it is there."""
+        """Return the folder of each input by the name of its stage, whether or not it is there."""
         return {name: Place(self.preset, name).output for name in find_stage(self.stage).inputs}
 
     @property
     def works(self) -> Path:
-        """The folder of its work folders, one per state of options and inputs: work/<preset>/<stage>."""
+        """Return the folder of its work folders, one per state of options and inputs: work/<preset>/<stage>."""
         return WORK / self.preset / self.stage
 
     @property
     def lock(self) -> Path:
-        """The file that the process which runs it holds."""
+        """Return the lock file that the process which runs it holds."""
         return WORK / self.preset / f".{self.stage}.lock"
 
     @property
     def run_key(self) -> Path:
-        """The file with the MLflow key of a pipeline's run; that of a stage is `run_key_of` its work folder."""
+        """Return the file with the MLflow key of a pipeline's run; a stage has one per work folder (`run_key_of`)."""
         return WORK / self.preset / f".{self.stage}.run"
 
     def work(self, digest: str) -> Path:

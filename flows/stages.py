@@ -80,7 +80,7 @@ class Stage:
 
     @property
     def pod(self) -> Resources:
-        """The resources of its pod, those of its pool where the row says nothing."""
+        """Return the resources of its pod: those of its pool where the row says nothing."""
         return self.resources or (GPU_POD if self.pool == "gpu" else CPU_POD)
 
 
@@ -88,7 +88,7 @@ _NETWORKS = ("autoencoder", "encoders")
 
 
 def _training(section: str) -> tuple[str, ...]:
-    """The options of a training that reads latents; `section` is its own part of the preset."""
+    """Return the options of a training that reads latents; `section` is its own part of the preset."""
     return "seed", "model", section, "curation.captions"
 
 

@@ -1,7 +1,12 @@
-"""What a stage is: a function that reads folders, writes its own folder and can be killed and run again at any moment.
+"""The contract of a stage: a function that reads folders, writes its own and can be killed and run again at any time.
 
-Work in progress lives in an untracked `work` folder; `publish` moves the finished result into the output folder by
-renames, because DVC deletes a stage's outputs before it runs the command again.
+Work in progress lives in an untracked `work` folder, because DVC deletes a stage's outputs before it runs the command
+again. `publish` makes the finished result the output folder. A stage looks like this:
+
+    def run(context: StageContext) -> Report:
+        finished = context.work / "finished"
+        ...  # write into it; keep what a killed run has finished
+        return publish(finished, context.output, Report({"clips": 12}, "12 clips"))
 """
 
 from __future__ import annotations
@@ -23,34 +28,34 @@ KEPT = "published"
 
 
 class Tracker(Protocol):
-    """Where a stage reports while it runs; MLflow in `flows/tracking/runs.py`, nothing by default."""
+    """The receiver of what a stage reports while it runs: MLflow in `flows/tracking/runs.py`, by default nobody."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Scalars at a step."""
+        """Log scalars at a step."""
 
     def log_image(self, key: str, image: np.ndarray, step: int) -> None:
-        """An (H, W, 3) uint8 picture at a step."""
+        """Log an (H, W, 3) uint8 RGB image at a step."""
 
     def log_file(self, path: Path, folder: str = "") -> None:
-        """A file to keep with the run."""
+        """Keep a file with the run, in its `folder`."""
 
 
 class NoTracker:
     """A tracker that drops everything."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_image(self, key: str, image: np.ndarray, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_file(self, path: Path, folder: str = "") -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage runs with.
+    """The preset, folders and tracker of one run of a stage.
 
     inputs: folder of each input by the name of the stage that made it; output: the folder this stage publishes;
     work: the untracked folder for work in progress, kept when the stage is killed.
@@ -65,7 +70,7 @@ class StageContext:
 
 @dataclass(frozen=True)
 class Report:
-    """What a stage found: `metrics` are written to `metrics.json`; `summary` is one line for people."""
+    """The findings of a stage: `metrics` are written to `metrics.json`; `summary` is one line for people."""
 
     metrics: Mapping[str, float | int | str]
     summary: str
@@ -74,7 +79,8 @@ class Report:
 def publish(finished: Path, output: Path, report: Report) -> Report:
     """Write `metrics.json` into `finished`, then make it `output`; a kill leaves the old or the new folder.
 
-    Until the work folder is removed, hard links beside `finished` keep what was published: see `republish`.
+    The two may lie on different file systems. Until the work folder is removed, hard links beside `finished` keep what
+    was published: see `republish`.
     """
     write_json(finished / "metrics.json", dict(report.metrics))
     kept = finished.with_name(KEPT)
@@ -89,10 +95,10 @@ def publish(finished: Path, output: Path, report: Report) -> Report:
 
 
 def republish(work: Path, output: Path) -> Report | None:
-    """Publish again what a stage that worked in `work` has published; None when it did not get that far.
+    """Publish again what a stage that worked in `work` has published; return None when it did not get that far.
 
-    Whoever records an output hashes it first, which takes long for large ones. When that is killed, the stage runs
-    again, and DVC has deleted the output before.
+    An output is hashed before it is recorded, which takes long for large ones. When that is killed, the stage runs
+    again, and DVC has deleted the output before. Then nothing is computed twice.
     """
     kept = work / KEPT
     try:

@@ -21,8 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import track
 
-from svd.catalogue import axes, schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import axes, schema, tables
 
 CHUNK = 1 << 18
 FILTERS = {
@@ -86,7 +85,7 @@ def chunk(start: int, count: int) -> pa.Table:
             "motion_bucket": generator.integers(0, 256, count).astype(np.int16),
         }
     )
-    return catalog.with_schema(frame, schema.SCORES_SCHEMA)
+    return tables.with_schema(frame, schema.SCORES_SCHEMA)
 
 
 def write_catalogue(folder: Path, rows: int) -> None:
@@ -98,7 +97,7 @@ def write_catalogue(folder: Path, rows: int) -> None:
     temporary = target.with_suffix(".tmp")
     with pq.ParquetWriter(temporary, schema.SCORES_SCHEMA, compression="zstd") as writer:
         for start in track(range(0, rows, CHUNK), "writing synthetic catalogue"):
-            writer.write_table(chunk(start, min(CHUNK, rows - start)), row_group_size=catalog.ROW_GROUP)
+            writer.write_table(chunk(start, min(CHUNK, rows - start)), row_group_size=tables.ROW_GROUP)
     temporary.replace(target)
 
 
@@ -110,8 +109,8 @@ def measure(folder: Path) -> None:
     began = time.perf_counter()
     thresholds = filters.write_verdicts(folder, FiltersConfig.model_validate(FILTERS))
     filtered = time.perf_counter()
-    clips = catalog.scan_clips(folder)
-    tables = {"all": statistics.table(clips), "kept": statistics.table(clips.filter(pl.col("keep")))}
+    clips = tables.scan_clips(folder)
+    rows = {"all": statistics.dataset_row(clips), "kept": statistics.dataset_row(clips.filter(pl.col("keep")))}
     counted = [len(statistics.histogram(clips, axis.column)[0]) for axis in axes.AXES]
     finished = time.perf_counter()
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -122,8 +121,8 @@ def measure(folder: Path) -> None:
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_gigabytes": round(peak_bytes() / 1e9, 3),
         "thresholds": thresholds,
-        "kept": tables["kept"]["clips"],
-        "rows": tables["all"]["clips"],
+        "kept": rows["kept"]["clips"],
+        "rows": rows["all"]["clips"],
         "histograms": sum(1 for bins in counted if bins),
     }
     print(json.dumps(result))

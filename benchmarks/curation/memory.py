@@ -57,7 +57,7 @@ def write_encoders(folder: Path) -> None:
 
     preset = load_preset("tiny")
     config = clip.toy_config(preset.encoders.toy_width, preset.model.unet.cross_attention_dim)
-    clip.save_toy(clip.build(config, "toy"), config, folder)
+    clip.save_toy(clip.build_clip(config, "toy"), config, folder)
 
 
 def curate(folder: Path) -> None:

@@ -23,11 +23,10 @@ import pyarrow as pa
 from rich.progress import track
 
 from benchmarks.catalogue.__main__ import chunk, peak_bytes
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
 from svd.config.load import load_preset
-from svd.curation.merge import merge
-from svd.curation.metrics import metrics
+from svd.curation.merge import merge_units
+from svd.curation.metrics import curation_metrics
 
 PER_SOURCE = 10
 
@@ -41,7 +40,7 @@ def evidence(clips: int) -> tuple[pa.Table, pa.Table]:
     cuts = cuts.with_columns(kind=pl.lit("hard"), detector=pl.lit("content@1"), score=pl.lit(50.0), threshold=27.0)
     dropped = cuts.select("start_frame", "end_frame", start_seconds="seconds", end_seconds="seconds")
     dropped = dropped.with_columns(reason=pl.lit("shorter than 2 s between two cuts")).head(clips // 3)
-    return catalog.with_schema(cuts, schema.CUTS_SCHEMA), catalog.with_schema(dropped, schema.DROPPED_SCHEMA)
+    return tables.with_schema(cuts, schema.CUTS_SCHEMA), tables.with_schema(dropped, schema.DROPPED_SCHEMA)
 
 
 def write_unit(folder: Path, number: int, clips: int) -> None:
@@ -55,7 +54,7 @@ def write_unit(folder: Path, number: int, clips: int) -> None:
     table = pl.DataFrame(chunk(number * clips, clips))
     table = table.with_columns(uris, unit=pl.lit(number, pl.Int32), split=pl.lit("train"))
     for path, columns in ((measured / "clips", schema.MEASURED_SCHEMA), (scored / "scores", schema.SCORED_SCHEMA)):
-        catalog.write_table(path.with_suffix(".parquet"), catalog.with_schema(table, columns))
+        tables.write_table(path.with_suffix(".parquet"), tables.with_schema(table, columns))
     sources = table.group_by("source_uri", "split", "codec", maintain_order=True).agg(
         pl.len().alias("clips"),
         pl.col("duration").sum(),
@@ -64,10 +63,10 @@ def write_unit(folder: Path, number: int, clips: int) -> None:
     sources = sources.with_columns(
         verdict=pl.lit("ok"), reason=pl.lit(""), metadata=pl.lit(json.dumps({"title": "a video " * 10, "views": 12345}))
     )
-    catalog.write_table(measured / "sources.parquet", catalog.with_schema(sources, schema.SOURCES_SCHEMA))
+    tables.write_table(measured / "sources.parquet", tables.with_schema(sources, schema.SOURCES_SCHEMA))
     for path, rows in zip((measured / "cuts", measured / "dropped"), evidence(clips), strict=True):
         owners = pa.array(np.sort(np.resize(uris.to_numpy(), len(rows))).tolist(), pa.string())
-        catalog.write_table(path.with_suffix(".parquet"), rows.set_column(0, "source_uri", owners).cast(rows.schema))
+        tables.write_table(path.with_suffix(".parquet"), rows.set_column(0, "source_uri", owners).cast(rows.schema))
     for path in (measured / "flow.safetensors", scored / "embeddings.safetensors", scored / f"{name}.tar"):
         path.touch()
 
@@ -79,9 +78,9 @@ def run(folder: Path, units: int) -> None:
     paths = [[folder / kind / f"clips-{n:06d}" for n in range(units)] for kind in ("measured", "scored")]
     config = load_preset("paper", {"curation.near_duplicates": False}).curation
     began, base = time.perf_counter(), peak_bytes()
-    merged = merge(*paths, finished, config)
+    merged = merge_units(*paths, finished, config)
     merging = time.perf_counter() - began
-    values = metrics(merged, folder)
+    values = curation_metrics(merged, folder)
     counts = ", ".join(f"{values[name]} {name}" for name in ("sources", "clips", "clips_kept", "cuts"))
     print(f"{counts}: merged in {merging:.1f} s, metrics {time.perf_counter() - began - merging:.1f} s")
     print(f"peak {peak_bytes() / 1e6:.0f} MB, {base / 1e6:.0f} MB of it before")

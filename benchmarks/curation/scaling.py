@@ -19,32 +19,32 @@ from queue import SimpleQueue
 
 from benchmarks.curation.speed import make
 from svd.config.load import load_preset
-from svd.curation.measuring.process import Analyst
-from svd.curation.types import SourceFailure
+from svd.curation.base.types import SourceFailure
+from svd.curation.measuring.process import DecodeProcess
 
 GOAL = 1.8
 
 
-def curate(path: Path, target: Path, idle: SimpleQueue[Analyst]) -> int:
+def curate(path: Path, target: Path, idle: SimpleQueue[DecodeProcess]) -> int:
     """Analyse one source and write its clips, as curation does; returns the number of clips."""
-    analyst = idle.get()
+    decoding = idle.get()
     try:
-        analysis = analyst.analyse(path, load_preset("paper").curation, lambda clip: clip)
+        analysis = decoding.analyse(path, load_preset("paper").curation, lambda clip: clip)
         jobs = [(c.span, target / f"{i}.mp4") for i, c in enumerate(analysis.clips) if c.span.method == "copy"]
-        return len(analyst.write_clips(path, analysis.facts, jobs))
+        return len(decoding.write_clips(path, analysis.facts, jobs))
     finally:
-        idle.put(analyst)
+        idle.put(decoding)
 
 
 def measure(sources: list[Path], processes: int) -> float:
     """Seconds that `processes` need for all sources."""
     with contextlib.ExitStack() as stack:
-        idle: SimpleQueue[Analyst] = SimpleQueue()
+        idle: SimpleQueue[DecodeProcess] = SimpleQueue()
         for _ in range(processes):
-            analyst = stack.enter_context(Analyst())
+            decoding = stack.enter_context(DecodeProcess())
             with contextlib.suppress(SourceFailure):
-                analyst.analyse(Path("no such file"), load_preset("paper").curation)
-            idle.put(analyst)
+                decoding.analyse(Path("no such file"), load_preset("paper").curation)
+            idle.put(decoding)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         pool = stack.enter_context(ThreadPoolExecutor(processes))
         targets = [folder / str(number) for number in range(len(sources))]

@@ -57,13 +57,13 @@ def has_triton(machine: Machine) -> bool:
 
 def triton_attention(results: Results, case: str, strided: list[Tensor], teraflops: float) -> None:
     """Rows of our kernel, which takes the model's tokens (1, T, S, C) as they are."""
-    from svd.model.kernels.triton import attend_frames
+    from svd.model.kernels.triton import launch_attend_frames
 
     heads = strided[0].shape[1]
     q, k, v = (x.permute(2, 0, 1, 3).flatten(2)[None] for x in strided)
 
     def fused() -> Tensor:
-        return attend_frames(q, k, v, heads)
+        return launch_attend_frames(q, k, v, heads)
 
     def exact() -> Tensor:
         return F.scaled_dot_product_attention(*(x.float() for x in strided)).permute(2, 0, 1, 3).flatten(2)[None]
@@ -154,10 +154,10 @@ def normalise(results: Results, rows: int, positions: int, channels: int) -> Non
     results.measure("norm", case, "eager, channels last", lambda: norm_silu(last, weight, bias))
     results.measure("norm", case, "compiled, channels last", lambda: fused(last, weight, bias))
     if has_triton(machine):
-        from svd.model.kernels.triton import group_norm
+        from svd.model.kernels.triton import launch_group_norm
 
         def ours() -> Tensor:
-            return group_norm(tokens, weight, bias, GROUPS, EPS, True)[0]
+            return launch_group_norm(tokens, weight, bias, GROUPS, EPS, True)[0]
 
         def eager() -> Tensor:
             return norm_silu(last, weight, bias)[..., 0].transpose(1, 2)

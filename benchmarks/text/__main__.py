@@ -27,7 +27,7 @@ from rich.table import Table
 from svd.curation.decoding.decoder import FRAME_WIDTH
 from svd.curation.text.base import area_ratio
 from svd.curation.text.dbnet import DBTextDetector
-from svd.synthetic.videos import World, render_clip
+from svd.synthetic.scenes import World, render_clip
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 # Seconds of the samples that show titles.

@@ -1,9 +1,9 @@
 """Automatic votes of the threshold calibration, for tests and for presets that nobody looks at.
 
-They are a stand-in and never human votes: every row says `automatic`. Prompt following: the mean CLIP similarity of a
-clip's frames with the prompt decides. Visual quality: the clip whose TransNetV2 features are nearer to those of real
-test clips decides (mean Euclidean distance to the 3 nearest, features scaled by their spread over the real clips). Both
-rules see the networks' blind spots and nothing else; neither has been compared with people.
+They stand in for human votes and are never taken for them: every row says `automatic`. For prompt following, the clip
+wins whose frames have the higher mean CLIP similarity with the prompt. For visual quality, the clip wins whose
+TransNetV2 features are nearer to those of real test clips (mean Euclidean distance to the 3 nearest, features scaled by
+their spread over the real clips). Neither rule has been compared with people.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from svd.config import Phase
 from svd.core.errors import UserError
 from svd.latents.cache import LatentCache
 from svd.media.video import read_frames
-from svd.model.autoencoder import Autoencoder, mean
+from svd.model.autoencoder import Autoencoder, posterior_mean
 from svd.model.encoders import Encoders, from_uint8
 
 RATER = "automatic"
@@ -34,7 +34,7 @@ Scores = Mapping[tuple[str, str], float]
 
 
 def nearness(features: NDArray[np.float64], real: NDArray[np.float64], nearest: int = NEAREST) -> NDArray[np.float64]:
-    """(N,) minus the mean distance of features (N, d) to the `nearest` of the real ones (M, d); higher is closer.
+    """Return minus the mean distance (N,) of features (N, d) to the `nearest` real ones of (M, d); higher is closer.
 
     Each dimension is divided by its standard deviation over the real clips; constant ones count as they are.
     """
@@ -46,19 +46,22 @@ def nearness(features: NDArray[np.float64], real: NDArray[np.float64], nearest: 
 
 @torch.no_grad()
 def real_clips(cache: LatentCache, autoencoder: Autoencoder, phase: Phase) -> Tensor:
-    """(M, T, 3, H, W) in 0..255: test clips through the autoencoder, as everything that the models make goes."""
+    """Return test clips passed through the autoencoder, (M, T, 3, H, W) in 0..255.
+
+    Generated clips come out of the decoder, so real ones must, too. Raises UserError for too few test clips.
+    """
     rows = cache.rows(phase, "test").unique("clip_id", keep="first", maintain_order=True)
     if len(rows) < NEAREST:
         raise UserError(f"{cache.folder}: {len(rows)} test clips are too few to judge by; raise 'validation_samples'")
     clips = []
     for row in rows.to_dicts():
         moments = cache.read(row).moments[None, : phase.frames]
-        clips.append((autoencoder.decode(mean(moments)) / 2 + 0.5).clamp(0, 1)[0] * 255)
+        clips.append((autoencoder.decode(posterior_mean(moments)) / 2 + 0.5).clamp(0, 1)[0] * 255)
     return torch.stack(clips)
 
 
 def quality_scores(samples: Path, models: Sequence[str], prompts: Sequence[str], real: Tensor, device: str) -> Scores:
-    """Score by (model, prompt id): nearness to real clips in TransNetV2's features."""
+    """Return scores by (model, prompt id): nearness to real clips in TransNetV2's features."""
     extractor = load_extractor(TRANSNETV2, None, None, device)
     protocol = EvalProtocol(RATER, "test clips", TRANSNETV2, (), (), frames=real.shape[1])
     truth = _features(extractor, protocol, real)
@@ -71,7 +74,7 @@ def quality_scores(samples: Path, models: Sequence[str], prompts: Sequence[str],
 
 
 def _pixels(path: Path) -> Tensor:
-    """(T, 3, H, W) in 0..255."""
+    """Read a clip, (T, 3, H, W) in 0..255."""
     return torch.from_numpy(read_frames(path)[0]).permute(0, 3, 1, 2).float()
 
 
@@ -81,7 +84,7 @@ def _features(extractor: Extractor, protocol: EvalProtocol, clips: Tensor) -> ND
 
 
 def prompt_scores(samples: Path, models: Sequence[str], prompts: Mapping[str, str], encoders: Encoders) -> Scores:
-    """Score by (model, prompt id): the mean cosine of the frames' and the prompt's CLIP embeddings."""
+    """Return scores by (model, prompt id): the mean cosine of the CLIP embeddings of frames and prompt."""
     device = encoders.text.positional_embedding.device
     texts = dict(zip(prompts, encoders.text_features(list(prompts.values())), strict=True))
     found = {}
@@ -95,8 +98,9 @@ def prompt_scores(samples: Path, models: Sequence[str], prompts: Mapping[str, st
 def cast_votes(
     models: Sequence[str], prompts: Sequence[str], scores: Mapping[str, Scores], votes: int, seed: int
 ) -> list[Vote]:
-    """The answers to a study's questions by the scores of each question's axis; equal scores: the left clip wins, and
-    sides are random. Copies of a question get the same answer.
+    """Answer the questions of a study by the scores of each question.
+
+    With equal scores the left clip wins; sides are random. Copies of a question get the same answer.
     """
     found = []
     for question in schedule(models, prompts, votes=votes, seed=seed, check_every=0):
@@ -108,7 +112,7 @@ def cast_votes(
 
 
 def scores_table(scores: Mapping[str, Scores]) -> pl.DataFrame:
-    """One row a question, model and prompt."""
+    """Return one row per question, model and prompt."""
     rows = [
         {"question": axis, "model": model, "prompt": prompt, "score": round(value, 5), "judge": RATER}
         for axis, values in sorted(scores.items())

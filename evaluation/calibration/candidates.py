@@ -1,9 +1,8 @@
-"""What the threshold calibration compares: subsets of one start set, a small model trained on each, its clips (§3.3,
-E.2.2).
+"""The models of the threshold calibration: subsets of one start set, a small model trained on each, its clips (E.2.2).
 
 The start set is drawn from the *unfiltered* catalogue, so it is encoded here: the stage `latents` caches kept clips
-alone. All models share initial weights, noise and order of draws; only the clips they may see (or, on the axis of the
-captions, the captions) differ. The unfiltered model is trained once for all axes.
+alone. All models share initial weights, noise and order of draws; only the clips that they see (on the axis `captions`,
+the captions) differ. The unfiltered model is trained once for all axes.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from svd.catalogue.tables import read_clips
 from svd.config import CalibrationConfig, Geometry, Phase, Preset
 from svd.core.errors import UserError
 from svd.curation.captions.base import MOTION
-from svd.diffusion.edm import Kind
+from svd.diffusion.edm import KINDS
+from svd.generation import load_models, text_to_video
 from svd.latents.cache import LatentCache, digest
-from svd.latents.stage import Encoder, assemble, encode_clips, with_split
+from svd.latents.stage import LatentEncoder, assemble, encode_clips, with_split
 from svd.media.video import to_uint8, write_mp4
 from svd.model.formats.folders import load_autoencoder, load_unet
-from svd.model.formats.hub import UNET_FILES, resolve
+from svd.model.formats.hub import UNET_FILES, resolve_weights
 from svd.model.unet import UNet
 from svd.stage import StageContext, Tracker
-from svd.tasks.api import load_models, text_to_video
 from svd.tasks.text_to_video import TEXT_TO_VIDEO
 from svd.training.initialise import carry_over, fresh_unet, unet_config
 from svd.training.launch import on_all_ranks
@@ -45,7 +44,7 @@ CLIPS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model of the calibration: the share removed on one axis (0: unfiltered), or the one captioner it reads."""
+    """A model of the calibration: the share removed on one axis (0: unfiltered), or the captioner that it reads."""
 
     name: str
     axis: str
@@ -54,12 +53,12 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """The captioner, or percent removed."""
+        """The captioner, or the percentage removed."""
         return self.captioner or f"{100 * self.removed:g}"
 
 
 def candidates(preset: Preset) -> dict[str, list[Candidate]]:
-    """The models of every axis, fewest removed first; they share the unfiltered one, which has the axis "".
+    """Return the models of every axis, fewest removed first; all axes share the unfiltered one, whose axis is "".
 
     Raises UserError when an axis has nothing to compare.
     """
@@ -81,7 +80,7 @@ def candidates(preset: Preset) -> dict[str, list[Candidate]]:
 
 
 def start_set(curation: Path, config: CalibrationConfig, seed: int) -> pl.DataFrame:
-    """`config.clips` training clips of the unfiltered catalogue and `config.validation_samples` test clips, by seed."""
+    """Draw `config.clips` training and `config.validation_samples` test clips of the unfiltered catalogue, by seed."""
     clips = with_split(read_clips(curation)).sort("clip_id")
     parts = []
     for split, count in (("train", config.clips), ("test", config.validation_samples)):
@@ -92,17 +91,17 @@ def start_set(curation: Path, config: CalibrationConfig, seed: int) -> pl.DataFr
 
 
 @dataclass(frozen=True)
-class Subset:
-    """The training clips of a candidate, and the thresholds that chose them by axis."""
+class TrainingSubset:
+    """The training clips of a candidate, and by axis the thresholds that chose them."""
 
     clips: frozenset[str]
     thresholds: Mapping[str, float]
 
 
-def subset(start: pl.DataFrame, candidate: Candidate) -> Subset:
-    """Which training clips of the start set a candidate sees; thresholds are quantiles of the training clips.
+def training_subset(start: pl.DataFrame, candidate: Candidate) -> TrainingSubset:
+    """Choose the training clips of the start set that a candidate sees; thresholds are quantiles over them all.
 
-    Clips at the threshold stay, so fewer than the share may go. Raises UserError for an axis without scores.
+    Clips at the threshold stay, so fewer than the share may be removed. Raises UserError for an axis without scores.
     """
     clips = start.filter(pl.col("split") == "train")
     if candidate.captioner:
@@ -110,9 +109,9 @@ def subset(start: pl.DataFrame, candidate: Candidate) -> Subset:
         chosen = clips.filter(own.list.contains(candidate.captioner).fill_null(False))
         if chosen.is_empty():
             raise UserError(f"no clip has a caption by '{candidate.captioner}'; curate with it, or drop the captioner")
-        return Subset(frozenset(chosen["clip_id"]), {})
+        return TrainingSubset(frozenset(chosen["clip_id"]), {})
     if not candidate.removed:
-        return Subset(frozenset(clips["clip_id"]), {})
+        return TrainingSubset(frozenset(clips["clip_id"]), {})
     wanted = calibration_subsets([candidate.axis], [candidate.removed])[candidate.name]
     judged, thresholds = filters.apply(clips.lazy(), wanted)
     if candidate.axis not in thresholds:
@@ -120,11 +119,11 @@ def subset(start: pl.DataFrame, candidate: Candidate) -> Subset:
             f"the catalogue has no scores for '{candidate.axis}'; give the weights that score it, "
             "or leave it out of 'threshold_calibration.axes'"
         )
-    return Subset(frozenset(judged.filter(pl.col("keep")).collect()["clip_id"]), thresholds)
+    return TrainingSubset(frozenset(judged.filter(pl.col("keep")).collect()["clip_id"]), thresholds)
 
 
 def choose_prompts(start: pl.DataFrame, preset: Preset) -> dict[str, str]:
-    """The fixed prompts by id: different captions of test clips, from all captioners that describe content in turn.
+    """Choose the fixed prompts, by id: different captions of test clips, by each content captioner in turn.
 
     The paper's 64 prompts are not published. Raises UserError when there are too few captions.
     """
@@ -145,7 +144,7 @@ def choose_prompts(start: pl.DataFrame, preset: Preset) -> dict[str, str]:
 
 
 def encode_start_set(context: StageContext, start: pl.DataFrame) -> LatentCache:
-    """The latent cache of the start set at the sizes of the calibration's phases, in `context.work`."""
+    """Make the latent cache of the start set, at the sizes of the calibration's phases, in `context.work`."""
     work = context.work / "latents"
     if not (work / "finished" / "latents.json").is_file():
         phases = context.preset.threshold_calibration.phases
@@ -153,33 +152,36 @@ def encode_start_set(context: StageContext, start: pl.DataFrame) -> LatentCache:
         geometries = [Geometry(frames=frames, height=height, width=width) for frames, height, width in sizes]
         latents = context.preset.latents.model_copy(update={"geometries": geometries})
         preset = context.preset.model_copy(update={"latents": latents})
-        encoder = Encoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
+        encoder = LatentEncoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
         assemble(work, encode_clips(start, preset, context.inputs["curation"], encoder, work), encoder)
     return LatentCache(work / "finished")
 
 
 @dataclass(frozen=True)
 class ModelTracker:
-    """A tracker that puts the model's name before every key, since all models count their steps from 0."""
+    """A tracker that puts the model's name before every key: all models count their steps from 0."""
 
     inner: Tracker
     model: str
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Scalars at a step of this model."""
+        """Log scalars at a step of this model."""
         self.inner.log_metrics({f"{self.model}/{key}": value for key, value in metrics.items()}, step)
 
     def log_image(self, key: str, image: np.ndarray, step: int) -> None:
-        """A picture at a step of this model."""
+        """Log an image at a step of this model."""
         self.inner.log_image(f"{self.model}/{key}", image, step)
 
     def log_file(self, path: Path, folder: str = "") -> None:
-        """A file of this model."""
+        """Log a file of this model."""
         self.inner.log_file(path, f"{self.model}/{folder}")
 
 
 def model_training(context: StageContext, candidate: Candidate, clips: frozenset[str], cache: LatentCache) -> Training:
-    """The training of one candidate. The name, and with it the seed, is the same for all: so are weights and draws."""
+    """Return the training of one candidate.
+
+    All have the same name, and so the same seed, initial weights and draws.
+    """
     preset, config = context.preset, context.preset.threshold_calibration
     if candidate.captioner:
         captions = preset.curation.captions.model_copy(update={"probabilities": {candidate.captioner: 1.0}})
@@ -189,9 +191,9 @@ def model_training(context: StageContext, candidate: Candidate, clips: frozenset
     autoencoder = load_autoencoder(context.inputs["autoencoder"]).requires_grad_(False)
     phase = config.phases[-1]
     size = phase.height // autoencoder.factor, phase.width // autoencoder.factor
-    # The paper starts from SD 2.1 itself, whose levels are the discrete ones; without it, from our image model.
+    # The paper starts from SD 2.1 itself, which was trained on discrete noise levels. Without it: our image model.
     pretrained = preset.model.pretrained
-    source = resolve(pretrained, UNET_FILES) if pretrained else context.inputs["image-pretraining"] / "unet"
+    source = resolve_weights(pretrained, UNET_FILES) if pretrained else context.inputs["image-pretraining"] / "unet"
 
     def initial() -> UNet:
         unet = fresh_unet(unet_config(preset, TEXT_TO_VIDEO, size), preset.seed, NAME)
@@ -208,9 +210,9 @@ def model_training(context: StageContext, candidate: Candidate, clips: frozenset
 
 @on_all_ranks("threshold_calibration")
 def train_models(
-    context: StageContext, models: Sequence[Candidate], subsets: Mapping[str, Subset], cache: LatentCache
+    context: StageContext, models: Sequence[Candidate], subsets: Mapping[str, TrainingSubset], cache: LatentCache
 ) -> dict[str, dict[str, Any]]:
-    """Train every candidate into `context.work/models/<name>`; finished ones are kept. Returns their facts by name."""
+    """Train every candidate into `context.work/models/<name>`, keeping finished ones; returns their facts by name."""
     facts = {}
     for candidate in tqdm(models, desc="models", unit="model"):
         chosen = subsets[candidate.name]
@@ -237,13 +239,13 @@ def sample_models(
     cache: LatentCache,
     device: str,
 ) -> Path:
-    """`context.work/samples/<model>/<prompt id>.mp4`; each prompt has its seed, the same for all models.
+    """Write `context.work/samples/<model>/<prompt id>.mp4`; a prompt's seed is the same for all models.
 
     Frame rate and amount of motion are the medians of the start set, for all models. Finished clips are kept.
     """
     config, folder = context.preset.threshold_calibration, context.work / "samples"
     phase = config.phases[-1]
-    kind: Kind = "edm-v" if config.objective == "edm" else "v"
+    kind = KINDS[config.objective]
     known = cache.rows(phase, "train")
     fps, motion = (float(statistics.median(known[name].to_list())) for name in ("fps", "motion_bucket"))
     for name, fact in tqdm(facts.items(), desc="samples", unit="model"):
@@ -274,5 +276,5 @@ def sample_models(
 
 
 def prompt_seed(seed: int, prompt: str) -> int:
-    """The seed of a prompt's noise."""
+    """Return the seed of a prompt's noise."""
     return int(digest(NAME, seed, prompt)[:12], 16)

@@ -1,12 +1,13 @@
-"""The stage `threshold-calibration`: how much of each axis to filter away, decided by preference between small models
-(§3.3, E.2.2).
+"""Stage `threshold-calibration`: how much to filter away on each axis, by preference between small models (E.2.2).
 
 For each axis, models trained without the worst 0, 12.5, 25 and 50 % of one start set are compared in pairs on fixed
-prompts, by two questions; the captions axis compares one model a captioner. Elo ranks them, and the paper's rule
-chooses. With `judge: people` the stage leaves a study for each axis and says how many votes are missing; after
-`svd vote serve <output>/studies/<axis>` run the stage again: it takes the votes and its clips and trains nothing. The
-page may go on: votes are cast into files beside the output, which holds copies of them. With `judge: encoders` rules
-vote (evaluation/calibration/automatic_votes.py), and everything says `automatic`.
+prompts, by two questions; the axis `captions` compares one model per captioner. Elo ranks the models, and the paper's
+rule chooses.
+
+With `judge: people` the stage publishes a study for each axis and says how many votes are missing. After
+`svd vote serve <output>/studies/<axis>` run the stage again: it takes the votes and its own clips, and trains nothing.
+The page may stay up meanwhile: votes are kept in files beside the output, which holds copies of them. With
+`judge: encoders` rules vote (evaluation/calibration/automatic_votes.py), and all results say `automatic`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from evaluation.calibration.automatic_votes import (
     RATER,
@@ -38,17 +37,18 @@ from evaluation.calibration.candidates import (
     encode_start_set,
     sample_models,
     start_set,
-    subset,
     train_models,
+    training_subset,
 )
-from evaluation.calibration.results import Outcome, conclude, metrics_of, plot, rule, write_ratings, write_votes
-from evaluation.preference.clips import Source
-from evaluation.preference.pairs import AXES, schedule
+from evaluation.calibration.outcomes import Outcome, conclude, outcome_metrics, plot, rule, write_ratings, write_votes
+from evaluation.preference.clips import ModelClips
+from evaluation.preference.pairs import QUESTION_NAMES, schedule
 from evaluation.preference.ratings import Vote
 from evaluation.preference.store import copy_votes
 from evaluation.preference.study import create_study, open_store
 from svd.catalogue.axes import AXES as FILTERS
 from svd.catalogue.tables import clips_path
+from svd.core.device import pick_device
 from svd.core.files import exclusive, write_json
 from svd.latents.cache import digest
 from svd.model.formats.encoders import load_encoders
@@ -66,12 +66,12 @@ class Made:
 
     @property
     def prompts(self) -> dict[str, str]:
-        """Texts by id."""
+        """The texts by id."""
         return dict(self.about["prompts"])
 
 
 def run(context: StageContext) -> Report:
-    """Calibrate; inputs: `curation`, `autoencoder`, `encoders`, `image-pretraining`.
+    """Calibrate the thresholds. Inputs: curation, autoencoder, encoders, image-pretraining.
 
     Publishes `samples/<model>/`, `losses/`, `calibration.json`; per axis `<axis>/ratings.csv` and `plots/<axis>.png`
     once all votes are in; `studies/<axis>/` (people) or `<axis>/votes.csv` and `automatic_scores.csv` (encoders);
@@ -92,16 +92,16 @@ def run(context: StageContext) -> Report:
     if (made.folder / "automatic_scores.csv").is_file():
         shutil.copy(made.folder / "automatic_scores.csv", finished)
     write_json(finished / "calibration.json", made.about)
-    report = judge(context, axes, made, finished)
+    report = rate_axes(context, axes, made, finished)
     for path in sorted([*finished.glob("*/ratings.csv"), *finished.glob("plots/*.png"), finished / "chosen.json"]):
         context.tracker.log_file(path, "calibration")
     return publish(finished, context.output, report)
 
 
 def identity(context: StageContext) -> str:
-    """What votes belong to: the preset's section and seed, the catalogue, the networks.
+    """Return a digest of all that votes belong to: the preset's section and seed, the catalogue, the networks.
 
-    An option that the preset's file doesn't set is left out: a new one in the code must not part votes from clips.
+    An option that the preset's file doesn't set is left out, so that a new option doesn't invalidate votes.
     """
     preset, inputs = context.preset, context.inputs
     networks = ("autoencoder", "encoders", "image-pretraining")
@@ -117,7 +117,7 @@ def identity(context: StageContext) -> str:
 
 
 def published(output: Path, key: str) -> Made | None:
-    """The models of an earlier run of the same calibration, whose clips people vote on; None when there is none."""
+    """Return the models of an earlier run of the same calibration, whose clips people vote on, if there is one."""
     path = output / "calibration.json"
     if not path.is_file():
         return None
@@ -126,15 +126,15 @@ def published(output: Path, key: str) -> Made | None:
 
 
 def make_models(context: StageContext, axes: Mapping[str, list[Candidate]], key: str) -> Made:
-    """Draw the start set, train and sample all models in `context.work`; what a killed run finished is kept.
+    """Draw the start set, train and sample all models in `context.work`; finished parts of a killed run are kept.
 
-    Only the first rank samples.
+    All ranks train; the first one samples.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     config = context.preset.threshold_calibration
     models = list({model.name: model for of_axis in axes.values() for model in of_axis}.values())
     start = start_set(context.inputs["curation"], config, context.preset.seed)
-    subsets = {model.name: subset(start, model) for model in models}
+    subsets = {model.name: training_subset(start, model) for model in models}
     prompts = choose_prompts(start, context.preset)
     with exclusive(context.work / ".lock"):  # the first rank makes it, the others find it
         cache = encode_start_set(context, start)
@@ -158,8 +158,8 @@ def make_models(context: StageContext, axes: Mapping[str, list[Candidate]], key:
     return Made(context.work, about)
 
 
-def judge(context: StageContext, axes: Mapping[str, list[Candidate]], made: Made, finished: Path) -> Report:
-    """Collect votes for every axis; rate and choose where none is missing."""
+def rate_axes(context: StageContext, axes: Mapping[str, list[Candidate]], made: Made, finished: Path) -> Report:
+    """Collect the votes of every axis; rate the models and choose where no vote is missing."""
     config = context.preset.threshold_calibration
     by_people = config.judge == "people"
     label = "people" if by_people else RATER
@@ -184,30 +184,30 @@ def judge(context: StageContext, axes: Mapping[str, list[Candidate]], made: Made
     metrics: dict[str, float | int | str] = {"models": len(made.about["models"]), "prompts": len(made.prompts)}
     metrics |= {f"votes_{label}": cast, "votes_missing": missing, "votes_open": int(missing > 0)}
     for outcome in outcomes:
-        metrics |= metrics_of(outcome, label)
+        metrics |= outcome_metrics(outcome, label)
     for name, facts in made.about["models"].items():
         metrics |= {f"clips_{name}": facts["clips"], f"validation_loss_{name}": facts["validation_loss_after"]}
-    return Report(metrics, summary(context, outcomes, missing, label))
+    return Report(metrics, calibration_summary(context, outcomes, missing, label))
 
 
 def automatic_votes(context: StageContext, names: list[str], made: Made) -> list[Vote]:
-    """Votes by the stored scores of the automatic judge."""
+    """Return votes by the stored scores of the automatic judge."""
     import polars as pl
 
     table = pl.read_csv(made.folder / "automatic_scores.csv")
     scores = {
         axis: {(r["model"], r["prompt"]): r["score"] for r in table.filter(pl.col("question") == axis).to_dicts()}
-        for axis in AXES
+        for axis in QUESTION_NAMES
     }
     config = context.preset.threshold_calibration
     return cast_votes(names, list(made.prompts), scores, config.votes, context.preset.seed)
 
 
 def human_votes(context: StageContext, axis: str, names: list[str], made: Made, finished: Path) -> list[Vote]:
-    """Make the study of an axis with a copy of the votes that were cast so far; returns those of attentive raters.
+    """Make the study of an axis, with a copy of the votes cast so far; returns the votes of attentive raters.
 
-    Publishing replaces the folder that people may be voting on, so its `study.json` names a file outside. It belongs to
-    these models: others have another key and other votes.
+    Publishing replaces the folder that people may be voting on, so its `study.json` names a file outside of it. The
+    file's name holds the key of the models: other models have other votes.
     """
     study, published_study = finished / "studies" / axis, context.output / "studies" / axis
     live = context.output.parent / f"{NAME}-votes" / f"{axis}-{made.about['key'][:16]}.db"
@@ -215,7 +215,7 @@ def human_votes(context: StageContext, axis: str, names: list[str], made: Made, 
         copy_votes(published_study / "votes.db", live)
     live.parent.mkdir(parents=True, exist_ok=True)
     url = f"sqlite:///{live.resolve()}"
-    sources = [Source(name, finished / "samples" / name) for name in names]
+    sources = [ModelClips(name, finished / "samples" / name) for name in names]
     config = context.preset.threshold_calibration
     create_study(
         study,
@@ -234,7 +234,7 @@ def human_votes(context: StageContext, axis: str, names: list[str], made: Made, 
 
 
 def choice(outcome: Outcome, models: Mapping[str, Mapping[str, Any]], judge: str) -> dict[str, Any]:
-    """What was chosen on an axis and why; `option` and `threshold` are for `curation.filters` of the preset."""
+    """Return what was chosen on an axis and why; `option`, `threshold`: for the preset's `curation.filters`."""
     facts = models[outcome.chosen.name]
     options = {axis.name: axis.option for axis in FILTERS}
     return {
@@ -250,8 +250,8 @@ def choice(outcome: Outcome, models: Mapping[str, Mapping[str, Any]], judge: str
     }
 
 
-def summary(context: StageContext, outcomes: list[Outcome], missing: int, label: str) -> str:
-    """One line: what was chosen, or that votes are open and where to cast them."""
+def calibration_summary(context: StageContext, outcomes: list[Outcome], missing: int, label: str) -> str:
+    """Return one line: what was chosen, or that votes are open and where to cast them."""
     found = ", ".join(f"{o.axis} {o.chosen.captioner or f'{100 * o.chosen.removed:g} % removed'}" for o in outcomes)
     if missing:
         open_votes = (

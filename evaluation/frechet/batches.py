@@ -1,5 +1,7 @@
-"""Features of many clips, batch by batch: each finished batch is a file, so a killed evaluation goes on where it
-stopped."""
+"""Features of many clips, batch by batch.
+
+Each finished batch is a file, so a killed evaluation goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -20,49 +22,49 @@ from torch import Tensor
 from evaluation.frechet.features import Extractor, clip_digest
 from evaluation.frechet.moments import MomentState, packed
 from evaluation.frechet.protocol import EvalProtocol
+from svd.media.video import Frames
 from svd.storage import write_bytes
-
-Pictures = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features (N, d) float32 of N clips in the order of their numbers, the digests of what the network saw, the
-    kept clips (T, H, W, 3) uint8 by number, and the sum of all pictures over clips and frames (3, H, W).
+    """Features (N, d) float32 of N clips, in the order of the clips' numbers.
 
-    groups: the number of each clip's group; clips of one group are no independent draws, so they share a block.
+    digests: of what the network saw of each clip. clips: those to be shown, (T, H, W, 3) uint8, by number. pixel_sum:
+    the sum over clips and frames, (3, H, W). groups: the number of each clip's group; clips of one group aren't
+    independent draws, so they share a block of the jackknife.
     """
 
     features: NDArray[np.float32]
     digests: tuple[str, ...]
-    clips: dict[int, Pictures]
+    clips: dict[int, Frames]
     pixel_sum: NDArray[np.float64]
     frames: int
     groups: tuple[int, ...]
 
     def state(self) -> MomentState:
-        """Moments of all clips, in blocks of whole groups."""
+        """Return the moments of all clips, in blocks of whole groups."""
         return MomentState.of(self.features, self.groups)
 
     def halves(self) -> tuple[MomentState, MomentState]:
-        """Moments of every other group, and of the rest."""
+        """Return the moments of the groups with even numbers, and of those with odd numbers."""
         groups = np.asarray(self.groups)
         chosen = [groups % 2 == parity for parity in (0, 1)]
         first, second = (MomentState.of(self.features[which], groups[which] // 2) for which in chosen)
         return first, second
 
     def identity(self) -> str:
-        """Names the set (16 hex digits): what the network saw, in order, and the groups."""
+        """Return a name of the set (16 hex digits), made from what the network saw, in order, and the groups."""
         return hashlib.sha256(json.dumps([self.digests, self.groups]).encode()).hexdigest()[:16]
 
-    def mean_picture(self) -> NDArray[np.float64]:
-        """The mean over all clips and frames, (3, H, W), 0..255."""
+    def mean_image(self) -> NDArray[np.float64]:
+        """Return the mean over all clips and frames, (3, H, W), 0..255."""
         return self.pixel_sum / (len(self.features) * self.frames)
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Computes feature sets into `folder`, `batch_size` clips a file."""
+    """Computes feature sets into `folder`, with `batch_size` clips per file."""
 
     folder: Path
     protocol: EvalProtocol
@@ -77,35 +79,36 @@ class Collector:
         keep: Sequence[int] = (),
         groups: Sequence[int] | None = None,
     ) -> FeatureSet:
-        """Features of clips 0..total-1. `make(numbers)` gives their pictures (B, T, 3, H, W), values 0..255, at the
-        size of
-        the comparison; it is called only for batches that aren't on disk yet. `keep`: numbers of the clips to keep;
-        `groups`: of each clip (None: every clip is one).
+        """Return the features of clips 0..total-1.
+
+        make: returns the clips of given numbers, (B, T, 3, H, W) in 0..255, at the size of the comparison; it is called
+        only for batches that aren't on disk yet. keep: numbers of the clips to keep. groups: the group of each clip
+        (None: every clip is one).
         """
-        starts = range(0, total, self.batch_size)
         parts: list[_Batch] = []
         with _progress() as progress:
-            task = progress.add_task(name, total=total)
-            for start in starts:
-                numbers = list(range(start, min(start + self.batch_size, total)))
-                path = self.folder / name / f"batch-{start:06d}.safetensors"
-                batch = _read(path) or self._compute(path, numbers, make, set(keep))
-                parts.append(batch)
-                progress.advance(task, len(numbers))
+            task, done = progress.add_task(name, total=total), 0
+            while done < total:
+                path = self.folder / name / f"batch-{done:06d}.safetensors"
+                numbers = list(range(done, min(done + self.batch_size, total)))
+                # A batch on disk may be of another size: the run that made it may have had another `batch_size`.
+                parts.append(_read(path) or self._compute(path, numbers, make, set(keep)))
+                done += len(parts[-1].features)
+                progress.update(task, completed=done)
         return _joined(parts, range(total) if groups is None else groups)
 
     def _compute(self, path: Path, numbers: list[int], make: Callable[[list[int]], Tensor], keep: set[int]) -> _Batch:
-        pictures = make(numbers)
-        features = self.extractor.features(self.protocol, pictures)
-        seen = self.protocol.detector_input(pictures).cpu()
-        rounded = self.protocol.rounded(pictures).cpu()
+        images = make(numbers)
+        features = self.extractor.features(self.protocol, images)
+        seen = self.protocol.detector_input(images).cpu()
+        rounded = self.protocol.rounded(images).cpu()
         kept = {
             number: rounded[i].permute(0, 2, 3, 1).contiguous().numpy()
             for i, number in enumerate(numbers)
             if number in keep
         }
-        pixel_sum = pictures.double().sum(dim=(0, 1)).cpu().numpy()
-        batch = _Batch(features, tuple(clip_digest(clip) for clip in seen), kept, pixel_sum, int(pictures.shape[1]))
+        pixel_sum = images.double().sum(dim=(0, 1)).cpu().numpy()
+        batch = _Batch(features, tuple(clip_digest(clip) for clip in seen), kept, pixel_sum, int(images.shape[1]))
         batch.write(path)
         return batch
 
@@ -114,7 +117,7 @@ class Collector:
 class _Batch:
     features: NDArray[np.float32]
     digests: tuple[str, ...]
-    clips: dict[int, Pictures]
+    clips: dict[int, Frames]
     pixel_sum: NDArray[np.float64]
     frames: int
 
@@ -125,8 +128,10 @@ class _Batch:
 
 
 def _read(path: Path) -> _Batch | None:
-    """A finished batch; None when there is none. Writes are atomic, so a file that can't be read is treated as
-    missing."""
+    """Read a finished batch; None when there is none.
+
+    A file that can't be read counts as missing, and is removed: writes are atomic, so the disk has damaged it.
+    """
     if not path.is_file():
         return None
     try:
@@ -157,12 +162,12 @@ def _progress() -> Progress:
 
 
 def repeated(features: NDArray[np.float32], count: int) -> MomentState:
-    """State of `count` copies of one clip's features (1, d): a set without any spread."""
+    """Return the state of `count` copies of one clip's features (1, d): a set without any spread."""
     return MomentState.of(np.repeat(features, count, axis=0))
 
 
-def noise_pictures(shape: tuple[int, ...], seeds: Sequence[int]) -> Tensor:
-    """Uniform noise 0..255, one clip of `shape` (T, 3, H, W) a seed."""
+def noise_clips(shape: tuple[int, ...], seeds: Sequence[int]) -> Tensor:
+    """Draw uniform noise in 0..255, one clip of `shape` (T, 3, H, W) per seed."""
     clips = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)

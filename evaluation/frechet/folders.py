@@ -1,7 +1,7 @@
-"""Scores of two folders of clips under several protocols at once: how far "the FVD" of one and the same clips diverges.
+"""Scores of two folders of clips under several protocols at once: how far "the FVD" of the same clips diverges.
 
-For clips from anywhere: ours, another model's, downloaded ones. Which clips are taken, and which frames of them,
-depends on the files' names alone; nothing is repeated to fill up a number.
+The clips may come from anywhere: our models, other models, a download. Which clips and which of their frames are taken
+depends on the names of the files alone. No clip is repeated to reach a number.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _SUFFIXES = {".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm"}
 def protocols(
     names: Sequence[str], *, transnetv2: bool = False, frames: int | None = None, samples: int | None = None
 ) -> list[EvalProtocol]:
-    """Named protocols, optionally with other features, frames or numbers of clips (which change names and digests).
+    """Return named protocols, optionally with other features, frames or numbers of clips (new names and digests).
 
-    transnetv2: the offline network instead of the protocol's own. Raises UserError for an unknown name.
+    transnetv2: use the offline network instead of the protocol's own. Raises UserError for an unknown name.
     """
     known = named_protocols()
     found = []
@@ -49,15 +49,15 @@ def protocols(
 
 
 def clip_name(path: Path, folder: Path) -> str:
-    """`Class/file` of a clip below `folder`, as UCF-101's lists have it, whatever folders lie between."""
+    """Return `Class/file` of a clip below `folder`, as UCF-101's lists name it, whatever folders lie between."""
     return "/".join(path.relative_to(folder).parts[-2:])
 
 
 def choose(folder: Path, count: int | None) -> list[Path]:
-    """All clips below `folder`, or `count` of them, ordered by the hash of their names: a random subset of any layout.
+    """Return all clips below `folder`, or `count` of them, in the order of the hashes of their names.
 
-    (The first 2048 in the order of the names would be the first few classes of a data set.) Raises UserError when there
-    are too few.
+    The hash makes a random subset of any layout: the first 2048 names would be the first few classes of a data set.
+    Raises UserError when there are too few.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -80,25 +80,25 @@ def folder_features(
     real: bool,
     batch_size: int = 8,
 ) -> FeatureSet:
-    """Features of `files`, kept in `work` by what they depend on: the protocol, the files' names and contents."""
+    """Return the features of `files`, kept in `work` by what they depend on: protocol, names and contents."""
     names = [clip_name(path, folder) for path in files]
     about = "".join(f"{name} {hash_path(path)}\n" for name, path in zip(names, files, strict=True))
     key = hashlib.sha256(about.encode()).hexdigest()[:16]
     collector = Collector(work / protocol.digest() / key, protocol, extractor, batch_size)
 
     def make(numbers: list[int]) -> Tensor:
-        return torch.cat([_pictures(files[number], names[number], protocol, real) for number in numbers])
+        return torch.cat([_images(files[number], names[number], protocol, real) for number in numbers])
 
     groups = group_numbers([Path(name).with_suffix("").as_posix() for name in names])
     return collector.collect("real" if real else "generated", len(files), make, groups=groups)
 
 
-def _pictures(path: Path, name: str, protocol: EvalProtocol, real: bool) -> Tensor:
+def _images(path: Path, name: str, protocol: EvalProtocol, real: bool) -> Tensor:
     frames, rate = read_frames(path)
     count = len(frames)
     chosen = protocol.real_frames(name, count, rate) if real else protocol.generated_frames(name, count)
     clip = torch.from_numpy(frames[chosen]).permute(0, 3, 1, 2)[None]
-    return protocol.pictures(clip, real=real)
+    return protocol.images(clip, real=real)
 
 
 def score_folders(
@@ -111,7 +111,7 @@ def score_folders(
     sha256: str | None = None,
     device: str = "cpu",
 ) -> list[Row]:
-    """One row a protocol: distance of the clips in `generated` from those in `real`.
+    """Return one row per protocol: the distance of the clips in `generated` from those in `real`.
 
     weights, sha256: the file of the protocols' network. Raises UserError for missing files and unusable clips.
     """
@@ -119,7 +119,7 @@ def score_folders(
     for protocol in wanted:
         extractor = load_extractor(protocol.net, weights, sha256, device)
         files = choose(real, protocol.real), choose(generated, protocol.generated)
-        # "all" is a number too: two scores of one protocol must not differ in it
+        # "All clips" becomes a number, so that two scores of one protocol can't differ in it.
         pinned = replace(protocol.with_weights(extractor.sha256), real=len(files[0]), generated=len(files[1]))
         truth = folder_features(files[0], real, pinned, extractor, work, real=True)
         made = folder_features(files[1], generated, pinned, extractor, work, real=False)

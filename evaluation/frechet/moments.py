@@ -1,9 +1,8 @@
 """Mergeable moments of feature vectors: all that a Fréchet or a second-degree kernel distance needs.
 
-The scatter matrix `M2 = Σ (x − μ)(x − μ)ᵀ` is held as a root `R` with `RᵀR = M2`, and Chan's merge becomes stacking
-of rows:
-`R = [R₁; R₂; √(n₁n₂/(n₁+n₂)) (μ₂ − μ₁)]`. No covariance is formed, so nothing is squared, and while there are fewer
-samples than dimensions the state is as small as the features. Sixteen blocks are kept apart for the block jackknife.
+The scatter matrix `M2 = Σ (x − μ)(x − μ)ᵀ` is held as a root `R` with `RᵀR = M2`. Chan's merge becomes stacking of
+rows: `R = [R₁; R₂; √(n₁n₂/(n₁+n₂)) (μ₂ − μ₁)]`. No covariance is formed, so no condition number is squared, and with
+fewer samples than dimensions the state is as small as the features. Sixteen blocks are kept apart for the jackknife.
 """
 
 from __future__ import annotations
@@ -38,13 +37,15 @@ class Moments:
 
     @staticmethod
     def empty(dimension: int) -> Moments:
-        """Moments of no vectors."""
+        """Return the moments of no vectors."""
         return Moments(0, np.zeros(dimension), np.zeros((0, dimension)), 0.0)
 
     @staticmethod
     def of(features: ArrayLike) -> Moments:
-        """Moments of `features` (N, d), summed in float64. Raises ValueError for a wrong shape or non-finite
-        values."""
+        """Return the moments of `features` (N, d), summed in float64.
+
+        Raises ValueError for a wrong shape and for values that aren't finite.
+        """
         values = np.asarray(features, dtype=np.float64)
         if values.ndim != 2:
             raise ValueError(f"features must have the shape (N, d), got {values.shape}")
@@ -62,7 +63,7 @@ class Moments:
         return int(self.mean.shape[0])
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets together (Chan, Golub, LeVeque 1979): associative, and independent of the order."""
+        """Return the moments of both sets together (Chan, Golub, LeVeque 1979); associative and commutative."""
         if self.dimension != other.dimension:
             raise ValueError(f"cannot merge moments of {self.dimension} and {other.dimension} dimensions")
         if not self.count or not other.count:
@@ -75,21 +76,21 @@ class Moments:
         return Moments(count, mean, root, self.quartic + other.quartic)._compressed(2)
 
     def _compressed(self, slack: int) -> Moments:
-        """The same moments with at most `slack`·d rows; QR keeps RᵀR to rounding."""
+        """Return the same moments with at most `slack`·d rows; QR keeps RᵀR up to rounding."""
         if len(self.root) <= slack * self.dimension:
             return self
         return Moments(self.count, self.mean, np.asarray(np.linalg.qr(self.root, mode="r")), self.quartic)
 
     def compressed(self) -> Moments:
-        """The same moments with a root of at most d rows."""
+        """Return the same moments with a root of at most d rows."""
         return self._compressed(1)
 
     def scatter(self) -> Array:
-        """M2 = Σ (x − μ)(x − μ)ᵀ, (d, d)."""
+        """Return M2 = Σ (x − μ)(x − μ)ᵀ, (d, d)."""
         return self.root.T @ self.root
 
     def raw_root(self) -> Array:
-        """G (r + 1, d) with GᵀG = E[x xᵀ], the second moment about zero."""
+        """Return G (r + 1, d) with GᵀG = E[x xᵀ], the second moment about zero."""
         return np.concatenate([self.root / np.sqrt(self.count), self.mean[None]])
 
 
@@ -97,15 +98,15 @@ class Moments:
 class MomentState:
     """Moments of a stream of clips in `BLOCKS` blocks; a clip belongs to the block `index % BLOCKS`.
 
-    Clips that are alike (cut out of one video) must share their index: with relatives in every block, leaving one out
-    changes too little, and the jackknife's error bar is too small.
+    Clips that are alike, such as those cut from one video, must share their index. With similar clips in every block,
+    leaving one block out changes too little, and the jackknife's error bar is too small.
     """
 
     blocks: tuple[Moments, ...]
 
     @staticmethod
     def of(features: ArrayLike, index: Sequence[int] | NDArray[np.int64] | None = None) -> MomentState:
-        """State of `features` (N, d); `index` (N,) are the numbers of the clips or their groups (0..N-1 if omitted)."""
+        """Return the state of `features` (N, d); index (N,): numbers of the clips or of their groups."""
         values = np.asarray(features, dtype=np.float64)
         numbers = np.arange(len(values)) if index is None else np.asarray(index)
         if len(numbers) != len(values):
@@ -123,25 +124,27 @@ class MomentState:
         return self.blocks[0].dimension
 
     def merge(self, other: MomentState) -> MomentState:
-        """State of both streams together, block by block."""
+        """Return the state of both streams together, block by block."""
         return MomentState(tuple(a.merge(b) for a, b in zip(self.blocks, other.blocks, strict=True)))
 
     def total(self) -> Moments:
-        """Moments of all clips."""
+        """Return the moments of all clips."""
         return reduce(Moments.merge, self.blocks).compressed()
 
     def filled(self) -> list[int]:
-        """Numbers of the blocks that hold clips."""
+        """Return the numbers of the blocks that hold clips."""
         return [number for number, block in enumerate(self.blocks) if block.count]
 
     def window(self, start: int, length: int) -> Moments:
-        """Moments of `length` consecutive blocks from `start`, going round."""
+        """Return the moments of `length` consecutive blocks from `start`; after the last block follows the first."""
         chosen = [self.blocks[(start + i) % BLOCKS] for i in range(length)]
         return reduce(Moments.merge, chosen).compressed()
 
     def leave_one_out(self) -> list[Moments]:
-        """For each block the moments of all the others, from prefix and suffix merges (3·16 merges instead of
-        16·15)."""
+        """Return for each block the moments of all the others.
+
+        Merges of prefixes and suffixes take 3·16 merges instead of 16·15.
+        """
         empty = Moments.empty(self.dimension)
         before, after = [empty], [empty]
         for block in self.blocks[:-1]:
@@ -152,8 +155,10 @@ class MomentState:
 
 
 def save_state(path: Path, state: MomentState, metadata: dict[str, str]) -> None:
-    """Write a state as safetensors, atomically. Roots are padded with zero rows to one height, which changes
-    nothing."""
+    """Write a state as safetensors, atomically.
+
+    Roots are padded with zero rows to one height; zero rows don't change RᵀR.
+    """
     blocks = [block.compressed() for block in state.blocks]
     height = max(len(block.root) for block in blocks)
     roots = np.zeros((len(blocks), height, state.dimension))
@@ -169,13 +174,13 @@ def save_state(path: Path, state: MomentState, metadata: dict[str, str]) -> None
 
 
 def packed(tensors: Mapping[str, NDArray], about: Mapping[str, object]) -> bytes:
-    """safetensors bytes; `about` goes into one metadata key as JSON, since several keys come in a random order."""
+    """Return safetensors bytes. `about` becomes one metadata key, as JSON: several keys are written in random order."""
     ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
     return save(ordered, metadata={"about": json.dumps(about, sort_keys=True)})
 
 
 def load_state(path: Path) -> MomentState:
-    """Read what `save_state` wrote. Raises UserError when the file isn't one."""
+    """Read what `save_state` wrote; raises UserError for any other file."""
     try:
         tensors = load(path.read_bytes())
         parts = zip(tensors["count"], tensors["mean"], tensors["root"], tensors["quartic"], strict=True)

@@ -1,7 +1,7 @@
-"""What exactly a score measured: every choice that changes a Fréchet distance, frozen and hashed (App. E.4).
+"""Evaluation protocols: every choice that changes a Fréchet distance, frozen and hashed (App. E.4).
 
-Two numbers may be compared only when their protocol digests are equal; each row, cache key and tracker tag carries
-it. How clips were sampled is no part of a protocol: results hold that beside it.
+Two numbers may be compared only when the digests of their protocols are equal; every row, cache key and tracker tag
+carries the digest. How clips were sampled is no part of a protocol: results hold that beside it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ class ScoreError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Resize:
-    """Bilinear resize to (height, width), of the short side to `height` when `width` is None, or with `cover` to
-    the smallest
-    size of the same aspect ratio that covers (height, width).
+    """Bilinear resize to (height, width).
 
-    `legacy` is TensorFlow 1's `resize_bilinear`: no half-pixel centres and no antialiasing.
+    width None: the short side becomes `height`. cover: keep the aspect ratio, with the smallest size that covers
+    (height, width). legacy: TensorFlow 1's `resize_bilinear`, without half-pixel centres and antialiasing.
     """
 
     height: int
@@ -44,13 +43,13 @@ class Resize:
     cover: bool = False
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Size that a (height, width) picture gets."""
+        """Return the size that an image of (height, width) gets."""
         if self.width is not None and not self.cover:
             return self.height, self.width
         if self.width is not None:
             scale = max(self.height / height, self.width / width)
             return round(height * scale), round(width * scale)
-        # VideoGPT's loader, which cd-fvd and JunyaoHu took over, rounds the long side up
+        # Rounded up as in VideoGPT's loader, which cd-fvd and JunyaoHu took over.
         long_side = math.ceil(round(max(height, width) * self.height / min(height, width), 6))
         return (self.height, long_side) if height < width else (long_side, self.height)
 
@@ -65,10 +64,10 @@ class Crop:
 
 @dataclass(frozen=True)
 class FeatureNet:
-    """The network behind a score: which file, which layer, which precision, and what it does to its input.
+    """The network behind a score: file, layer, precision, and how its input is prepared.
 
-    `dimension` is the size of its vectors and `minimum_frames` the shortest clip it takes. `input`: its own resize;
-    `rounds`: whether it gets uint8, rounded after that resize, or what the resize makes of rounded pictures, float32.
+    dimension: size of its feature vectors. minimum_frames: the shortest clip that it takes. input: the resizes before
+    it. rounds: True gives it uint8, rounded after these resizes; False gives it float32, resized from rounded images.
     """
 
     name: Literal["i3d", "transnetv2", "videomae"]
@@ -81,10 +80,10 @@ class FeatureNet:
     dtype: Literal["float32"] = "float32"
 
 
-# The TorchScript file squashes to 224×224 itself (resize=True), so it gets the cropped picture as it is.
+# The TorchScript file resizes to 224×224 by itself (resize=True), so it gets the cropped image as it is.
 I3D = FeatureNet("i3d", "400 logits averaged over time", 400, 9, (), sha256=I3D_TORCHSCRIPT_SHA256)
 TRANSNETV2 = FeatureNet("transnetv2", "relu(fc1) averaged over frames", 1024, 1, (Resize(27, 48, antialias=True),))
-# cd-fvd's network: VideoMAE v2, ViT-g, fine-tuned on Something-Something v2; pixels in [0, 1], no mean and deviation.
+# cd-fvd's network: VideoMAE v2, ViT-g, fine-tuned on Something-Something v2; pixels in [0, 1], not normalised.
 VIDEOMAE = FeatureNet("videomae", "fc_norm of the mean token", 1408, 16, (Resize(224, 224),), rounds=False)
 
 
@@ -92,12 +91,11 @@ VIDEOMAE = FeatureNet("videomae", "fc_norm of the mean token", 1408, 16, (Resize
 class EvalProtocol:
     """One way to score generated clips against a data set.
 
-    real, generated: numbers of clips, None for as many as there are (a score pins them). `frames` of a generated clip
-    are its first ones, one after the other; those of a real clip are taken every round(native / fps) frames (fps None:
-    consecutive) from a start drawn from the SHA-256 of `Class/file`, so no global generator and no order matters.
-    `steps` bring a generated clip, `real_steps` a real one to the size of the comparison; the network's own `net.input`
-    follows. `prompt`: the raw class identifier as in the paper, or the caption that the fixture's `prompts.json` gives
-    the class.
+    real, generated: numbers of clips; None for as many as there are, until a score fixes them. frames: of a generated
+    clip the first ones; of a real clip every round(native / fps)-th (fps None: consecutive ones) from a start drawn
+    from the SHA-256 of `Class/file`, so that neither a global generator nor an order matters. steps, real_steps: bring
+    a generated or a real clip to the size of the comparison; `net.input` follows. prompt: the raw class identifier as
+    in the paper, or the caption that the fixture's `prompts.json` has for the class.
     """
 
     name: str
@@ -116,19 +114,25 @@ class EvalProtocol:
     solver: str = "nuclear norm of scatter roots, float64"
 
     def digest(self) -> str:
-        """Twelve hex digits that change whenever anything but the name does; stable over runs, machines and
-        versions."""
+        """Return twelve hex digits that change with every value but the name.
+
+        They are equal on every machine and in every version of the code.
+        """
         values = asdict(self)
         del values["name"]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def describe(self) -> dict[str, object]:
-        """All choices as JSON values, with the digest."""
+        """Return all choices as JSON values, with the digest."""
         return {**asdict(self), "digest": self.digest()}
 
     def changed(self, **values: Any) -> EvalProtocol:
-        """The same protocol with other values; those that differ become part of its name: `tf_original[frames=8]`."""
+        """Return the protocol with other values; those that differ become part of its name.
+
+        >>> named_protocols()["tf_original"].changed(frames=8).name
+        'tf_original[frames=8]'
+        """
         new = {name: value for name, value in values.items() if value != getattr(self, name)}
         if not new:
             return self
@@ -137,19 +141,18 @@ class EvalProtocol:
         return replace(self, name=name, **new)
 
     def with_weights(self, sha256: str) -> EvalProtocol:
-        """The same protocol with the feature network's file pinned; another file than the protocol's changes its
-        name."""
+        """Return the protocol with the hash of the network's file; other weights than its own change the name."""
         net = replace(self.net, sha256=sha256)
         return replace(self, net=net) if self.net.sha256 is None else self.changed(net=net)
 
     def generated_frames(self, clip: str, available: int) -> list[int]:
-        """Which frames of a generated clip are used. Raises ScoreError when it is too short."""
+        """Return the numbers of the frames used of a generated clip; raises ScoreError when it is too short."""
         if available < self.frames:
             raise ScoreError(f"{clip}: {available} frames, protocol {self.name} needs {self.frames}")
         return list(range(self.frames))
 
     def real_frames(self, clip: str, available: int, native_fps: float) -> list[int]:
-        """Which frames of the real clip `clip`, `Class/file`, are used. Raises ScoreError when it is too short."""
+        """Return the numbers of the frames used of a real clip, `Class/file`; raises ScoreError for too short ones."""
         stride = 1 if self.fps is None else max(1, round(native_fps / self.fps))
         span = (self.frames - 1) * stride + 1
         if available < span:
@@ -158,9 +161,8 @@ class EvalProtocol:
         start = number % (available - span + 1)
         return list(range(start, start + span, stride))
 
-    def pictures(self, clips: Tensor, *, real: bool) -> Tensor:
-        """Clips (B, T, 3, H, W) of any real dtype in [0, 255] at the size of the comparison, float32, not yet
-        rounded.
+    def images(self, clips: Tensor, *, real: bool) -> Tensor:
+        """Bring clips (B, T, 3, H, W) in [0, 255] to the size of the comparison; float32, not rounded yet.
 
         Raises ScoreError for a wrong number of frames, NaN, or values that look like [0, 1].
         """
@@ -174,22 +176,22 @@ class EvalProtocol:
             pixels = crop(pixels, step) if isinstance(step, Crop) else resize(pixels, step)
         return pixels
 
-    def detector_input(self, pictures: Tensor) -> Tensor:
-        """What the network sees of `pictures` (B, T, 3, H, W), 0..255: resized as it wants and rounded once."""
+    def detector_input(self, images: Tensor) -> Tensor:
+        """Return the network's input for `images` (B, T, 3, H, W) in 0..255: resized as it needs them, rounded once."""
         if not self.net.rounds:
-            pictures = self.rounded(pictures).float()
+            images = self.rounded(images).float()
         for step in self.net.input:
-            pictures = resize(pictures, step)
-        return self.rounded(pictures) if self.net.rounds else pictures
+            images = resize(images, step)
+        return self.rounded(images) if self.net.rounds else images
 
-    def rounded(self, pictures: Tensor) -> Tensor:
-        """uint8 by the protocol's rounding rule."""
-        pictures = pictures.clamp(0, 255)
-        return (pictures.round() if self.rounding == "half-even" else pictures.floor()).to(torch.uint8)
+    def rounded(self, images: Tensor) -> Tensor:
+        """Convert to uint8 by the protocol's rounding rule."""
+        images = images.clamp(0, 255)
+        return (images.round() if self.rounding == "half-even" else images.floor()).to(torch.uint8)
 
 
 def _said(value: object) -> str:
-    """A protocol's value within its name."""
+    """Return a value as it stands in a protocol's name."""
     if isinstance(value, FeatureNet):
         pinned = value.sha256 not in (None, I3D_TORCHSCRIPT_SHA256)
         return f"{value.name}:{str(value.sha256)[:8]}" if pinned else value.name
@@ -200,8 +202,10 @@ def _said(value: object) -> str:
 
 
 def check_range(clips: Tensor) -> None:
-    """Raise ScoreError for NaN, values outside [0, 255], and for fractions in [0, 1], the usual mistake that makes a
-    Fréchet distance of several thousand."""
+    """Raise ScoreError for NaN, for values outside [0, 255], and for values that look like [0, 1].
+
+    The last is a common mistake; it makes a Fréchet distance of several thousand.
+    """
     values = clips.float()
     if not torch.isfinite(values).all():
         raise ScoreError("clips contain NaN or infinite values")
@@ -213,7 +217,7 @@ def check_range(clips: Tensor) -> None:
 
 
 def resize(pixels: Tensor, step: Resize) -> Tensor:
-    """Resize (B, T, C, H, W) float."""
+    """Resize clips (B, T, C, H, W), float."""
     batch, frames, channels, height, width = pixels.shape
     target = step.target(height, width)
     if target == (height, width):
@@ -227,7 +231,7 @@ def resize(pixels: Tensor, step: Resize) -> Tensor:
 
 
 def _legacy_bilinear(images: Tensor, target: tuple[int, int]) -> Tensor:
-    """TensorFlow 1's bilinear resize of (N, C, H, W): source = index · in/out, neighbours clamped at the border."""
+    """Resize (N, C, H, W) as TensorFlow 1 did: source = index · in/out, neighbours clamped at the border."""
     for axis, size in ((2, target[0]), (3, target[1])):
         available = images.shape[axis]
         position = torch.arange(size, dtype=torch.float32, device=images.device) * (available / size)
@@ -239,7 +243,7 @@ def _legacy_bilinear(images: Tensor, target: tuple[int, int]) -> Tensor:
 
 
 def crop(pixels: Tensor, step: Crop) -> Tensor:
-    """Centre crop of (B, T, C, H, W). Raises ScoreError when the picture is smaller."""
+    """Crop the centre of (B, T, C, H, W); raises ScoreError when the image is smaller."""
     height, width = pixels.shape[-2:]
     if height < step.height or width < step.width:
         raise ScoreError(f"can't crop {height}×{width} to {step.height}×{step.width}")
@@ -248,17 +252,17 @@ def crop(pixels: Tensor, step: Crop) -> Tensor:
 
 
 def paper_steps(resized: tuple[int, int], cropped: tuple[int, int]) -> tuple[Resize | Crop, ...]:
-    """Generated clips (App. E.4): bilinear with antialiasing to `resized`, then centre crop to `cropped`."""
+    """Return the steps of generated clips (App. E.4): antialiased resize to `resized`, centre crop to `cropped`."""
     return Resize(*resized, antialias=True), Crop(*cropped)
 
 
 def covering_steps(height: int, width: int) -> tuple[Resize | Crop, ...]:
-    """Real clips: nothing when they have the size already (UCF-101: 240×320), else scaled to cover it and cropped."""
+    """Return the steps of real clips: scale to cover the size and crop; UCF-101 (240×320) stays as it is."""
     return Resize(height, width, antialias=True, cover=True), Crop(height, width)
 
 
 def named_protocols() -> dict[str, EvalProtocol]:
-    """The protocols in use for UCF-101: every one is published as "the FVD", and they differ by a factor."""
+    """Return the protocols in use for UCF-101, by name; all are published as "the FVD", yet differ by a factor."""
     legacy: tuple[Resize | Crop, ...] = (Resize(224, 224, legacy=True),)
     short_side: tuple[Resize | Crop, ...] = (Resize(224), Crop(224, 224))
     cdfvd: tuple[Resize | Crop, ...] = (Resize(256, antialias=True), Crop(256, 256))

@@ -1,5 +1,4 @@
-"""Scores as rows that can't be misread: each names its metric, weights, protocol, number of clips, error bar and
-source."""
+"""Results of Fréchet evaluations: every row names metric, weights, protocol, number of clips, error bar and source."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from svd.core.errors import UserError
 
 @dataclass(frozen=True)
 class Score:
-    """A distance and what it is a distance of."""
+    """The distance of one subject from the real clips."""
 
     subject: str
     seed: int | None
@@ -26,10 +25,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Result:
-    """A whole evaluation: everything needed to show it and to compare it with another one.
+    """A whole evaluation: all that is needed to show it and to compare it with another one.
 
-    sampling: how the generated clips were sampled (empty for clips from elsewhere); real_clips: names the real clips
-    by their content.
+    sampling: how the generated clips were sampled; empty for clips from elsewhere. real_clips: a digest of the real
+    clips' content.
     """
 
     dataset: str
@@ -43,7 +42,7 @@ class Result:
     real_clips: str = ""
 
     def rows(self) -> list[Row]:
-        """The measured rows."""
+        """Return the measured rows."""
         return [self._row(score) for score in self.scores]
 
     def _row(self, score: Score) -> Row:
@@ -68,12 +67,12 @@ class Result:
         )
 
     def of(self, subject: str) -> list[Score]:
-        """The scores of a subject, one a seed."""
+        """Return the scores of a subject, one per seed."""
         return [score for score in self.scores if score.subject == subject]
 
 
 def paper_rows(dataset: str = "ucf101") -> list[Row]:
-    """Tab. 2 of the paper, each row marked with its source."""
+    """Return Tab. 2 of the paper, each row marked with its source."""
     table = load_baselines()["ucf101"]
     return [
         Row(
@@ -91,7 +90,7 @@ def paper_rows(dataset: str = "ucf101") -> list[Row]:
 
 
 def result_json(result: Result) -> dict[str, Any]:
-    """A result as JSON values; numbers that aren't finite become null."""
+    """Return a result as JSON values; numbers that aren't finite become null."""
     scores = []
     for score in result.scores:
         values = asdict(score.distance)
@@ -112,7 +111,7 @@ def result_json(result: Result) -> dict[str, Any]:
 
 
 def load_result(folder: Path) -> dict[str, Any]:
-    """The `result.json` of an evaluation's folder. Raises UserError when there is none or it is damaged."""
+    """Read the `result.json` in an evaluation's folder; raises UserError when there is none or it is damaged."""
     path = folder / "result.json"
     try:
         return dict(json.loads(path.read_text()))

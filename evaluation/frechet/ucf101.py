@@ -1,10 +1,8 @@
 """Stage `ucf101-evaluation`: zero-shot Fréchet distance on UCF-101 (App. E.4), with controls and error bars.
 
-One clip a prompt of the official list is sampled, brought to the paper's size, and compared with the real clips
-through
-the features of a fixed network. The same run scores noise, the mean frame and an untrained network of the same
-shape, and
-real clips against real clips: a score means something only between these.
+One clip per prompt of the official list is sampled, brought to the paper's size, and compared with the real clips by
+the features of a fixed network. The same run scores controls: noise, the mean frame, an untrained network of the same
+shape, and real clips against real clips. A score can only be read between these.
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.frechet.batches import Collector, FeatureSet, noise_pictures, repeated
+from evaluation.frechet.batches import Collector, FeatureSet, noise_clips, repeated
+from evaluation.frechet.comparison_grid import comparison_grid
 from evaluation.frechet.distances import distance
 from evaluation.frechet.features import Extractor, check_overlap, load_extractor, metric_name
 from evaluation.frechet.moments import MomentState, packed, save_state
-from evaluation.frechet.pictures import comparison_grid
 from evaluation.frechet.protocol import (
     I3D,
     TRANSNETV2,
@@ -47,23 +45,24 @@ from evaluation.frechet.ucf101_data import (
     read_real,
     spread,
 )
-from evaluation.tables import Row, markdown_table, write_rows
+from evaluation.tables import Row, markdown_table, write_score_rows
 from svd.config import Ucf101Config
+from svd.core.device import pick_device
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.generation import Models, load_models, text_to_video
 from svd.media.video import write_mp4, write_png
 from svd.model.formats.folders import checkpoint_hash
 from svd.model.unet import UNet
 from svd.stage import Report, StageContext, Tracker, publish
 from svd.storage import write_bytes
-from svd.tasks.api import Models, load_models, text_to_video
 
 FIXTURE = "ucf101_fixture"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that stays the same while an evaluation runs."""
+    """All that stays the same while an evaluation runs."""
 
     config: Ucf101Config
     seed: int
@@ -76,19 +75,19 @@ class Evaluation:
 
     @property
     def metric(self) -> str:
-        """`fvd` or `frechet_<network>`."""
+        """The metric's name: `fvd` or `frechet_<network>`."""
         return metric_name(self.extractor.net, self.extractor.sha256)
 
     @property
     def shown(self) -> list[int]:
-        """Numbers of the items that are shown."""
+        """The numbers of the items that are shown."""
         return spread([item.number for item in self.items], self.config.shown)
 
 
-def make_protocol(config: Ucf101Config, dataset: str, real: int, extractor: Extractor) -> EvalProtocol:
-    """The protocol that a configuration means: the paper's, its name followed by what the configuration changes.
+def ucf101_protocol(config: Ucf101Config, dataset: str, real: int, extractor: Extractor) -> EvalProtocol:
+    """Return the protocol of a configuration: the paper's, its name followed by the values that are changed.
 
-    real: number of real clips.
+    real: the number of real clips.
     """
     return named_protocols()["svd_ucf101_paper"].changed(
         dataset=dataset,
@@ -104,20 +103,20 @@ def make_protocol(config: Ucf101Config, dataset: str, real: int, extractor: Extr
 
 
 def sampling(config: Ucf101Config) -> dict[str, Any]:
-    """How clips are sampled: what besides the weights decides about a generated clip, and no protocol says."""
+    """Return how clips are sampled: all that decides about a generated clip besides the weights."""
     size = {name: getattr(config, name) for name in ("height", "width", "frames", "fps", "motion_bucket")}
     return {**size, **config.sampling.model_dump()}
 
 
 def prepare(context: StageContext, device: str = "cpu") -> Evaluation:
-    """Read the real clips' list, load the feature network, fix the protocol. Raises UserError for what is missing."""
+    """List the real clips, load the feature network, fix the protocol; raises UserError for what is missing."""
     config = context.preset.evaluation.ucf101
     name = FIXTURE if config.dataset is None else "ucf101"
     folder = context.inputs["sources"] / FIXTURE if config.dataset is None else Path(config.dataset).expanduser()
     dataset = read_dataset(folder, official=config.dataset is not None)
     net = {"i3d": I3D, "transnetv2": TRANSNETV2, "videomae": VIDEOMAE}[config.features]
     extractor = load_extractor(net, config.weights, config.sha256, device)
-    protocol = make_protocol(config, name, len(dataset.clips), extractor)
+    protocol = ucf101_protocol(config, name, len(dataset.clips), extractor)
     prompts = captions(dataset) if protocol.prompt == "caption" else None
     items = prompt_list(dataset.histogram, config.samples, prompts)
     batch_size = context.preset.compute.evaluation.ucf101.batch_size
@@ -126,12 +125,12 @@ def prepare(context: StageContext, device: str = "cpu") -> Evaluation:
 
 
 def clip_seed(seed: int, number: int) -> int:
-    """Seed of clip `number` of a run: independent of batch size and order."""
+    """Return the seed of clip `number` of a run; it doesn't depend on batches or order."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:7], "big")
 
 
 def real_features(evaluation: Evaluation) -> FeatureSet:
-    """Features of all real clips; keeps the first clip of each class that is shown."""
+    """Return the features of all real clips; keeps the first clip of each class that is shown."""
     first: dict[str, int] = {}
     for number, (label, _) in enumerate(evaluation.dataset.clips):
         first.setdefault(label, number)
@@ -139,7 +138,7 @@ def real_features(evaluation: Evaluation) -> FeatureSet:
 
     def make(numbers: list[int]) -> Tensor:
         clips = [read_real(evaluation.dataset, number, evaluation.protocol) for number in numbers]
-        return torch.cat([evaluation.protocol.pictures(clip[None], real=True) for clip in clips])
+        return torch.cat([evaluation.protocol.images(clip[None], real=True) for clip in clips])
 
     groups = group_numbers([f"{label}/{path.stem}" for label, path in evaluation.dataset.clips])
     return evaluation.collector.collect("real", len(evaluation.dataset.clips), make, keep, groups)
@@ -148,8 +147,9 @@ def real_features(evaluation: Evaluation) -> FeatureSet:
 def sampled_features(
     evaluation: Evaluation, models: Models, seed: int, name: str, guidance: float | None = None
 ) -> FeatureSet:
-    """Features of one sampled clip a prompt (App. E.4); `name` is the cache's folder, `guidance` replaces the
-    configured one.
+    """Sample one clip per prompt and return the features (App. E.4).
+
+    name: the folder of the cache. guidance: replaces the configured guidance scale.
     """
     config = evaluation.config
     sampling = config.sampling if guidance is None else config.sampling.model_copy(update={"guidance": guidance})
@@ -167,32 +167,32 @@ def sampled_features(
             seed=[clip_seed(seed, number) for number in numbers],
             progress=False,
         )
-        return evaluation.protocol.pictures(clips * 255, real=False)
+        return evaluation.protocol.images(clips * 255, real=False)
 
     return evaluation.collector.collect(name, len(evaluation.items), make, evaluation.shown)
 
 
 def noise_features(evaluation: Evaluation, seed: int) -> FeatureSet:
-    """Control: uniform noise of the model's size, through the same steps."""
+    """Return the features of a control: uniform noise of the model's size, through the same steps."""
     config = evaluation.config
     shape = (config.frames, 3, config.height, config.width)
 
     def make(numbers: list[int]) -> Tensor:
-        clips = noise_pictures(shape, [clip_seed(seed, number) for number in numbers])
-        return evaluation.protocol.pictures(clips, real=False)
+        clips = noise_clips(shape, [clip_seed(seed, number) for number in numbers])
+        return evaluation.protocol.images(clips, real=False)
 
     return evaluation.collector.collect(f"noise-{seed}", len(evaluation.items), make)
 
 
 def mean_frame_state(evaluation: Evaluation, real: FeatureSet) -> MomentState:
-    """Control: the mean of all real frames as a still clip, once for every prompt."""
-    picture = torch.from_numpy(real.mean_picture()).float()
-    clip = picture.expand(1, evaluation.config.frames, *picture.shape)
+    """Return the moments of a control: the mean of all real frames as a still clip, once per prompt."""
+    image = torch.from_numpy(real.mean_image()).float()
+    clip = image.expand(1, evaluation.config.frames, *image.shape)
     return repeated(evaluation.extractor.features(evaluation.protocol, clip), len(evaluation.items))
 
 
 def untrained(models: Models, seed: int) -> Models:
-    """Control: the same models with a U-Net of the same shape and random weights."""
+    """Return a control: the same models with a U-Net of the same shape and random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet(models.unet.config)
@@ -200,7 +200,10 @@ def untrained(models: Models, seed: int) -> Models:
 
 
 def score_all(evaluation: Evaluation, models: Models, real: FeatureSet) -> tuple[list[Score], FeatureSet, list[str]]:
-    """Scores of the generated clips and of the controls for every seed; the first seed's clips; warnings."""
+    """Score the generated clips and the controls for every seed.
+
+    Returns the scores, the clips of the first seed, and warnings.
+    """
     state, ddof = real.state(), evaluation.protocol.ddof
     scores: list[Score] = []
     warnings: list[str] = []
@@ -215,7 +218,7 @@ def score_all(evaluation: Evaluation, models: Models, real: FeatureSet) -> tuple
         add("generated", seed, generated.state())
         first = first or generated
         if "untrained" in evaluation.config.controls:
-            # A fresh network's last layer is zero whatever its condition: guidance would change nothing but the time.
+            # The last layer of a fresh network is zero for any condition: guidance would only cost time.
             random = sampled_features(evaluation, untrained(models, seed), seed, f"untrained-{seed}", guidance=1.0)
             add("untrained", seed, random.state())
         if "noise" in evaluation.config.controls:
@@ -228,8 +231,11 @@ def score_all(evaluation: Evaluation, models: Models, real: FeatureSet) -> tuple
     return scores, first, warnings
 
 
-def metrics_of(result: Result) -> dict[str, float | int | str]:
-    """Flat metrics: means over seeds, `<dataset>_<metric>[_<control>]`, error bars, and the numbers of clips."""
+def ucf101_metrics(result: Result) -> dict[str, float | int | str]:
+    """Return flat metrics of a result.
+
+    Means over seeds named `<dataset>_<metric>[_<control>]`, their error bars, and the numbers of clips.
+    """
     net = result.metric.removeprefix("frechet_")
     metrics: dict[str, float | int | str] = {}
     for subject in dict.fromkeys(score.subject for score in result.scores):
@@ -247,33 +253,35 @@ def metrics_of(result: Result) -> dict[str, float | int | str]:
 
 
 def _mean_error(errors: list[float]) -> float:
-    """Error of a mean over seeds. Seeds share the real clips, so their errors aren't independent: no division by
-    √n."""
+    """Return the error of a mean over seeds.
+
+    Seeds share the real clips, so their errors aren't independent, and aren't divided by √n.
+    """
     return math.sqrt(sum(error**2 for error in errors) / len(errors))
 
 
 def write_outputs(
     evaluation: Evaluation, result: Result, real: FeatureSet, generated: FeatureSet, folder: Path
 ) -> list[Row]:
-    """Everything but metrics.json: result.json, results.csv, table.md, prompts, features, samples, the picture."""
+    """Write everything but metrics.json: result.json, tables, prompts, features, moments, shown clips; return rows."""
     rows = [*result.rows(), *paper_rows()]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "result.json", result_json(result))
-    write_rows(folder / "results.csv", rows)
+    write_score_rows(folder / "results.csv", rows)
     write_bytes(folder / "table.md", markdown_table(rows).encode())
     prompts = [f"{item.number},{item.label},{item.prompt}" for item in evaluation.items]
     write_bytes(folder / "prompts.csv", "\n".join(["number,class,prompt", *prompts, ""]).encode())
     label = {"weights": evaluation.extractor.weights, "protocol": evaluation.protocol.digest()}
     for name, found in (("real", real), ("generated", generated)):
         write_bytes(folder / "features" / f"{name}.safetensors", packed({"features": found.features}, label))
-        if len(found.features) > found.features.shape[1]:  # else the features themselves are smaller
+        if len(found.features) > found.features.shape[1]:  # else the features themselves are the smaller file
             save_state(folder / "moments" / f"{name}.safetensors", found.state(), label)
-    write_samples(evaluation, real, generated, folder / "samples")
+    write_shown_clips(evaluation, real, generated, folder / "samples")
     return rows
 
 
-def write_samples(evaluation: Evaluation, real: FeatureSet, generated: FeatureSet, folder: Path) -> None:
-    """The shown clips as mp4 beside a real clip of their class, their list, and one picture of all."""
+def write_shown_clips(evaluation: Evaluation, real: FeatureSet, generated: FeatureSet, folder: Path) -> None:
+    """Write the shown clips as mp4, each with a real clip of its class, their list, and one image of all."""
     pairs, listed = [], []
     by_class = {evaluation.dataset.clips[number][0]: clip for number, clip in sorted(real.clips.items())}
     for number in evaluation.shown:
@@ -291,12 +299,12 @@ def write_samples(evaluation: Evaluation, real: FeatureSet, generated: FeatureSe
 
 
 def run(context: StageContext) -> Report:
-    """Evaluate the finetuned text-to-video model; reads `sources`, `encoders`, `autoencoder`,
-    `high-quality-finetuning`.
+    """Evaluate the finetuned text-to-video model.
 
-    Raises UserError for missing weights, data sets and models, and for clips that can't be scored.
+    Inputs: sources, encoders, autoencoder, high-quality-finetuning. Raises UserError for missing weights, data sets and
+    models, and for clips that can't be scored.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     evaluation = prepare(context, device)
     unet = context.inputs["high-quality-finetuning"] / "unet"
     folders = {"unet": unet, "autoencoder": context.inputs["autoencoder"], "encoders": context.inputs["encoders"]}
@@ -321,13 +329,13 @@ def run(context: StageContext) -> Report:
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     write_outputs(evaluation, result, real, generated, finished)
-    metrics = metrics_of(result)
-    track(context.tracker, finished, metrics)
-    return publish(finished, context.output, Report(metrics, summary(result)))
+    metrics = ucf101_metrics(result)
+    log_outputs(context.tracker, finished, metrics)
+    return publish(finished, context.output, Report(metrics, ucf101_summary(result)))
 
 
-def track(tracker: Tracker, finished: Path, metrics: Mapping[str, float | int | str]) -> None:
-    """Report scores, tables, the picture and the sampled clips."""
+def log_outputs(tracker: Tracker, finished: Path, metrics: Mapping[str, float | int | str]) -> None:
+    """Report scores, tables and the shown clips to the tracker."""
     tracker.log_metrics({name: float(value) for name, value in metrics.items() if not isinstance(value, str)}, 0)
     for name in ("results.csv", "table.md", "result.json"):
         tracker.log_file(finished / name, "evaluation")
@@ -335,8 +343,8 @@ def track(tracker: Tracker, finished: Path, metrics: Mapping[str, float | int | 
         tracker.log_file(path, "evaluation/samples")
 
 
-def summary(result: Result) -> str:
-    """One line: the score between its controls."""
+def ucf101_summary(result: Result) -> str:
+    """Return one line: the score between its controls."""
     parts = []
     for subject in dict.fromkeys(score.subject for score in result.scores):
         values = [score.distance.frechet.value for score in result.of(subject)]

@@ -1,10 +1,8 @@
-"""UCF-101 as the evaluation sees it: the official lists, the prompt list with the class histogram, and the real
-clips.
+"""UCF-101 for the evaluation: official lists, prompts with the class histogram, and real clips.
 
-Layout of the folder, as unpacked from the data set's archives: `<Class>/v_<Class>_gNN_cNN.avi` (also below
-`UCF-101/`) and
-`ucfTrainTestlist/` with `classInd.txt`, `trainlist01.txt` and `testlist01.txt`. A fixture of the same layout works
-too.
+Layout of the folder, as unpacked from the archives of the data set: `<Class>/v_<Class>_gNN_cNN.avi` (also below
+`UCF-101/`), and `ucfTrainTestlist/` with `classInd.txt`, `trainlist01.txt` and `testlist01.txt`. A fixture of the same
+layout works too.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ _SUFFIXES = {".avi", ".mp4", ".mkv", ".webm"}
 
 @dataclass(frozen=True)
 class Item:
-    """One clip to generate: its number in the list, its class, and the prompt."""
+    """One clip to generate: its number in the list, its class, and its prompt."""
 
     number: int
     label: str
@@ -46,14 +44,14 @@ class Dataset:
 
     @property
     def histogram(self) -> dict[str, int]:
-        """Number of real clips by class."""
+        """The number of real clips by class."""
         return dict(sorted(Counter(label for label, _ in self.clips).items()))
 
 
 def read_dataset(folder: Path, *, official: bool = True) -> Dataset:
-    """Find the clips of `folder`, by its official lists when there are any: training and test part together.
+    """Find the clips of `folder`; by its official lists, training and test part together, when it has them.
 
-    official: the folder claims to be UCF-101 itself, so its number of clips and two known class counts are checked.
+    official: the folder is UCF-101 itself, so the number of clips and two known class counts are checked.
     Raises UserError for missing folders, files and wrong counts.
     """
     if not folder.is_dir():
@@ -77,7 +75,7 @@ def read_dataset(folder: Path, *, official: bool = True) -> Dataset:
 
 
 def _listed(folder: Path) -> list[str] | None:
-    """`Class/file` of the first official split's two lists, sorted; None when the folder has none."""
+    """Return `Class/file` of both lists of the first official split, sorted; None when the folder has no lists."""
     files = {path.name: path for path in sorted(folder.rglob("t*list01.txt"))}
     if not files:
         return None
@@ -99,7 +97,7 @@ def _check_official(dataset: Dataset) -> None:
 
 
 def captions(dataset: Dataset) -> dict[str, str]:
-    """Caption by class of a fixture, from its `prompts.json`. Raises UserError when it is missing or damaged."""
+    """Read the captions of a fixture, by class, from its `prompts.json`; raises UserError when it can't be used."""
     path = dataset.folder / "prompts.json"
     try:
         prompts = dict(json.loads(path.read_text())["prompts"])
@@ -114,11 +112,11 @@ def captions(dataset: Dataset) -> dict[str, str]:
 
 
 def prompt_list(histogram: dict[str, int], samples: int, prompts: Mapping[str, str] | None = None) -> list[Item]:
-    """`samples` prompts with the class histogram of the data set (App. E.4), class by class. The prompt is the raw
-    class identifier ("TableTennisShot"), or what `prompts` says.
+    """Return `samples` prompts with the class histogram of the data set (App. E.4), class by class.
 
-    With fewer or more samples than clips the counts keep their proportions (largest remainders, ties by
-    the hash of the name: the first classes of the alphabet would be a biased choice).
+    prompts: text by class; None: the raw class identifier ("TableTennisShot"). With fewer or more samples than clips
+    the counts keep their proportions by largest remainders. Ties are broken by the hash of the name, since the first
+    classes of the alphabet would be a biased choice.
     """
     total = sum(histogram.values())
     exact = {label: samples * count / total for label, count in histogram.items()}
@@ -131,7 +129,7 @@ def prompt_list(histogram: dict[str, int], samples: int, prompts: Mapping[str, s
 
 
 def read_real(dataset: Dataset, number: int, protocol: EvalProtocol) -> Tensor:
-    """The real clip `number` (T, 3, H, W) uint8 with the protocol's frames. Raises UserError for an unusable file."""
+    """Read real clip `number` with the protocol's frames, (T, 3, H, W) uint8; raises UserError for a broken file."""
     label, path = dataset.clips[number]
     frames, rate = read_frames(path)
     try:
@@ -145,10 +143,13 @@ _GROUP = re.compile(r"(.+_g\d+)_c\d+")
 
 
 def group_numbers(names: Sequence[str]) -> list[int]:
-    """For each clip, by its name without ending, the number of its group, counted in order of appearance.
+    """Return the group number of each clip, by its name without ending; groups count in order of appearance.
 
-    UCF-101 cuts several clips out of one video: `v_<Class>_g01_c01`, `_c02`, … are alike and stay together wherever the
-    set is divided; a clip with another name is a group of its own.
+    UCF-101 cuts several clips from one video: `v_<Class>_g01_c01`, `_c02`, … are alike and stay together wherever the
+    set is divided. A clip with another kind of name is a group of its own.
+
+    >>> group_numbers(["v_Punch_g01_c01", "v_Punch_g02_c01", "v_Punch_g01_c02", "mine"])
+    [0, 1, 0, 2]
     """
     groups: dict[str, int] = {}
     for name in names:
@@ -158,7 +159,7 @@ def group_numbers(names: Sequence[str]) -> list[int]:
 
 
 def spread(numbers: Sequence[int], count: int) -> list[int]:
-    """At most `count` of `numbers`, evenly spaced."""
+    """Return at most `count` of `numbers`, evenly spaced."""
     if len(numbers) <= count:
         return list(numbers)
     return [numbers[i * len(numbers) // count] for i in range(count)]

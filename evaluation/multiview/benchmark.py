@@ -1,8 +1,8 @@
 """Stage `multiview-benchmark`: novel views of unseen objects against rendered truth (§4.5, Fig. 10).
 
-The model gets one view of each held-out object and makes the whole orbit; views are compared with the truth one by one.
-The same run scores what needs no model (a copy of the input view, the mean view of all objects), the untrained network,
-and the truth passed through the autoencoder, which no model can beat by much.
+The model gets one view of each held-out object and generates the whole orbit; each view is compared with the true one.
+The same run scores controls: a copy of the input view and the mean view of all objects, which need no model; the
+untrained network; and the truth passed through the autoencoder, an upper bound for most models.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import torch
 from tqdm import tqdm
 
 from evaluation.multiview.alignment import Alignment, best_alignment
-from evaluation.multiview.perceptual import Perceptor
-from evaluation.multiview.pictures import azimuth_chart, contact_sheet, turntable
-from evaluation.multiview.protocol import Pictures, Truth, ViewProtocol, make_protocol, render_truth, save_array
+from evaluation.multiview.figures import azimuth_chart, turntable, views_sheet
+from evaluation.multiview.image_metrics import Perceptor
+from evaluation.multiview.protocol import Truth, ViewProtocol, Views, render_truth, save_array, view_protocol
 from evaluation.multiview.scores import Measures, Scores, published_rows, rows, score
 from evaluation.tables import markdown, write_csv
 from svd.config import Sampling
+from svd.core.device import pick_device
 from svd.core.files import write_json
+from svd.generation import Models, load_models, multiview
 from svd.media.video import write_gif, write_mp4, write_png
-from svd.model.autoencoder import mean
+from svd.model.autoencoder import posterior_mean
 from svd.model.formats.folders import checkpoint_hash
 from svd.model.unet import UNet
 from svd.orbits.renderer import open_renderer
 from svd.stage import Report, StageContext, publish
-from svd.tasks.api import Models, load_models, multiview
 
 SUBJECTS = ("generated", "copy of the input view", "mean view", "untrained", "autoencoder")
 _SHOWN = 4
@@ -40,14 +41,15 @@ _TURNS = 2
 
 
 def run(context: StageContext) -> Report:
-    """Evaluate the multi-view model; reads `multiview-finetuning`, `autoencoder`, `encoders`. Resumes object by object.
+    """Evaluate the multi-view model; a killed run resumes object by object.
 
-    Raises UserError for missing models, meshes and weights, and when no renderer works.
+    Inputs: multiview-finetuning, autoencoder, encoders. Raises UserError for missing models, meshes and weights, and
+    when no renderer works.
     """
     config, seed = context.preset.evaluation.multiview, context.preset.seed
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     with open_renderer(config.renderer) as renderer:
-        protocol = make_protocol(config, renderer.name)
+        protocol = view_protocol(config, renderer.name)
         truth = render_truth(context.work / "truth" / protocol.digest, config, protocol, seed, renderer)
     unet, autoencoder = context.inputs["multiview-finetuning"] / "unet", context.inputs["autoencoder"]
     perceptor = Perceptor(config.perceptual, config.lpips_weights, device)
@@ -68,8 +70,11 @@ def run(context: StageContext) -> Report:
 
 def _subjects(
     context: StageContext, models: Models, truth: Truth, protocol: ViewProtocol, seed: int
-) -> dict[str, Callable[[int], Pictures]]:
-    """How each subject's views of object i are had; those of models are made now and kept in `context.work`."""
+) -> dict[str, Callable[[int], Views]]:
+    """Return for each subject the function that gives its views of object i.
+
+    The views of models are generated here and kept in `context.work`.
+    """
     sampling = context.preset.evaluation.multiview.sampling
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -82,28 +87,28 @@ def _subjects(
     return {
         "generated": lambda i: np.asarray(np.load(generated[i]), np.uint8),
         "untrained": lambda i: np.asarray(np.load(untrained[i]), np.uint8),
-        "copy of the input view": lambda i: truth.pictures(i)[[-1] * protocol.views],
+        "copy of the input view": lambda i: truth.views(i)[[-1] * protocol.views],
         "mean view": lambda i: np.stack([average] * protocol.views),
-        "autoencoder": lambda i: reconstruct(models, truth.pictures(i)),
+        "autoencoder": lambda i: reconstruct(models, truth.views(i)),
     }
 
 
 def object_seed(seed: int, number: int) -> int:
-    """Seed of the orbit of object `number`: independent of batches and order."""
+    """Return the seed of the orbit of object `number`; it doesn't depend on batches or order."""
     return int.from_bytes(hashlib.sha256(f"multiview:{seed}:{number}".encode()).digest()[:7], "big")
 
 
 def generate(
     folder: Path, models: Models, truth: Truth, protocol: ViewProtocol, sampling: Sampling, seed: int
 ) -> list[Path]:
-    """Orbits from the last true view of each object, one array file each; finished ones are kept."""
+    """Generate an orbit from the last true view of each object, one array file each; finished ones are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / file.name for file in truth.files]
     missing = [number for number, file in enumerate(files) if not file.exists()]
     batch = max(1, _PIXELS_AT_ONCE // (protocol.views * protocol.size**2))
     for first in tqdm(range(0, len(missing), batch), f"orbits: {folder.name}", unit="batch"):
         numbers = missing[first : first + batch]
-        given = torch.stack([torch.from_numpy(truth.pictures(number)[-1].copy()) for number in numbers])
+        given = torch.stack([torch.from_numpy(truth.views(number)[-1].copy()) for number in numbers])
         orbits = multiview(
             models,
             given.permute(0, 3, 1, 2).float() / 255,
@@ -113,25 +118,25 @@ def generate(
             seed=[object_seed(seed, number) for number in numbers],
             progress=False,
         )
-        pictures = (orbits * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
-        for number, orbit in zip(numbers, pictures, strict=True):
+        images = (orbits * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
+        for number, orbit in zip(numbers, images, strict=True):
             save_array(files[number], orbit)
     return files
 
 
-def mean_view(truth: Truth) -> Pictures:
-    """The mean of all true novel views of all objects: the best guess that looks at nothing, (S, S, 3)."""
-    means = [truth.pictures(number)[:-1].mean(0) for number in range(len(truth.names))]
+def mean_view(truth: Truth) -> Views:
+    """Return the mean of all true novel views of all objects, (S, S, 3): the best guess without looking."""
+    means = [truth.views(number)[:-1].mean(0) for number in range(len(truth.names))]
     return np.asarray(np.round(np.mean(means, axis=0)), np.uint8)
 
 
 @torch.no_grad()
-def reconstruct(models: Models, pictures: Pictures) -> Pictures:
-    """Views (V, S, S, 3) through encoder and decoder."""
-    frames = torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2)[None].to(models.device).float() / 127.5 - 1
+def reconstruct(models: Models, images: Views) -> Views:
+    """Pass views (V, S, S, 3) through encoder and decoder."""
+    frames = torch.from_numpy(images.copy()).permute(0, 3, 1, 2)[None].to(models.device).float() / 127.5 - 1
     autoencoder = models.autoencoder
     frames = frames.to(next(autoencoder.parameters()).dtype)
-    decoded = autoencoder.decode(mean(autoencoder.encode(frames, models.decode_chunk)), models.decode_chunk)
+    decoded = autoencoder.decode(posterior_mean(autoencoder.encode(frames, models.decode_chunk)), models.decode_chunk)
     restored = ((decoded[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return np.asarray(restored.permute(0, 2, 3, 1).cpu().numpy(), np.uint8)
 
@@ -140,13 +145,13 @@ def _write(
     finished: Path,
     scores: Sequence[Scores],
     truth: Truth,
-    generated: Callable[[int], Pictures],
+    generated: Callable[[int], Views],
     protocol: ViewProtocol,
     measures: Measures,
     alignment: Alignment,
     hashes: dict[str, str],
 ) -> None:
-    """Tables and pictures of the finished folder."""
+    """Write the tables and images of the finished folder."""
     shutil.rmtree(finished, ignore_errors=True)
     samples = finished / "samples"
     samples.mkdir(parents=True)
@@ -166,8 +171,8 @@ def _write(
         },
     )
     shown = range(min(_SHOWN, len(truth.names)))
-    true, made = [truth.pictures(i) for i in shown], [generated(i) for i in shown]
-    write_png(samples / "contact_sheet.png", contact_sheet(true, made, protocol.azimuths))
+    true, made = [truth.views(i) for i in shown], [generated(i) for i in shown]
+    write_png(samples / "contact_sheet.png", views_sheet(true, made, protocol.azimuths))
     azimuth_chart(samples / "psnr_by_azimuth.png", scores, protocol.azimuths)
     turning = turntable(true, made)
     fps = max(4.0, protocol.views / 3)
@@ -192,7 +197,7 @@ def _by_view(scores: Sequence[Scores], truth: Truth, protocol: ViewProtocol) -> 
 def _metrics(
     scores: Sequence[Scores], alignment: Alignment, truth: Truth, protocol: ViewProtocol, measures: Measures
 ) -> dict[str, float | int | str]:
-    """Flat metrics: `psnr`, `ssim`, … of the model over novel views, `psnr_<subject>` of the others."""
+    """Return flat metrics over novel views: `psnr`, `ssim`, … of the model, `psnr_<subject>` of the others."""
     metrics: dict[str, float | int | str] = {
         "objects": len(truth.names),
         "views": protocol.views,

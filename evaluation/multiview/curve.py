@@ -1,7 +1,7 @@
 """Multi-view scores against training steps (Fig. 10b): CLIP-S and PSNR of one or more models' checkpoints.
 
-The paper draws SVD-MV, SD2.1-MV and Scratch-MV over their first 12,000 steps. Every checkpoint makes the same orbits of
-the same objects from the same noise as in the benchmark (evaluation/multiview/benchmark.py).
+The paper draws SVD-MV, SD2.1-MV and Scratch-MV over their first 12,000 steps. Every checkpoint generates the orbits of
+the benchmark (evaluation/multiview/benchmark.py): same objects, same noise.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from evaluation.multiview.benchmark import generate
-from evaluation.multiview.perceptual import Perceptor
-from evaluation.multiview.protocol import Pictures, make_protocol, render_truth
+from evaluation.multiview.image_metrics import Perceptor
+from evaluation.multiview.protocol import Views, render_truth, view_protocol
 from evaluation.multiview.scores import Measures, rows, score
 from evaluation.tables import write_csv
 from svd.config import Preset
+from svd.core.device import pick_device
 from svd.core.errors import UserError
+from svd.generation import load_models
 from svd.latents.cache import digest
 from svd.model.formats.folders import checkpoint_hash
 from svd.orbits.renderer import open_renderer
 from svd.storage import write_bytes
-from svd.tasks.api import load_models
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A U-Net of `model` after `step` training steps; folder: diffusers' layout, or one that holds it as `unet/`."""
+class ScoredCheckpoint:
+    """A U-Net of `model` after `step` training steps.
+
+    folder: in diffusers' layout, or one that holds such a folder as `unet/`.
+    """
 
     model: str
     step: int
@@ -41,37 +44,41 @@ class Checkpoint:
 
     @property
     def unet(self) -> Path:
-        """The folder with config.json. Raises UserError when there is none."""
+        """The folder with config.json; raises UserError when there is none."""
         for path in (self.folder / "unet", self.folder):
             if (path / "config.json").is_file():
                 return path
         raise UserError(f"{self.folder}: no U-Net there; give a folder in diffusers' layout, or one that holds unet/")
 
 
-def read_checkpoint(text: str) -> Checkpoint:
-    """`MODEL:STEP=FOLDER`. Raises UserError for anything else."""
+def read_checkpoint(text: str) -> ScoredCheckpoint:
+    """Read `MODEL:STEP=FOLDER`; raises UserError for anything else.
+
+    >>> read_checkpoint("SVD-MV:1000=checkpoints/1000").step
+    1000
+    """
     name, _, folder = text.partition("=")
     model, _, step = name.rpartition(":")
     if not (model and folder and step.isdecimal()):
         raise UserError(f"'{text}': expected MODEL:STEP=FOLDER, for example SVD-MV:1000=checkpoints/1000/unet")
-    return Checkpoint(model, int(step), Path(folder))
+    return ScoredCheckpoint(model, int(step), Path(folder))
 
 
 def score_checkpoints(
-    checkpoints: Sequence[Checkpoint], preset: Preset, networks: Mapping[str, Path], work: Path
+    checkpoints: Sequence[ScoredCheckpoint], preset: Preset, networks: Mapping[str, Path], work: Path
 ) -> list[dict[str, Any]]:
-    """One row a checkpoint, model by model in the given order, by step; orbits are kept in `work`.
+    """Return one row per checkpoint, model by model in the given order, then by step; orbits are kept in `work`.
 
     networks: folders of `autoencoder` and `encoders`. Raises UserError for missing models, meshes and weights.
     """
     config, seed = preset.evaluation.multiview, preset.seed
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
     models_in_order = list(dict.fromkeys(checkpoint.model for checkpoint in checkpoints))
     ordered = sorted(checkpoints, key=lambda one: (models_in_order.index(one.model), one.step))
     places = [(checkpoint, checkpoint.unet) for checkpoint in ordered]
     perceptor = Perceptor(config.perceptual, config.lpips_weights, device)
     with open_renderer(config.renderer) as renderer:
-        protocol = make_protocol(config, renderer.name)
+        protocol = view_protocol(config, renderer.name)
         truth = render_truth(work / "truth" / protocol.digest, config, protocol, seed, renderer)
     found = []
     others = [checkpoint_hash(networks[name]) for name in ("autoencoder", "encoders")]
@@ -87,13 +94,15 @@ def score_checkpoints(
     return found
 
 
-def _stored(files: Sequence[Path], number: int) -> Pictures:
+def _stored(files: Sequence[Path], number: int) -> Views:
     return np.asarray(np.load(files[number]), np.uint8)
 
 
 def write_curve(folder: Path, table: Sequence[Mapping[str, Any]]) -> None:
-    """`curve.csv` and `curve.png`: a colour a model, CLIP-S solid on the left axis and PSNR dotted on the right, as in
-    Fig. 10b."""
+    """Write `curve.csv`, and `curve.png` as in Fig. 10b.
+
+    Each model has a colour; CLIP-S is solid, on the left axis, PSNR dotted, on the right one.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
 """Protocols of the multi-view benchmark: cameras, light and order of the views; and the rendered truth.
 
-The paper names neither its 50 objects nor camera, light, background, resolution or which views count (§4.5, Fig. 10),
-so a protocol here is a set of choices with a name: `svd_gso_v1` after SVD and SV3D, `syncdreamer_gso_v1` after
+The paper names neither its 50 objects nor camera, light, background, resolution and the views that count (§4.5, Fig.
+10). So a protocol here is a set of choices with a name: `svd_gso_v1` after SVD and SV3D, `syncdreamer_gso_v1` after
 SyncDreamer's published renders. Both composite on white and leave the conditioning view out of the averages. Views are
-kept in the model's order, azimuth 360 (v + 1) / V degrees, so that the conditioning view is the last one.
+in the model's order, azimuth 360 (v + 1) / V degrees: the conditioning view is the last one.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from svd.orbits.render import SUPERSAMPLING, Light, Renderer, on_white, orbit_az
 from svd.orbits.stage import key, load_object, mesh_name, objects
 from svd.storage import write_bytes
 
-Pictures = NDArray[np.uint8]
+Views = NDArray[np.uint8]  # (V, S, S, 3)
 
 PROCEDURAL = "procedural_test_objects"
 
 
 @dataclass(frozen=True)
 class ViewProtocol:
-    """elevation, fov in degrees; the object's longest side is 1 and radius the distance of the camera.
+    """Cameras, light and size of the benchmark's views.
 
-    ambient: uniform white light, of which `headlight` is the share that comes from the camera instead. renderer: what
-    drew the truth, since no two agree at edges; supersampling: samples a pixel and axis.
+    elevation, fov: in degrees. radius: distance of the camera; the longest side of the object is 1. ambient: strength
+    of the white light; the share `headlight` of it comes from the camera, the rest from everywhere. supersampling:
+    samples per pixel and axis. renderer: the one that draws the truth, since no two agree at edges.
     """
 
     name: str
@@ -53,7 +54,7 @@ class ViewProtocol:
 
     @property
     def azimuths(self) -> NDArray[np.float64]:
-        """Degrees, (views,); the last is 0, the conditioning view."""
+        """The azimuths in degrees, (views,); the last one, 0, is the conditioning view."""
         return orbit_azimuths(self.views)
 
     @property
@@ -64,19 +65,19 @@ class ViewProtocol:
 
     @property
     def digest(self) -> str:
-        """Identity of the protocol: changes with any of its values."""
+        """Twelve hex digits that change with every value of the protocol."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
 PROTOCOLS = {
     "svd_gso_v1": ViewProtocol("svd_gso_v1", 21, 576, 10.0, 33.8, 2.0, ambient=1.0, headlight=0.25),
-    # Blender's lens of 35 mm on a sensor of 32 mm, environment of strength 0.5
+    # As Blender's lens of 35 mm on a sensor of 32 mm, and an environment of strength 0.5.
     "syncdreamer_gso_v1": ViewProtocol("syncdreamer_gso_v1", 16, 256, 30.0, 49.13, 1.5, ambient=0.5, headlight=0.0),
 }
 
 
-def make_protocol(config: MultiviewBenchmark, renderer: str) -> ViewProtocol:
-    """The named protocol as drawn by `renderer`; values that the configuration changes become part of its name."""
+def view_protocol(config: MultiviewBenchmark, renderer: str) -> ViewProtocol:
+    """Return the configured protocol, drawn by `renderer`; values that are changed become part of its name."""
     base = replace(PROTOCOLS[config.protocol], renderer=renderer)
     changed = {name: value for name in ("views", "size", "elevation") if (value := getattr(config, name)) is not None}
     changed = {name: value for name, value in changed.items() if value != getattr(base, name)}
@@ -88,15 +89,17 @@ def make_protocol(config: MultiviewBenchmark, renderer: str) -> ViewProtocol:
 
 @dataclass(frozen=True)
 class Truth:
-    """The rendered truth on disk: one array (V, S, S, 3) uint8 on white an object. Files are named after what they
-    show, so that what is kept of one set of objects is never taken for another."""
+    """The rendered truth on disk: one array (V, S, S, 3) uint8 per object, on white.
+
+    Files are named by their content, so that those of another set of objects are never taken.
+    """
 
     names: Sequence[str]
     files: Sequence[Path]
     dataset: str
 
-    def pictures(self, number: int) -> Pictures:
-        """Views of an object, the conditioning view last."""
+    def views(self, number: int) -> Views:
+        """Read the views of an object, (V, S, S, 3), the conditioning view last."""
         return np.asarray(np.load(self.files[number]), np.uint8)
 
 
@@ -105,8 +108,8 @@ def render_truth(
 ) -> Truth:
     """Render the held-out objects into `folder`; finished ones are kept.
 
-    Procedural objects come from seeds that no training orbit has and stand at a seeded heading; mesh files are seen
-    from their front. Raises UserError for missing or unreadable meshes and when the renderer fails.
+    Procedural objects come from seeds that no training orbit has, and their heading is drawn by seed; meshes from files
+    are seen from their front. Raises UserError for missing or unreadable meshes and when the renderer fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = objects(config.meshes, config.objects)
@@ -132,7 +135,7 @@ def _heading(path: Path | None, seed: int, number: int) -> float:
     return float(np.random.default_rng(key(seed, "test", number, "camera")).uniform(0, 360))
 
 
-def _views(mesh: Mesh, protocol: ViewProtocol, heading: float, renderer: Renderer) -> Pictures:
+def _views(mesh: Mesh, protocol: ViewProtocol, heading: float, renderer: Renderer) -> Views:
     azimuths = protocol.azimuths + heading
     rgba = render_orbit(
         mesh, azimuths, protocol.elevation, protocol.size, protocol.fov, protocol.radius, protocol.light, renderer
@@ -141,7 +144,7 @@ def _views(mesh: Mesh, protocol: ViewProtocol, heading: float, renderer: Rendere
 
 
 def save_array(path: Path, array: NDArray[np.generic]) -> None:
-    """Write an array; the file appears under its name only when it is complete."""
+    """Write an array as .npy, atomically."""
     stream = io.BytesIO()
     np.save(stream, array)
     write_bytes(path, stream.getvalue())

@@ -1,4 +1,4 @@
-"""Scores of views against the truth: one number a view and metric, averaged over novel views, then over objects."""
+"""Scores of views against the truth: one number per view and metric, averaged over novel views, then over objects."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.multiview.alignment import pairwise_psnr
-from evaluation.multiview.perceptual import (
+from evaluation.multiview.image_metrics import (
     Perceptor,
     clip_similarity,
     image_features,
-    psnr,
+    image_psnr,
     silhouette,
     silhouette_iou,
     ssim,
 )
-from evaluation.multiview.protocol import Pictures, Truth, ViewProtocol
+from evaluation.multiview.protocol import Truth, ViewProtocol, Views
 from evaluation.tables import MEASURED, load_baselines
 from svd.model.encoders import Encoders
 
@@ -36,42 +36,45 @@ class Measures:
 
     @property
     def clip_label(self) -> str:
-        """Whose CLIP-S it is."""
+        """The label of the encoder behind CLIP-S."""
         return self.encoders.label
 
 
 @dataclass(frozen=True)
 class Scores:
-    """values: metric -> (objects, views); pairs: PSNR of every view with every true view, averaged over objects."""
+    """The scores of a subject.
+
+    values: by metric, (objects, views). pairs: PSNR of every view with every true view, (V, V), averaged over objects.
+    """
 
     subject: str
     values: Mapping[str, NDArray[np.float64]]
     pairs: NDArray[np.float64]
 
     def novel(self, metric: str) -> float:
-        """Mean over the views the model was not given, then over objects."""
+        """Return the mean over the views that the model wasn't given, then over objects."""
         return float(self.values[metric][:, :-1].mean())
 
     def by_view(self, metric: str) -> NDArray[np.float64]:
-        """Mean over objects for each view, (views,)."""
+        """Return the mean over objects for each view, (views,)."""
         return self.values[metric].mean(0)
 
 
-def to_tensor(pictures: Pictures) -> Tensor:
-    """(V, H, W, 3) uint8 to (V, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
+def views_to_tensor(images: Views) -> Tensor:
+    """Convert (V, H, W, 3) uint8 to (V, 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def score(subject: str, views_of: Callable[[int], Pictures], truth: Truth, measures: Measures) -> Scores:
-    """Score a subject whose views of object i `views_of(i)` gives."""
+def score(subject: str, views_of: Callable[[int], Views], truth: Truth, measures: Measures) -> Scores:
+    """Score a subject; `views_of(i)` returns its views of object i."""
     collected: dict[str, list[Tensor]] = {}
     pairs = []
     for number in range(len(truth.names)):
-        true, views = to_tensor(truth.pictures(number)), to_tensor(views_of(number))
+        true, views = views_to_tensor(truth.views(number)), views_to_tensor(views_of(number))
         features = image_features(measures.encoders, torch.cat([views, true]), measures.device).chunk(2)
         found = {
-            "psnr": psnr(views, true),
-            "psnr_masked": psnr(views, true, silhouette(true)),
+            "psnr": image_psnr(views, true),
+            "psnr_masked": image_psnr(views, true, silhouette(true)),
             "ssim": ssim(views, true),
             measures.perceptor.name: measures.perceptor(views, true),
             "clip_s": clip_similarity(*features),
@@ -85,7 +88,7 @@ def score(subject: str, views_of: Callable[[int], Pictures], truth: Truth, measu
 
 
 def rows(scores: Sequence[Scores], truth: Truth, protocol: ViewProtocol, measures: Measures) -> list[dict[str, Any]]:
-    """The measured rows of the table; each says what it was measured with."""
+    """Return the measured rows of the table; each names networks, objects, protocol and renderer."""
     about = {
         "clip_weights": measures.clip_label,
         "perceptual_weights": measures.perceptor.weights,
@@ -100,7 +103,7 @@ def rows(scores: Sequence[Scores], truth: Truth, protocol: ViewProtocol, measure
 
 
 def published_rows() -> list[dict[str, Any]]:
-    """The paper's numbers (Fig. 10a) in the same columns; their implementation, objects and cameras are not known."""
+    """Return the paper's numbers (Fig. 10a) in the same columns; implementation, objects and cameras are not known."""
     section = load_baselines()["multiview"]
     about = {
         "clip_weights": "not given",

@@ -1,4 +1,4 @@
-"""The voting page: two clips side by side, one question, arrow keys; results at `/results`."""
+"""The voting page: two clips side by side, one question, answered by arrow keys; results at `/results`."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _RATER = re.compile(r"[A-Za-z0-9_-]{6,64}")
 
 
 def clip_path(study: Study, folder: Path, question: Question, side: Literal["left", "right"]) -> Path:
-    """The file behind one side of a question: in an attention check the wrong side is the spoiled clip."""
+    """Return the file behind one side of a question; in an attention check the wrong side is the spoiled clip."""
     model = study.models.index(question.left if side == "left" else question.right)
     spoiled = question.check and question.check != side
     return folder / "clips" / question.prompt / f"{model}{'-spoiled' if spoiled else ''}.mp4"
 
 
-def build(folder: Path, database: str | None = None) -> FastAPI:
-    """The application for the study in `folder`. Raises UserError when there is none.
+def build_app(folder: Path, database: str | None = None) -> FastAPI:
+    """Make the application for the study in `folder`; raises UserError when there is none.
 
-    A rater is a random cookie, or the `rater` parameter of the page's address (crowd platforms pass the worker's id).
-    Addresses of clips hold the question and the side, never a model's name.
+    A rater is known by a random cookie, or by the parameter `rater` of the page's address (crowd platforms pass the
+    worker's id). Addresses of clips hold question and side, never the name of a model.
     """
     study, store = load_study(folder), open_store(folder, database)
     questions = {question.number: question for question in store.questions()}
-    pages = Environment(loader=PackageLoader("evaluation"), autoescape=select_autoescape(default=True))
+    pages = Environment(loader=PackageLoader("evaluation", "pages"), autoescape=select_autoescape(default=True))
     app = FastAPI(title="Video preference study", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/", response_class=HTMLResponse)
@@ -94,7 +94,7 @@ def _add_results(app: FastAPI, pages: Environment, study: Study, store: VoteStor
 
 
 def _unchanged(study: Study, folder: Path) -> None:
-    """Clips of another study must not be judged as those of this one: its folder may have been replaced meanwhile."""
+    """Refuse to go on when the folder holds another study by now, whose clips would be taken for this one's."""
     try:
         current = load_study(folder)
     except UserError:
@@ -115,7 +115,7 @@ def _required(name: str | None) -> str:
 
 
 def _shown(study: Study, store: VoteStore, question: Question | None, rater: str) -> dict[str, Any]:
-    """What the page gets: no model names, and nothing that gives an attention check away."""
+    """Return what the page gets: no model names, and nothing that gives an attention check away."""
     mine, _ = store.progress(rater)
     if question is None:
         return {"done": True, "answered": mine}
@@ -125,7 +125,7 @@ def _shown(study: Study, store: VoteStore, question: Question | None, rater: str
         "answered": mine,
         "question": question.number,
         "text": QUESTIONS[question.axis],
-        # the name of a file says nothing about its quality, and is text only where prompts themselves are asked about
+        # Without texts, prompts are names of files: shown only when the question is about the prompt.
         "prompt": text if question.axis == "prompt" or text != question.prompt else "",
         "left": f"/clips/{question.number}/left.mp4",
         "right": f"/clips/{question.number}/right.mp4",
@@ -133,5 +133,5 @@ def _shown(study: Study, store: VoteStore, question: Question | None, rater: str
 
 
 def serve(folder: Path, host: str = "127.0.0.1", port: int = 8123, database: str | None = None) -> None:
-    """Serve the study until interrupted. Raises UserError when there is no study in `folder`."""
-    uvicorn.run(build(folder, database), host=host, port=port, log_level="warning")
+    """Serve the study until interrupted; raises UserError when there is no study in `folder`."""
+    uvicorn.run(build_app(folder, database), host=host, port=port, log_level="warning")

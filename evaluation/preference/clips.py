@@ -1,4 +1,4 @@
-"""Fair pairs of clips (App. E.3): the same length, rate and size, and watermarks masked on both sides."""
+"""Clips made comparable (App. E.3): the same length and size, watermarks masked in all of them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from evaluation.frechet.protocol import Crop, Resize, crop, resize
 from svd.core.errors import UserError
-from svd.media.video import read_frames, write_mp4
+from svd.media.video import Frames, read_frames, write_mp4
 
-Frames = NDArray[np.uint8]
 CLIP_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
 
 
 @dataclass(frozen=True)
 class Box:
-    """A region in fractions of height and width, such as Pika's mark in the lower right corner. Raises UserError for
-    one that isn't inside the picture."""
+    """A region in fractions of height and width, such as Pika's watermark in the lower right corner.
+
+    Raises UserError for a region that isn't inside the image.
+    """
 
     top: float
     left: float
@@ -34,16 +34,16 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Clips of one model in a folder, `<prompt id>.mp4`, and the watermarks they bear."""
+class ModelClips:
+    """The clips of one model in a folder, `<prompt id>.mp4`, and the watermarks on them."""
 
     model: str
     folder: Path
     watermarks: tuple[Box, ...] = ()
 
 
-def fit(frames: Frames, height: int, width: int) -> Frames:
-    """Frames (T, H, W, 3) scaled to cover (height, width), antialiased, and cropped in the centre.
+def cover_and_crop(frames: Frames, height: int, width: int) -> Frames:
+    """Scale frames (T, H, W, 3) to cover (height, width), antialiased, and crop the centre.
 
     Gen-2's 1408×768 becomes 1056×576 and then 1024×576, as in the paper.
     """
@@ -54,7 +54,7 @@ def fit(frames: Frames, height: int, width: int) -> Frames:
 
 
 def mask(frames: Frames, boxes: Sequence[Box]) -> Frames:
-    """Frames with `boxes` blacked out."""
+    """Return the frames with `boxes` in black."""
     masked = frames.copy()
     height, width = frames.shape[1:3]
     for box in boxes:
@@ -65,37 +65,37 @@ def mask(frames: Frames, boxes: Sequence[Box]) -> Frames:
 
 
 def trim(frames: Frames, fps: float, seconds: float) -> Frames:
-    """The first `seconds` of a clip, at least one frame."""
+    """Return the first `seconds` of a clip, at least one frame."""
     return frames[: max(1, round(seconds * fps))]
 
 
 def harmonise(clips: Mapping[str, tuple[Frames, float]], boxes: Sequence[Box]) -> dict[str, tuple[Frames, float]]:
-    """Clips (frames, fps) of one prompt by model, made comparable: the shortest length, the smallest size, all masks
-    on all.
+    """Make the clips (frames, fps) of one prompt, by model, comparable.
 
-    A size is smallest by its number of pixels; even sides, so that browsers can play it. Frame rates stay as they are.
+    All get the length of the shortest, the size of the one with the fewest pixels, and the masks of all. Sides are
+    even, so that browsers can play them. Frame rates stay as they are.
     """
     seconds = min(len(frames) / fps for frames, fps in clips.values())
     height, width = min((frames.shape[1:3] for frames, _ in clips.values()), key=lambda size: size[0] * size[1])
     height, width = height // 2 * 2, width // 2 * 2
     return {
-        model: (mask(fit(trim(frames, fps, seconds), height, width), boxes), fps)
+        model: (mask(cover_and_crop(trim(frames, fps, seconds), height, width), boxes), fps)
         for model, (frames, fps) in clips.items()
     }
 
 
 def spoil(frames: Frames, seed: int) -> Frames:
-    """The wrong answer of an attention check: the clip buried in noise, its frames shuffled."""
+    """Make the wrong answer of an attention check: the clip under noise, its frames shuffled."""
     rng = np.random.default_rng(seed)
     noisy = frames[rng.permutation(len(frames))].astype(np.float32) * 0.3 + rng.normal(90, 70, frames.shape)
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-def prepare_clips(sources: Sequence[Source], prompts: Mapping[str, str], folder: Path) -> None:
+def prepare_clips(sources: Sequence[ModelClips], prompts: Mapping[str, str], folder: Path) -> None:
     """Write the harmonised clips `<folder>/<prompt id>/<number of the model>.mp4` and the checks' `…-spoiled.mp4`.
 
-    Files have no model names, so that a rater can't read them in the page. Finished files are kept. Raises UserError
-    for missing clips.
+    Names of files don't hold the model, so that raters can't read it in the page. Finished files are kept. Raises
+    UserError for missing clips.
     """
     boxes = [box for source in sources for box in source.watermarks]
     for number, key in enumerate(prompts):
@@ -111,8 +111,8 @@ def prepare_clips(sources: Sequence[Source], prompts: Mapping[str, str], folder:
             write_mp4(wrong, spoil(frames, number), fps)
 
 
-def _clip(source: Source, key: str) -> Path:
-    """The clip of a prompt; other files of its name, such as its metadata in JSON, are none."""
+def _clip(source: ModelClips, key: str) -> Path:
+    """Return the clip of a prompt; other files of that name, such as metadata in JSON, are ignored."""
     found = [path for suffix in CLIP_SUFFIXES if (path := source.folder / f"{key}{suffix}").is_file()]
     if not found:
         raise UserError(

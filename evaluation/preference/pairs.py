@@ -1,4 +1,4 @@
-"""Which pairs are shown: every pair of models on every prompt, sides and order random by seed (App. E.1)."""
+"""The questions of a study: every pair of models on every prompt, sides and order random by seed (App. E.1)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-AXES = ("quality", "prompt")
 QUESTIONS = {
     "quality": "Which video has the better visual quality?",
     "prompt": "Which video follows the prompt better?",
 }
+QUESTION_NAMES = tuple(QUESTIONS)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One comparison to be answered. `check`: the side that is right for an attention check, empty for real
-    questions.
-    """
+    """One comparison to be answered. check: the right side of an attention check; empty for a real question."""
 
     number: int
     prompt: str
@@ -33,15 +31,15 @@ def schedule(
     models: Sequence[str],
     prompts: Sequence[str],
     *,
-    axes: Sequence[str] = AXES,
+    axes: Sequence[str] = QUESTION_NAMES,
     votes: int = 3,
     seed: int = 0,
     check_every: int = 12,
 ) -> list[Question]:
-    """Every pair of `models` on every prompt and axis, `votes` times, in random order on random sides, with checks.
+    """Ask for every pair of `models` on every prompt and axis, `votes` times, in random order, with checks.
 
-    Of the copies of one question every other one has its sides swapped; which one begins is random. An attention check
-    (a clip against noise, see `clips.spoil`) comes about every `check_every` questions; 0: none. Raises ValueError for
+    Sides are random for the first copy of a question and alternate in its other copies. An attention check (a clip
+    against noise, see `clips.spoil`) comes about every `check_every` questions; 0: none. Raises ValueError for
     fewer than two models, no prompts, or repeated names.
     """
     _checked(models, prompts)

@@ -1,4 +1,4 @@
-"""Ratings of a study as a picture: above the last-ranked model, as the paper plots them (Fig. 4e)."""
+"""A plot of a study's ratings above the last-ranked model, as in the paper (Fig. 4e)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _METHODS = {
 def ratings_plot(path: Path, models: Sequence[str], found: Mapping[str, Any]) -> None:
     """Write a PNG of the results of `study.results`: each model's ratings above the last-ranked one, by question.
 
-    Left the paper's Elo, right Bradley-Terry with intervals; a model without votes has no bar. The order is that of the
-    aggregated Bradley-Terry rating.
+    The paper's Elo is on the left, Bradley-Terry with intervals on the right. Models are in the order of the aggregated
+    Bradley-Terry rating; one without votes has no bar.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def ratings_plot(path: Path, models: Sequence[str], found: Mapping[str, Any]) ->
 
 
 def _bars(panel: Any, order: Sequence[str], tables: Mapping[str, Sequence[Mapping[str, Any]]], intervals: bool) -> None:
-    """One group of bars a model, one bar a question."""
+    """Draw one group of bars per model, one bar per question."""
     height = 0.8 / len(tables)
     for number, (name, ratings) in enumerate(tables.items()):
         places = [order.index(r["model"]) + 0.4 - (number + 0.5) * height for r in ratings]

@@ -1,7 +1,8 @@
-"""Ratings from votes: Elo exactly as in the paper (App. E.1.2), and Bradley-Terry with intervals that can be trusted.
+"""Ratings from votes: Elo exactly as in the paper (App. E.1.2), and Bradley-Terry with valid intervals.
 
-Elo with K = 1 has not converged after a study of the paper's size, so its ratings depend on the number of votes; it is
-computed for comparison with the paper. Votes on one prompt are alike, so the Bradley-Terry intervals resample prompts.
+After a study of the paper's size, Elo with K = 1 has not converged, so its ratings depend on the number of votes; it is
+computed for comparison with the paper. Votes on one prompt are correlated, so the Bradley-Terry intervals resample
+prompts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SCALE = math.log(10) / 400  # Elo points to log-odds
 
 @dataclass(frozen=True)
 class Vote:
-    """One answer: `winner` against `loser` on a prompt; `left_won`: the winner stood on the left; `rater`: who."""
+    """One answer: `winner` beat `loser` on a prompt. left_won: the winner stood on the left. rater: who answered."""
 
     prompt: str
     winner: str
@@ -32,7 +33,7 @@ class Vote:
 
 @dataclass(frozen=True)
 class Rating:
-    """A model's rating in Elo points. low, high: 95 % interval where there is one; `relative`: above the last model."""
+    """A model's rating in Elo points. relative: above the last-ranked model. low, high: interval of 95 %."""
 
     model: str
     rating: float
@@ -44,7 +45,7 @@ class Rating:
 
 @dataclass(frozen=True)
 class SideBias:
-    """How often the left clip won, and the two-sided p value of a fair coin."""
+    """How often the left clip won, and the two-sided p value under no preference."""
 
     left: int
     votes: int
@@ -52,14 +53,14 @@ class SideBias:
 
 
 def models_of(votes: Sequence[Vote]) -> list[str]:
-    """All models in the votes, sorted."""
+    """Return all models in the votes, sorted."""
     return sorted({vote.winner for vote in votes} | {vote.loser for vote in votes})
 
 
 def elo_runs(
     votes: Sequence[Vote], shuffles: int = 1000, seed: int = 0, k: float = 1.0, initial: float = 1000.0
 ) -> tuple[list[str], Array]:
-    """(models, final ratings (shuffles, models)) of Elo over seeded random orders of the votes (App. E.1.2).
+    """Return the models and their final Elo (shuffles, models) over seeded random orders of the votes (App. E.1.2).
 
     E₁ = 1 / (1 + 10^((R₂ − R₁) / 400)); R ← R + K (S − E), S = 1 for the winner. All shuffles advance together.
     """
@@ -81,9 +82,9 @@ def elo_runs(
 
 
 def elo(votes: Sequence[Vote], shuffles: int = 1000, seed: int = 0) -> list[Rating]:
-    """The paper's Elo: K = 1, 1000 to begin with, mean over 1000 orders; best first.
+    """Return the paper's Elo: K = 1, initially 1000, mean over 1000 orders; best first.
 
-    low, high: 2.5 % and 97.5 % over the orders: noise of the order only, not of who was asked. Raises ValueError
+    low, high: 2.5 % and 97.5 % over the orders; the noise of the order alone, not of the raters. Raises ValueError
     without votes.
     """
     _need(votes)
@@ -108,7 +109,7 @@ def _rated(models: list[str], ratings: Array, low: Array, high: Array, votes: Se
 
 
 def win_matrix(votes: Sequence[Vote], models: Sequence[str]) -> Array:
-    """Entry (i, j): how often model i beat model j."""
+    """Return how often model i beat model j at (i, j)."""
     index = {model: number for number, model in enumerate(models)}
     wins = np.zeros((len(models), len(models)))
     for vote in votes:
@@ -117,7 +118,7 @@ def win_matrix(votes: Sequence[Vote], models: Sequence[str]) -> Array:
 
 
 def fit_bradley_terry(wins: Array, ridge: float = 1e-3, iterations: int = 100) -> Array:
-    """Strengths (models,) in Elo points with mean 0 from wins (models, models), by Newton's method; ridge > 0.
+    """Fit strengths (models,) in Elo points, of mean 0, to wins (models, models) by Newton's method; ridge > 0.
 
     The ridge keeps an undefeated model finite. Maximises Σ wins·log σ(θᵢ − θⱼ) − ridge/2·Σ wins·Σ θ².
     """
@@ -138,9 +139,9 @@ def fit_bradley_terry(wins: Array, ridge: float = 1e-3, iterations: int = 100) -
 
 
 def bradley_terry(votes: Sequence[Vote], resamples: int = 600, seed: int = 0, ridge: float = 1e-3) -> list[Rating]:
-    """Bradley-Terry ratings around 1000 with 95 % intervals from resampling prompts; best first.
+    """Return Bradley-Terry ratings around 1000 with 95 % intervals from resampling prompts; best first.
 
-    Votes on the same prompt depend on each other: resampling single votes gives intervals that are a third too small.
+    Votes on one prompt are correlated: resampling single votes would give intervals that are a third too small.
     Raises ValueError without votes.
     """
     _need(votes)
@@ -151,7 +152,7 @@ def bradley_terry(votes: Sequence[Vote], resamples: int = 600, seed: int = 0, ri
 
 @dataclass(frozen=True)
 class _Runs:
-    """Ratings of models (M,) and what they would have been (R, M): in other orders, or with other prompts."""
+    """Ratings of models (M,), and those in other orders or on resampled prompts (R, M)."""
 
     models: list[str]
     rating: Array
@@ -165,7 +166,7 @@ def _prompts(votes: Sequence[Vote]) -> list[str]:
 def _bradley_terry_runs(
     votes: Sequence[Vote], prompts: Sequence[str], resamples: int, seed: int, ridge: float
 ) -> _Runs:
-    """Fits to resamples of `prompts`; equal prompts and seeds resample alike, whatever the votes."""
+    """Fit to resamples of `prompts`; the resamples depend on prompts and seed alone, not on the votes."""
     models = models_of(votes)
     by_prompt = np.stack([win_matrix([v for v in votes if v.prompt == p], models) for p in prompts])
     point = fit_bradley_terry(by_prompt.sum(axis=0), ridge)
@@ -176,12 +177,12 @@ def _bradley_terry_runs(
 
 
 def aggregated_elo(by_axis: Sequence[Sequence[Vote]], shuffles: int = 1000, seed: int = 0) -> list[Rating]:
-    """The paper's aggregated score: the mean of a model's Elo over the axes (visual quality, prompt following).
+    """Return the paper's aggregated score: the mean Elo over the axes (visual quality, prompt following).
 
-    low, high: 2.5 % and 97.5 % of the mean over orders that are independent between the axes.
+    low, high: 2.5 % and 97.5 % of the mean, over orders that are independent between the axes.
     """
     runs = [elo_runs(votes, shuffles, seed) for votes in by_axis]
-    # equal seeds draw equal orders for equal numbers of votes; shifted, no two axes meet in the same one
+    # One seed draws the same orders for equal numbers of votes: rolled, no two axes meet in the same order.
     parts = [_Runs(models, r.mean(axis=0), np.roll(r, axis, axis=0)) for axis, (models, r) in enumerate(runs)]
     return _aggregated(parts, by_axis)
 
@@ -189,14 +190,16 @@ def aggregated_elo(by_axis: Sequence[Sequence[Vote]], shuffles: int = 1000, seed
 def aggregated_bradley_terry(
     by_axis: Sequence[Sequence[Vote]], resamples: int = 600, seed: int = 0, ridge: float = 1e-3
 ) -> list[Rating]:
-    """The mean of a model's Bradley-Terry ratings over the axes; 95 % intervals from resampling prompts, the same ones
-    on all axes, since both questions are asked about the same clips."""
+    """Return the mean Bradley-Terry rating over the axes, with 95 % intervals from resampling prompts.
+
+    All axes use the same resamples, since all questions are asked about the same clips.
+    """
     prompts = _prompts([vote for votes in by_axis for vote in votes])
     return _aggregated([_bradley_terry_runs(votes, prompts, resamples, seed, ridge) for votes in by_axis], by_axis)
 
 
 def _aggregated(parts: Sequence[_Runs], by_axis: Sequence[Sequence[Vote]]) -> list[Rating]:
-    """Means over the axes on which a model stands."""
+    """Return means over the axes on which a model has votes."""
     models = sorted({model for part in parts for model in part.models})
     ratings, samples = [], []
     for model in models:
@@ -208,7 +211,7 @@ def _aggregated(parts: Sequence[_Runs], by_axis: Sequence[Sequence[Vote]]) -> li
 
 
 def agreement(votes: Sequence[Vote]) -> float:
-    """How much raters of the same question (prompt, pair, axis) agree: 1 always, 0 as often as two coins.
+    """Measure how much raters of one question (prompt, pair, axis) agree: 1 always, 0 as often as by chance.
 
     Bennett's S for two options, 2·P − 1 with P the share of agreeing pairs of answers, questions weighted by their
     number of answers; unlike kappa and alpha it doesn't depend on the order of the models. NaN when no question has
@@ -226,7 +229,7 @@ def agreement(votes: Sequence[Vote]) -> float:
 
 
 def side_bias(votes: Sequence[Vote]) -> SideBias:
-    """Do raters prefer a side? Exact two-sided binomial test against one half."""
+    """Test whether raters prefer a side: exact two-sided binomial test against one half."""
     count, left = len(votes), sum(vote.left_won for vote in votes)
     log_weights = np.array(
         [math.lgamma(count + 1) - math.lgamma(i + 1) - math.lgamma(count - i + 1) for i in range(count + 1)]

@@ -1,4 +1,4 @@
-"""Where votes are kept: SQLite in a file, or Postgres by URL, through SQLAlchemy. A vote is written once."""
+"""The store of votes: an SQLite file, or Postgres by URL, through SQLAlchemy. A vote is never changed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class VoteStore:
         return self._engine
 
     def plan(self, questions: Sequence[Question]) -> None:
-        """Store the study's questions; the same plan again is fine. Raises UserError when another plan is there."""
+        """Store the questions of the study; the same ones again change nothing. Raises UserError for other ones."""
         with Session(self._engine) as session:
             stored = self.questions()
             if not stored:
@@ -78,16 +78,16 @@ class VoteStore:
                 raise UserError("the vote database holds another study; give another file or the same models and seed")
 
     def questions(self) -> list[Question]:
-        """All questions in order."""
+        """Return all questions in order."""
         with Session(self._engine) as session:
             rows = session.scalars(select(_Question).order_by(_Question.number))
             return [Question(r.number, r.prompt, r.axis, r.left, r.right, r.check) for r in rows]
 
     def next_question(self, rater: str) -> Question | None:
-        """The first question with the fewest answers that `rater` hasn't answered; None when there is none left.
+        """Return the first of the least answered questions that `rater` hasn't answered; None when none is left.
 
-        Every question gets its answer from somebody before any gets a second one; a question that stands three times in
-        the plan (three votes) is three questions, and a rater sees only one of them.
+        So all questions are answered once before any is answered twice. A question that is planned three times (three
+        votes) counts as three; a rater sees one of them.
         """
         with Session(self._engine) as session:
             counts = dict(
@@ -100,7 +100,7 @@ class VoteStore:
         return min(left, key=lambda q: (counts.get(q.number, 0), q.number), default=None)
 
     def answer(self, question: int, rater: str, side: str, milliseconds: int) -> bool:
-        """Store an answer ("left" or "right"); False when this rater answered the question before (nothing changes).
+        """Store an answer ("left" or "right"); False, and no change, when this rater has answered the question.
 
         Raises UserError for an unknown question or side.
         """
@@ -118,14 +118,14 @@ class VoteStore:
         return True
 
     def progress(self, rater: str) -> tuple[int, int]:
-        """(answers of this rater, answers of all)."""
+        """Return (answers of this rater, answers of all)."""
         with Session(self._engine) as session:
             total = session.scalar(select(func.count(_Answer.id))) or 0
             mine = session.scalar(select(func.count(_Answer.id)).where(_Answer.rater == rater)) or 0
         return mine, total
 
     def inattentive(self, allowed: float = 0.2) -> set[str]:
-        """Raters that failed more than the share `allowed` of their attention checks."""
+        """Return the raters who failed more than the share `allowed` of their attention checks."""
         failed: dict[str, list[bool]] = {}
         for question, row in self._answers():
             if question.check:
@@ -133,7 +133,7 @@ class VoteStore:
         return {rater for rater, wrong in failed.items() if sum(wrong) > allowed * len(wrong)}
 
     def votes(self, axis: str | None = None, *, checked: bool = True) -> list[Vote]:
-        """All votes, without attention checks and, if `checked`, without the raters that failed them."""
+        """Return all votes without attention checks; if `checked`, without those of inattentive raters."""
         excluded = self.inattentive() if checked else set()
         found = []
         for question, row in self._answers():
@@ -150,7 +150,7 @@ class VoteStore:
         return [(by_number[row.question], row) for row in rows]
 
     def export(self) -> list[dict[str, Any]]:
-        """Every answer with its question, as flat values; checks included and marked."""
+        """Return every answer with its question as flat values; attention checks are included and marked."""
         excluded = self.inattentive()
         return [
             {
@@ -170,7 +170,7 @@ class VoteStore:
         ]
 
     def export_csv(self) -> str:
-        """`export` as CSV."""
+        """Return `export` as CSV."""
         rows = self.export()
         names = ("question", "prompt", "axis", "left", "right", "check", "side", "rater", "milliseconds", "at")
         stream = io.StringIO()
@@ -180,13 +180,15 @@ class VoteStore:
         return stream.getvalue()
 
     def export_json(self) -> str:
-        """`export` as JSON."""
+        """Return `export` as JSON."""
         return json.dumps(self.export(), indent=2) + "\n"
 
 
 def copy_votes(source: Path, target: Path) -> None:
-    """Copy an SQLite file with everything that is committed, though its server may be running, to where there is none
-    yet. Does nothing when `source` is missing or `target` there. Raises UserError when the target can't be written."""
+    """Copy the votes in an SQLite file, though its server may be running, unless the target exists.
+
+    Does nothing when `source` is missing. Raises UserError when the target can't be written.
+    """
     try:
         if target.exists() or not source.is_file():
             return
@@ -205,14 +207,14 @@ def _content(question: Question) -> tuple[str, ...]:
 
 
 def _wait_for_writers(connection: Any, _record: Any) -> None:
-    """SQLite: wait for other writers, survive a crash of the machine."""
+    """Make SQLite wait for other writers and survive a crash of the machine."""
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA busy_timeout=10000")
     connection.execute("PRAGMA foreign_keys=ON")
 
 
 def _hidden(url: str) -> str:
-    """A URL without its password."""
+    """Return a URL without its password."""
     try:
         return make_url(url).render_as_string(hide_password=True)
     except ArgumentError:

@@ -1,7 +1,7 @@
-"""A study folder: what is compared, the harmonised clips, the votes, and the results.
+"""A study in a folder: models and prompts, harmonised clips, votes, results.
 
-`study.json` names models, prompts and axes; `clips/` holds what raters see. Votes lie in `votes.db` unless a database
-URL is given, or `study.json` names a file outside the folder, for studies whose folder is replaced while people vote.
+`study.json` names models, prompts and axes; `clips/` holds what raters see. Votes are in `votes.db`, unless a database
+URL is given or `study.json` names a file outside the folder: for folders that are replaced while people vote.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.preference.clips import CLIP_SUFFIXES, Box, Source, prepare_clips
-from evaluation.preference.pairs import AXES, schedule
+from evaluation.preference.clips import CLIP_SUFFIXES, Box, ModelClips, prepare_clips
+from evaluation.preference.pairs import QUESTION_NAMES, schedule
 from evaluation.preference.plots import ratings_plot
 from evaluation.preference.ratings import (
     aggregated_bradley_terry,
@@ -35,9 +35,10 @@ from svd.storage import write_bytes
 
 @dataclass(frozen=True)
 class Study:
-    """A study as stored: `models` in the order of the clips' numbers, `prompts` by id.
+    """A study as stored.
 
-    watermarks: blacked out in every clip; votes_file: where votes are kept, from the study's folder; empty: inside it.
+    models: in the order of the clips' numbers. prompts: text by id. watermarks: black in every clip. votes_file: where
+    votes are kept, relative to the study's folder; empty: inside it.
     """
 
     models: tuple[str, ...]
@@ -51,10 +52,10 @@ class Study:
 
 def create_study(
     folder: Path,
-    sources: Sequence[Source],
+    sources: Sequence[ModelClips],
     prompts: Mapping[str, str] | None = None,
     *,
-    axes: Sequence[str] = AXES,
+    axes: Sequence[str] = QUESTION_NAMES,
     votes: int = 3,
     seed: int = 0,
     database: str | None = None,
@@ -62,9 +63,9 @@ def create_study(
 ) -> Study:
     """Harmonise the clips of `sources` into `folder` and store the schedule; the same call again changes nothing.
 
-    prompts: text by id, the clips' file names without ending; None: the names that all folders share are ids and texts.
-    votes_file: where `svd vote serve` keeps the votes, if not in the folder. Raises UserError for missing clips and for
-    a folder that holds another study.
+    prompts: text by id; an id is the file name of the clips without ending. None: the names that all folders share are
+    ids and texts. votes_file: where `svd vote serve` keeps the votes, if not in the folder. Raises UserError for
+    missing clips and for a folder that holds another study.
     """
     texts = dict(prompts) if prompts is not None else _shared(sources)
     if odd := [key for key in texts if Path(key).name != key]:
@@ -86,8 +87,8 @@ def create_study(
     return study
 
 
-def _shared(sources: Sequence[Source]) -> dict[str, str]:
-    """Names of clips that every folder has, as id and text."""
+def _shared(sources: Sequence[ModelClips]) -> dict[str, str]:
+    """Return the names of clips that every folder has, as id and text."""
     names = [{p.stem for p in s.folder.glob("*") if p.suffix.lower() in CLIP_SUFFIXES} for s in sources]
     shared = sorted(set.intersection(*names)) if names else []
     if not shared:
@@ -96,8 +97,8 @@ def _shared(sources: Sequence[Source]) -> dict[str, str]:
     return {name: name for name in shared}
 
 
-def read_prompts(path: Path) -> dict[str, str]:
-    """Texts by clip name: a JSON object {name: text}, or a CSV file with the columns `name` and `prompt`.
+def read_named_prompts(path: Path) -> dict[str, str]:
+    """Read texts by clip name: a JSON object {name: text}, or a CSV file with the columns `name` and `prompt`.
 
     Raises UserError for a file that is neither, or names no prompts.
     """
@@ -118,7 +119,7 @@ def read_prompts(path: Path) -> dict[str, str]:
 
 
 def load_study(folder: Path) -> Study:
-    """The study in `folder`. Raises UserError when there is none."""
+    """Read the study in `folder`; raises UserError when there is none."""
     path = folder / "study.json"
     try:
         values = json.loads(path.read_text())
@@ -136,10 +137,10 @@ def load_study(folder: Path) -> Study:
 
 
 def open_store(folder: Path, database: str | None = None) -> VoteStore:
-    """The votes of a study: the database at an SQLAlchemy URL, or the file that the study names, by default
-    `<folder>/votes.db`. Where that file is missing but the folder holds a copy of it, voting goes on from the copy.
+    """Open the votes of a study: at an SQLAlchemy URL, or in the file that it names (default `<folder>/votes.db`).
 
-    Raises UserError when it can't be opened.
+    When that file is missing and the folder holds a copy of it, voting goes on from the copy. Raises UserError when the
+    database can't be opened.
     """
     if database:
         return VoteStore(database)
@@ -156,7 +157,7 @@ def _votes_file(folder: Path) -> str:
 
 
 def results(study: Study, store: VoteStore, shuffles: int = 1000, resamples: int = 600) -> dict[str, Any]:
-    """Ratings by axis and aggregated, with agreement, side bias and the raters left out; empty where nobody voted."""
+    """Rate by axis and in total, with agreement, side bias and the number of excluded raters; axes need votes."""
     found: dict[str, Any] = {"axes": {}, "excluded_raters": len(store.inattentive())}
     by_axis = {axis: votes for axis in study.axes if (votes := store.votes(axis))}
     for axis, votes in by_axis.items():
@@ -178,9 +179,11 @@ def results(study: Study, store: VoteStore, shuffles: int = 1000, resamples: int
     return found
 
 
-def export(folder: Path, database: str | None = None) -> dict[str, Any]:
-    """Write `votes.csv`, `votes.json`, `ratings.json`, `ratings.csv` and, once there are votes, `ratings.png` into the
-    study's folder; returns the results."""
+def export_results(folder: Path, database: str | None = None) -> dict[str, Any]:
+    """Write votes and ratings into the study's folder and return the ratings.
+
+    Files: `votes.csv`, `votes.json`, `ratings.json`, `ratings.csv` and, once there are votes, `ratings.png`.
+    """
     study, store = load_study(folder), open_store(folder, database)
     found = results(study, store)
     write_bytes(folder / "votes.csv", store.export_csv().encode())

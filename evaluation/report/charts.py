@@ -24,7 +24,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Bar:
-    """A horizontal bar: what remains, out of `whole`, and a remark."""
+    """A horizontal bar: a name, a value and a remark."""
 
     name: str
     value: float
@@ -42,7 +42,7 @@ class Dot:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that divide [low, high] in about `count` steps."""
+    """Return round numbers that divide [low, high] into about `count` steps."""
     if not high > low:
         return [low]
     magnitude = 10.0 ** math.floor(math.log10((high - low) / count))
@@ -62,7 +62,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", style: str = "ti
 
 
 def line_chart(series: Sequence[Series], label: str, x_name: str = "step") -> str:
-    """Lines over steps; the vertical range leaves out the first values' peak when it would flatten everything else.
+    """Draw lines over steps; the highest 2 % of the values are cut off, since a first peak would flatten the rest.
 
     Points that aren't finite are left out. Raises ValueError when nothing is left to draw.
     """
@@ -95,7 +95,7 @@ def line_chart(series: Sequence[Series], label: str, x_name: str = "step") -> st
 
 
 def _frame(x_range: Range, y_range: Range, place: Callable[[float, float], tuple[float, float]], x_name: str) -> str:
-    """Grid lines and tick labels of both axes."""
+    """Draw grid lines and tick labels of both axes."""
     parts = []
     for value in ticks(*y_range):
         _, y = place(x_range[0], value)
@@ -109,7 +109,7 @@ def _frame(x_range: Range, y_range: Range, place: Callable[[float, float], tuple
 
 
 def funnel_chart(bars: Sequence[Bar], label: str) -> str:
-    """Horizontal bars, widest first step = full width, with count and share of the first."""
+    """Draw horizontal bars, the first one at full width, with count and share of the first."""
     whole = max(bars[0].value, 1e-9)
     row, left, width = 34, 190, 720
     room = width - left - 170
@@ -127,7 +127,7 @@ def funnel_chart(bars: Sequence[Bar], label: str) -> str:
 
 
 def dot_plot(dots: Sequence[Dot], label: str, x_name: str) -> str:
-    """Values with error bars on one logarithmic axis, smallest first. Raises ValueError when none is positive."""
+    """Draw values with error bars on one logarithmic axis, smallest first; raises ValueError when none is positive."""
     shown = sorted((dot for dot in dots if dot.value > 0 and math.isfinite(dot.value)), key=lambda dot: dot.value)
     if not shown:
         raise ValueError("no positive values to draw")

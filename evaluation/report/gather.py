@@ -1,4 +1,4 @@
-"""What the report shows, read from the other stages' output folders. What isn't there is named, never hidden."""
+"""The content of the report, read from the output folders of the other stages. What is missing is named there."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from evaluation.report.charts import Bar, Dot, Series
+from svd.catalogue.axes import AXES
 from svd.core.errors import UserError
 
 # The inputs of the stage `report`, in the order of the page.
@@ -33,12 +34,12 @@ STAGES = {
 }
 
 _TYPES = {".mp4": "video/mp4", ".png": "image/png", ".gif": "image/gif", ".jpg": "image/jpeg"}
-_LARGE = 120_000  # bytes above which a picture is stored as WebP
+_LARGE = 120_000  # bytes above which an image is stored as WebP
 
 
 @dataclass(frozen=True)
 class Medium:
-    """A picture or clip as a data URI."""
+    """An image or clip as a data URI."""
 
     uri: str
     video: bool
@@ -47,7 +48,7 @@ class Medium:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ClipPair:
     """A generated clip beside a real one of its class."""
 
     label: str
@@ -58,9 +59,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Gallery:
-    """What a stage shows of its results: generated clips beside real ones, and pictures."""
+    """The results of a stage: generated clips beside real ones, and images."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ClipPair, ...]
     media: tuple[Medium, ...]
 
 
@@ -73,14 +74,14 @@ class ViewTable:
     about: dict[str, str]
 
     def of(self, metric: str, subjects: Sequence[str]) -> list[tuple[str, str]]:
-        """(subject, value) of one metric, for those of `subjects` that were scored."""
+        """Return (subject, value) of one metric, for those of `subjects` that were scored."""
         column = self.names.index(metric)
         return [(subject, values[column]) for subject, values in self.rows if subject in subjects]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one training stage, and a held-out `measure` before and after it."""
+    """The losses of one training stage, and a `measure` on held-out clips before and after it."""
 
     stage: str
     series: tuple[Series, ...]
@@ -90,7 +91,7 @@ class Curve:
 
     @property
     def change(self) -> str:
-        """How much the measure fell, in per cent; empty when that isn't known."""
+        """The relative change of the measure, as text; empty when it isn't known."""
         if not self.before or self.after is None:
             return ""
         return f"{100 * (self.after / self.before - 1):+.0f} %"
@@ -98,10 +99,10 @@ class Curve:
 
 @dataclass
 class Gathered:
-    """Everything that was found, and `missing`: what was expected and wasn't there."""
+    """All that was found; `missing` names what was expected and wasn't there."""
 
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[ClipPair] = field(default_factory=list)
     funnel: list[Bar] = field(default_factory=list)
     plots: list[Medium] = field(default_factory=list)
     contacts: list[Medium] = field(default_factory=list)
@@ -115,31 +116,31 @@ class Gathered:
 
 
 def medium(path: Path, caption: str = "", max_width: int = 1800) -> Medium:
-    """A file as a data URI, large pictures scaled to `max_width`, as WebP. Raises UserError for broken files."""
+    """Read a file as a data URI; large images become WebP of at most `max_width`. Raises UserError for broken ones."""
     try:
         content, kind = path.read_bytes(), _TYPES[path.suffix.lower()]
         width = 0
         if kind in ("image/png", "image/jpeg"):
-            with Image.open(io.BytesIO(content)) as picture:
-                width = picture.width
+            with Image.open(io.BytesIO(content)) as image:
+                width = image.width
                 if width > max_width or len(content) > _LARGE:
-                    content, kind = _compressed(picture, min(width, max_width)), "image/webp"
+                    content, kind = _compressed(image, min(width, max_width)), "image/webp"
     except (OSError, KeyError) as error:
         raise UserError(f"{path}: can't be shown in the report ({error}); run its stage again") from None
     encoded = base64.b64encode(content).decode()
     return Medium(f"data:{kind};base64,{encoded}", kind == "video/mp4", caption, width)
 
 
-def _compressed(picture: Image.Image, width: int) -> bytes:
+def _compressed(image: Image.Image, width: int) -> bytes:
     stream = io.BytesIO()
-    height = round(picture.height * width / picture.width)
-    scaled = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    height = round(image.height * width / image.width)
+    scaled = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     scaled.save(stream, format="WEBP", quality=82, method=4)
     return stream.getvalue()
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file. Raises UserError when it is damaged."""
+    """Read a JSON file; raises UserError when it is damaged."""
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -147,13 +148,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file by column name."""
+    """Read the rows of a CSV file, by column name."""
     with path.open(newline="") as stream:
         return list(csv.DictReader(stream))
 
 
-def gather(inputs: Mapping[str, Path], media_budget: int) -> Gathered:
-    """Read everything the report shows; `media_budget` limits the bytes of pictures and clips by stage galleries."""
+def gather_outputs(inputs: Mapping[str, Path], media_budget: int) -> Gathered:
+    """Read all that the report shows; `media_budget`: bytes of images and clips per gallery of a stage."""
     found = Gathered()
     for stage, title in STAGES.items():
         folder = inputs.get(stage)
@@ -174,7 +175,7 @@ def gather(inputs: Mapping[str, Path], media_budget: int) -> Gathered:
     return found
 
 
-# What a stage examines on held-out clips: name, value before, value after.
+# What a stage measures on held-out clips: name, metric before, metric after.
 _MEASURES = (
     ("validation loss", "validation_loss_before", "validation_loss_after"),
     ("held-out L1", "l1_before", "l1"),
@@ -182,8 +183,9 @@ _MEASURES = (
 
 
 def losses(folder: Path, title: str, metrics: Mapping[str, Any]) -> Curve | None:
-    """The loss curves in `losses.csv`: a column `step`, which may begin anew with each phase, and columns of losses
-    with gaps. None when there is no file.
+    """Read the loss curves of `losses.csv`; None when there is no such file.
+
+    It has a column `step`, which may begin anew with each phase, and columns of losses, which may have gaps.
     """
     path = folder / "losses.csv"
     if not path.is_file():
@@ -202,7 +204,11 @@ def losses(folder: Path, title: str, metrics: Mapping[str, Any]) -> Curve | None
 
 
 def continued(steps: list[float]) -> list[float]:
-    """Steps that go on where they begin anew: 0 1 2 0 1 becomes 0 1 2 3 4."""
+    """Make steps that begin anew go on.
+
+    >>> continued([0, 1, 2, 0, 1])
+    [0.0, 1.0, 2.0, 3.0, 4.0]
+    """
     offset, last, result = 0.0, -math.inf, []
     for step in steps:
         if step + offset < last:
@@ -224,8 +230,9 @@ def _caption(path: Path) -> str:
 
 
 def gallery(folder: Path, budget: int) -> Gallery | None:
-    """The pictures of a stage's folder and of `samples/`, and its pairs `generated-<n>` and `real-<n>`: as many as fit
-    in `budget` bytes; None when there are none. A sheet of the pairs is left out beside them, a GIF beside its mp4.
+    """Read the images of a stage's folder and `samples/`, and its pairs `generated-<n>`, `real-<n>`; None without any.
+
+    As many as fit into `budget` bytes. A sheet of the pairs is left out beside them, and a GIF beside its mp4.
     """
     files = sorted([*folder.glob("*"), *(folder / "samples").glob("*")])
     by_name = {path.stem: path for path in files if path.suffix.lower() in _TYPES}
@@ -235,7 +242,7 @@ def gallery(folder: Path, budget: int) -> Gallery | None:
         made, real = by_name[name], by_name.get(name.replace("generated", "real", 1))
         if real is not None and (size := made.stat().st_size + real.stat().st_size) <= left:
             left -= size
-            pairs.append(Pair("", "", medium(made), medium(real)))
+            pairs.append(ClipPair("", "", medium(made), medium(real)))
     media = []
     for path in files:
         shown = path.suffix.lower() in _TYPES and not path.stem.startswith(("generated-", "real-"))
@@ -248,15 +255,7 @@ def gallery(folder: Path, budget: int) -> Gallery | None:
     return Gallery(tuple(pairs), tuple(media)) if pairs or media else None
 
 
-_STEPS = {
-    "clips": "all clips",
-    "motion": "motion",
-    "aesthetics": "aesthetics",
-    "similarity": "text–image similarity",
-    "text_area": "text area",
-    "nsfw": "NSFW",
-    "duplicate": "duplicates",
-}
+_STEPS = {"clips": "all clips"} | {axis.name: axis.label for axis in AXES}
 
 
 def _curation(folder: Path | None, found: Gathered) -> None:
@@ -296,7 +295,7 @@ def _ucf101(folder: Path | None, found: Gathered) -> None:
         found.dots.append(Dot(_SUBJECTS.get(subject, subject), value, error, subject == "generated"))
     for entry in read_json(folder / "samples" / "samples.json"):
         made, real = (medium(folder / "samples" / entry[kind]) for kind in ("generated", "real"))
-        found.pairs.append(Pair(entry["class"], entry["prompt"], made, real))
+        found.pairs.append(ClipPair(entry["class"], entry["prompt"], made, real))
 
 
 def _views(folder: Path | None, found: Gathered) -> None:

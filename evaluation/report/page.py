@@ -1,4 +1,7 @@
-"""Stage `report`: one HTML file that shows a whole run: clips, curves, scores and what made them. Needs no network."""
+"""Stage `report`: one HTML file that shows a whole run: clips, curves, scores, and the weights behind them.
+
+The page loads nothing from a network.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from evaluation.report.charts import Dot, dot_plot, funnel_chart, line_chart
-from evaluation.report.gather import STAGES, Gathered, gather
+from evaluation.report.gather import STAGES, Gathered, gather_outputs
 from evaluation.tables import MEASURED, load_baselines
 from svd.config import Preset
 from svd.stage import Report, StageContext, publish
@@ -23,15 +26,15 @@ _SAMPLED = (
     "high-quality-finetuning",
     "image-to-video",
 )
-MODEL_FREE = ("copy of the input view", "mean view")  # what multi-view scores cost without a model
-MEDIA_BUDGET = 350_000  # bytes of samples a stage; keeps the page of a small run below 5 MB
+MODEL_FREE = ("copy of the input view", "mean view")  # subjects of the multi-view benchmark that need no model
+MEDIA_BUDGET = 350_000  # bytes of samples per stage; keeps the page of a small run below 5 MB
 
 
-def render(preset: Preset, inputs: Mapping[str, Path]) -> tuple[str, Gathered]:
-    """The page, and what it was made from. Equal inputs give an equal page. Raises UserError for damaged inputs."""
-    found = gather(inputs, MEDIA_BUDGET)
+def render_page(preset: Preset, inputs: Mapping[str, Path]) -> tuple[str, Gathered]:
+    """Return the page and its content; equal inputs give equal pages. Raises UserError for damaged inputs."""
+    found = gather_outputs(inputs, MEDIA_BUDGET)
     environment = Environment(
-        loader=PackageLoader("evaluation"),
+        loader=PackageLoader("evaluation", "pages"),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -55,7 +58,11 @@ def render(preset: Preset, inputs: Mapping[str, Path]) -> tuple[str, Gathered]:
 
 
 def figure(value: Any) -> str:
-    """A number for people: four significant digits, thousands separated; text as it is, a dash for nothing."""
+    """Format a number for people: four significant digits, thousands separated; a dash for None and "".
+
+    >>> figure(12345.0), figure(0.123456), figure("text"), figure(None)
+    ('12,345', '0.1235', 'text', '–')
+    """
     if value in (None, ""):
         return "–"
     try:
@@ -68,7 +75,7 @@ def figure(value: Any) -> str:
 
 
 def charts(found: Gathered) -> dict[str, Any]:
-    """All charts as safe markup."""
+    """Draw all charts, as safe markup."""
     drawn: dict[str, Any] = {"losses": [], "funnel": "", "scores": ""}
     for curve in found.curves:
         svg = line_chart(curve.series, f"{curve.stage}: losses over training steps")
@@ -94,7 +101,7 @@ _PLANTED = (
 
 
 def planted(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What was planted in the synthetic videos: (what, share found, what it cost); empty without known truth."""
+    """Return rows (what was planted in the synthetic videos, share found, its cost); empty without known truth."""
 
     def share(name: str) -> str:
         return f"{100 * float(metrics[f'truth_{name}']):.1f} %"
@@ -107,7 +114,7 @@ def planted(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def headline(found: Gathered) -> list[tuple[str, str, str]]:
-    """The figures at the top: (value, name, remark)."""
+    """Return the figures at the top: (value, name, remark)."""
     figures = []
     curation = found.metrics.get("curation", {})
     if "clips_kept" in curation:
@@ -130,15 +137,15 @@ def headline(found: Gathered) -> list[tuple[str, str, str]]:
 
 
 def nearest(found: Gathered) -> list[Dot]:
-    """What the model's distance is to be read against: the floor (real clips) and the nearest control."""
+    """Return what the model's distance is compared with: real clips (the floor) and the nearest control."""
     others = sorted((dot for dot in found.dots if not dot.emphasis), key=lambda dot: dot.value)
     floor = [dot for dot in others if "real" in dot.name]
     return floor[:1] + [dot for dot in others if "real" not in dot.name][:1]
 
 
 def run(context: StageContext) -> Report:
-    """Write `report.html` from the outputs of all other stages."""
-    page, found = render(context.preset, context.inputs)
+    """Write `report.html` from the outputs of the other stages; a missing one is named in the report."""
+    page, found = render_page(context.preset, context.inputs)
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     write_bytes(finished / "report.html", page.encode())

@@ -69,7 +69,7 @@ def stage(
     from flows.stages import find_stage
 
     find_stage(name)  # a mistake is reported before the rest is imported
-    from flows.runner import run_stage
+    from flows.running.runner import run_stage
 
     console.print(run_stage(name, preset, store_option=store).summary)
 
@@ -138,7 +138,7 @@ def report(preset: PresetOption = "tiny", store: StoreOption = None) -> None:
 @app.command()
 def doctor(preset: PresetOption = "tiny") -> None:
     """Check this machine and say for each failure what to do. Exits with 1 when something needed is missing."""
-    from flows.cli.doctor import examine
+    from flows.cli.doctor import run_checks
     from svd.config.load import load_preset
 
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]fail[/]"}
@@ -146,14 +146,14 @@ def doctor(preset: PresetOption = "tiny") -> None:
     for title in ("check", "found", "what to do"):
         table.add_column(title, overflow="fold")  # names of files and options are never cut
     failed = False
-    for finding in examine(load_preset(preset)):
+    for finding in run_checks(load_preset(preset)):
         failed |= finding.state == "fail"
         table.add_row(marks[finding.state], finding.name, finding.found, finding.advice)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     raise typer.Exit(1 if failed else 0)
 
 
-def run() -> None:
+def run_command_line() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 1."""
     load_env()
     try:

@@ -1,4 +1,4 @@
-"""`svd doctor`: what this machine has, and for each thing that is missing what to do."""
+"""The checks of `svd doctor`: what this machine has, and for each thing that is missing what to do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -41,15 +42,16 @@ def _python() -> Finding:
 def _torch() -> Iterator[Finding]:
     try:
         import torch
-        import torchvision
 
-        from svd.model.kernels.operators import TRITON
-    except (ImportError, RuntimeError) as error:
+        vision = _torchvision()
+    except (ImportError, RuntimeError, OSError) as error:
         advice = "install torch and torchvision from the same index: make setup"
         yield Finding("torch", "fail", str(error).splitlines()[0], advice)
         return
-    yield Finding("torch", "ok", f"torch {torch.__version__}, torchvision {torchvision.__version__}")
+    yield Finding("torch", "ok", f"torch {torch.__version__}, torchvision {vision}")
     if torch.cuda.is_available():
+        from svd.model.kernels.operators import TRITON
+
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         yield Finding("GPU", "ok", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
         if not TRITON:
@@ -60,8 +62,23 @@ def _torch() -> Iterator[Finding]:
         yield Finding("GPU", "note", f"none; {os.cpu_count()} CPU cores", advice)
 
 
+def _torchvision() -> str:
+    """Return torchvision's version once its operators are loaded; raises OSError when they don't fit torch.
+
+    Importing the package would take twice as long as importing torch: it imports torch's compiler.
+    """
+    import torch
+
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        raise ImportError("No module named 'torchvision'")
+    for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
+        torch.ops.load_library(library)
+    return metadata.version("torchvision")
+
+
 def _egl() -> Finding:
-    """Tried in a child process: Mesa's LLVM and triton's in one process end in a segmentation fault."""
+    """Try EGL in a child process: Mesa's LLVM and triton's in one process end in a segmentation fault."""
     probe = "import moderngl; c = moderngl.create_context(standalone=True, backend='egl'); print(c.info['GL_RENDERER'])"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     if result.returncode == 0:
@@ -131,8 +148,8 @@ def _extras() -> Finding:
     )
 
 
-def examine(preset: Preset) -> Iterator[Finding]:
-    """All checks, cheapest first."""
+def run_checks(preset: Preset) -> Iterator[Finding]:
+    """Yield the findings of all checks, cheapest first."""
     checks: list[Callable[[], Finding]] = [_python, _git, lambda: _disk(Path.cwd()), _egl, _extras]
     yield from (check() for check in checks)
     yield from _torch()

@@ -7,6 +7,6 @@ curation would hold everything that the commands need.
 
 def main() -> None:
     """Run the command line."""
-    from flows.cli.app import run
+    from flows.cli.app import run_command_line
 
-    run()
+    run_command_line()

@@ -34,17 +34,15 @@ def score_clips(
     work: Annotated[Path, typer.Option(help="Where features are kept between runs.")] = Path("work/evaluate"),
     to: Annotated[Path | None, typer.Option(help="CSV file for the rows.")] = None,
 ) -> None:
-    """Distance between two folders of clips, one row per protocol, with error bar, weights and number of clips."""
-    import torch
-
+    """Measure the distance between two folders of clips, one row per protocol, with its error bar and weights."""
     from evaluation.frechet.folders import protocols, score_folders
-    from evaluation.tables import write_rows
+    from evaluation.tables import write_score_rows
+    from svd.core.device import pick_device
 
     if not offline and weights is None:
         raise UserError("give the network's file with --weights (i3d_torchscript.pt of StyleGAN-V), or --offline")
     wanted = protocols(protocol, transnetv2=offline, frames=frames, samples=samples)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = score_folders(real, generated, wanted, work, weights=weights, sha256=sha256, device=device)
+    rows = score_folders(real, generated, wanted, work, weights=weights, sha256=sha256, device=pick_device())
     table = Table(
         "protocol", "metric", "value", "± SE", "bias-corrected", "kernel (unbiased)", "real", "generated", "weights"
     )
@@ -54,7 +52,7 @@ def score_clips(
         table.add_row(row.protocol, row.metric, *cells, str(row.real), str(row.generated), row.weights)
     out.print(table)
     if to is not None:
-        write_rows(to, rows)
+        write_score_rows(to, rows)
         out.print(f"rows: {to}")
 
 
@@ -69,8 +67,7 @@ def score_views(
     to: Annotated[Path, typer.Option(help="Folder for curve.csv and curve.png.")] = Path("multiview-curve"),
     work: Annotated[Path, typer.Option(help="Where orbits are kept between runs.")] = Path("work/evaluate-views"),
 ) -> None:
-    """Multi-view scores against training steps, as in Fig. 10b: CLIP-S and PSNR of every checkpoint on one set of
-    objects."""
+    """Score multi-view checkpoints against training steps, as in Fig. 10b: CLIP-S and PSNR on one set of objects."""
     from evaluation.multiview.curve import read_checkpoint, score_checkpoints, write_curve
     from flows.places import Place
     from svd.config.load import load_preset
@@ -91,10 +88,10 @@ def score_views(
 
 @evaluate_app.command("compare")
 def compare_evaluations(candidate: FolderArgument, champion: FolderArgument) -> None:
-    """Paired difference of two evaluations of the same prompts and seeds; below zero: the candidate is better."""
-    from evaluation.gate import compare
+    """Compare two evaluations of the same prompts and seeds, paired; below zero: the candidate is better."""
+    from evaluation.frechet.gate import compare_scores
 
-    kernel, frechet = compare(candidate, champion)
+    kernel, frechet = compare_scores(candidate, champion)
     out.print(f"kernel distance  {kernel.value:+.6g} ± {kernel.standard_error:.2g}")
     out.print(f"Fréchet distance {frechet.value:+.6g} ± {frechet.standard_error:.2g}")
 
@@ -110,10 +107,10 @@ def check_candidate(
     ] = 0.05,
     sigmas: Annotated[float, typer.Option(min=0, help="Standard errors that it may be worse.")] = 3.0,
 ) -> None:
-    """May the candidate replace the champion? Says why, and exits with 1 if not."""
-    from evaluation.gate import gate
+    """Decide whether the candidate may replace the champion, and say why; exit with 1 if it may not."""
+    from evaluation.frechet.gate import judge_candidate
 
-    verdict = gate(candidate, champion, tolerance, sigmas)
+    verdict = judge_candidate(candidate, champion, tolerance, sigmas)
     out.print(("passed: " if verdict.passed else "failed: ") + verdict.reason)
     if not verdict.passed:
         raise typer.Exit(1)
@@ -121,7 +118,7 @@ def check_candidate(
 
 @evaluate_app.command("protocols")
 def show_protocols() -> None:
-    """The named protocols and what each one fixes."""
+    """List the named protocols and what each one fixes."""
     from evaluation.frechet.protocol import named_protocols
 
     table = Table("name", "digest", "network", "frames", "fps", "clips", "ddof", "rounding")

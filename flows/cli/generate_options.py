@@ -1,4 +1,4 @@
-"""The options that the commands of `svd generate` share, as dataclasses, and how a typer command gets them."""
+"""The options that the commands of `svd generate` share, as dataclasses that `with_options` turns into options."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from svd.config import Sampling
+from svd.config import Sampling, Solver
 
-Solver = Literal["euler", "heun", "dpmpp_2m", "ddim"]
-Ramp = Literal["constant", "linear", "triangle"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Which networks, where they are, and how they run."""
+    """Options of the networks: which ones, where they are, and how they run."""
 
     preset: Annotated[
         str, typer.Option("--preset", "-p", help="Preset whose networks, sizes and sampling are the defaults.")
@@ -61,7 +59,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Solving:
-    """How the ODE is solved."""
+    """Options of the solver."""
 
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the solver.", show_default="the preset's")] = None
     solver: Annotated[Solver | None, typer.Option(help="Solver.", show_default="the preset's")] = None
@@ -70,18 +68,16 @@ class Solving:
     ] = None
 
     def sampling(self, base: Sampling, guidance: float | None = None) -> Sampling:
-        """The preset's sampling with the options that were given."""
+        """Return `base`, the preset's sampling, changed by the options that were given."""
         given = {**dataclasses.asdict(self), "guidance": guidance}
         return Sampling.model_validate(base.model_dump() | {k: v for k, v in given.items() if v is not None})
 
 
 @dataclass(frozen=True)
 class Motion:
-    """The micro-conditioning that a user sets."""
+    """Options of the micro-conditioning."""
 
-    fps: Annotated[float | None, typer.Option(min=1, help="Frames per second: told to the model, and of the file.")] = (
-        None
-    )
+    fps: Annotated[float | None, typer.Option(min=1, help="Frames per second, for the model and of the file.")] = None
     motion: Annotated[int, typer.Option(min=0, max=511, help="Motion bucket; 0 still, 255 the liveliest trained.")] = (
         127
     )
@@ -89,7 +85,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class Size:
-    """Frames and pixels of a clip."""
+    """Options of a clip's size."""
 
     frames: Annotated[int | None, typer.Option(min=1, help="Frames.", show_default="as the preset trains")] = None
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default="as the preset trains")] = None
@@ -98,14 +94,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Results:
-    """Seeds, where clips go, and what is done to them before."""
+    """Options of the results: seeds, files, and what is done to clips before they are written."""
 
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder, or for a single clip a file.")] = Path("generated")
     format: Annotated[
-        Literal["mp4", "gif", "png"], typer.Option(help="Of the files in a folder; png: a folder of pictures a clip.")
+        Literal["mp4", "gif", "png"], typer.Option(help="Of the files in a folder; png: a folder of images per clip.")
     ] = "mp4"
     seed: Annotated[int, typer.Option(min=0, help="Of the first clip; the next clips have the next numbers.")] = 0
-    count: Annotated[int, typer.Option(min=1, help="Clips for each prompt or picture.")] = 1
+    count: Annotated[int, typer.Option(min=1, help="Clips for each prompt or image.")] = 1
     batch: Annotated[int, typer.Option(min=1, help="Clips generated together; changes speed and memory only.")] = 1
     watermark: Annotated[bool, typer.Option("--watermark", help="Put an invisible watermark into the frames.")] = False
     safety_heads: Annotated[
@@ -116,7 +112,7 @@ class Results:
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
-    """A typer command from a function whose dataclass parameters become one option a field."""
+    """Make a typer command of a function: its dataclass parameters become options, one per field."""
     hints = typing.get_type_hints(function, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     parameters = [

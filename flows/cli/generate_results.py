@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from svd.generation.safety import SafetyFilter
 
 Item = TypeVar("Item")
-# They change a clip by rounding at most; `seed` is that of the first clip, each file has its own.
+# Options that change a clip by rounding at most, and the first clip's `seed`: each file records its own.
 UNRECORDED = frozenset({"device", "offload", "sequential", "compile", "out", "format", "count", "batch", "seed"})
 
 
 def seeded(items: list[Item], results: Results) -> list[tuple[Item, int]]:
-    """Every item `count` times, with a seed each; raises UserError when they would overwrite each other's file."""
+    """Repeat every item `count` times, with a seed each; raise UserError when clips would overwrite one file."""
     jobs = [item for item in items for _ in range(results.count)]
     check_single(results.out, len(jobs))
     return [(item, results.seed + number) for number, item in enumerate(jobs)]
 
 
 def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """The items in groups of `size`."""
+    """Yield the items in groups of `size`."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
 def check_single(out: Path, clips: int) -> None:
-    """Raises UserError, before any work, for an unknown format and when several clips would be written to one file."""
-    from svd.media.images import check_format
+    """Raise UserError, before any work, for an unknown format and for several clips in one file."""
+    from svd.media.clips import check_format
 
     check_format(out)
     if out.suffix and clips > 1:
@@ -48,9 +48,9 @@ def check_single(out: Path, clips: int) -> None:
 
 
 def describe(task: str, networks: Networks, sampling: Sampling, results: Results, **values: object) -> dict[str, str]:
-    """What is written into the files so that a clip can be made again: under the options' names, what they came to.
+    """Return the metadata from which a clip can be made again: the final values, under the options' names.
 
-    values: the command's own options. What is None was left to nothing and isn't written; lists are JSON.
+    values: the command's own options. None isn't written; lists are written as JSON.
     """
     settings: dict[str, Any] = sampling.model_dump()
     for group in (networks, results):
@@ -66,7 +66,7 @@ def describe(task: str, networks: Networks, sampling: Sampling, results: Results
 
 
 def _origin(model: Path | None) -> str | None:
-    """The repository and commit on a hub that a model was fetched from, if it was."""
+    """Return the hub's repository and commit that a model was fetched from; None for another one."""
     from svd.model.formats.hub import recorded
 
     if model is None:
@@ -77,7 +77,7 @@ def _origin(model: Path | None) -> str | None:
 
 
 class Writer:
-    """Saves clips under readable names and prints them; filters and marks them first when asked to."""
+    """Saves clips under readable names and prints the paths; filters and watermarks them first when asked to."""
 
     def __init__(self, results: Results, details: dict[str, str]) -> None:
         from svd.generation.safety import load_safety_filter
@@ -90,7 +90,7 @@ class Writer:
 
     def save(self, clip: Tensor, fps: float, name: str, seed: int, **details: str) -> None:
         """Write one clip (T, 3, H, W) in [0, 1]; `name` and `seed` make its file name in a folder."""
-        from svd.media.images import save_clip
+        from svd.media.clips import save_clip
         from svd.media.watermark import MESSAGE
 
         if self.safety is not None:

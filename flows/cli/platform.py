@@ -8,15 +8,10 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import console
-from flows.generated import stale_files, write_files
+from flows.rendering.files import stale_files, write_files
 from svd.core.errors import UserError
 
 platform_app = typer.Typer()
-
-
-@platform_app.callback()
-def platform() -> None:
-    """Files that are made from the table of stages."""
 
 
 @platform_app.command("render")

@@ -28,9 +28,10 @@ def curate_videos(
     dry_run: Annotated[bool, typer.Option(help="Only say how much there is and what it will cost.")] = False,
 ) -> None:
     """Cut, clip, caption, score and filter your own videos: catalogue, shards and report in outputs/NAME/curation."""
-    from flows.runner import run_preset_stage
+    from flows.places import Place
+    from flows.running.runner import run_preset_stage
     from svd.config.load import load_preset
-    from svd.curation.dry_run import plan
+    from svd.curation.dry_run import plan_curation
     from svd.sources.listing import list_sources
 
     chosen = load_preset(preset, {"name": name, "sources.paths": sources, "sources.synthetic": None})
@@ -39,13 +40,13 @@ def curate_videos(
         if not found:
             raise UserError(f"{', '.join(sources)}: no videos there")
         workers = chosen.compute.curation.workers
-        planned = plan(found, chosen.curation, chosen.sources.sources_per_shard, chosen.encoders, workers)
+        planned = plan_curation(found, chosen.curation, chosen.sources.sources_per_shard, chosen.encoders, workers)
         print("\n".join(planned.lines()))
         return
     run_preset_stage("sources", chosen)
     run_preset_stage("encoders", chosen)
     report = run_preset_stage("curation", chosen)
-    out.print(f"{report.summary}\nreport: outputs/{name}/curation/report.html")
+    out.print(f"{report.summary}\nreport: {Place(name, 'curation').output}/report.html")
 
 
 @tools_app.command("browse")
@@ -72,11 +73,11 @@ def browse_catalogue(
 @tools_app.command("refilter")
 def refilter_catalogue(catalogue: CatalogueArgument, preset: PresetOption = "tiny") -> None:
     """Judge a catalogue again with the preset's filters and renew its subsets; touches no video."""
-    from svd.catalogue.refilter import refilter
+    from svd.catalogue.refilter import renew_verdicts
     from svd.config.load import load_preset
 
     chosen = load_preset(preset).curation
-    for axis, threshold in refilter(catalogue, chosen.filters, chosen.subsets).items():
+    for axis, threshold in renew_verdicts(catalogue, chosen.filters, chosen.subsets).items():
         out.print(f"{axis}: {threshold:.6g}")
 
 
@@ -108,12 +109,14 @@ def fetch_weights(
 
     Broken downloads are resumed, hashes checked, pickles refused. All files are of one commit; fetched.json names it.
     """
-    from svd.model.formats.hub import fetch
+    from svd.model.formats.hub import fetch_repository
 
     hashes = dict(pair.split("=", 1) for pair in sha256 or [] if "=" in pair)
     if len(hashes) != len(sha256 or []):
         raise UserError("--sha256 takes FILE=HASH, for example svd.safetensors=3b0c…")
-    paths = fetch(repository, target, filenames=file, include=include, revision=revision, token=token, sha256=hashes)
+    paths = fetch_repository(
+        repository, target, filenames=file, include=include, revision=revision, token=token, sha256=hashes
+    )
     for path in paths:
         out.print(path)
 
@@ -133,9 +136,9 @@ def convert_checkpoint(
     """Convert checkpoints between the released single files and diffusers' folders, without a second copy in memory."""
     import torch
 
-    from svd.model.formats.convert import convert
+    from svd.model.formats.convert import convert_model
 
-    done = convert(source, target, to, dtype=torch.float16 if half else None, sha256=sha256, frames=frames)
+    done = convert_model(source, target, to, dtype=torch.float16 if half else None, sha256=sha256, frames=frames)
     out.print(f"{done.target}: {done.tensors} tensors")
     if done.missing:
         out.print(f"not in the source: {', '.join(done.missing)}")
@@ -150,6 +153,6 @@ def export_model(
 ) -> None:
     """Put a trained model, its autoencoder and its image encoder into one folder or file that others can load."""
     from svd.config.load import load_preset
-    from svd.model.formats.export import export
+    from svd.model.formats.export import export_networks
 
-    out.print(export(model, target, to, load_preset(preset).encoders))
+    out.print(export_networks(model, target, to, load_preset(preset).encoders))

@@ -9,11 +9,6 @@ from flows.cli.options import console
 track_app = typer.Typer()
 
 
-@track_app.callback()
-def track() -> None:
-    """What waits for MLflow."""
-
-
 @track_app.command("flush")
 def flush_journals() -> None:
     """Send what earlier runs could not deliver to MLflow."""

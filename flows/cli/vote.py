@@ -13,7 +13,7 @@ from flows.stack.processes import check_port
 from svd.core.errors import UserError
 
 if TYPE_CHECKING:
-    from evaluation.preference.clips import Source
+    from evaluation.preference.clips import ModelClips
 
 vote_app = typer.Typer()
 out = table_console()
@@ -21,7 +21,7 @@ out = table_console()
 DatabaseOption = Annotated[str | None, typer.Option(help="Database URL (Postgres); default: SQLite in the folder.")]
 
 
-class Question(StrEnum):
+class Criterion(StrEnum):
     """A question to raters (E.1)."""
 
     quality = "quality"
@@ -38,7 +38,7 @@ def create_vote(
         Path | None, typer.Option(help="Texts: JSON {name: text}, or CSV with the columns name and prompt.")
     ] = None,
     axis: Annotated[
-        list[Question] | None,
+        list[Criterion] | None,
         typer.Option(help="What to ask; may be given twice. Default: both with --prompts, else quality alone."),
     ] = None,
     watermark: Annotated[
@@ -54,11 +54,11 @@ def create_vote(
     Clips are brought to one length and size first (E.3). Without texts there is nothing to follow, so raters are asked
     for visual quality alone, as in the paper's image-to-video study; `--axis prompt` shows file names as texts.
     """
-    from evaluation.preference.study import create_study, read_prompts
+    from evaluation.preference.study import create_study, read_named_prompts
 
-    chosen = axis or ([Question.quality, Question.prompt] if prompts else [Question.quality])
+    chosen = axis or ([Criterion.quality, Criterion.prompt] if prompts else [Criterion.quality])
     axes = [one.value for one in dict.fromkeys(chosen)]
-    texts = read_prompts(prompts) if prompts else None
+    texts = read_named_prompts(prompts) if prompts else None
     study = create_study(
         folder, _sources(models, watermark or []), texts, axes=axes, votes=votes, seed=seed, database=database
     )
@@ -66,9 +66,9 @@ def create_vote(
     out.print(f"{asked}; serve it with: svd vote serve {folder}")
 
 
-def _sources(models: list[str], watermarks: list[str]) -> list[Source]:
+def _sources(models: list[str], watermarks: list[str]) -> list[ModelClips]:
     """Return the models with their folders and watermarks; raises UserError for what isn't in the expected form."""
-    from evaluation.preference.clips import Box, Source
+    from evaluation.preference.clips import Box, ModelClips
 
     folders = dict(model.split("=", 1) for model in models if "=" in model)
     if len(folders) != len(models) or not all(folders.values()):
@@ -85,7 +85,7 @@ def _sources(models: list[str], watermarks: list[str]) -> list[Source]:
                 f"--watermark {text}: expected NAME=TOP,LEFT,BOTTOM,RIGHT with one of {', '.join(folders)}, "
                 f"for example {next(iter(folders))}=0.9,0.8,1,1"
             ) from None
-    return [Source(name, Path(path), tuple(boxes[name])) for name, path in folders.items()]
+    return [ModelClips(name, Path(path), tuple(boxes[name])) for name, path in folders.items()]
 
 
 @vote_app.command("serve")
@@ -110,6 +110,6 @@ def compute_ratings(
     folder: Annotated[Path, typer.Argument(help="Folder of the study.")], database: DatabaseOption = None
 ) -> None:
     """Compute the paper's Elo and Bradley-Terry ratings with intervals; writes ratings.json, .csv and .png there."""
-    from evaluation.preference.study import export
+    from evaluation.preference.study import export_results
 
-    out.print_json(data=export(folder, database))
+    out.print_json(data=export_results(folder, database))

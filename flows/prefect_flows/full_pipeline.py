@@ -21,7 +21,7 @@ from flows.recording import dvc as versioning
 from flows.recording import results_store
 from flows.recording.inventory import take_and_record
 from flows.recording.work import clear_recorded, clear_work
-from flows.runner import git_commit, only_one
+from flows.running.runner import git_commit, only_one
 from flows.stages import PIPELINE, find_stage
 from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, send_pending, tracked_run
 from svd.config import Preset
@@ -85,7 +85,7 @@ class PipelineRun:
         uri = place.uri(self.store)
         if results_store.stored_version(uri) != output.md5:
             versioning.pull([output])
-            results_store.publish(place.output, uri, output.md5)
+            results_store.publish_folder(place.output, uri, output.md5)
 
 
 @contextmanager

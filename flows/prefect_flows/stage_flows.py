@@ -20,7 +20,7 @@ from flows.prefect_flows.logs import shorten_mistakes
 from flows.recording import dvc as versioning
 from flows.recording.results_store import fetch_inputs, store_root
 from flows.recording.work import clear_work
-from flows.runner import RunLink, run_stage
+from flows.running.runner import RunLink, run_stage
 from flows.stages import STAGES, Stage
 from flows.tracking.runs import Lineage
 from svd.config.load import load_preset

@@ -44,15 +44,23 @@ class Symbol:
     name: str
 
 
-@dataclass
-class Module:
-    """A parsed file: its tree without docstrings, the top-level definitions by name, and what imported names mean.
-
-    Top-level statements that define nothing are under "". texts: all strings in it.
-    """
+@dataclass(frozen=True)
+class Parsed:
+    """The text of a file, parsed: its tree without docstrings, all strings in it, and the tree as bytes."""
 
     tree: ast.Module
-    texts: set[str]
+    strings: frozenset[str]
+    meaning: bytes
+
+
+@dataclass
+class Module:
+    """A parsed file with its top-level definitions by name, and what imported names mean in it.
+
+    Top-level statements that define nothing are under "".
+    """
+
+    parsed: Parsed
     definitions: dict[str, list[ast.AST]] = field(default_factory=dict)
     imports: dict[str, Symbol] = field(default_factory=dict)
 
@@ -89,14 +97,14 @@ class Code:
                 self._known[symbol] = list(self._needs(symbol))
             waiting += self._known[symbol]
         files = {str(self.file_of(symbol.module)) for symbol in seen}
-        return {file for file in files if self._module(file).tree.body}
+        return {file for file in files if self._module(file).parsed.tree.body}
 
     def data_files(self, files: set[str]) -> set[str]:
         """Return the files of the packages that are no code and that a string in `files` names, or names a folder of.
 
-        Example: `"report.css"` names evaluation/templates/report.css, and so does `"templates"`.
+        Example: `"style.css"` names evaluation/pages/style.css, and so does `"pages"`.
         """
-        texts = {text for file in files for text in self._module(file).texts}
+        texts = {text for file in files for text in self._module(file).parsed.strings}
         return {name for name in self._data() if texts & self._names(Path(name))}
 
     def digest(self, function: str) -> str:
@@ -109,9 +117,9 @@ class Code:
 
     def _digest(self, file: str) -> bytes:
         if file not in self._digests:
-            content = "".join(_dump(self._module(file).tree)).encode() if file.endswith(".py") else None
-            raw = (self.root / file).read_bytes() if content is None else content
-            self._digests[file] = hashlib.sha256(raw).digest()
+            code = file.endswith(".py")
+            content = _parsed(self._text(file)).meaning if code else (self.root / file).read_bytes()
+            self._digests[file] = hashlib.sha256(content).digest()
         return self._digests[file]
 
     def _data(self) -> Iterator[str]:
@@ -127,12 +135,13 @@ class Code:
         folders = [folder for folder in path.parents if not (self.root / folder / "__init__.py").is_file()]
         return {path.name, *(folder.name for folder in folders)} - {""}
 
+    def _text(self, file: str) -> str:
+        return (self.root / file).read_text(encoding="utf-8")
+
     def _module(self, file: str) -> Module:
         if file not in self._modules:
-            tree = _without_docstrings(ast.parse((self.root / file).read_text(encoding="utf-8")))
-            constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-            module = Module(tree, {value for value in constants if isinstance(value, str)})
-            for node in module.tree.body:
+            module = Module(_parsed(self._text(file)))
+            for node in module.parsed.tree.body:
                 self._index(module, node)
             self._modules[file] = module
         return self._modules[file]
@@ -219,6 +228,13 @@ class _Uses(ast.NodeVisitor):
         if isinstance(node.value, str) and _MODULE.fullmatch(node.value):
             module, _, name = node.value.partition(":")
             self._found.append(Symbol(module, name or _EVERYTHING))
+
+
+@cache
+def _parsed(text: str) -> Parsed:
+    tree = _without_docstrings(ast.parse(text))
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return Parsed(tree, frozenset(c for c in constants if isinstance(c, str)), "".join(_dump(tree)).encode())
 
 
 def _first(module: str) -> tuple[str, Symbol]:

@@ -22,7 +22,7 @@ from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
 
 from flows.places import Place
-from flows.recording.dvc_yaml import BRANCH, MAIN
+from flows.rendering.dvc_yaml import BRANCH, MAIN
 from flows.stages import BRANCHES
 from flows.tracking.runs import Lineage
 from svd.core.errors import UserError

@@ -16,7 +16,8 @@ from typing import Any
 
 from rich.progress import Progress
 
-from flows.recording.dvc_yaml import BRANCH, MAIN
+from flows.places import Place
+from flows.rendering.dvc_yaml import BRANCH, MAIN
 from flows.stages import Stage
 from svd import storage
 from svd.config import Preset
@@ -34,12 +35,12 @@ Files = dict[str, dict[str, Any]]
 
 
 def store_root(option: str | None) -> str | None:
-    """The store of this run: `option`, else `SVD_STORE`; None: results stay on this machine and in DVC."""
+    """Return the store of this run: `option`, else `SVD_STORE`; None: results stay on this machine and in DVC."""
     return option or os.environ.get("SVD_STORE") or None
 
 
 def _describe(folder: Path) -> Files:
-    """SHA-256 and size of each file by its relative path."""
+    """Return SHA-256 and size of each file by its relative path."""
     return {
         entry.relative: {"sha256": storage.sha256(Path(entry.location)), "size": entry.size}
         for entry in storage.list_files(folder)
@@ -47,7 +48,7 @@ def _describe(folder: Path) -> Files:
 
 
 def _read_manifest(uri: str) -> dict[str, Any]:
-    """The manifest at `uri`; an empty one when nothing whole is there."""
+    """Return the manifest at `uri`; an empty one when nothing whole is there."""
     location = storage.join(uri, MANIFEST)
     try:
         content: dict[str, Any] = json.loads(storage.read_bytes(location))
@@ -59,17 +60,17 @@ def _read_manifest(uri: str) -> dict[str, Any]:
 
 
 def read_manifest(uri: str) -> Files | None:
-    """What is stored at `uri`; None when nothing whole is there."""
+    """Return the files stored at `uri`; None when nothing whole is there."""
     return _read_manifest(uri).get("files")
 
 
 def stored_version(uri: str) -> str | None:
-    """The version (DVC hash) that was published at `uri`; None when nothing whole is there, or it has none."""
+    """Return the version (DVC hash) that was published at `uri`; None when nothing whole is there, or it has none."""
     return _read_manifest(uri).get("version")
 
 
-def publish(folder: Path, uri: str, version: str | None = None) -> int:
-    """Make `uri` hold exactly the files of `folder`, named `version`; returns the bytes that were sent.
+def publish_folder(folder: Path, uri: str, version: str | None = None) -> int:
+    """Make `uri` hold exactly the files of `folder`, named `version`; return the bytes that were sent.
 
     A kill leaves a folder without manifest, which no reader takes; publishing again goes on with what is missing. Two
     runs that publish there at once can mix their files, so what is stored is looked at again at the end. Raises
@@ -90,7 +91,7 @@ def publish(folder: Path, uri: str, version: str | None = None) -> int:
 
 
 def _send(folder: Path, uri: str, manifest: dict[str, Any]) -> int:
-    """One pass of `publish`: withdraw the manifest, send what differs, write the manifest."""
+    """Do one pass of `publish_folder`: withdraw the manifest, send what differs, write the manifest."""
     wanted, stored = manifest["files"], _read_manifest(uri).get("files") or {}
     present = {entry.relative: entry for entry in storage.list_files(uri)}
     storage.delete(storage.join(uri, MANIFEST))
@@ -107,14 +108,14 @@ def _send(folder: Path, uri: str, manifest: dict[str, Any]) -> int:
 
 
 def _same_object(entry: storage.Entry | None, about: Mapping[str, Any]) -> bool:
-    """Whether an object of an interrupted `publish` is the wanted one: equal size, and the checksum it was put with."""
+    """Return whether an object of an interrupted `publish_folder` is the wanted one, by size and checksum."""
     return (
         entry is not None and entry.size == about["size"] and storage.stored_sha256(entry.location) == about["sha256"]
     )
 
 
-def fetch(uri: str, folder: Path) -> int:
-    """Bring `folder` to exactly what is stored at `uri`, in one rename; returns the bytes that were fetched.
+def fetch_folder(uri: str, folder: Path) -> int:
+    """Bring `folder` to exactly what is stored at `uri`, in one rename; return the bytes that were fetched.
 
     A fetch that was interrupted goes on; of several processes that want the folder one fetches. What is published anew
     meanwhile is fetched again. Raises UserError when nothing whole is stored there, svd.storage.Truncated when a file
@@ -154,7 +155,7 @@ def _fetch(uri: str, folder: Path) -> int:
 
 
 def _fetch_file(uri: str, relative: str, target: Path, files: Files) -> None:
-    """Raises Transient when the file isn't the manifest's because another manifest is being made or has been."""
+    """Fetch one file; raises Transient when it isn't the manifest's because another one is or was being published."""
     location = storage.join(uri, relative)
     try:
         storage.download(location, target)
@@ -181,17 +182,17 @@ def _with_progress(files: Files, title: str) -> Iterator[tuple[str, dict[str, An
 
 
 def fetch_inputs(root: str, preset: str, folders: Mapping[str, Path]) -> None:
-    """Bring the folders of input stages from the store; one that is not stored there is left as it is here."""
+    """Bring the folders of input stages from the store; one that is not stored there stays as it is here."""
     for stage, folder in folders.items():
-        uri = storage.join(root, preset, stage)
+        uri = Place(preset, stage).uri(root)
         if read_manifest(uri) is None:
             logger.info("%s is not in the store, the local folder is used", uri)
-        elif moved := fetch(uri, folder):
+        elif moved := fetch_folder(uri, folder):
             logger.info("%s: %.1f MB fetched", uri, moved / 1e6)
 
 
 def fetch_locks(root: str, preset: str) -> None:
-    """On a machine without lock files, as in a fresh pod, take over those that the last pipeline kept in the store."""
+    """Take over DVC's lock files that the last pipeline kept in the store, where there are none (a fresh pod)."""
     if any(lock.exists() for lock in LOCKS):
         return
     for lock in LOCKS:
@@ -232,7 +233,7 @@ def _local_copies(value: Any) -> Any:
 
 
 def local_copy(uri: str) -> Path:
-    """The file or folder at `uri` under .cache/s3, brought there when it is missing or another version is stored.
+    """Return the copy of `uri` under .cache/s3; it is fetched when it is missing or another version is stored.
 
     Raises UserError when there is neither an object nor a prefix of that name.
     """

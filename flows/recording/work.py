@@ -2,7 +2,7 @@
 
 Recording hashes the output, copies it into DVC's cache and may push it, which takes long for large ones. A kill in that
 time must not cost the stage: its work folder stays until then, with what was published (svd.stage.publish) and, once
-MLflow has been told of the run, `delivered.json`.
+the MLflow run has ended, `delivered.json`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Process:
 
 
 class Processes:
-    """The processes that belong to `folder`: run/<name>.json describes one, log/<name>.log holds what it says.
+    """The processes that belong to `folder`: run/<name>.json describes one, log/<name>.log holds its output.
 
     Their environment carries a mark, which their children inherit: so the orphans of a killed worker are found, too.
     """
@@ -45,7 +45,7 @@ class Processes:
         self._mark = str(folder.absolute())
 
     def running(self) -> Iterator[Process]:
-        """The processes that live; files of ones that are gone are removed."""
+        """Yield the processes that live; files of ones that are gone are removed."""
         for path in sorted((self.folder / "run").glob("*.json")):
             process = Process(**json.loads(path.read_text()))
             if is_alive(process):
@@ -68,7 +68,7 @@ class Processes:
         return process
 
     def wait(self, process: Process, url: str) -> None:
-        """Until `url` answers anything; raises UserError with the log's last line when it ends or time is up."""
+        """Wait until `url` answers; raises UserError with the log's last line when the process ends or time is up."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             try:
@@ -96,7 +96,7 @@ class Processes:
         (self.folder / "run" / f"{process.name}.json").unlink(missing_ok=True)
 
     def stop_orphans(self) -> int:
-        """Stop marked processes whose parents are gone; returns how many there were."""
+        """Stop marked processes whose parents are gone; return how many there were."""
         orphans = list(self._marked())
         for orphan in orphans:
             orphan.terminate()
@@ -122,7 +122,7 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def is_alive(process: Process) -> bool:
-    """Whether this very process lives: same pid, same start."""
+    """Return whether this very process lives: same pid, same start."""
     try:
         found = psutil.Process(process.pid)
         return abs(found.create_time() - process.started) < 1 and found.status() != psutil.STATUS_ZOMBIE
@@ -131,7 +131,7 @@ def is_alive(process: Process) -> bool:
 
 
 def check_port(port: int, name: str, option: str) -> None:
-    """Raises UserError that names the process that holds `port`, and the option that sets another."""
+    """Check that `port` is free; raises UserError that names its holder, and the option that sets another."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,4 +1,4 @@
-"""What a Prefect server needs besides deployments: automations, queues, a block for results of runs, a cluster's pools.
+"""A Prefect server's needs besides deployments: automations, queues, a block for results of runs, a cluster's pools.
 
 `svd stack up` installs the first two; `python -m flows.stack.server_setup` (compose) the block of results too, and with
 `--kubernetes` (a cluster) the pools `cpu` and `gpu` of infra/prefect/kubernetes-pools.yaml.
@@ -21,6 +21,7 @@ import yaml
 
 from svd.storage import split_uri
 
+# Templates of the stack itself: they belong to this code, not to the project in the working folder.
 INFRA = Path(__file__).resolve().parents[2] / "infra" / "prefect"
 AUTOMATIONS = INFRA / "automations.yaml"
 POOLS = INFRA / "kubernetes-pools.yaml"
@@ -41,7 +42,7 @@ def _send(url: str, value: dict[str, Any], method: str = "POST") -> Any:
 
 
 def install_automations(api: str) -> list[str]:
-    """Create the automations of infra/prefect/automations.yaml that the server at `api` lacks; returns their names."""
+    """Create the automations of infra/prefect/automations.yaml that the server at `api` lacks; return their names."""
     made = []
     for automation in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
         wanted = {"automations": {"name": {"any_": [automation["name"]]}}}
@@ -121,7 +122,7 @@ def install_kubernetes_pools() -> None:
             client.create_work_pool(WorkPoolCreate(name=name, type="kubernetes", **pool), overwrite=True)
 
 
-def main() -> None:
+def set_up_server() -> None:
     """Set up the server at PREFECT_API_URL; the bucket is that of SVD_STORE."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kubernetes", action="store_true", help="also the pools cpu and gpu of a cluster")
@@ -139,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    set_up_server()

@@ -1,7 +1,7 @@
 """The local stack: Prefect server and workers, MLflow, SeaweedFS S3; started from wheels alone, stopped by pid.
 
 `up` writes `.env`, which Prefect, `svd` and `make` read, so that stock commands find the servers; `down` removes it.
-State lies in `.local/`: run/ (one JSON file a process), log/, and the servers' data.
+State lies in `.local/`: run/ (one JSON file per process), log/, and the servers' data.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ def _processes() -> Processes:
 
 
 def running() -> Iterator[Process]:
-    """The processes that `up` started and that still live."""
+    """Yield the processes that `up` started and that still live."""
     yield from _processes().running()
 
 
 def _tool(name: str) -> str:
-    """A command of this environment, whether or not it is activated."""
+    """Return the path of a command of this environment, whether or not it is activated."""
     return str(Path(sys.executable).parent / name)
 
 
-def environment(ports: Ports) -> dict[str, str]:
-    """What `.env` holds: addresses and credentials of the stack. Existing credentials are kept."""
+def stack_environment(ports: Ports) -> dict[str, str]:
+    """Return the content of `.env`: addresses and credentials of the stack. Existing credentials are kept."""
     old = read_env()
     return {
         "PREFECT_API_URL": f"http://127.0.0.1:{ports.prefect}/api",
@@ -75,7 +75,7 @@ def environment(ports: Ports) -> dict[str, str]:
 
 
 def _stored_secret() -> str:
-    """The secret of the S3 server's admin, made once and kept with its data."""
+    """Return the secret of the S3 server's admin, made once and kept with its data."""
     path = LOCAL / "s3" / "secret"
     if not path.exists():
         _write_private(path, secrets.token_urlsafe(24))
@@ -165,7 +165,7 @@ def _make_bucket(env: dict[str, str]) -> None:
 
 
 def _soon(action: Callable[[], None], attempts: int = 20) -> None:
-    """SeaweedFS's S3 port answers a moment before the filer behind it does."""
+    """Try until the filer answers: SeaweedFS's S3 port does a moment before it."""
     for attempt in range(attempts):
         try:
             return action()
@@ -193,7 +193,10 @@ def _deploy(env: dict[str, str]) -> None:
 
 
 def _use_dvc_remote(env: dict[str, str] | None) -> None:
-    """Point DVC at the stack's S3 in .dvc/config.local, unless the project has another default; None: no longer."""
+    """Point DVC at the stack's S3 in .dvc/config.local, unless the project has another default.
+
+    None: forget it again.
+    """
     from flows.recording.dvc import set_local_remote
 
     if Path(".dvc").is_dir():
@@ -201,7 +204,7 @@ def _use_dvc_remote(env: dict[str, str] | None) -> None:
 
 
 def _select_ports(ports: Ports, alive: set[str]) -> Ports:
-    """The given ports, which must be free; the recorded ones when a part of the stack runs and the rest joins it."""
+    """Return the given ports, which must be free, or the recorded ones when a part of the stack runs already."""
     record = LOCAL / "ports.json"
     if alive and record.exists():
         ports = Ports(**json.loads(record.read_text()))
@@ -216,14 +219,14 @@ def _select_ports(ports: Ports, alive: set[str]) -> Ports:
 
 
 def up(ports: Ports) -> dict[str, str]:
-    """Start what doesn't run yet, wait until it answers, deploy `prefect.yaml`, write `.env`; returns the variables.
+    """Start what doesn't run yet, wait until it answers, deploy `prefect.yaml`, write `.env`; return the variables.
 
     A stack of which a part died is completed on its own ports. Raises UserError for a taken port and for a server that
     doesn't come up; what was started is then stopped again.
     """
     alive = {process.name for process in running()}
     ports = _select_ports(ports, alive)
-    env = environment(ports)
+    env = stack_environment(ports)
     try:
         with console.status("starting S3, MLflow, Prefect") as status:
             _start_missing(ports, env, alive, status.update)
@@ -261,7 +264,7 @@ def _start_missing(ports: Ports, env: dict[str, str], alive: set[str], say: Call
 
 
 def down() -> list[str]:
-    """Stop exactly the processes that `up` started, workers first, and what they left behind; returns their names."""
+    """Stop exactly the processes that `up` started, workers first, and what they left behind; return their names."""
     manager = _processes()
     found = sorted(running(), key=lambda p: (not p.name.startswith("worker"), p.name == "s3"))
     for process in found:

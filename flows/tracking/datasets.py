@@ -19,7 +19,7 @@ class DvcSource(DatasetSource):
         return "dvc"
 
     def load(self) -> str:
-        """The local path of the data, which is there after `dvc pull`."""
+        """Return the local path of the data, which is there after `dvc pull`."""
         return str(self._values["path"])
 
     @staticmethod
@@ -31,15 +31,15 @@ class DvcSource(DatasetSource):
         return cls(str(raw_source), "")
 
     def to_dict(self) -> dict[str, Any]:
-        """What MLflow stores."""
+        """Return what MLflow stores."""
         return self._values
 
     @classmethod
     def from_dict(cls, source_dict: dict[Any, Any]) -> DvcSource:
-        """The source that `to_dict` described."""
+        """Return the source that `to_dict` described."""
         return cls(**source_dict)
 
 
 def dvc_dataset(name: str, path: str, md5: str, size: int | None = None, files: int | None = None) -> MetaDataset:
-    """An MLflow dataset whose digest is the DVC hash `md5` (36 characters at most)."""
+    """Return an MLflow dataset whose digest is the DVC hash `md5` (36 characters at most)."""
     return MetaDataset(DvcSource(path, md5, size, files), name=name, digest=md5)

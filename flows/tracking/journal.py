@@ -1,4 +1,4 @@
-"""A journal of what a run tells MLflow: written to disk first, delivered in the background, each entry once.
+"""A journal of what a run logs to MLflow: written to disk first, delivered in the background, each entry once.
 
 MLflow may be away for a minute or for good: the stage goes on, the journal keeps what was logged, and a later run or
 `svd track flush` delivers the rest. Delivery is at least once by a saved offset, and every operation is idempotent
@@ -29,7 +29,7 @@ Deliver = Callable[[dict[str, Any], Path], None]
 class Journal:
     """An append-only file of operations, with the files they refer to beside it.
 
-    folder/journal.jsonl holds one JSON object a line; folder/offset the number of bytes that were delivered;
+    folder/journal.jsonl holds one JSON object per line; folder/offset the number of bytes that were delivered;
     folder/files the copies of logged files.
     """
 
@@ -42,7 +42,7 @@ class Journal:
         self._drop_torn_line()
 
     def _drop_torn_line(self) -> None:
-        """A kill in the middle of a write leaves a last line without its end; cut it off."""
+        """Cut off a last line without its end, which a kill in the middle of a write leaves."""
         if self.path.exists() and not (data := self.path.read_bytes()).endswith(b"\n"):
             with self.path.open("rb+") as stream:
                 stream.truncate(data.rfind(b"\n") + 1)
@@ -61,7 +61,7 @@ class Journal:
             shutil.copyfile(source, target)
 
     def entries(self, operation: str) -> Iterator[dict[str, Any]]:
-        """All entries of one kind, delivered or not."""
+        """Yield all entries of one kind, delivered or not."""
         if self.path.exists():
             with self.path.open() as stream:
                 for line in stream:
@@ -69,15 +69,15 @@ class Journal:
                         yield entry
 
     def delivered(self) -> int:
-        """Bytes of the journal that were delivered."""
+        """Return how many bytes of the journal were delivered."""
         return int(self._offset.read_text()) if self._offset.exists() else 0
 
     def pending(self) -> bool:
-        """Whether something is left to deliver."""
+        """Return whether something is left to deliver."""
         return self.path.exists() and self.delivered() < self.path.stat().st_size
 
     def waiting(self, operation: str) -> bool:
-        """Whether an entry of this kind is left to deliver."""
+        """Return whether an entry of this kind is left to deliver."""
         if not self.pending():
             return False
         with self.path.open("rb") as stream:

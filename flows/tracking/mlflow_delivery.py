@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Names the weights in a stage's output; the registered version carries it as its tag `checkpoint`."""
+    """Return a name for the weights in a stage's output; the registered version has it as its tag `checkpoint`."""
     digests = [bytes.fromhex(sha256(path)) for path in sorted(folder.rglob("*.safetensors"))]
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 class Delivery:
-    """Sends journal entries of one run to the MLflow server at `uri`."""
+    """The sender of one run's journal entries to the MLflow server at `uri`."""
 
     def __init__(self, uri: str, experiment: str) -> None:
         for name, value in CLIENT_SETTINGS.items():
@@ -79,7 +79,7 @@ class Delivery:
 
     @property
     def client(self) -> mlflow.MlflowClient:
-        """The client; there is one once an entry was delivered."""
+        """Return the client; there is one once an entry was delivered."""
         assert self._client is not None
         return self._client
 
@@ -102,7 +102,7 @@ class Delivery:
             return str(self.client.get_experiment_by_name(self._experiment).experiment_id)
 
     def find_run(self, key: str) -> str | None:
-        """The id of the run that carries `key`, if MLflow has it."""
+        """Return the id of the run that carries `key`, if MLflow has it."""
         found = self.client.search_runs([self._experiment_id()], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         return str(found[0].info.run_id) if found else None
 
@@ -156,7 +156,7 @@ class Delivery:
         self.client.set_registered_model_alias(name, "candidate", version)
 
     def _registered(self, name: str, digest: str) -> str | None:
-        """The version of `name` that was made from the same checkpoint, if there is one."""
+        """Return the version of `name` that was made from the same checkpoint, if there is one."""
         versions = self.client.search_model_versions(f"name = '{name}'")
         return next((str(v.version) for v in versions if v.tags.get("checkpoint") == digest), None)
 
@@ -170,7 +170,7 @@ class Delivery:
         return str(made.version)
 
     def _uploaded(self, digest: str) -> str | None:
-        """The model that a killed delivery had uploaded for this run; what it had only begun is removed."""
+        """Return the model that a killed delivery had uploaded for this run; what it had only begun is removed."""
         query = f"source_run_id = '{self._run_id}' AND tags.checkpoint = '{digest}'"
         for model in self.client.search_logged_models([self._experiment_id()], query):
             if model.status == LoggedModelStatus.READY:
@@ -180,8 +180,9 @@ class Delivery:
 
     @staticmethod
     def _upload(name: str, folders: Mapping[str, str], settings: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-        """Log the model in the active run; its URI. The settings are a file of it: as `model_config` MLflow would make
-        params of the run out of them.
+        """Log the model in the active run; return its URI.
+
+        The settings are a file of it: as `model_config`, MLflow would make params of the run out of them.
         """
         with tempfile.TemporaryDirectory() as temporary:
             kept = Path(temporary) / "settings.json"

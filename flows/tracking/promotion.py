@@ -1,9 +1,9 @@
 """From candidate to champion: a registered model is promoted when its evaluation is not worse than the champion's.
 
 The champion's evaluation is kept with the MLflow run that made it, so that every later candidate is compared with the
-same clips (evaluation/gate.py). Aliases: `candidate` is what was trained last, `champion` what is served, `best` the
-best champion so far. Candidates are compared with `best`: each may be worse than it by what the gate allows, but a
-chain of champions, each a little worse than the one before, can't leave it behind.
+same clips (evaluation/frechet/gate.py). Aliases: `candidate` is what was trained last, `champion` what is served,
+`best` the best champion so far. Candidates are compared with `best`: each may be worse than it by what the gate allows,
+but a chain of champions, each a little worse than the one before, can't leave it behind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from evaluation.gate import gate
+from evaluation.frechet.gate import judge_candidate
 from flows.tracking.mlflow_delivery import checkpoint_digest
 from flows.tracking.runs import tracking_uri
 from svd.core.errors import UserError
@@ -28,7 +28,7 @@ EVALUATION = "evaluation"
 
 @dataclass(frozen=True)
 class Promotion:
-    """What became of a candidate: its version, whether it is the champion now, and why."""
+    """The outcome for a candidate: its version, whether it is the champion now, and why."""
 
     model: str
     version: str
@@ -56,7 +56,7 @@ def promote(model: str, checkpoint: Path, evaluation: Path) -> Promotion:
     best = _version(client, model, "best") or champion
     with tempfile.TemporaryDirectory() as folder:
         old = Path(client.download_artifacts(best.run_id, EVALUATION, folder)) if best else None
-        verdict = gate(evaluation, old)
+        verdict = judge_candidate(evaluation, old)
     client.set_model_version_tag(model, candidate.version, "gate", "passed" if verdict.passed else "failed")
     client.set_model_version_tag(model, candidate.version, "gate.reason", verdict.reason[:4000])
     if verdict.passed:
@@ -69,7 +69,7 @@ def promote(model: str, checkpoint: Path, evaluation: Path) -> Promotion:
 
 
 def _version(client: mlflow.MlflowClient, model: str, alias: str) -> ModelVersion | None:
-    """The version that `alias` points at; None when there is no such alias or model."""
+    """Return the version that `alias` points at; None when there is no such alias or model."""
     try:
         return client.get_model_version_by_alias(model, alias)
     except MlflowException as error:

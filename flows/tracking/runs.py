@@ -29,7 +29,7 @@ SPOOL = Path("work") / "tracking"
 
 
 def tracking_uri() -> str:
-    """MLflow's address: `MLFLOW_TRACKING_URI`, or the SQLite file of the embedded default."""
+    """Return MLflow's address: `MLFLOW_TRACKING_URI`, or the SQLite file of the embedded default."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
     folder = Path(".local").absolute()
@@ -39,7 +39,7 @@ def tracking_uri() -> str:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What identifies a run: `key` is ours, made before MLflow knows of the run and found again by a tag."""
+    """The identity of a run: `key` is ours, made before MLflow knows of the run and found again by a tag."""
 
     key: str
     name: str
@@ -60,7 +60,7 @@ class Lineage:
 
 
 def milliseconds() -> int:
-    """Now, in milliseconds since 1970."""
+    """Return the time, in milliseconds since 1970."""
     return int(time.time() * 1000)
 
 
@@ -73,13 +73,13 @@ class MlflowTracker:
         self._seen |= {tuple(entry["image"]) for entry in journal.entries("file") if "image" in entry}
 
     def _first_time(self, name: str, step: int) -> bool:
-        """Whether (name, step) is new: a resumed stage repeats the steps after its last checkpoint."""
+        """Return whether (name, step) is new: a resumed stage repeats the steps after its last checkpoint."""
         new = (name, step) not in self._seen
         self._seen.add((name, step))
         return new
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Scalars at a step; their time is now, whenever they arrive."""
+        """Log scalars at a step; their time is now, whenever they arrive."""
         items = [
             [name, float(value), milliseconds(), step]
             for name, value in metrics.items()
@@ -89,15 +89,15 @@ class MlflowTracker:
             self._journal.append({"op": "metrics", "items": items})
 
     def log_image(self, key: str, image: np.ndarray, step: int) -> None:
-        """An (H, W, 3) uint8 picture; equal keys of different runs share a step slider in MLflow's charts."""
+        """Log an (H, W, 3) uint8 image; equal keys of different runs share a step slider in MLflow's charts."""
         if not self._first_time(key, step):
             return
         stamp = f"{key.replace('/', '~')}+step+{step}+timestamp+{milliseconds()}"
         stem = f"{stamp}+{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
-        picture = Image.fromarray(image)
-        small = picture.copy()
+        whole = Image.fromarray(image)
+        small = whole.copy()
         small.thumbnail((256, 256))
-        for name, content in ((f"{stem}.png", picture), (f"{stem}+compressed.webp", small)):
+        for name, content in ((f"{stem}.png", whole), (f"{stem}+compressed.webp", small)):
             target = self._journal.folder / "files" / "images" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             content.save(target)
@@ -105,20 +105,20 @@ class MlflowTracker:
         self._journal.append({"op": "tags", "tags": {"mlflow.loggedImages": "True"}})
 
     def log_file(self, path: Path, folder: str = "") -> None:
-        """A file, shown under `folder` in the run's artifacts."""
+        """Log a file, shown under `folder` in the run's artifacts."""
         name = f"{folder}/{path.name}".lstrip("/")
         self._journal.keep_file(path, name)
         self._journal.append({"op": "file", "name": name, "folder": folder})
 
     def log_text(self, text: str, name: str) -> None:
-        """A text as an artifact."""
+        """Log a text as an artifact."""
         target = self._journal.folder / "files" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
         self._journal.append({"op": "file", "name": name, "folder": str(Path(name).parent).lstrip(".")})
 
     def log_lineage(self, context: str, items: list[Lineage]) -> None:
-        """Datasets with their DVC hashes; `context` is `input` or `output`."""
+        """Log datasets with their DVC hashes; `context` is `input` or `output`."""
         self._journal.append({"op": "lineage", "context": context, "items": [vars(item) for item in items]})
 
     def register_model(self, name: str, folders: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -133,7 +133,7 @@ class MlflowTracker:
 
 
 def flat_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as dotted names, as MLflow's compare page wants them."""
+    """Return nested options as dotted names, as MLflow's compare page wants them."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -173,7 +173,7 @@ def tracked_run(info: RunInfo, *, spool: Path = SPOOL, patience: float = 20) -> 
 
 
 def _forget(journal: Journal, status: str) -> None:
-    """A delivered journal is of no more use, unless the run may be continued and must know what it has logged."""
+    """Remove a delivered journal, but for what a run that may be continued must know: what it has logged."""
     shutil.rmtree(journal.folder if status == "FINISHED" else journal.folder / "files")
 
 

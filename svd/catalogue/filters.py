@@ -1,9 +1,9 @@
-"""Filters: which clips of a catalogue are kept, as a pure function of its scores (§3.3, E.2.2).
+"""Filters decide which clips of a catalogue are kept, as a pure function of its scores (§3.3, E.2.2).
 
-A filter never touches a video: `refilter` reads the catalogue, writes verdicts, and is done. Every axis is judged on
-its own, over all clips (the paper's thresholds are quantiles of the *unfiltered* set), and every verdict is kept, so a
-clip that fails two axes says so. An axis whose scores are missing altogether is unused; a single clip without a score
-on a used axis is dropped, with that reason, unless the axis is optional.
+A filter never touches a video: it reads scores and writes verdicts. Every axis is judged alone and over all clips,
+because the paper's thresholds are quantiles of the *unfiltered* set. All verdicts are stored, so a clip that fails two
+axes says so. An axis without any score is unused. A clip without a score on a used axis is dropped with that reason,
+unless the axis is optional.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ from pathlib import Path
 
 import polars as pl
 
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
 from svd.catalogue.axes import AXES, Axis
 from svd.config import FiltersConfig, Threshold
 from svd.core.files import atomic_file, write_json
 
 
 def _quantile(axis: Axis, share: float) -> pl.Expr:
-    """The threshold that drops `share` of the clips; ties at the threshold are kept."""
+    """Return the threshold that drops `share` of the clips; clips at the threshold are kept."""
     column = pl.col(axis.column)
     if axis.side == "min":
         return column.quantile(share, interpolation="higher")
     return column.quantile(1 - share, interpolation="lower")
 
 
-def resolve(clips: pl.LazyFrame, filters: FiltersConfig) -> dict[str, float]:
-    """Threshold of each used axis by its name: absolute values as they are, quantiles of the catalogue's scores.
+def resolve_thresholds(clips: pl.LazyFrame, filters: FiltersConfig) -> dict[str, float]:
+    """Return the threshold of each used axis by its name; a quantile becomes a value of the catalogue's scores.
 
     An axis without any score is left out.
     """
@@ -43,26 +42,29 @@ def resolve(clips: pl.LazyFrame, filters: FiltersConfig) -> dict[str, float]:
 
 
 def _value(axis: Axis, threshold: Threshold) -> pl.Expr:
+    """Return the threshold as a number; null where the axis has no score."""
     if threshold.quantile is not None:
         return _quantile(axis, threshold.quantile)
     return pl.when(pl.col(axis.column).count() > 0).then(pl.lit(threshold.absolute))
 
 
 def _passes(axis: Axis, threshold: float) -> pl.Expr:
+    """Say whether a clip passes an axis; null for a clip without a score on an optional axis."""
     column = pl.col(axis.column).cast(pl.Float64)
     inside = column >= threshold if axis.side == "min" else column <= threshold
     return inside if axis.optional else inside.fill_null(False)
 
 
 def _explanation(axis: Axis, threshold: float) -> pl.Expr:
+    """Say why a clip fails an axis, such as "motion 0.021 < 0.043"; null for a clip that passes."""
     sign = "<" if axis.side == "min" else ">"
     score = pl.col(axis.column).round(4).cast(pl.String)
-    told = pl.format(f"{axis.name} {{}} {sign} {threshold:.4g}", score).fill_null(f"{axis.name} not measured")
-    return pl.when(~pl.col(f"pass_{axis.name}")).then(told)
+    text = pl.format(f"{axis.name} {{}} {sign} {threshold:.4g}", score).fill_null(f"{axis.name} not measured")
+    return pl.when(~pl.col(f"pass_{axis.name}")).then(text)
 
 
-def judge(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> pl.LazyFrame:
-    """`clips` with `pass_<axis>`, `verdict` ("kept" or first failing axis), `keep` and `reason`; a row at a time."""
+def judge_clips(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> pl.LazyFrame:
+    """Add `pass_<axis>`, `verdict` ("kept" or the first axis that fails), `keep` and `reason` to each row."""
     used = [axis for axis in AXES if axis.name in thresholds]
     clips = clips.with_columns(
         *(
@@ -81,13 +83,13 @@ def judge(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> pl.LazyFrame:
 
 
 def apply(clips: pl.LazyFrame, filters: FiltersConfig) -> tuple[pl.LazyFrame, dict[str, float]]:
-    """`clips` with the columns of `judge`, and the thresholds that the filters come to on them."""
-    thresholds = resolve(clips, filters)
-    return judge(clips, thresholds), thresholds
+    """Add the columns of `judge_clips`; return the clips and the thresholds that the filters resolve to on them."""
+    thresholds = resolve_thresholds(clips, filters)
+    return judge_clips(clips, thresholds), thresholds
 
 
 def funnel(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> list[dict[str, str | int | float]]:
-    """What each axis drops: alone, and after the axes before it; one row an axis, in the order they are judged."""
+    """Count what each axis drops, alone and after the axes before it; one row per axis, in their order."""
     used = [axis for axis in AXES if axis.name in thresholds]
     passed = [pl.col(f"pass_{axis.name}") for axis in used]
     counts = clips.select(
@@ -117,11 +119,11 @@ def funnel(clips: pl.LazyFrame, thresholds: Mapping[str, float]) -> list[dict[st
 
 
 def write_verdicts(folder: Path, config: FiltersConfig) -> dict[str, float]:
-    """Judge the catalogue in `folder`: write `catalogue/verdicts.parquet` and `funnel.json`; returns the thresholds.
+    """Judge the catalogue in `folder`: write `catalogue/verdicts.parquet` and `funnel.json`; return the thresholds.
 
-    Streams: memory does not grow with captions, only with the scores of one axis at a time.
+    The catalogue is streamed: memory grows with the scores of one axis at a time, not with captions.
     """
-    judged, thresholds = apply(catalog.scan_scores(folder), config)
+    judged, thresholds = apply(tables.scan_scores(folder), config)
     target = folder / "catalogue" / "verdicts.parquet"
     sink(judged.select(schema.VERDICTS_SCHEMA.names), target)
     steps = funnel(pl.scan_parquet(target), thresholds)
@@ -130,6 +132,6 @@ def write_verdicts(folder: Path, config: FiltersConfig) -> dict[str, float]:
 
 
 def sink(frame: pl.LazyFrame, target: Path) -> None:
-    """Write a lazy frame as Parquet, streaming and atomically."""
+    """Write a lazy frame as Parquet, streamed and atomic."""
     with atomic_file(target) as temporary:
         frame.sink_parquet(temporary, compression="zstd", row_group_size=1 << 17, engine="streaming")

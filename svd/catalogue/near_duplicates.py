@@ -1,8 +1,8 @@
-"""Near-duplicate clips by embedding similarity: reported for every clip, dropped only when a filter asks for it.
+"""Near-duplicate clips by similarity of embeddings: reported for every clip, dropped only when a filter asks for it.
 
-A clip is described by the mean of its three frame embeddings. For each clip the most similar *earlier* clip (in the
-order of the catalogue) is found, so that of a group of duplicates the first one stays. Up to `EXACT` clips every pair
-is compared; above that only pairs within a cell of a seeded k-means, as SemDeDup does, which bounds time and memory.
+A clip is represented by the mean of the embeddings of its three frames. Each clip is compared with *earlier* clips (in
+the order of the catalogue), so the first of a group of duplicates stays. Up to `EXACT` clips all pairs are compared.
+Above that, only pairs within a cell of a seeded k-means are compared, as SemDeDup does; this bounds time and memory.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import polars as pl
 from safetensors import safe_open
 
 EXACT = 50_000
-CELL = 5_000  # clips in a cell, about
+CELL = 5_000  # mean number of clips per cell
 BLOCK = 2_048
 ITERATIONS = 8
 
 
 def read_embeddings(clips: pl.DataFrame, folder: Path) -> np.ndarray:
-    """Unit-length mean embeddings (N, E) float32 of the clips, from `folder`/<unit>.safetensors."""
-    vectors = np.zeros((0, 0), np.float32)  # one array for all: at ten million clips a copy would not fit
+    """Read the unit-length mean embeddings of the clips, (N, E) float32, from `folder`/clips-<unit>.safetensors."""
+    vectors = np.zeros((0, 0), np.float32)  # filled in place: a copy of ten million rows would not fit into memory
     for (unit,), group in clips.with_row_index("row").group_by("unit", maintain_order=True):
         with safe_open(folder / f"clips-{unit:06d}.safetensors", framework="numpy") as file:
             for row, name in group.select("row", "clip_id").iter_rows():
@@ -33,9 +33,9 @@ def read_embeddings(clips: pl.DataFrame, folder: Path) -> np.ndarray:
 
 
 def near_duplicates(clips: pl.DataFrame, folder: Path) -> pl.DataFrame:
-    """`clips` with `duplicate_of` (clip id) and `duplicate_similarity` (cosine) of the most similar earlier clip.
+    """Add `duplicate_of` (clip id) and `duplicate_similarity` (cosine) of the most similar earlier clip.
 
-    Null for a clip that has no earlier one to be compared with.
+    Both are null for a clip that has no earlier clip to compare with.
     """
     if not len(clips):
         return clips.with_columns(duplicate_of=pl.lit(None, pl.String), duplicate_similarity=pl.lit(None, pl.Float32))
@@ -50,14 +50,14 @@ def near_duplicates(clips: pl.DataFrame, folder: Path) -> pl.DataFrame:
 
 
 def most_similar_earlier(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each of N unit-length vectors (N, E): highest cosine with an earlier one, and its index (-1: none)."""
+    """Return the highest cosine of each unit-length vector (N, E) with an earlier one, and its index (-1: none)."""
     similarity = np.full(len(vectors), -1.0, np.float32)
     partner = np.full(len(vectors), -1, np.int64)
     for members in _cells(vectors):
         for start in range(0, len(members), BLOCK):
             rows = members[start : start + BLOCK]
             cosines = vectors[rows] @ vectors[members[: start + len(rows)]].T
-            # Row r of the block is member start + r: everything from itself on is not earlier.
+            # Row r of the block is member start + r; the columns from there on are not earlier.
             cosines[np.arange(cosines.shape[1])[None] >= (start + np.arange(len(rows)))[:, None]] = -2
             best = cosines.argmax(1)
             value = cosines[np.arange(len(rows)), best]
@@ -67,7 +67,7 @@ def most_similar_earlier(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cells(vectors: np.ndarray) -> list[np.ndarray]:
-    """Ascending indices of the vectors of each cell; one cell when there are few."""
+    """Return the indices of the vectors of each cell, ascending; one cell for up to EXACT vectors."""
     if len(vectors) <= EXACT:
         return [np.arange(len(vectors))]
     count = -(-len(vectors) // CELL)
@@ -85,5 +85,6 @@ def _cells(vectors: np.ndarray) -> list[np.ndarray]:
 
 
 def _nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Return the index of the nearest centre of each vector, (N,), block by block to bound memory."""
     parts = [(vectors[i : i + BLOCK] @ centres.T).argmax(1) for i in range(0, len(vectors), BLOCK)]
     return np.concatenate(parts)

@@ -1,4 +1,7 @@
-"""A self-contained HTML report of one catalogue or several side by side: Tab. 1, funnel, histograms, contact sheets."""
+"""The HTML report of one or several catalogues side by side: Tab. 1, funnel, histograms, contact sheets.
+
+The file is self-contained: images are embedded as data URIs.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from typing import Any
 import polars as pl
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from svd.catalogue import axes
-from svd.catalogue import tables as catalog
+from svd.catalogue import tables
+from svd.catalogue.axes import AXES
 from svd.core.errors import UserError
 from svd.core.files import write_text
 
 REASONS = 20
 YEAR_HOURS = 365.25 * 24
-# Tab. 1 of the paper, for comparison only: another data set, never measured here.
+# Tab. 1 of the paper, for comparison only: it describes other data sets, which were never measured here.
 PAPER_TABLE = {
     "LVD": ("577M", "11.58", "212.09", "325", "11.09", "yes"),
     "LVD-F": ("152M", "10.53", "50.64", "301", "4.76", "yes"),
@@ -37,8 +40,8 @@ ROWS = (
 
 
 @dataclass(frozen=True)
-class Column:
-    """What the report shows of one catalogue."""
+class ReportColumn:
+    """The contents of the report about one catalogue."""
 
     name: str
     all: list[str]
@@ -53,7 +56,10 @@ class Column:
 
 
 def write_report(folders: Sequence[Path], target: Path, names: Sequence[str] | None = None) -> Path:
-    """Write one HTML file about curation outputs, side by side; raises UserError when one has no statistics."""
+    """Write one HTML file about curation outputs side by side, titled `names` (default: the folders' names).
+
+    Raises UserError when an output has no catalogue or no statistics.
+    """
     labels = list(names or [folder.name for folder in folders])
     columns = [_column(folder, label) for folder, label in zip(folders, labels, strict=True)]
     environment = Environment(loader=PackageLoader("svd.catalogue"), autoescape=select_autoescape())
@@ -62,20 +68,21 @@ def write_report(folders: Sequence[Path], target: Path, names: Sequence[str] | N
         rows=[title for _, title, _ in ROWS],
         paper=PAPER_TABLE,
         plots=sorted({name for column in columns for name in column.plots}),
-        axes=[axis.name for axis in axes.AXES],
+        axes=[axis.name for axis in AXES],
     )
     write_text(target, page)
     return target
 
 
-def _column(folder: Path, name: str) -> Column:
-    catalog.clips_path(folder)
+def _column(folder: Path, name: str) -> ReportColumn:
+    """Gather what the report shows of one catalogue."""
+    tables.clips_path(folder)
     try:
         statistics = json.loads((folder / "statistics.json").read_text())
         funnel = json.loads((folder / "funnel.json").read_text())
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: missing; run `svd refilter {folder}` first") from None
-    return Column(
+    return ReportColumn(
         name=name,
         all=_cells(statistics["all"]),
         kept=_cells(statistics["kept"]),
@@ -84,26 +91,28 @@ def _column(folder: Path, name: str) -> Column:
         cameras=statistics["cameras"],
         unusable=_unusable(folder),
         models=json.loads(models.read_text()) if (models := folder / "models.json").is_file() else {},
-        plots=_pictures(folder / "plots", "png"),
-        sheets=_pictures(folder / "contact", "jpg"),
+        plots=_data_uris(folder / "plots", "png"),
+        sheets=_data_uris(folder / "contact", "jpg"),
     )
 
 
 def _cells(values: Mapping[str, Any]) -> list[str]:
+    """Format the values of a row of Tab. 1."""
     cells = ["–" if values[key] is None else form.format(values[key]) for key, _, form in ROWS]
     years = [key for key, _, _ in ROWS].index("total_duration_years")
-    cells[years] += f" ({values['total_duration_years'] * YEAR_HOURS:,.2f} h)"  # a small set is nothing in years
+    cells[years] += f" ({values['total_duration_years'] * YEAR_HOURS:,.2f} h)"  # a small set is 0 in years
     return cells
 
 
 def _unusable(folder: Path) -> list[dict[str, Any]]:
-    """Why sources gave no clip, the most frequent reasons first: reason, count, and the first source as an example."""
-    sources = catalog.read_sources(folder).filter(pl.col("verdict").is_in(["failed", "no-clips"]))
+    """Return why sources gave no clip, most frequent reason first: reason, count, and one source as an example."""
+    sources = tables.read_sources(folder).filter(pl.col("verdict").is_in(["failed", "no-clips"]))
     groups = sources.group_by("reason").agg(pl.len().alias("count"), pl.col("source_uri").min().alias("example"))
     return groups.sort("count", "reason", descending=[True, False]).head(REASONS).to_dicts()
 
 
-def _pictures(folder: Path, suffix: str) -> dict[str, str]:
+def _data_uris(folder: Path, suffix: str) -> dict[str, str]:
+    """Return the images of a folder as data URIs by file name without suffix."""
     kind = {"png": "image/png", "jpg": "image/jpeg"}[suffix]
     return {
         path.stem: f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,11 +1,18 @@
-"""The columns of the catalogue, in one place, versioned."""
+"""The columns of all tables of the catalogue, in one place, versioned.
+
+`clips.parquet` joins three groups of columns by the step that computes them: MEASURED, with the video at hand; SCORED,
+by networks; MERGED, from the whole catalogue. `verdicts.parquet` holds FILTERED. Scores come from the list of axes.
+"""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
+from svd.catalogue.axes import AXES, Computed, axes_computed
+
 VERSION = 1
 
+Column = tuple[str, pa.DataType]
 
 BOUNDARY = pa.struct(
     [
@@ -16,21 +23,25 @@ BOUNDARY = pa.struct(
         ("seconds", pa.float64()),
     ]
 )
-
-
 CAMERA = pa.struct(
     [(n, pa.float32()) for n in ("confidence", "pan", "tilt", "zoom", "roll", "shake", "residual", "moving")]
 )
-
-
 CAPTION = pa.struct([("captioner", pa.string()), ("text", pa.string())])
-
-
 SIMILARITY = pa.struct([("captioner", pa.string()), ("value", pa.float32())])
 
 
-# Measured once, with the video at hand.
-MEASURED = [
+def _score(name: str) -> Column:
+    """Return the column of an axis, for the axes whose place in the table is fixed."""
+    return next((axis.column, pa.float32()) for axis in AXES if axis.name == name)
+
+
+def _other_scores(computed: Computed, placed: list[Column]) -> list[Column]:
+    """Return the columns of all other axes computed at a step: an axis that is added to the list has a column."""
+    known = {name for name, _ in placed}
+    return [(axis.column, pa.float32()) for axis in axes_computed(computed) if axis.column not in known]
+
+
+_MEASURED: list[Column] = [
     ("clip_id", pa.string()),
     ("source_id", pa.string()),
     ("source_uri", pa.string()),
@@ -54,67 +65,57 @@ MEASURED = [
     ("shot_end_frame", pa.int64()),
     ("start_cut", BOUNDARY),
     ("end_cut", BOUNDARY),
-    ("motion_score", pa.float32()),
+    _score("motion"),
     ("camera", pa.string()),
     ("camera_motion", CAMERA),
-    ("text_area", pa.float32()),
+    _score("text_area"),
     ("text_areas", pa.list_(pa.float32())),
+]
+MEASURED: list[Column] = [
+    *_MEASURED,
+    *_other_scores("measured", _MEASURED),
     ("licence", pa.string()),
     ("metadata", pa.string()),
 ]
 
-
-# Scored by networks, and where the bytes lie.
-SCORED = [
+_SCORED: list[Column] = [
     ("captions", pa.list_(CAPTION)),
     ("similarities", pa.list_(SIMILARITY)),
-    ("similarity", pa.float32()),
-    ("aesthetics", pa.float32()),
-    ("nsfw", pa.float32()),
+    _score("similarity"),
+    _score("aesthetics"),
+    _score("nsfw"),
+]
+# Where the bytes of a clip and of its thumbnail lie.
+MEMBERS: list[Column] = [
     ("shard", pa.string()),
     ("offset", pa.int64()),
     ("size", pa.int64()),
     ("thumbnail_offset", pa.int64()),
     ("thumbnail_size", pa.int64()),
 ]
+SCORED: list[Column] = [*_SCORED, *_other_scores("scored", _SCORED), *MEMBERS]
 
-
-# Functions of the whole catalogue.
-MERGED = [
+_MERGED: list[Column] = [
     ("motion_bucket", pa.int16()),
     ("duplicate_of", pa.string()),
-    ("duplicate_similarity", pa.float32()),
+    _score("duplicate"),
 ]
+MERGED: list[Column] = [*_MERGED, *_other_scores("merged", _MERGED)]
 
-
-AXES = ("motion", "aesthetics", "similarity", "text_area", "nsfw", "duplicate")
-
-
-FILTERED = [
-    *((f"pass_{axis}", pa.bool_()) for axis in AXES),
-    ("verdict", pa.string()),
+FILTERED: list[Column] = [
+    *((f"pass_{axis.name}", pa.bool_()) for axis in AXES),
+    ("verdict", pa.string()),  # "kept", or the name of the first axis that the clip fails
     ("keep", pa.bool_()),
     ("reason", pa.string()),
 ]
 
-
 _METADATA = {b"svd.catalogue.version": str(VERSION).encode()}
 
-
 MEASURED_SCHEMA = pa.schema(MEASURED, metadata=_METADATA)
-
-
 SCORED_SCHEMA = pa.schema([("clip_id", pa.string()), *SCORED], metadata=_METADATA)
-
-
 SCORES_SCHEMA = pa.schema([*MEASURED, *SCORED, *MERGED], metadata=_METADATA)
-
-
 VERDICTS_SCHEMA = pa.schema(FILTERED, metadata=_METADATA)
-
-
 CLIPS_SCHEMA = pa.schema([*MEASURED, *SCORED, *MERGED, *FILTERED], metadata=_METADATA)
-
 
 SOURCES_SCHEMA = pa.schema(
     [
@@ -134,14 +135,13 @@ SOURCES_SCHEMA = pa.schema(
         ("frames", pa.int64()),
         ("cuts", pa.int32()),
         ("clips", pa.int32()),
-        ("scenes", pa.int32()),  # as the source's own metadata cut it; null where they don't
+        ("scenes", pa.int32()),  # number of scenes in the source's own metadata; null without any
         ("warnings", pa.list_(pa.string())),
         ("licence", pa.string()),
         ("metadata", pa.string()),
     ],
     metadata=_METADATA,
 )
-
 
 CUTS_SCHEMA = pa.schema(
     [
@@ -157,7 +157,6 @@ CUTS_SCHEMA = pa.schema(
     ],
     metadata=_METADATA,
 )
-
 
 DROPPED_SCHEMA = pa.schema(
     [

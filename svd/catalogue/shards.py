@@ -1,8 +1,8 @@
 """Clip shards: plain WebDataset tars, written byte-deterministically, with (shard, offset, size) for random access.
 
-A tar is readable by everything and streams from object storage; the catalogue holds where each clip's bytes lie, so
-one clip is one `pread` (or one HTTP range request) and no tar is ever scanned. Members carry no time, user or mode of
-the machine that wrote them: equal clips give equal bytes.
+Any tool reads a tar, and it streams from object storage. The catalogue stores where each clip's bytes lie, so reading a
+clip is one `pread` or one HTTP range request, and no tar is scanned. Members carry no time, user or mode of the machine
+that wrote them: equal clips give equal bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Member:
-    """Where one file lies: `size` bytes at `offset` of the tar named `shard`."""
+    """The place of one file: `size` bytes at `offset` of the tar named `shard`."""
 
     shard: str
     offset: int
@@ -31,11 +31,14 @@ class Member:
 
 
 class ShardWriter:
-    """Writes samples (a key and its files) into tars of about `max_bytes`; each tar appears atomically under its name.
+    """Write samples (a key and its files) into tars of about `max_bytes`; each tar appears atomically under its name.
 
-    The first tar is `<stem>.tar`, the following ones `<stem>-1.tar`, `<stem>-2.tar`… A sample is never split, so a tar
-    exceeds `max_bytes` only when a single sample does. Use as a context manager: a tar left open by an exception is
-    removed, never published.
+    The first tar is `<stem>.tar`, the next ones are `<stem>-1.tar`, `<stem>-2.tar`… A sample is never split, so a tar
+    exceeds `max_bytes` only when a single sample does. Use it as a context manager: after an exception the open tar is
+    removed.
+
+        with ShardWriter(folder, 1 << 30) as writer:
+            place = writer.add("clip0", {"mp4": path, "json": b"{}"})["mp4"]
     """
 
     def __init__(self, folder: Path, max_bytes: int, stem: str = "clips-000000") -> None:
@@ -49,7 +52,7 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, key: str, files: Mapping[str, bytes | Path]) -> dict[str, Member]:
-        """Append `<key>.<extension>` for each item of `files` (contents, or a file to copy) in sorted order."""
+        """Append `<key>.<extension>` per item of `files` (bytes, or a file to copy), sorted; return their places."""
         total = sum(BLOCK + _padded(_size(content)) for content in files.values())
         if self._stream is not None and self._position and self._position + total > self.max_bytes:
             self._finish()
@@ -114,8 +117,8 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def read_range(path: Path, offset: int, size: int) -> bytes:
-    """`size` bytes at `offset` of a file; raises OSError that names the file when it is shorter than that."""
+def read_span(path: Path, offset: int, size: int) -> bytes:
+    """Read `size` bytes at `offset` of a file; raises OSError that names the file when it is too short."""
     with path.open("rb") as stream:
         stream.seek(offset)
         data = stream.read(size)
@@ -124,20 +127,21 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     return data
 
 
-def read_clip(folder: Path, row: Mapping[str, Any]) -> bytes:
-    """The mp4 bytes of a catalogue row; `folder` is the output of the curation stage."""
-    return read_range(folder / "shards" / row["shard"], row["offset"], row["size"])
+def read_clip_bytes(folder: Path, row: Mapping[str, Any]) -> bytes:
+    """Read the mp4 of a catalogue row; `folder` is the output of the stage curation."""
+    return read_span(folder / "shards" / row["shard"], row["offset"], row["size"])
 
 
 def read_thumbnail(folder: Path, row: Mapping[str, Any]) -> bytes:
-    """The JPEG of the clip's middle frame of a catalogue row."""
-    return read_range(folder / "shards" / row["shard"], row["thumbnail_offset"], row["thumbnail_size"])
+    """Read the JPEG of the clip's middle frame of a catalogue row."""
+    return read_span(folder / "shards" / row["shard"], row["thumbnail_offset"], row["thumbnail_size"])
 
 
-def iterate(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Samples of a WebDataset tar in order: key and contents by extension; raises tarfile.ReadError for a broken tar.
+def iterate_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield the samples of a WebDataset tar in order: key, and contents by extension.
 
-    As in WebDataset, neighbours whose names agree up to the first dot of the base name form one sample.
+    As in WebDataset, neighbours whose names agree up to the first dot of the base name form one sample. Raises
+    tarfile.ReadError for a broken tar.
     """
     key, files = "", dict[str, bytes]()
     with tarfile.open(path, "r:*") as tar:

@@ -14,8 +14,8 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 
-from svd.catalogue import axes, filters
-from svd.catalogue import tables as catalog
+from svd.catalogue import filters, tables
+from svd.catalogue.axes import AXES, Axis
 from svd.catalogue.contact_sheets import write_contact_sheets
 from svd.core.files import write_json
 
@@ -25,8 +25,8 @@ FILTERED = "after filters"
 BLUE, RED, GREY = "#4878a8", "#c03030", "#999999"
 
 
-def table(clips: pl.LazyFrame) -> dict[str, float | int | None]:
-    """The rows of Tab. 1 for a set of clips: clips, mean and total duration, frames, clips a video, motion scores."""
+def dataset_row(clips: pl.LazyFrame) -> dict[str, float | int | None]:
+    """Return a set's row of Tab. 1: number of clips, durations, frames, clips per video, motion annotations."""
     row = (
         clips.select(
             pl.len().alias("clips"),
@@ -50,9 +50,9 @@ def table(clips: pl.LazyFrame) -> dict[str, float | int | None]:
 
 
 def clips_per_video(clips: pl.LazyFrame, sources: pl.DataFrame) -> dict[str, float]:
-    """Mean clips a video (Fig. 2 left): by the scenes of the sources' own metadata, by the cascade, and those kept.
+    """Return the mean number of clips per video (Fig. 2 left): by the sources' own metadata, cut detection, and kept.
 
-    The first only where metadata give scenes: the mean over the videos that have some.
+    The first is there only when metadata give scenes; it is the mean over the videos that have some.
     """
     every, kept = (
         clips.group_by("source_uri")
@@ -68,9 +68,10 @@ def clips_per_video(clips: pl.LazyFrame, sources: pl.DataFrame) -> dict[str, flo
 
 
 def histogram(clips: pl.LazyFrame, column: str, bins: int = BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts (bins,) of all and of kept clips, and the edges (bins + 1,), streamed; empty arrays without a score.
+    """Count all and kept clips per bin of a score, streamed: (bins,), (bins,) and the edges (bins + 1,).
 
-    The outermost thousandth on each side is put into the first and last bin, so that one outlier can't hide the rest.
+    The outermost thousandth on each side goes into the first and last bin, so that one outlier can't hide the rest.
+    Returns empty arrays when no clip has a score.
     """
     value = pl.col(column).cast(pl.Float64)
     low, high = (
@@ -95,48 +96,50 @@ def histogram(clips: pl.LazyFrame, column: str, bins: int = BINS) -> tuple[np.nd
 
 
 def write_statistics(folder: Path, thresholds: Mapping[str, float]) -> dict[str, Any]:
-    """Write `statistics.json`, `plots/*.png` and `contact/*.jpg` of a curation output; returns the former."""
-    clips = catalog.scan_clips(folder)
+    """Write `statistics.json`, `plots/*.png` and `contact/*.jpg` of a curation output; return the statistics."""
+    clips = tables.scan_clips(folder)
     values = {
-        "all": table(clips),
-        "kept": table(clips.filter(pl.col("keep"))),
-        "sources": dict(catalog.read_sources(folder)["verdict"].value_counts().sort("verdict").rows()),
+        "all": dataset_row(clips),
+        "kept": dataset_row(clips.filter(pl.col("keep"))),
+        "sources": dict(tables.read_sources(folder)["verdict"].value_counts().sort("verdict").rows()),
         "cameras": dict(clips.group_by("camera").len().sort("camera").collect(engine="streaming").rows()),
     }
     write_json(folder / "statistics.json", values)
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    for axis in axes.AXES:
+    for axis in AXES:
         every, kept, edges = histogram(clips, axis.column)
         if len(every):
             _plot_axis(plots / f"{axis.name}.png", (every, kept, edges), axis, thresholds.get(axis.name))
     _plot_duration(plots / "duration.png", clips)
-    _plot_bars(plots / "clips_per_video.png", clips_per_video(clips, catalog.read_sources(folder)))
+    _plot_bars(plots / "clips_per_video.png", clips_per_video(clips, tables.read_sources(folder)))
     _plot_funnel(plots / "funnel.png", filters.funnel(clips, thresholds))
     write_contact_sheets(folder, thresholds)
     return values
 
 
 def _save(path: Path, plot: Axes) -> None:
+    """Write a plot as PNG and close its figure."""
     figure = plot.get_figure()
     assert figure is not None
-    # No name of the program or time in the file: equal catalogues give equal plots.
+    # Without matplotlib's name and version in the file: equal catalogues give equal plots.
     figure.savefig(path, dpi=100, metadata={"Software": None})  # type: ignore[union-attr]
     plt.close(figure)  # type: ignore[arg-type]
 
 
-def _axes(**labels: str) -> Axes:
+def _new_plot(**labels: str) -> Axes:
+    """Make an empty plot with labels."""
     _, plot = plt.subplots(figsize=(6, 3), layout="constrained")
     plot.set(**labels)  # type: ignore[arg-type]
     return plot
 
 
 def _plot_axis(
-    path: Path, counts: tuple[np.ndarray, np.ndarray, np.ndarray], axis: axes.Axis, threshold: float | None
+    path: Path, counts: tuple[np.ndarray, np.ndarray, np.ndarray], axis: Axis, threshold: float | None
 ) -> None:
-    """Fig. 2 right for any axis: histogram of all and kept clips, the threshold drawn in, the dropped side shaded."""
+    """Plot an axis as Fig. 2 right: histogram of all and kept clips, the threshold, the dropped side shaded."""
     every, kept, edges = counts
-    plot = _axes(xlabel=axis.title, ylabel="clips")
+    plot = _new_plot(xlabel=axis.title, ylabel="clips")
     plot.stairs(every, edges, fill=True, color=GREY, alpha=0.6, label="all clips")
     plot.stairs(kept, edges, fill=True, color=BLUE, label="kept after all filters")
     if threshold is not None:
@@ -149,8 +152,9 @@ def _plot_axis(
 
 
 def _plot_duration(path: Path, clips: pl.LazyFrame) -> None:
+    """Plot the histogram of clip durations (Fig. 2 middle)."""
     every, kept, edges = histogram(clips, "duration")
-    plot = _axes(xlabel="clip duration, s", ylabel="clips")
+    plot = _new_plot(xlabel="clip duration, s", ylabel="clips")
     if len(every):
         plot.stairs(every, edges, fill=True, color=GREY, alpha=0.6, label="all clips")
         plot.stairs(kept, edges, fill=True, color=BLUE, label="kept")
@@ -159,8 +163,8 @@ def _plot_duration(path: Path, clips: pl.LazyFrame) -> None:
 
 
 def _plot_bars(path: Path, counts: Mapping[str, float]) -> None:
-    """Fig. 2 left."""
-    plot = _axes(ylabel="clips a video")
+    """Plot the clips per video (Fig. 2 left)."""
+    plot = _new_plot(ylabel="clips a video")
     colours = [BLUE if name == FILTERED else GREY for name in counts]
     bars = plot.bar(list(counts), list(counts.values()), color=colours)
     plot.bar_label(bars, fmt="%.2f")
@@ -168,7 +172,8 @@ def _plot_bars(path: Path, counts: Mapping[str, float]) -> None:
 
 
 def _plot_funnel(path: Path, steps: list[dict[str, Any]]) -> None:
-    plot = _axes(xlabel="clips left")
+    """Plot the clips that are left after each axis."""
+    plot = _new_plot(xlabel="clips left")
     names = [step["step"] if index == 0 else f"− {step['step']}" for index, step in enumerate(steps)]
     bars = plot.barh(names, [step["left"] for step in steps], color=BLUE)
     plot.bar_label(bars)

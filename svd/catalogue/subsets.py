@@ -1,8 +1,8 @@
-"""Named subsets of one catalogue, and those that calibrate thresholds as the paper does (§3.3, E.2.2).
+"""Named subsets of one catalogue, and the subsets of the threshold calibration (§3.3, E.2.2).
 
-A subset is a column of booleans beside the catalogue: no clip is copied. The calibration removes the worst 12.5, 25 and
-50 % of one axis at a time and leaves the others unfiltered; one model is trained on each and the models are compared by
-human preference.
+A subset is a column of booleans beside the catalogue; no clip is copied. The calibration removes the worst 12.5, 25 and
+50 % of one axis at a time and leaves the other axes unfiltered. One model is trained on each subset, and the models are
+compared by human preference.
 """
 
 from __future__ import annotations
@@ -13,47 +13,42 @@ from typing import Any
 
 import polars as pl
 
-from svd.catalogue import axes as catalogue_axes
-from svd.catalogue import filters
-from svd.catalogue import tables as catalog
+from svd.catalogue import filters, tables
+from svd.catalogue.axes import AXES, OPTIONS
 from svd.config import FiltersConfig, Threshold
 from svd.core.errors import UserError
 from svd.core.files import write_json
 
-CALIBRATED_AXES = ("similarity", "aesthetics", "text_area", "motion")
 REMOVED_SHARES = (0.125, 0.25, 0.5)
 UNFILTERED = "unfiltered"
 
 
-def calibration_subsets(
-    axes: Sequence[str] = CALIBRATED_AXES, shares: Sequence[float] = REMOVED_SHARES
-) -> dict[str, FiltersConfig]:
-    """The subsets of the threshold calibration: `unfiltered`, and `<axis>-<percent removed>` for each axis and share.
+def calibration_subsets(axes: Sequence[str], shares: Sequence[float] = REMOVED_SHARES) -> dict[str, FiltersConfig]:
+    """Return the subsets of the threshold calibration: `unfiltered`, and `<axis>-<percent removed>` per axis and share.
 
     Raises UserError for an unknown axis.
     """
-    options = {axis.name: axis.option for axis in catalogue_axes.AXES}
-    if unknown := sorted(set(axes) - set(options)):
-        raise UserError(f"unknown axis {', '.join(unknown)}; known: {', '.join(options)}")
+    if unknown := sorted(set(axes) - set(OPTIONS)):
+        raise UserError(f"unknown axis {', '.join(unknown)}; known: {', '.join(OPTIONS)}")
     subsets = {UNFILTERED: FiltersConfig()}
     for axis in axes:
         for share in shares:
             threshold = Threshold(quantile=share)
-            subsets[f"{axis}-{100 * share:g}"] = FiltersConfig.model_validate({options[axis]: threshold})
+            subsets[f"{axis}-{100 * share:g}"] = FiltersConfig.model_validate({OPTIONS[axis]: threshold})
     return subsets
 
 
 def write_subsets(folder: Path, subsets: Mapping[str, FiltersConfig]) -> dict[str, dict[str, Any]]:
-    """Write `catalogue/subsets.parquet` (one boolean column a subset, rows as in the catalogue) and `subsets.json`.
+    """Write `catalogue/subsets.parquet` (one boolean column per subset, rows as in the catalogue) and `subsets.json`.
 
-    Returns clips, hours and thresholds of each subset. A subset whose axis has no scores is refused (UserError): it
-    would silently be the whole catalogue.
+    Returns clips, hours, share and thresholds of each subset. Raises UserError for a subset of an axis without scores:
+    it would silently be the whole catalogue.
     """
-    scores = catalog.scan_scores(folder)
+    scores = tables.scan_scores(folder)
     columns, found = [], dict[str, dict[str, Any]]()
     for name, config in subsets.items():
         judged, thresholds = filters.apply(scores, config)
-        wanted = {axis.name for axis in catalogue_axes.AXES if getattr(config, axis.option) is not None}
+        wanted = {axis.name for axis in AXES if getattr(config, axis.option) is not None}
         if missing := sorted(wanted - set(thresholds)):
             raise UserError(f"subset '{name}': the catalogue has no scores for {', '.join(missing)}")
         columns.append(judged.select(pl.col("keep").alias(name)).collect(engine="streaming")[name])
@@ -65,6 +60,6 @@ def write_subsets(folder: Path, subsets: Mapping[str, FiltersConfig]) -> dict[st
             "hours": float(duration.filter(column).sum()) / 3600,
             "share": float(column.mean() or 0.0),  # type: ignore[arg-type]
         }
-    catalog.write_table(folder / "catalogue" / "subsets.parquet", pl.DataFrame(columns).to_arrow())
+    tables.write_table(folder / "catalogue" / "subsets.parquet", pl.DataFrame(columns).to_arrow())
     write_json(folder / "subsets.json", found)
     return found

@@ -1,9 +1,10 @@
-"""The clip catalogue: its schema in one place, how it is read and written, and how identities are made.
+"""Reading and writing the tables of the catalogue, and the identities of sources and clips.
 
-One row a clip (`clips.parquet`), its verdicts in the same order (`verdicts.parquet`, narrow, so that filtering again
-rewrites nothing else), one row a source (`sources.parquet`), one row a span of a source that is in no clip
-(`dropped.parquet`): nothing is dropped silently. Embeddings, flow maps and videos lie in files of their own, addressed
-by the row: `unit` names the shard of sources it came from, `shard`, `offset` and `size` the bytes of its mp4.
+`clips.parquet` has one row per clip. `verdicts.parquet` has the verdicts in the same order; it is narrow, so that
+filtering again rewrites nothing else. `sources.parquet` has one row per source, `dropped.parquet` one row per span of a
+source that is in no clip: nothing is dropped silently. Embeddings, flow maps and videos lie in files of their own. The
+row of a clip addresses them: `unit` names the shard of sources it came from, `shard`, `offset` and `size` the bytes of
+its mp4.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from svd.catalogue.axes import AXES
 from svd.catalogue.schema import VERDICTS_SCHEMA, VERSION
 from svd.core.errors import UserError
 from svd.core.files import atomic_file
 
 HASH_BYTES = 1 << 20
-# Rows of a row group: a page of the browser reads one for every clip that it shows.
+# Rows per row group: the browser reads one group per clip that it shows.
 ROW_GROUP = 1 << 14
 
 
 def clip_id(source_id: str, start_pts: int, end_pts: int) -> str:
-    """Identity of a clip: 32 hex digits of the source's content hash and the clip's exact times."""
+    """Return the identity of a clip: 32 hex digits, a hash of the source's content hash and the clip's exact times."""
     return hashlib.blake2b(f"{source_id}:{start_pts}:{end_pts}".encode(), digest_size=16).hexdigest()
 
 
 def content_hash(path: Path) -> str:
-    """Identity of a source: the first 32 hex digits of the SHA-256 of its bytes; raises OSError."""
+    """Return the identity of a source: the first 32 hex digits of the SHA-256 of its bytes; raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(HASH_BYTES):
@@ -42,7 +44,7 @@ def content_hash(path: Path) -> str:
 
 
 def content_hash_of(path: Path, offset: int, size: int) -> str:
-    """As `content_hash`, of `size` bytes at `offset`: a member of a tar."""
+    """Return `content_hash` of `size` bytes at `offset` of a file: a member of a tar."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         stream.seek(offset)
@@ -53,13 +55,13 @@ def content_hash_of(path: Path, offset: int, size: int) -> str:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write Parquet atomically; equal tables are equal bytes."""
+    """Write a table as Parquet, atomically; equal tables give equal bytes."""
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
         pq.write_table(table, stream, compression="zstd", row_group_size=1 << 17)
 
 
 def write_stream(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """As `write_table`, of tables as they come; memory holds one of them or a row group, whichever is more."""
+    """Write tables one after another into one file; memory holds one of them or one row group, whichever is larger."""
     with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         held, count = list[pa.Table](), 0
         for table in tables:
@@ -72,8 +74,8 @@ def write_stream(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> N
             writer.write_table(pa.concat_tables(held))
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write rows (dicts) under `schema`; a key that the schema lacks is a programming error and raises KeyError."""
+def write_table_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows (dicts) under `schema`; raises KeyError for a key that the schema lacks, a programming error."""
     for row in rows[:1]:
         if unknown := set(row) - set(schema.names):
             raise KeyError(f"not in the catalogue's schema: {sorted(unknown)}")
@@ -81,9 +83,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema)
 
 
 def with_schema(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
-    """`frame` as an Arrow table with exactly the columns and types of `schema`; a missing column becomes null.
+    """Convert a frame to an Arrow table with exactly the columns and types of `schema`; missing columns are null.
 
-    So does a number that is none: a score that a network could not give must not pass for a high one.
+    NaN becomes null as well: a score that a network could not compute must not compare as a high one.
     """
     table = frame.with_columns(cs.float().fill_nan(None)).to_arrow()
     columns = [
@@ -94,7 +96,10 @@ def with_schema(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
 
 
 def clips_path(folder: Path) -> Path:
-    """`clips.parquet` of a curation output (or the file itself); raises UserError when there is none or it is newer."""
+    """Return the path of `clips.parquet` of a curation output, or `folder` itself if it is such a file.
+
+    Raises UserError when there is no catalogue or it has another version.
+    """
     path = folder if folder.suffix == ".parquet" else folder / "catalogue" / "clips.parquet"
     if not path.is_file():
         raise UserError(f"{path}: no clip catalogue here; give the output folder of `svd curate`")
@@ -105,12 +110,17 @@ def clips_path(folder: Path) -> Path:
 
 
 def scan_scores(folder: Path) -> pl.LazyFrame:
-    """All clips with their scores, lazily; verdicts only where `clips.parquet` itself holds them."""
-    return pl.scan_parquet(clips_path(folder))
+    """Scan all clips with their scores. Verdicts are included only where `clips.parquet` itself holds them.
+
+    An axis that was added after the catalogue was written has a column of nulls: it is unused, not an error.
+    """
+    scores = pl.scan_parquet(clips_path(folder))
+    known = scores.collect_schema().names()
+    return scores.with_columns(pl.lit(None, pl.Float32).alias(a.column) for a in AXES if a.column not in known)
 
 
 def scan_clips(folder: Path) -> pl.LazyFrame:
-    """As `read_clips`, lazily, for catalogues larger than memory."""
+    """Scan all clips with scores and verdicts, for catalogues larger than memory."""
     scores = scan_scores(folder)
     verdicts = folder / "catalogue" / "verdicts.parquet"
     if not verdicts.is_file():
@@ -119,10 +129,10 @@ def scan_clips(folder: Path) -> pl.LazyFrame:
 
 
 def read_clips(folder: Path, subset: str | None = None) -> pl.DataFrame:
-    """All clips of a curation output with their verdicts, sorted by source and start.
+    """Read all clips of a curation output with their verdicts, sorted by source and start.
 
-    subset: a named subset (svd.catalogue.subsets); `keep` then says who belongs to it. Raises UserError when there is
-    no catalogue or no such subset.
+    subset: a named subset (svd.catalogue.subsets); `keep` then says which clips belong to it. Raises UserError when
+    there is no catalogue or no such subset.
     """
     clips = scan_clips(folder).collect()
     if subset is None:
@@ -135,6 +145,6 @@ def read_clips(folder: Path, subset: str | None = None) -> pl.DataFrame:
 
 
 def read_sources(folder: Path) -> pl.DataFrame:
-    """All sources of a curation output, usable or not."""
+    """Read all sources of a curation output, usable or not."""
     clips_path(folder)
     return pl.read_parquet(folder / "catalogue" / "sources.parquet")

@@ -15,6 +15,7 @@ from svd.config.compute import (
     Ucf101Compute,
 )
 from svd.config.data import (
+    CaptionerName,
     CaptionsConfig,
     ClipsConfig,
     CurationConfig,
@@ -30,7 +31,7 @@ from svd.config.data import (
     Threshold,
 )
 from svd.config.evaluation import CalibrationConfig, EvaluationConfig, MultiviewBenchmark, Ucf101Config
-from svd.config.generation import Sampling
+from svd.config.generation import GenerationConfig, Ramp, Sampling, Solver, TaskGeneration
 from svd.config.model import AutoencoderSection, ModelConfig, Precision, UNetSection
 from svd.config.preset import Preset
 from svd.config.training import (
@@ -49,6 +50,7 @@ __all__ = [
     "AutoencoderSection",
     "AutoencoderTraining",
     "CalibrationConfig",
+    "CaptionerName",
     "CaptionsConfig",
     "ClipsConfig",
     "ComputeConfig",
@@ -61,6 +63,7 @@ __all__ = [
     "EvaluationConfig",
     "FiltersConfig",
     "Fraction",
+    "GenerationConfig",
     "Geometry",
     "LatentsCompute",
     "LatentsConfig",
@@ -74,12 +77,15 @@ __all__ = [
     "PositiveInt",
     "Precision",
     "Preset",
+    "Ramp",
     "Renderer",
     "Sampling",
     "Section",
+    "Solver",
     "SourcesConfig",
     "Subset",
     "SyntheticWorlds",
+    "TaskGeneration",
     "TextConfig",
     "Threshold",
     "TrainingCompute",

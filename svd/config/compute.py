@@ -1,4 +1,4 @@
-"""How the stages are computed, apart from what defines their results.
+"""Options that say how the stages are computed, apart from those that define their results.
 
 An option belongs here when changing it leaves the result what it is by definition: on how many devices a stage runs,
 how memory is traded for time, how often work in progress is saved and looked at. Sums of floating-point numbers may be
@@ -32,7 +32,7 @@ TRAININGS = (
 
 
 class TrainingCompute(Section):
-    """How a diffusion model is trained: devices, memory, intervals."""
+    """Devices, memory and intervals of the training of a diffusion model."""
 
     devices: int | Literal["auto"] = Field("auto", description="processes per node, one per device; auto: every GPU")
     nodes: PositiveInt = Field(1, description="machines; a launcher (torchrun, srun) must start one process group each")
@@ -51,37 +51,37 @@ class TrainingCompute(Section):
 
 
 class AutoencoderCompute(Section):
-    """How the autoencoder is trained."""
+    """Intervals of the training of the autoencoder."""
 
     checkpoint_every: PositiveInt = Field(100, description="steps between saved states, where a killed run goes on")
 
 
 class CurationCompute(Section):
-    """How videos are curated."""
+    """Processes of the curation."""
 
     workers: PositiveInt = Field(1, description="processes that decode and measure sources")
 
 
 class LatentsCompute(Section):
-    """How clips are encoded into the latent cache."""
+    """Threads of the latent cache."""
 
     workers: PositiveInt = Field(1, description="threads that decode clips")
 
 
 class Ucf101Compute(Section):
-    """How the UCF-101 evaluation is computed."""
+    """Batches of the UCF-101 evaluation."""
 
     batch_size: PositiveInt = Field(8, description="clips sampled and measured at once")
 
 
 class EvaluationCompute(Section):
-    """How the evaluations are computed."""
+    """The evaluations, one section each."""
 
     ucf101: Ucf101Compute = Ucf101Compute()
 
 
 class ComputeConfig(Section):
-    """How each stage is computed. A training stage takes from `training` what its own section doesn't set.
+    """The section `compute`. A training stage takes from `training` what its own section doesn't set.
 
     >>> compute = ComputeConfig.model_validate({"training": {"devices": 8}, "camera_lora": {"compile": True}})
     >>> compute.of("camera-lora").devices, compute.of("camera-lora").compile, compute.of("image-to-video").compile

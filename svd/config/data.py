@@ -103,13 +103,17 @@ class EncodersConfig(Section):
     aesthetics_weights: str | None = None
 
 
+# Those with a network run in this order. A new captioner is its name here and a module svd/curation/captions/<name>.py.
+CaptionerName = Literal["coca", "video", "llm", "sidecar", "motion"]
+
+
 class CaptionsConfig(Section):
     """Three captions per clip (§3.1): which captioners run, and with which probability training draws each (E.2.2).
 
     llm_endpoint stays here although it says *where*: `llm_model` then names a model of that server, not files.
     """
 
-    captioners: list[Literal["coca", "video", "llm", "sidecar", "motion"]]
+    captioners: list[CaptionerName]
     probabilities: dict[str, Fraction]
     coca_model: str = "coca_ViT-L-14"
     coca_weights: str = "mscoco_finetuned_laion2B-s13B-b90k"
@@ -132,7 +136,10 @@ class Threshold(Section):
 
 
 class FiltersConfig(Section):
-    """Filters per axis (§3.3, E.2.2): `min_*` drops the low end, `max_*` the high end; quantiles are shares dropped."""
+    """Filters per axis (§3.3, E.2.2): `min_*` drops the low end, `max_*` the high end; quantiles are shares dropped.
+
+    One option per axis of svd.catalogue.axes.
+    """
 
     min_motion: Threshold | None = None
     min_aesthetics: Threshold | None = None

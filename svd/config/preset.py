@@ -10,6 +10,7 @@ from svd.config.base import Section
 from svd.config.compute import ComputeConfig
 from svd.config.data import CurationConfig, EncodersConfig, OrbitsConfig, SourcesConfig
 from svd.config.evaluation import CalibrationConfig, EvaluationConfig
+from svd.config.generation import GenerationConfig
 from svd.config.model import ModelConfig
 from svd.config.training import AutoencoderTraining, LatentsConfig, LoraConfig, MultiviewTraining, TrainingConfig
 
@@ -34,6 +35,7 @@ class Preset(Section):
     threshold_calibration: CalibrationConfig
     orbits: OrbitsConfig
     multiview_finetuning: MultiviewTraining
+    generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig
     compute: ComputeConfig = ComputeConfig()
 

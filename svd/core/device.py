@@ -1,4 +1,4 @@
-"""Where networks of curation run, and what they say when memory is short."""
+"""The device that networks run on, and torch's lack of memory as MemoryError."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 
 def pick_device() -> str:
-    """`cuda` when there is a GPU, else `cpu`. Imports torch."""
-    import torch
+    """Return `cuda` when there is a GPU, else `cpu`. Imports torch."""
+    import torch  # here: processes without networks do without torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager
-def told_memory() -> Iterator[None]:
-    """Raises MemoryError where torch gets no memory outside the GPU: it has no class of its own for that."""
+def memory_errors() -> Iterator[None]:
+    """Raise MemoryError where torch gets no memory outside the GPU: torch has no class of its own for that."""
     try:
         yield
     except RuntimeError as error:

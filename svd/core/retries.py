@@ -1,4 +1,4 @@
-"""Trying again: what to do when a network or a server fails for a while."""
+"""Retries with exponential backoff, for networks and servers that fail for a while."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import TypeVar
 from svd.core.errors import UserError
 
 T = TypeVar("T")
-# With full jitter about a minute in the mean: long enough for a server that is restarted.
+# With full jitter the waits sum to about a minute on average: long enough for a server that is restarted.
 ATTEMPTS = 14
 FIRST_WAIT = 0.25
 LONGEST_WAIT = 15.0
 
 
 class Transient(Exception):
-    """A failure that may pass; the message is one line for people, the cause is chained."""
+    """A failure that may pass. The message is one line for people; the cause is chained."""
 
 
 class Unreachable(UserError, OSError):
-    """A server that did not answer in all attempts. Unlike other users' errors, a later try of the stage may work."""
+    """A server that did not answer in all attempts. Unlike after a user's mistake, a later try may work."""
 
 
 def retrying(action: Callable[[], T], what: str) -> T:
-    """Call `action` until it raises no `Transient`, waiting up to 0.25 s * 2^n (full jitter, 15 s at most) in between.
+    """Call `action` until it raises no `Transient`; return its result.
 
-    Raises Unreachable that names `what` when the attempts are used up; all other exceptions pass through.
+    The wait after attempt n is random, up to 0.25 s * 2^n and at most 15 s (full jitter). Raises Unreachable that names
+    `what` when the attempts are used up. All other exceptions pass through.
     """
     for attempt in range(ATTEMPTS):
         try:

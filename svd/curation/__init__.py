@@ -1,1 +1,1 @@
-"""The paper's data engine (§3.1, App. C): cuts, clips, motion, text, similarity, captions, filters, catalogue."""
+"""Curation: from raw videos to a catalogue of captioned and scored clips (§3, App. C)."""

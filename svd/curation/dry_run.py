@@ -1,4 +1,4 @@
-"""The dry run: what a curation would do, and what it would cost at measured rates, without decoding anything."""
+"""The dry run: estimates what a curation would do and cost, from headers and measured rates, without decoding."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from rich.progress import track
 from svd import storage
 from svd.config import CurationConfig, EncodersConfig
 from svd.core.errors import UserError
+from svd.curation.captions.registry import NETWORK_CAPTIONERS
 from svd.sources.listing import Source
 
-# CPU-seconds a second of video, measured with benchmarks/curation and benchmarks/text on one core of an EPYC (Zen 3):
-# one pass over h264 at 720p, and a text detection.
+# CPU seconds per second of video, measured with benchmarks/curation and benchmarks/text on one core of an EPYC (Zen 3):
+# one decode pass over H.264 at 720p, and one text detection.
 PASS_PER_MEGAPIXEL_SECOND = 0.10
 TEXT_SECONDS = 0.035
 CLIP_SECONDS = 8.0  # mean length of a clip, for the number of clips
-FRAMES_A_CLIP = 3
-# CPU-seconds a frame of the networks whose cost was measured on the same core, in float32, preprocessing left out;
-# CoCa with all 30 tokens of its beam search, which ends earlier for most pictures.
+FRAMES_PER_CLIP = 3
+# CPU seconds per frame of networks measured on the same core, in float32, without preprocessing. CoCa: with all 30
+# tokens of its beam search, which ends earlier for most images.
 EMBEDDING_SECONDS = {"ViT-B-32": 0.11, "ViT-L-14": 1.9, "ViT-H-14": 4.0}
 COCA_SECONDS = {"coca_ViT-L-14": 38.0}
 REMOTE_PROBES = 64  # remote sources whose headers are read, evenly spread; the others are estimated from all headers
@@ -31,8 +32,8 @@ PROBE_BLOCK = 256 << 10
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a header says: seconds, megapixels a frame, bytes."""
+class HeaderFacts:
+    """HeaderFacts from a header: seconds, megapixels per frame, bytes."""
 
     seconds: float
     megapixels: float
@@ -40,9 +41,9 @@ class Facts:
 
     @property
     def cpu(self) -> float:
-        """CPU-seconds without large networks."""
+        """Estimate the CPU seconds without large networks."""
         return self.seconds * (
-            PASS_PER_MEGAPIXEL_SECOND * self.megapixels + TEXT_SECONDS * FRAMES_A_CLIP / CLIP_SECONDS
+            PASS_PER_MEGAPIXEL_SECOND * self.megapixels + TEXT_SECONDS * FRAMES_PER_CLIP / CLIP_SECONDS
         )
 
 
@@ -50,9 +51,9 @@ class Facts:
 class Plan:
     """Totals of a dry run.
 
-    unknown: sources without a header that could be read: remote ones, which are `estimated` from those that could, and
-    broken ones, which cost nothing. hours, gigabytes: of the probed; the other totals hold the estimated sources too.
-    networks: what each network costs, for people.
+    unknown: sources whose header was not read. Remote ones are `estimated` from the others; broken ones cost nothing.
+    hours, gigabytes: of the probed sources alone; the other totals include the estimated sources.
+    networks: rows about the cost of each network, for people.
     """
 
     sources: int
@@ -69,7 +70,7 @@ class Plan:
     networks: tuple[tuple[str, str], ...]
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Format the totals for people."""
         probed, broken = self.sources - self.unknown, self.unknown - self.estimated
         parts = [f"{probed:,} probed", f"{self.estimated:,} estimated from those", f"{broken:,} unreadable"]
         shown = [
@@ -92,14 +93,17 @@ class Plan:
         return _table(shown)
 
 
-def plan(
+def plan_curation(
     sources: Sequence[Source],
     config: CurationConfig,
     sources_per_unit: int,
     encoders: EncodersConfig,
     workers: int = 1,
 ) -> Plan:
-    """Probe the headers of local sources, of members of tars and of some remote sources, and add up."""
+    """Probe the headers of local sources, of members of tars and of some remote sources, and add up.
+
+    sources_per_unit: `sources.sources_per_shard` of the preset. workers: decoding processes side by side.
+    """
     facts = _probe_all(sources)
     known = [one for one in facts if one is not None]
     counts = [_parts(source, one, config) for source, one in zip(sources, facts, strict=True)]
@@ -109,7 +113,7 @@ def plan(
     everything = [*known, *guessed]
     clips = round(sum(one.seconds for one in everything) / CLIP_SECONDS)
     cpu = sum(one.cpu for one in everything) / 3600
-    embedding = _embedding_seconds(encoders) * FRAMES_A_CLIP * clips / 3600
+    embedding = _embedding_seconds(encoders) * FRAMES_PER_CLIP * clips / 3600
     fetched = [one for source, one in zip(sources, facts, strict=True) if one is not None and source.remote]
     return Plan(
         sources=len(sources),
@@ -127,18 +131,18 @@ def plan(
     )
 
 
-def _parts(source: Source, facts: Facts | None, config: CurationConfig) -> int:
-    """How many units of its own a long source becomes; 1: it shares one."""
+def _parts(source: Source, facts: HeaderFacts | None, config: CurationConfig) -> int:
+    """Estimate into how many parts a source is split; 1: it shares a unit."""
     return 1 if facts is None or source.remote else max(1, round(facts.seconds / config.part_seconds))
 
 
-def _guess(source: Source, known: Sequence[Facts]) -> Facts:
-    """A source like the mean of the known ones: in seconds a byte where its bytes are known, else in seconds."""
+def _guess(source: Source, known: Sequence[HeaderFacts]) -> HeaderFacts:
+    """Estimate a source from the known ones: by their seconds per byte if its size is known, else by their mean."""
     seconds, size = sum(one.seconds for one in known), sum(one.size for one in known)
     megapixels = sum(one.seconds * one.megapixels for one in known) / seconds if seconds else 0.0
     if source.size is None or not size:
-        return Facts(seconds / len(known), megapixels, size // len(known))
-    return Facts(seconds * source.size / size, megapixels, source.size)
+        return HeaderFacts(seconds / len(known), megapixels, size // len(known))
+    return HeaderFacts(seconds * source.size / size, megapixels, source.size)
 
 
 def _embedding_seconds(encoders: EncodersConfig) -> float:
@@ -146,14 +150,15 @@ def _embedding_seconds(encoders: EncodersConfig) -> float:
 
 
 def _networks(config: CurationConfig, encoders: EncodersConfig, clips: int) -> tuple[tuple[str, str], ...]:
-    """The networks that the preset names, with what they cost on one core where that was measured."""
+    """List the networks that the preset names, with their cost on one core where that was measured."""
     captions = config.captions
     rows = []
     if encoders.kind == "open_clip":
-        rows.append((f"CLIP {encoders.model}", "about", _embedding_seconds(encoders) * FRAMES_A_CLIP))
+        rows.append((f"CLIP {encoders.model}", "about", _embedding_seconds(encoders) * FRAMES_PER_CLIP))
     if "coca" in captions.captioners:
         rows.append((f"CoCa {captions.coca_model}", "up to", COCA_SECONDS.get(captions.coca_model, 0.0)))
-    rows += [(f"{name} captioner", "", 0.0) for name in ("video", "llm") if name in captions.captioners]
+    others = (name for name in NETWORK_CAPTIONERS if name in captions.captioners and name != "coca")
+    rows += [(f"{name} captioner", "", 0.0) for name in others]
     measured = "{} {} of one core; runs on a GPU when there is one"
     return tuple(
         ("networks", f"{name}: " + (measured.format(word, _time(cost * clips / 3600)) if cost else "cost not measured"))
@@ -161,7 +166,8 @@ def _networks(config: CurationConfig, encoders: EncodersConfig, clips: int) -> t
     )
 
 
-def _probe_all(sources: Sequence[Source]) -> list[Facts | None]:
+def _probe_all(sources: Sequence[Source]) -> list[HeaderFacts | None]:
+    """Read the headers of the sources; None for those that were skipped or can't be read."""
     remote = [index for index, source in enumerate(sources) if source.remote and source.size is not None]
     step = max(1, -(-len(remote) // REMOTE_PROBES))
     skipped = {index for index, source in enumerate(sources) if source.remote} - set(remote[::step])
@@ -169,8 +175,8 @@ def _probe_all(sources: Sequence[Source]) -> list[Facts | None]:
     return [None if index in skipped else _probe(source) for index, source in numbered]
 
 
-def _probe(source: Source) -> Facts | None:
-    """What the header says; None when it can't be read."""
+def _probe(source: Source) -> HeaderFacts | None:
+    """Read the header of a source; None when it can't be read."""
     try:
         if source.path is not None and source.archive is None:
             return _header(str(source.path), source.path.stat().st_size)
@@ -181,35 +187,35 @@ def _probe(source: Source) -> Facts | None:
         return None
 
 
-def _header(file: Any, size: int) -> Facts | None:
+def _header(file: Any, size: int) -> HeaderFacts | None:
     with av.open(file, "r") as container:
         video = container.streams.video[0]
         if container.duration is None:
             return None
-        return Facts(container.duration / av.time_base, video.width * video.height / 1e6, size)
+        return HeaderFacts(container.duration / av.time_base, video.width * video.height / 1e6, size)
 
 
 class _Window:
-    """`size` bytes at `offset` of a stream, as a file for PyAV."""
+    """A file for PyAV over `size` bytes at `offset` of a stream."""
 
     def __init__(self, stream: BinaryIO, offset: int, size: int) -> None:
         self._stream, self._offset, self._size, self._position = stream, offset, size, 0
 
     def read(self, count: int) -> bytes:
-        """Up to `count` bytes."""
+        """Read up to `count` bytes."""
         self._stream.seek(self._offset + self._position)
         data = self._stream.read(max(0, min(count, self._size - self._position)))
         self._position += len(data)
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move; returns the new position."""
+        """Move to a position and return it."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def tell(self) -> int:
-        """The position."""
+        """Return the position."""
         return self._position
 
 

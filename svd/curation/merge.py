@@ -1,4 +1,4 @@
-"""Merging scored units into one catalogue: by content and in sorted order, so the order of the work is forgotten."""
+"""Merging scored units into one catalogue, sorted by content: the order of the work leaves no trace."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from svd.catalogue import filters, schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import filters, schema, tables
 from svd.catalogue.near_duplicates import near_duplicates
 from svd.catalogue.subsets import write_subsets
 from svd.config import CurationConfig
 from svd.core.files import write_json
 
-# Buckets of the motion id that the model is conditioned on (spec: 0…255).
+# Buckets of the motion id that the model is conditioned on: 0…255.
 BUCKETS = 256
-# What metrics are made of; captions and paths of ten million clips would not fit into memory.
+# The columns that metrics need; captions and paths of ten million clips would not fit into memory.
 CLIP_COLUMNS = ("duration", "method", "duplicate_similarity", "verdict", "keep")
 SOURCE_COLUMNS = ("source_uri", "verdict", "reason")
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The finished tables in `folder`; of `clips` the columns CLIP_COLUMNS, of `sources` SOURCE_COLUMNS."""
+    """The finished tables in `folder`; in memory are CLIP_COLUMNS of clips and SOURCE_COLUMNS of sources."""
 
     folder: Path
     clips: pl.DataFrame
@@ -36,11 +35,11 @@ class Merged:
     thresholds: Mapping[str, float]
 
 
-def merge(measured: Sequence[Path], scored: Sequence[Path], finished: Path, config: CurationConfig) -> Merged:
+def merge_units(measured: Sequence[Path], scored: Sequence[Path], finished: Path, config: CurationConfig) -> Merged:
     """Write catalogue, shards, flow and embeddings of all units into `finished`.
 
-    Units come in their order: that of their sources' uris. They are read one at a time, so what memory holds of all
-    sources is their uris, verdicts and hashes, and of all clips a few numbers.
+    Units are ordered by the uris of their sources. They are read one at a time: memory holds uris, verdicts and hashes
+    of all sources, and a few numbers of all clips.
     """
     for name in ("catalogue", "shards", "flow", "embeddings"):
         (finished / name).mkdir(parents=True, exist_ok=True)
@@ -49,31 +48,32 @@ def merge(measured: Sequence[Path], scored: Sequence[Path], finished: Path, conf
         _link(other / "embeddings.safetensors", finished / "embeddings" / f"{one.name}.safetensors")
         for shard in sorted(other.glob("*.tar")):
             _link(shard, finished / "shards" / shard.name)
-    tables = finished / "catalogue"
+    target = finished / "catalogue"
     again = _duplicates(measured)
-    _write(tables / "sources.parquet", _sources(measured, again), schema.SOURCES_SCHEMA)
+    _write(target / "sources.parquet", _sources(measured, again), schema.SOURCES_SCHEMA)
     columns = _global_columns(measured, again, finished, config)
-    _write(tables / "clips.parquet", _clips(measured, scored, again, columns), schema.SCORES_SCHEMA)
+    _write(target / "clips.parquet", _clips(measured, scored, again, columns), schema.SCORES_SCHEMA)
     for name, columns in (("cuts", schema.CUTS_SCHEMA), ("dropped", schema.DROPPED_SCHEMA)):
-        _write(tables / f"{name}.parquet", (pl.read_parquet(unit / f"{name}.parquet") for unit in measured), columns)
+        _write(target / f"{name}.parquet", (pl.read_parquet(unit / f"{name}.parquet") for unit in measured), columns)
     thresholds = filters.write_verdicts(finished, config.filters)
     if config.subsets:
         write_subsets(finished, config.subsets)
     clips = (
-        catalog.scan_clips(finished).select(CLIP_COLUMNS).with_columns(pl.col("method", "verdict").cast(pl.Categorical))
+        tables.scan_clips(finished).select(CLIP_COLUMNS).with_columns(pl.col("method", "verdict").cast(pl.Categorical))
     )
-    sources = pl.read_parquet(tables / "sources.parquet", columns=list(SOURCE_COLUMNS))
+    sources = pl.read_parquet(target / "sources.parquet", columns=list(SOURCE_COLUMNS))
     return Merged(finished, clips.collect(engine="streaming"), sources, thresholds)
 
 
 def _write(path: Path, frames: Iterable[pl.DataFrame], schema: pa.Schema) -> None:
-    catalog.write_stream(path, (catalog.with_schema(frame, schema) for frame in frames), schema)
+    """Write frames one after another into one Parquet file under `schema`."""
+    tables.write_stream(path, (tables.with_schema(frame, schema) for frame in frames), schema)
 
 
 def _duplicates(measured: Sequence[Path]) -> dict[str, str]:
-    """Sources whose bytes came before under another uri, and that one; those hashed only once fetched are found here.
+    """Map the uri of each duplicate source to the first uri with the same bytes.
 
-    Of equal sources the first uri counts.
+    Duplicates among remote sources are found only here, because these are hashed once they are fetched.
     """
     narrow = ["source_uri", "source_id", "verdict"]
     rows = pl.concat([pl.read_parquet(unit / "sources.parquet", columns=narrow) for unit in measured])
@@ -83,7 +83,7 @@ def _duplicates(measured: Sequence[Path]) -> dict[str, str]:
 
 
 def _sources(measured: Sequence[Path], again: Mapping[str, str]) -> Iterator[pl.DataFrame]:
-    """The rows of all sources, parts joined: the units of a source's parts follow each other."""
+    """Yield the rows of all sources, with the parts of a long source joined; its units follow each other."""
     parts = pl.DataFrame()
     for unit in measured:
         rows = pl.read_parquet(unit / "sources.parquet").sort("source_uri")
@@ -98,7 +98,7 @@ def _sources(measured: Sequence[Path], again: Mapping[str, str]) -> Iterator[pl.
 
 
 def _marked(sources: pl.DataFrame, again: Mapping[str, str]) -> pl.DataFrame:
-    """Sources with their verdict, when their bytes came before."""
+    """Give the sources whose bytes came before the verdict "duplicate"."""
     first = pl.Series("first", [again.get(uri) for uri in sources["source_uri"]], pl.String)
     repeated = pl.col("first").is_not_null()
     return (
@@ -116,7 +116,7 @@ def _marked(sources: pl.DataFrame, again: Mapping[str, str]) -> pl.DataFrame:
 def _counting(
     unit: Path, again: Mapping[str, str], columns: Sequence[str] | None = None
 ) -> tuple[pl.DataFrame, pl.Series]:
-    """Some columns of a unit's clips, and which of them count: not those of sources whose bytes came before."""
+    """Read columns of a unit's clips, and which clips count: those of duplicate sources don't."""
     clips = pl.read_parquet(unit / "clips.parquet", columns=[*columns, "source_uri"] if columns else None)
     return clips, pl.Series([uri not in again for uri in clips["source_uri"]], dtype=pl.Boolean)
 
@@ -124,7 +124,7 @@ def _counting(
 def _global_columns(
     measured: Sequence[Path], again: Mapping[str, str], finished: Path, config: CurationConfig
 ) -> pl.DataFrame:
-    """What depends on all clips, a row for each one that counts: motion bucket and near duplicates."""
+    """Compute the columns that depend on all clips, motion bucket and near duplicates: one row per clip that counts."""
     wanted = ("split", "motion_score", *(("clip_id", "unit") if config.near_duplicates else ()))
     parts = []
     for unit in measured:
@@ -141,10 +141,10 @@ def _global_columns(
 def _clips(
     measured: Sequence[Path], scored: Sequence[Path], again: Mapping[str, str], columns: pl.DataFrame
 ) -> Iterator[pl.DataFrame]:
-    """The clips that count with their scores; `columns` has a row for each.
+    """Yield the clips that count with their scores; `columns` has one row for each of them.
 
-    Units hold sources in the order of their uris and clips in that of time, so the whole is sorted. Scores are in the
-    order of the clips; ids are no key: sources of equal bytes in one unit have the same.
+    Units hold sources in the order of their uris and clips in the order of time, so the whole is sorted. Scores are in
+    the order of the clips. Ids can't join them: two sources of equal bytes in one unit have clips with equal ids.
     """
     at = 0
     for one, other in zip(measured, scored, strict=True):
@@ -158,13 +158,13 @@ def _clips(
 
 
 def join_parts(sources: pl.DataFrame) -> pl.DataFrame:
-    """One row a source: those of the parts of a long one added up. It is usable when one of them is."""
+    """Join the rows of the parts of a long source into one row; the source is usable when one part is."""
     if sources["source_uri"].is_unique().all():
         return sources
     usable = pl.col("verdict") == "ok"
     summed = {name: pl.col(name).sum() for name in ("duration", "frames", "cuts", "clips")}
     failed = pl.col("reason").filter((pl.col("verdict") == "failed") & usable.any())
-    told = pl.concat_list(
+    warnings = pl.concat_list(
         pl.col("warnings").explode().drop_nulls().unique(maintain_order=True).implode(),
         pl.format("a part: {}", failed).unique(maintain_order=True).implode(),
     )
@@ -175,29 +175,29 @@ def join_parts(sources: pl.DataFrame) -> pl.DataFrame:
         (pl.col("frames").sum() / pl.col("duration").sum()).cast(pl.Float32).alias("fps"),
         pl.when(usable.any()).then(pl.lit("ok")).otherwise(pl.col("verdict").first()).alias("verdict"),
         pl.when(usable.any()).then(pl.lit("")).otherwise(pl.col("reason").first()).alias("reason"),
-        told.alias("warnings"),
+        warnings.alias("warnings"),
     )
     return joined.select(sources.columns)
 
 
 def motion_edges(scores: np.ndarray) -> np.ndarray:
-    """The 255 inner edges of the 256 motion buckets: quantiles k / 256 of the catalogue's motion scores."""
+    """Return the 255 inner edges of the 256 motion buckets: the quantiles k / 256 of the motion scores."""
     if not len(scores):
         return np.zeros(BUCKETS - 1)
     return np.quantile(scores.astype(np.float64), np.arange(1, BUCKETS) / BUCKETS)
 
 
 def bucket(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Motion bucket 0…255 of each score: the number of edges that are not above it.
+    """Return the motion bucket 0…255 of each score: the number of edges that are at most the score.
 
-    With the edges of its own catalogue a clip's bucket is its rank, so bucket 127 is the median clip, whatever the
-    footage; another catalogue's clips are mapped with `catalogue/motion.json` of the one the model was trained on.
+    With the edges of its own catalogue the bucket of a clip is its rank, so bucket 127 is the median clip, whatever the
+    footage. Clips of another catalogue are mapped with `catalogue/motion.json` of the one the model was trained on.
     """
     return np.searchsorted(edges, scores.astype(np.float64), side="right").astype(np.int16)
 
 
 def motion_buckets(clips: pl.DataFrame, finished: Path) -> np.ndarray:
-    """Bucket of every clip, from the edges over the clips that are not held out; writes `catalogue/motion.json`."""
+    """Return the bucket of every clip, by edges from clips that are not held out; write `catalogue/motion.json`."""
     training = clips.filter(pl.col("split") != "test")
     reference = training if len(training) else clips
     edges = motion_edges(reference["motion_score"].drop_nulls().to_numpy()).round(6)

@@ -1,4 +1,4 @@
-"""What curation reports: counts, shares, and, where the truth about the sources is known, how much of it was found.
+"""Metrics of curation: counts and shares; where the truth about sources is known, how much of it was found.
 
 Synthetic sources come with `truth.json` (svd/synthetic/videos.py): their cuts, captions and planted defects.
 """
@@ -12,18 +12,18 @@ from typing import Any
 
 import polars as pl
 
-from svd.catalogue import tables as catalog
+from svd.catalogue import tables
 from svd.curation.merge import Merged
 
 NEAR_DUPLICATE = 0.98  # cosine of mean embeddings, for the report only
 TOLERANCE = 2  # frames, for hard cuts
 DEFECTS = ("static", "text", "wrong_caption", "blur")
-JUDGED = ("source_uri", "start_frame", "end_frame", "text_area", "camera")  # what is compared with the truth
-TEXT_RULE = 0.005  # a clip shows text when more than this share of its frames is covered
+JUDGED = ("source_uri", "start_frame", "end_frame", "text_area", "camera")  # columns compared with the truth
+TEXT_RULE = 0.005  # a clip shows text when text covers more than this share of its frames
 
 
-def metrics(merged: Merged, sources_folder: Path) -> dict[str, float | int]:
-    """Flat metrics of a curation run; `truth_*` only where `sources_folder` holds the truth."""
+def curation_metrics(merged: Merged, sources_folder: Path) -> dict[str, float | int]:
+    """Compute the flat metrics of a curation run; `truth_*` only where `sources_folder` holds the truth."""
     clips, sources = merged.clips, merged.sources
     kept = int(clips["keep"].sum())
     values: dict[str, float | int] = {
@@ -49,8 +49,8 @@ def metrics(merged: Merged, sources_folder: Path) -> dict[str, float | int]:
     return values
 
 
-def summary(merged: Merged) -> str:
-    """One line for people."""
+def curation_summary(merged: Merged) -> str:
+    """Summarise a curation run in one line for people."""
     counts = dict(merged.sources.group_by("verdict").len().rows())
     extra = [
         f"{counts[name]} {text}"
@@ -63,14 +63,14 @@ def summary(merged: Merged) -> str:
 
 
 def read_truth(folder: Path) -> dict[str, dict[str, Any]]:
-    """Truth by source uri from `truth.json` of the sources' folder; empty where there is none."""
+    """Read the truth by source uri from `truth.json` of the sources' folder; empty without that file."""
     path = folder / "truth.json"
     truth: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
     return truth
 
 
 def truth_metrics(truth: Mapping[str, Mapping[str, Any]], merged: Merged) -> dict[str, float]:
-    """Cut precision and recall, gradual transitions by overlap, and what became of the planted defects."""
+    """Compute precision and recall of cuts, of gradual transitions by overlap, and how planted defects were judged."""
     usable = set(merged.sources.filter(pl.col("verdict") == "ok")["source_uri"])
     known = {uri: video for uri, video in truth.items() if uri in usable}
     cuts = pl.scan_parquet(_cuts(merged)).filter(pl.col("source_uri").is_in(list(known)))
@@ -84,6 +84,7 @@ def _cuts(merged: Merged) -> Path:
 
 
 def _cut_metrics(truth: Mapping[str, Mapping[str, Any]], cuts: pl.DataFrame) -> dict[str, float]:
+    """Compare hard cuts by frame, within TOLERANCE, and gradual transitions by overlap."""
     found: dict[str, list[dict[str, Any]]] = {uri: [] for uri in truth}
     for row in cuts.iter_rows(named=True):
         if row["source_uri"] in found:
@@ -93,7 +94,7 @@ def _cut_metrics(truth: Mapping[str, Mapping[str, Any]], cuts: pl.DataFrame) -> 
         transitions = video["cuts"]
         soft = [(t["start_frame"], t["end_frame"]) for t in transitions if t["kind"] != "hard"]
         places = [t["start_frame"] for t in transitions if t["kind"] == "hard"]
-        hits = match([c["frame"] for c in found[uri] if c["kind"] == "hard"], places, TOLERANCE)
+        hits = match_cuts([c["frame"] for c in found[uri] if c["kind"] == "hard"], places, TOLERANCE)
         hard, matched = hard + len(places), matched + len(hits)
         used = set(hits)
         for index, cut in enumerate(c for c in found[uri] if c["kind"] == "hard"):
@@ -116,8 +117,8 @@ def _cut_metrics(truth: Mapping[str, Mapping[str, Any]], cuts: pl.DataFrame) -> 
     }
 
 
-def match(found: Sequence[int], places: Iterable[int], tolerance: int) -> list[int]:
-    """Indices into `found` that are matched to `places`, each used once, nearest first within `tolerance` frames."""
+def match_cuts(found: Sequence[int], places: Iterable[int], tolerance: int) -> list[int]:
+    """Match `found` to `places` within `tolerance` frames, each once, nearest first; return indices into `found`."""
     pairs = sorted(
         (abs(frame - place), index, place)
         for index, frame in enumerate(found)
@@ -139,7 +140,7 @@ def _touches(start: int, end: int, other_start: int, other_end: int) -> bool:
 def scenes_of(
     truth: Mapping[str, Mapping[str, Any]], clips: pl.DataFrame
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Pairs (clip row, true scene) for every clip that lies with at least nine tenths of its frames in one scene."""
+    """Pair every clip with the true scene that holds at least nine tenths of its frames."""
     pairs = []
     for row in clips.iter_rows(named=True):
         for scene in truth.get(row["source_uri"], {}).get("scenes", ()):
@@ -150,8 +151,9 @@ def scenes_of(
 
 
 def _defect_metrics(truth: Mapping[str, Mapping[str, Any]], merged: Merged) -> dict[str, float]:
+    """Compute which share of planted defects and of clean clips the filters drop, and how text and camera are found."""
     clips = (
-        catalog.scan_clips(merged.folder).filter(pl.col("source_uri").is_in(list(truth))).select(*JUDGED, "^pass_.*$")
+        tables.scan_clips(merged.folder).filter(pl.col("source_uri").is_in(list(truth))).select(*JUDGED, "^pass_.*$")
     )
     known = clips.collect()
     pairs = scenes_of(truth, known)

@@ -1,9 +1,9 @@
 """The stage `curation`: from a folder of raw videos to a catalogue, clip shards and statistics (§3, App. C).
 
-Work is split into units of sources. Threads measure units, each with a decoding process of its own (decode, cuts,
-motion, text, clips) that may crash without harm; one more process scores finished units with the networks as they
-come. Both kinds of result appear by rename in the work folder, so a killed run goes on where it was; the merge sorts by
-content, so the result does not depend on order, kills or workers.
+Work is split into units of sources. Threads measure units (decode, cuts, motion, text, clips), each with a decoding
+process of its own that may crash without harm. One more process scores measured units with the networks. Both kinds of
+result appear by rename in the work folder, so a killed run resumes where it was. The merge sorts by content, so the
+result does not depend on order, kills or the number of workers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from svd.catalogue.statistics import write_statistics
 from svd.config import CurationConfig, EncodersConfig
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.curation.base.types import SourceFailure
 from svd.curation.measuring.fetching import local_file
 from svd.curation.measuring.parts import LEAST_RATE
-from svd.curation.measuring.process import Analyst
+from svd.curation.measuring.process import DecodeProcess
 from svd.curation.measuring.unit import Identified, Unit, identify, measure_unit, units_of
-from svd.curation.merge import Merged, merge
-from svd.curation.metrics import metrics, summary
-from svd.curation.scoring.process import Networks
-from svd.curation.types import SourceFailure
+from svd.curation.merge import Merged, merge_units
+from svd.curation.metrics import curation_metrics, curation_summary
+from svd.curation.scoring.process import ScoringProcess
 from svd.sources.listing import Source, list_sources
 from svd.stage import Report, StageContext, publish
 
@@ -40,9 +40,9 @@ SPLITS = ("train", "test", "footage")
 
 
 def run(context: StageContext) -> Report:
-    """Curate the sources in `context.inputs["sources"]`; publishes catalogue, shards, flow, embeddings, funnel, plots.
+    """Curate the sources in `context.inputs["sources"]`; publish catalogue, shards, flow, embeddings, funnel and plots.
 
-    Raises UserError when there is no source, or not one usable clip.
+    Raises UserError when there is no source, or no usable clip.
     """
     config = context.preset.curation
     folder = context.inputs["sources"]
@@ -53,22 +53,22 @@ def run(context: StageContext) -> Report:
     workers = context.preset.compute.curation.workers
     identified = split_long(find_duplicates(sources, workers), config, context.work / "fetched")
     units = list(units_of(identified, context.preset.sources.sources_per_shard))
-    with contextlib.closing(Networks(config, context.preset.encoders, context.inputs["encoders"])) as networks:
-        measured, scored = process(units, config, networks, context)
+    with contextlib.closing(ScoringProcess(config, context.preset.encoders, context.inputs["encoders"])) as scoring:
+        measured, scored = process_units(units, config, scoring, context)
     finished = context.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("catalogue, statistics, report", total=3)
-        merged = merge(measured, scored, finished, config)
+        merged = merge_units(measured, scored, finished, config)
         _check_usable(merged, folder)
-        values = metrics(merged, folder)
+        values = curation_metrics(merged, folder)
         write_json(finished / "models.json", scored_by(config, context.preset.encoders))
         bar.advance(task)
         write_statistics(finished, merged.thresholds)
         bar.advance(task)
         write_report([finished], finished / "report.html", [context.preset.name])
         bar.advance(task)
-    line = summary(merged)
+    line = curation_summary(merged)
     context.tracker.log_metrics({k: v for k, v in values.items() if isinstance(v, int | float)}, 0)
     for plot in sorted((finished / "plots").glob("*")):
         context.tracker.log_file(plot, "curation")
@@ -76,8 +76,8 @@ def run(context: StageContext) -> Report:
 
 
 def find_duplicates(sources: Sequence[Source], workers: int) -> list[Identified]:
-    """Hash all local sources and mark each whose bytes came before, in order; unreadable ones carry their reason."""
-    with progress() as bar, ThreadPoolExecutor(workers) as pool:
+    """Hash all local sources; a source whose bytes came before is marked as duplicate, an unreadable one as failed."""
+    with progress_bar() as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task("hashing sources", total=len(sources))
         found = []
         for identified in pool.map(identify, sources):
@@ -93,25 +93,25 @@ def find_duplicates(sources: Sequence[Source], workers: int) -> list[Identified]
 
 
 def split_long(identified: Sequence[Identified], config: CurationConfig, folder: Path) -> list[Identified]:
-    """Put the parts of each long local source in its place, a member of a local tar too (it is extracted to `folder`).
+    """Replace each long local source by its parts; members of local tars are extracted to `folder` to be probed.
 
-    What must be fetched stays whole: its parts would be fetched again each. So does what can't be read.
+    Remote sources stay whole: every part would have to be fetched again. So do sources that can't be read.
     """
     least = config.part_seconds * LEAST_RATE
     found: list[Identified] = []
-    with Analyst() as analyst:
+    with DecodeProcess() as decoding:
         for one in identified:
             count = 1
             usable = not one.failure and not one.duplicate_of and not one.source.remote
             if usable and one.bytes >= least:
                 with contextlib.suppress(SourceFailure, OSError), local_file(one.source, folder) as path:
-                    count = analyst.count_parts(path, config)  # a failure is told in its row
+                    count = decoding.count_parts(path, config)  # a failure is reported when it is measured
             found += [replace(one, part=(number, count)) for number in range(count)]
     return found
 
 
 def scored_by(config: CurationConfig, encoders: EncodersConfig) -> dict[str, str]:
-    """What made each score, for people who read the report."""
+    """Name the model or algorithm behind each score, for readers of the report."""
     toy = "toy-clip, a small model trained here on synthetic captions"
     models = {
         "similarity": toy if encoders.kind == "toy-clip" else f"open_clip {encoders.model} {encoders.weights}",
@@ -126,17 +126,17 @@ def scored_by(config: CurationConfig, encoders: EncodersConfig) -> dict[str, str
     return models
 
 
-def process(
-    units: Sequence[Unit], config: CurationConfig, networks: Networks, context: StageContext
+def process_units(
+    units: Sequence[Unit], config: CurationConfig, scoring: ScoringProcess, context: StageContext
 ) -> tuple[list[Path], list[Path]]:
-    """Measure and score all units; returns their folders in order. A unit that is there already is not done again."""
+    """Measure and score all units; return their folders in order. Units that are done already are skipped."""
     measured = [context.work / "measured" / unit.name for unit in units]
     scored = [context.work / "scored" / unit.name for unit in units]
-    with progress() as bar, contextlib.closing(_measured(units, context)) as done:
+    with progress_bar() as bar, contextlib.closing(_measured(units, context)) as done:
         task = bar.add_task("curating (units of sources)", total=len(units))
         for count, unit in enumerate(done, start=1):
             path = context.work / "measured" / unit.name
-            networks.score_unit(path, context.work / "scored", config.shard_bytes)
+            scoring.score_unit(path, context.work / "scored", config.shard_bytes)
             bar.advance(task)
             context.tracker.log_metrics({"curation/units": float(count)}, count)
     return measured, scored
@@ -145,7 +145,7 @@ def process(
 def _measured(units: Sequence[Unit], context: StageContext) -> Generator[Unit]:
     """Yield units as they become measured, by `compute.curation.workers` processes.
 
-    An error ends those at work and drops what waits.
+    An error ends all of them.
     """
     config, folder = context.preset.curation, context.work / "measured"
     workers = context.preset.compute.curation.workers
@@ -155,19 +155,19 @@ def _measured(units: Sequence[Unit], context: StageContext) -> Generator[Unit]:
     if not waiting:
         return
     with contextlib.ExitStack() as stack:
-        analysts = [stack.enter_context(Analyst()) for _ in range(min(workers, len(waiting)))]
-        idle: SimpleQueue[Analyst] = SimpleQueue()
-        for analyst in analysts:
-            idle.put(analyst)
+        processes = [stack.enter_context(DecodeProcess()) for _ in range(min(workers, len(waiting)))]
+        idle: SimpleQueue[DecodeProcess] = SimpleQueue()
+        for decoding in processes:
+            idle.put(decoding)
 
         def measure(unit: Unit) -> Path:
-            analyst = idle.get()
+            decoding = idle.get()
             try:
-                return measure_unit(unit, config, folder, analyst)
+                return measure_unit(unit, config, folder, decoding)
             finally:
-                idle.put(analyst)
+                idle.put(decoding)
 
-        pool = stack.enter_context(ThreadPoolExecutor(len(analysts)))
+        pool = stack.enter_context(ThreadPoolExecutor(len(processes)))
         futures: dict[Future[Path], Unit] = {pool.submit(measure, unit): unit for unit in waiting}
         try:
             for future in as_completed(futures):
@@ -175,13 +175,13 @@ def _measured(units: Sequence[Unit], context: StageContext) -> Generator[Unit]:
                 yield futures[future]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for analyst in analysts:
-                analyst.stop()
+            for decoding in processes:
+                decoding.stop()
             raise
 
 
-def progress() -> Progress:
-    """The progress bar of this stage, on stderr."""
+def progress_bar() -> Progress:
+    """Make a progress bar on stderr; SVD_NO_PROGRESS=1 turns it off."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -193,6 +193,7 @@ def progress() -> Progress:
 
 
 def _check_usable(merged: Merged, folder: Path) -> None:
+    """Raise UserError, with the first reasons, when no source gave a clip."""
     if len(merged.clips):
         return
     reasons = merged.sources.filter(merged.sources["reason"] != "").select("source_uri", "reason").head(3).rows()

@@ -2,13 +2,13 @@
 
 Notation: x = x0 + sigma * noise is the noisy latent, D(x; sigma) the denoiser, F the raw network:
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)).
-Shapes: latents (B, T, C, H, W); sigma (B,), one noise level a clip, shared by its T frames.
+Shapes: latents (B, T, C, H, W); sigma (B,), one noise level per clip, shared by its T frames.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 Kind = Literal["eps", "v", "edm-v"]
+# The preconditioning that belongs to a training objective, as presets and `svd generate --objective` name it.
+KINDS: Mapping[str, Kind] = {"edm": "edm-v", "discrete-v": "v", "discrete-eps": "eps"}
 Network = Callable[[Tensor, Tensor], Tensor]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 class Scalings(NamedTuple):
-    """The four functions of sigma of the preconditioning, each (B,)."""
+    """The four factors of the preconditioning, functions of sigma, each (B,)."""
 
     c_skip: Tensor
     c_out: Tensor
@@ -31,7 +33,7 @@ class Scalings(NamedTuple):
 
 
 def scalings(sigma: Tensor, kind: Kind = "edm-v") -> Scalings:
-    """Preconditioning for noise levels `sigma` > 0, any shape (D.2, Eqs. 5–13).
+    """Return the preconditioning for noise levels `sigma` > 0, any shape (D.2, Eqs. 5–13).
 
     eps: Stable Diffusion 2.1 as inherited. edm-v: every SVD model, c_noise = ln(sigma) / 4. v: the same skip and output
     scale on SD's 1000 discrete levels (ablations, E.2). For the discrete kinds c_noise is the index of the nearest
@@ -46,19 +48,19 @@ def scalings(sigma: Tensor, kind: Kind = "edm-v") -> Scalings:
 
 
 def weighting(sigma: Tensor, kind: Kind = "edm-v") -> Tensor:
-    """The weight lambda(sigma) of the denoising loss |D - x0|^2; `weighting * c_out**2 == 1` for every kind (D.2)."""
+    """Return lambda(sigma), the weight of the loss |D - x0|^2; `weighting * c_out**2 == 1` for every kind (D.2)."""
     if kind == "eps":
         return sigma.pow(-2)
     return (1 + sigma.square()) / sigma.square()
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) to (B, 1, …, 1) with as many dimensions as `like`."""
+    """Reshape (B,) to (B, 1, …, 1), with as many dimensions as `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def randn(shape: Sequence[int], generators: Generators = None) -> Tensor:
-    """Standard normal numbers (B, …), float32, on the generators' device (CPU without one).
+    """Draw standard normal numbers (B, …), float32, on the generators' device (CPU without one).
 
     With one generator for each of the B samples, a sample's numbers don't depend on what else is in the batch.
     """
@@ -70,7 +72,7 @@ def randn(shape: Sequence[int], generators: Generators = None) -> Tensor:
 
 
 def v_target(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """What F must predict for the kinds `v` and `edm-v`: (noise - sigma x0) / sqrt(sigma^2 + 1).
+    """Return the target of F for the kinds `v` and `edm-v`: (noise - sigma x0) / sqrt(sigma^2 + 1).
 
     x0 and noise (B, …), sigma (B,).
     """
@@ -79,12 +81,12 @@ def v_target(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def network_target(x0: Tensor, noise: Tensor, sigma: Tensor, kind: Kind = "edm-v") -> Tensor:
-    """What F must predict: the noise for `eps`, else v."""
+    """Return the target of F: the noise for `eps`, else v."""
     return noise if kind == "eps" else v_target(x0, noise, sigma)
 
 
 def loss(network: Network, latents: Tensor, sigma: Tensor, noise: Tensor, kind: Kind = "edm-v") -> Tensor:
-    """Denoising loss of each clip, (B,).
+    """Return the denoising loss of each clip, (B,).
 
     `network(x_BTCHW, c_noise_B)` returns F. The weighted loss lambda |D - x0|^2 equals the plain squared error of F
     because lambda * c_out^2 = 1 (D.2), so it is computed in the network's output space: shorter, and exact in low
@@ -98,7 +100,7 @@ def loss(network: Network, latents: Tensor, sigma: Tensor, noise: Tensor, kind: 
 
 
 def denoiser(network: Network, kind: Kind = "edm-v") -> Denoiser:
-    """D(x; sigma) from the raw network; x (B, T, C, H, W) float32 or float64, sigma (B,)."""
+    """Make D(x; sigma) of the raw network F; x (B, T, C, H, W) float32 or float64, sigma (B,)."""
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         c_skip, c_out, c_in, c_noise = scalings(sigma, kind)
@@ -116,16 +118,14 @@ class LogNormal:
     p_std: float
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """(n,) float32 noise levels, drawn on the generator's device (CPU without one)."""
+        """Draw (n,) float32 noise levels, on the generator's device (CPU without one)."""
         device = generator.device if generator is not None else "cpu"
         return (self.p_mean + self.p_std * torch.randn(n, generator=generator, device=device)).exp()
 
 
 @dataclass(frozen=True)
 class DiscreteSchedule:
-    """Stable Diffusion's noise levels, beta linear in its square root; used by the ablations (E.2) and by SD 2.1
-    itself.
-    """
+    """Stable Diffusion's noise levels, beta linear in its square root (SD 2.1 itself, and the ablations of E.2)."""
 
     steps: int = 1000
     beta_start: float = 0.00085
@@ -133,7 +133,7 @@ class DiscreteSchedule:
 
     @property
     def sigmas(self) -> Tensor:
-        """(steps,) float32, ascending: sqrt((1 - a) / a) of the cumulative product a; 0.02917 … 14.6146."""
+        """Return (steps,) float32, ascending: sqrt((1 - a) / a) with a the cumulative product of 1 - beta."""
         return self._sigmas64().float()
 
     def _sigmas64(self) -> Tensor:
@@ -142,20 +142,21 @@ class DiscreteSchedule:
         return ((1 - alphas) / alphas).sqrt()
 
     def index(self, sigma: Tensor) -> Tensor:
-        """The index of the nearest level, of sigma's shape and dtype."""
+        """Return the index of the nearest level, of sigma's shape and dtype."""
         table = self._sigmas64()
         middles = ((table[1:] + table[:-1]) / 2).to(sigma.device)
         return torch.bucketize(sigma.double(), middles).to(sigma.dtype)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """(n,) levels drawn uniformly."""
+        """Draw (n,) levels uniformly."""
         device = generator.device if generator is not None else "cpu"
         chosen = torch.randint(self.steps, (n,), generator=generator, device=device)
         return self.sigmas.to(device)[chosen]
 
     def ddim_sigmas(self, steps: int) -> Tensor:
-        """(steps + 1,) descending levels of DDIM with `leading` spacing and an offset of one, as SD 2.1 uses; ends
-        with 0.
+        """Return DDIM's (steps + 1,) descending levels, the last one 0: `leading` spacing, offset one, as in SD 2.1.
+
+        Raises ValueError unless 1 <= steps < 1000.
         """
         if not 1 <= steps < self.steps:
             raise ValueError(f"DDIM needs between 1 and {self.steps - 1} steps, got {steps}")
@@ -164,7 +165,7 @@ class DiscreteSchedule:
 
 
 def offset_noise(noise: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
-    """Add one random number a clip and channel, shared by all frames and pixels (E.2.1); noise (B, T, C, H, W)."""
+    """Add one random number per clip and channel, shared by all frames and pixels (E.2.1); noise (B, T, C, H, W)."""
     if strength == 0:
         return noise
     batch, _, channels = noise.shape[:3]

@@ -19,12 +19,12 @@ Passes = Literal["auto", "batched", "sequential"]
 
 @dataclass(frozen=True)
 class Condition:
-    """What the network is told about a batch of B clips; every signal that is given has B as its first dimension.
+    """The conditioning of B clips, as the network reads it; every signal given has B as its first dimension.
 
-    context (B, S, D): tokens of the cross-attention (text, or one or two image embeddings), or (B, T, S, D), those of
-    every frame. ids (B, n): micro-conditioning. concat (B, T, C', H, W): channels put behind the noisy latents.
+    context (B, S, D): tokens of the cross-attention (text, or one or two image embeddings); (B, T, S, D) gives every
+    frame its own. ids (B, n): micro-conditioning. concat (B, T, C', H, W): channels appended to the noisy latents.
     time_context (B, S', D): separate tokens for the temporal cross-attention (temporal prompting, E.5.4). image_only
-    (B,) bool: clips whose frames are unrelated images, which the temporal layers leave alone (joint training).
+    (B,) bool: clips whose frames are unrelated images, which bypass the temporal layers (joint training).
     """
 
     context: Tensor
@@ -38,7 +38,7 @@ ConditionalDenoiser = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 def stack(first: Condition, second: Condition) -> Condition:
-    """Both batches in one, `first` in front; raises ValueError when a signal is in one of them only."""
+    """Join two batches, `first` in front; raise ValueError when a signal is in one of them only."""
     joined: dict[str, Tensor | None] = {}
     for name in (field.name for field in fields(Condition)):
         pair = getattr(first, name), getattr(second, name)
@@ -48,21 +48,26 @@ def stack(first: Condition, second: Condition) -> Condition:
     return Condition(**joined)  # type: ignore[arg-type]
 
 
+def on_device(condition: Condition, device: torch.device) -> Condition:
+    """Move every signal of a condition to a device."""
+    values = {field.name: getattr(condition, field.name) for field in fields(Condition)}
+    return Condition(**{name: None if value is None else value.to(device) for name, value in values.items()})
+
+
 def constant(scale: float, frames: int) -> Tensor:
-    """(T,) the same scale for every frame."""
+    """Return (T,) the same scale for every frame."""
     return torch.full((frames,), float(scale))
 
 
 def linear(low: float, high: float, frames: int) -> Tensor:
-    """(T,) rising linearly over the frames from `low` (first frame) to `high`: the paper's remedy in D.4.1."""
+    """Return (T,) scales that rise linearly from `low` (first frame) to `high` (last frame), the remedy of D.4.1."""
     return torch.linspace(low, high, frames)
 
 
 def triangle(low: float, high: float, frames: int, period: float = 1.0) -> Tensor:
-    """(T,) a triangle wave over the frames, `low` at the ends and `high` in the middle of each period (a share of
-    the clip).
+    """Return (T,) a triangle wave over the frames: `low` at the ends of each period, `high` in its middle.
 
-    For orbits, whose last view lies beside the first.
+    period: as a share of the clip. Made for orbits, whose last view lies beside the first.
     """
     phase = torch.linspace(0, 1, frames) / period
     wave = 2 * (phase - (phase + 0.5).floor()).abs()
@@ -72,7 +77,7 @@ def triangle(low: float, high: float, frames: int, period: float = 1.0) -> Tenso
 def guided(
     denoise: ConditionalDenoiser, cond: Condition, uncond: Condition, scale: Tensor, passes: Passes = "auto"
 ) -> Denoiser:
-    """D with guidance; `scale` is (T,), one number a frame; x is (B, T, C, H, W).
+    """Make D with guidance; `scale` is (T,), one number per frame; x is (B, T, C, H, W).
 
     batched: one network call on the doubled batch, ordered [uncond, cond]. sequential: two calls, half the memory.
     auto: batched until a call runs out of device memory, sequential from then on. A scale of 1 everywhere needs no
@@ -102,7 +107,7 @@ def guided(
 
 
 def conditioned(unet: nn.Module, condition: Condition) -> Network:
-    """The network F(x_BTCHW, c_noise_B) of a U-Net with its conditioning in place; x is cast to the U-Net's type."""
+    """Make F(x_BTCHW, c_noise_B) of a U-Net with its conditioning in place; x is cast to the U-Net's dtype."""
     dtype = next(unet.parameters()).dtype
     context = condition.context.to(dtype)
     time_context = None if condition.time_context is None else condition.time_context.to(dtype)

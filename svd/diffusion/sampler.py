@@ -1,21 +1,127 @@
-"""Solvers of the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma (D.1, Eq. 1; arXiv 2206.00364, Alg. 1)."""
+"""Noise levels, and solvers of the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma between them.
+
+Sources: D.1, Eq. 1, and arXiv 2206.00364. A solver is one function here, marked with `@solver`, plus its name in
+`svd.config.Solver`; the preset's `sampling.solver`, the option `--solver` and their messages follow from that name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from svd.diffusion.edm import Denoiser
+from svd.config import Sampling, Solver
+from svd.diffusion.edm import Denoiser, DiscreteSchedule, Kind
 
-Solver = Literal["euler", "heun", "dpmpp_2m", "ddim"]
 Progress = Callable[[int, int], None]
+LevelDenoiser = Callable[[Tensor, Tensor], Tensor]
+SolverFunction = Callable[[LevelDenoiser, Tensor, Tensor], Iterator[Tensor]]
+
+SOLVERS: dict[str, SolverFunction] = {}
+
+
+def solver(function: SolverFunction) -> SolverFunction:
+    """Register a solver under the name of its function.
+
+    A solver gets `denoise(x, sigma)`, which is D for x (B, …) at one noise level () for all clips; x at the first
+    level; and the levels (steps + 1,), which descend and end with 0. It yields x after every step.
+    """
+    SOLVERS[function.__name__] = function
+    return function
+
+
+@solver
+def euler(denoise: LevelDenoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    """Take Euler's step along the slope at the current level (arXiv 2206.00364, Alg. 1 without the correction)."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - denoise(x, sigma)) / sigma
+        x = x + (following - sigma) * slope
+        yield x
+
+
+@solver
+def heun(denoise: LevelDenoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    """Correct Euler's step with the slope at its end (arXiv 2206.00364, Alg. 1).
+
+    Calls D twice per step, but once in the last: at level 0 there is no slope.
+    """
+    for sigma, following in pairwise(sigmas):
+        slope = (x - denoise(x, sigma)) / sigma
+        step = following - sigma
+        predicted = x + step * slope
+        if following == 0:
+            x = predicted
+        else:
+            slope_at_end = (predicted - denoise(predicted, following)) / following
+            x = x + step * (slope + slope_at_end) / 2
+        yield x
+
+
+@solver
+def dpmpp_2m(denoise: LevelDenoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    """Take DPM-Solver++(2M)'s step (arXiv 2211.01095, Alg. 2): exponential integrator in -ln(sigma), linear in D.
+
+    The slope of D comes from the step before, so D is called once per step; the first step knows none.
+    """
+    before: tuple[Tensor, Tensor] | None = None
+    for sigma, following in pairwise(sigmas):
+        denoised = denoise(x, sigma)
+        if following == 0:
+            x = denoised
+        else:
+            h = (sigma / following).log()
+            extrapolated = denoised
+            if before is not None:
+                ratio = (before[0] / sigma).log() / h
+                extrapolated = (1 + 1 / (2 * ratio)) * denoised - before[1] / (2 * ratio)
+            x = (following / sigma) * x - torch.expm1(-h) * extrapolated
+        before = sigma, denoised
+        yield x
+
+
+@solver
+def ddim(denoise: LevelDenoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    """Take the deterministic DDIM step (arXiv 2010.02502, Eq. 12 with eta = 0, divided by sqrt(alpha)).
+
+    The result is the predicted x0 plus the predicted noise at the next level. In these coordinates that is Euler's
+    step; what makes it the DDIM of the paper's ablations is `DiscreteSchedule.ddim_sigmas`.
+    """
+    for sigma, following in pairwise(sigmas):
+        denoised = denoise(x, sigma)
+        noise = (x - denoised) / sigma
+        x = denoised + following * noise
+        yield x
+
+
+def sample(
+    denoise: Denoiser, noise: Tensor, sigmas: Tensor, solver: Solver = "euler", progress: Progress | None = None
+) -> Tensor:
+    """Solve the ODE from unit-variance `noise` (B, …) down to sigma = 0; return x0 of the same shape and dtype.
+
+    denoise: D(x, sigma_B). sigmas: (steps + 1,), descending to 0. The start is noise * sqrt(1 + sigma_max^2).
+    progress: called with (steps done, steps) after each step.
+    """
+    levels = sigmas.to(noise)
+    steps = len(levels) - 1
+    result = noise * (1 + levels[0].square()).sqrt()
+
+    def at_level(x: Tensor, sigma: Tensor) -> Tensor:
+        return denoise(x, sigma.expand(len(x)))
+
+    for done, x in enumerate(SOLVERS[solver](at_level, result, levels), 1):
+        result = x
+        if progress is not None:
+            progress(done, steps)
+    return result
 
 
 def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 700.0, rho: float = 7.0) -> Tensor:
-    """(steps + 1,) float32 noise levels from sigma_max down to sigma_min, then 0 (arXiv 2206.00364, Eq. 5)."""
+    """Return (steps + 1,) float32 noise levels from sigma_max down to sigma_min, then 0 (arXiv 2206.00364, Eq. 5).
+
+    Raises ValueError unless steps >= 1 and 0 < sigma_min <= sigma_max.
+    """
     if steps < 1 or not 0 < sigma_min <= sigma_max:
         raise ValueError(f"need steps >= 1 and 0 < sigma_min <= sigma_max, got {steps}, {sigma_min}, {sigma_max}")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -24,63 +130,15 @@ def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 700.0
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
 
 
-def sample(
-    denoise: Denoiser, noise: Tensor, sigmas: Tensor, solver: Solver = "euler", progress: Progress | None = None
-) -> Tensor:
-    """Solve from unit-variance `noise` (B, …) down to sigma = 0; returns x0 of the same shape and dtype.
+def noise_levels(sampling: Sampling, kind: Kind) -> Tensor:
+    """Return the (steps + 1,) levels of a request: Karras', or for `ddim` with a discrete model its schedule's.
 
-    denoise(x, sigma_B) is D. The start is noise * sqrt(1 + sigma_max^2). `progress(done, steps)` is called after
-    each step. heun evaluates D twice a step (but for the last), the others once. ddim is the deterministic DDIM
-    update (eta = 0), which in these coordinates is Euler's: what makes it the DDIM of the paper's ablations is
-    `DiscreteSchedule.ddim_sigmas`.
+    A discrete model knows only the levels of its schedule, so Karras' range is cut to them.
     """
-    step = _SOLVERS[solver]
-    sigmas = sigmas.to(noise)
-    x = noise * (1 + sigmas[0].square()).sqrt()
-    steps = len(sigmas) - 1
-    history: Tensor | None = None
-    for i in range(steps):
-        denoised = denoise(x, sigmas[i].expand(len(x)))
-        x = step(denoise, x, denoised, history, sigmas, i)
-        history = denoised
-        if progress is not None:
-            progress(i + 1, steps)
-    return x
-
-
-def _euler(denoise: Denoiser, x: Tensor, denoised: Tensor, history: Tensor | None, sigmas: Tensor, i: int) -> Tensor:
-    slope = (x - denoised) / sigmas[i]
-    return x + (sigmas[i + 1] - sigmas[i]) * slope
-
-
-def _ddim(denoise: Denoiser, x: Tensor, denoised: Tensor, history: Tensor | None, sigmas: Tensor, i: int) -> Tensor:
-    """arXiv 2010.02502, Eq. 12 with eta = 0, divided by sqrt(alpha): predicted x0 plus predicted noise at the next
-    level.
-    """
-    noise = (x - denoised) / sigmas[i]
-    return denoised + sigmas[i + 1] * noise
-
-
-def _heun(denoise: Denoiser, x: Tensor, denoised: Tensor, history: Tensor | None, sigmas: Tensor, i: int) -> Tensor:
-    """arXiv 2206.00364, Alg. 1: trapezoidal correction, left out where the next level is 0."""
-    slope = (x - denoised) / sigmas[i]
-    step = sigmas[i + 1] - sigmas[i]
-    predicted = x + step * slope
-    if sigmas[i + 1] == 0:
-        return predicted
-    slope_next = (predicted - denoise(predicted, sigmas[i + 1].expand(len(x)))) / sigmas[i + 1]
-    return x + step * (slope + slope_next) / 2
-
-
-def _dpmpp_2m(denoise: Denoiser, x: Tensor, denoised: Tensor, history: Tensor | None, sigmas: Tensor, i: int) -> Tensor:
-    """DPM-Solver++(2M), arXiv 2211.01095, Alg. 2, in sigma: exponential integrator in t = -ln(sigma), linear in D."""
-    if sigmas[i + 1] == 0:
-        return denoised
-    h = (sigmas[i] / sigmas[i + 1]).log()
-    if history is not None:
-        ratio = (sigmas[i - 1] / sigmas[i]).log() / h
-        denoised = (1 + 1 / (2 * ratio)) * denoised - history / (2 * ratio)
-    return (sigmas[i + 1] / sigmas[i]) * x - torch.expm1(-h) * denoised
-
-
-_SOLVERS = {"euler": _euler, "heun": _heun, "dpmpp_2m": _dpmpp_2m, "ddim": _ddim}
+    if kind == "edm-v":
+        return karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
+    schedule = DiscreteSchedule()
+    if sampling.solver == "ddim":
+        return schedule.ddim_sigmas(sampling.steps)
+    low, high = schedule.sigmas[[0, -1]].tolist()
+    return karras_sigmas(sampling.steps, max(low, sampling.sigma_min), min(high, sampling.sigma_max), sampling.rho)

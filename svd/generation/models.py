@@ -1,4 +1,4 @@
-"""The parts of generation that all four tasks share: loading, checks, noise, the solver's run, decoding.
+"""The networks that generation needs: loaded, checked against a request, and moved to the device while they work.
 
 Clips are (B, T, 3, H, W), latents (B, T, C, h, w).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -17,32 +17,30 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from svd.config import EncodersConfig, Sampling
+from svd.config import EncodersConfig
 from svd.core.errors import UserError
-from svd.diffusion.edm import DiscreteSchedule, Kind, denoiser
-from svd.diffusion.guidance import Condition, Passes, conditioned, guided
-from svd.diffusion.sampler import karras_sigmas, sample
-from svd.model.autoencoder import Autoencoder, mean
+from svd.diffusion.edm import Kind
+from svd.diffusion.guidance import Passes
+from svd.model.autoencoder import Autoencoder, posterior_mean
 from svd.model.encoders import Encoders
 from svd.model.formats.encoders import load_encoders
 from svd.model.formats.folders import load_autoencoder, load_unet, trained_frames
 from svd.model.unet import UNet
+from svd.tasks.base import Task
+from svd.tasks.registry import tasks_of_channels
 
 Module = TypeVar("Module", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
-TASKS = {4: "text-to-video", 8: "image-to-video or multi-view", 9: "interpolation"}
-_SEEDS = 2**63 - 1
-
 
 @dataclass(frozen=True)
 class Models:
-    """What generation needs. dtype: of the U-Net.
+    """U-Net, autoencoder and encoders, and how they run; made by `load_models`.
 
-    kind: the U-Net's preconditioning (`v` for models trained with the discrete schedule, `eps` for SD 2.1 itself).
-    offload: keep the networks on the CPU and move each to `device` for as long as it works. passes: how guidance
-    runs. decode_chunk: frames decoded together; decode_overlap: frames that neighbouring chunks share. trained_frames,
-    trained_size (height, width): of the clips that the U-Net was trained on last, where that is known.
+    dtype: of the U-Net. kind: its preconditioning (`v` for models trained with the discrete schedule, `eps` for SD 2.1
+    itself). offload: keep the networks on the CPU and move each to `device` for as long as it works. passes: how
+    guidance runs. decode_chunk: frames decoded together; decode_overlap: frames that neighbouring chunks share.
+    trained_frames, trained_size (height, width): of the clips in the U-Net's last training, where known.
     """
 
     unet: UNet
@@ -60,8 +58,57 @@ class Models:
 
     @property
     def multiple(self) -> int:
-        """Height and width of clips must be multiples of this: what autoencoder and U-Net halve together."""
+        """The number that height and width of clips must be multiples of: what autoencoder and U-Net halve together."""
         return self.autoencoder.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def latent_shape(self, clips: int, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape (B, T, C, h, w) of the latents of clips."""
+        factor = self.autoencoder.factor
+        return clips, frames, self.autoencoder.config.latent_channels, height // factor, width // factor
+
+    @contextmanager
+    def working(self, module: Module) -> Iterator[Module]:
+        """Have `module` on the device; with offloading, move it there now and back to the CPU afterwards."""
+        if not self.offload:
+            yield module
+            return
+        try:
+            yield module.to(self.device)
+        finally:
+            module.to("cpu")
+
+    def encode_texts(self, *groups: Sequence[str]) -> list[Tensor]:
+        """Return context tokens (B, S, D) of each group of prompts.
+
+        One group is encoded after the other, so that a prompt's embedding doesn't depend on the other groups' sizes.
+        """
+        with self.working(self.encoders.text) as text:
+            return [text(group) for group in groups]
+
+    def encode_images(self, images: Tensor, chunk: int | None = None) -> Tensor:
+        """Return CLIP embeddings (B, D) of images (B, 3, H, W) in [-1, 1], `chunk` at a time (None: all at once)."""
+        with self.working(self.encoders.image) as image:
+            return torch.cat([image(part.to(self.device)) for part in images.split(chunk or len(images))])
+
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Return unscaled posterior means (B, T, C, h, w), float32 on the device, of frames in [-1, 1]."""
+        with self.working(self.autoencoder) as autoencoder:
+            dtype = next(autoencoder.parameters()).dtype
+            return posterior_mean(autoencoder.encode(frames.to(self.device, dtype), self.decode_chunk)).float()
+
+    def decode(self, latents: Tensor, progress: bool) -> Tensor:
+        """Return clips (B, T, 3, H, W) in [0, 1], float32 on the CPU, of scaled latents; clip by clip, in chunks."""
+        clips = []
+        with self.working(self.autoencoder) as autoencoder:
+            unscaled = (latents / autoencoder.config.scaling_factor).to(next(autoencoder.parameters()).dtype)
+            for clip in tqdm(unscaled, desc="decode", unit="clip", disable=not progress):
+                chunk = min(self.decode_chunk, len(clip))
+                frames = autoencoder.decode(clip[None], chunk, self._overlap(len(clip)))
+                clips.append((frames.float() / 2 + 0.5).clamp(0, 1).cpu())
+        return torch.cat(clips)
+
+    def _overlap(self, frames: int) -> int:
+        return min(self.decode_overlap, self.decode_chunk - 1) if self.decode_chunk < frames else 0
 
 
 def load_models(
@@ -75,10 +122,10 @@ def load_models(
     offload: bool = False,
     kind: Kind = "edm-v",
 ) -> Models:
-    """Load the networks; folders in diffusers' layout and the output of the stage `encoders`.
+    """Load the networks from folders in diffusers' layout and the output of the stage `encoders`.
 
     Raises UserError for folders that lack something, for a device that this machine lacks, and for parts that don't
-    fit.
+    fit each other.
     """
     device = _device(device)
     home = torch.device("cpu") if offload else device
@@ -106,18 +153,17 @@ def _device(name: torch.device | str) -> torch.device:
     return device
 
 
-def check(models: Models, channels: int, frames: int, height: int, width: int) -> None:
-    """Raises UserError when the U-Net isn't of the task with `channels`, or when it can't make clips of this size.
+def check_request(models: Models, task: Task, frames: int, height: int, width: int) -> None:
+    """Raise UserError when the U-Net isn't one of `task`, or when it can't make clips of this size.
 
-    Frames or a size beyond those of its training are possible, and the paper samples so (E.4), but the farther the
-    worse: a line of warning says so once.
+    More frames or a larger size than in its training are possible, and the paper samples so (E.4), but the further
+    beyond, the worse: a warning says so once.
     """
-    found = models.unet.config.in_channels
-    if found != channels:
-        kind = TASKS.get(found, "unknown")
+    found, needed = models.unet.config.in_channels, task.in_channels(models.autoencoder.config.latent_channels)
+    if found != needed:
         raise UserError(
-            f"this U-Net has {found} input channels ({kind}), the task needs {channels} ({TASKS[channels]}); "
-            "give the checkpoint of that task"
+            f"this U-Net has {found} input channels ({tasks_of_channels(found)}), the task needs {needed} "
+            f"({tasks_of_channels(needed)}); give the checkpoint of that task"
         )
     if height % models.multiple or width % models.multiple or height <= 0 or width <= 0:
         near = [max(1, round(side / models.multiple)) * models.multiple for side in (height, width)]
@@ -141,105 +187,3 @@ def check(models: Models, channels: int, frames: int, height: int, width: int) -
 @cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def generators(seed: int | Sequence[int], batch: int) -> list[torch.Generator]:
-    """A CPU generator for each clip: seeds as given, or seed, seed + 1, … Raises UserError for a wrong number of
-    seeds.
-    """
-    seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != batch:
-        raise UserError(f"{len(seeds)} seeds for {batch} clips; give one for all or one each")
-    if any(not 0 <= value <= _SEEDS for value in seeds):
-        raise UserError(f"seeds must lie between 0 and 2^63 - 1, got {seeds}")
-    return [torch.Generator().manual_seed(value) for value in seeds]
-
-
-def latent_shape(models: Models, batch: int, frames: int, height: int, width: int) -> tuple[int, ...]:
-    """Shape of the latents of `batch` clips."""
-    factor = models.autoencoder.factor
-    return batch, frames, models.autoencoder.config.latent_channels, height // factor, width // factor
-
-
-@contextmanager
-def working(models: Models, module: Module) -> Iterator[Module]:
-    """`module` on the device; with offloading it is moved there now and back to the CPU afterwards."""
-    if not models.offload:
-        yield module
-        return
-    try:
-        yield module.to(models.device)
-    finally:
-        module.to("cpu")
-
-
-def noise_levels(sampling: Sampling, kind: Kind) -> Tensor:
-    """(steps + 1,) levels: the discrete schedule's for `ddim` with a discrete model, Karras' otherwise.
-
-    A discrete model knows only the levels of its schedule, so Karras' range is cut to them.
-    """
-    schedule = DiscreteSchedule()
-    if kind == "edm-v":
-        return karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
-    if sampling.solver == "ddim":
-        return schedule.ddim_sigmas(sampling.steps)
-    low, high = schedule.sigmas[[0, -1]].tolist()
-    return karras_sigmas(sampling.steps, max(low, sampling.sigma_min), min(high, sampling.sigma_max), sampling.rho)
-
-
-def place(condition: Condition, device: torch.device) -> Condition:
-    """The condition on a device."""
-    values = {field.name: getattr(condition, field.name) for field in fields(Condition)}
-    return Condition(**{name: None if value is None else value.to(device) for name, value in values.items()})
-
-
-def denoise(
-    models: Models,
-    noise: Tensor,
-    cond: Condition,
-    uncond: Condition,
-    scale: Tensor,
-    sampling: Sampling,
-    progress: bool,
-) -> Tensor:
-    """Scaled latents (B, T, C, h, w) float32 on the device, from unit noise; `scale` (T,) is the guidance of each
-    frame.
-    """
-    cond, uncond = place(cond, models.device), place(uncond, models.device)
-    with (
-        working(models, models.unet) as unet,
-        tqdm(total=sampling.steps, desc="denoise", unit="step", disable=not progress) as bar,
-    ):
-
-        def network(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-            return denoiser(conditioned(unet, condition), models.kind)(x, sigma)
-
-        return sample(
-            guided(network, cond, uncond, scale.to(models.device), models.passes),
-            noise.to(models.device),
-            noise_levels(sampling, models.kind),
-            sampling.solver,
-            lambda done, total: bar.update(),
-        )
-
-
-def encode(models: Models, frames: Tensor) -> Tensor:
-    """Unscaled posterior means (B, T, C, h, w) float32 on the device, of frames (B, T, 3, H, W) in [-1, 1]."""
-    with working(models, models.autoencoder) as autoencoder:
-        dtype = next(autoencoder.parameters()).dtype
-        return mean(autoencoder.encode(frames.to(models.device, dtype), models.decode_chunk)).float()
-
-
-def decode(models: Models, latents: Tensor, progress: bool) -> Tensor:
-    """Clips (B, T, 3, H, W) in [0, 1], float32 on the CPU, of scaled latents; clip by clip, in chunks of frames."""
-    clips = []
-    with working(models, models.autoencoder) as autoencoder:
-        unscaled = (latents / autoencoder.config.scaling_factor).to(next(autoencoder.parameters()).dtype)
-        for clip in tqdm(unscaled, desc="decode", unit="clip", disable=not progress):
-            frames = autoencoder.decode(clip[None], min(models.decode_chunk, len(clip)), _overlap(models, len(clip)))
-            clips.append((frames.float() / 2 + 0.5).clamp(0, 1).cpu())
-    return torch.cat(clips)
-
-
-def _overlap(models: Models, frames: int) -> int:
-    return min(models.decode_overlap, models.decode_chunk - 1) if models.decode_chunk < frames else 0

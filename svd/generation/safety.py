@@ -25,8 +25,9 @@ _BLUR_SHARE = 4
 
 @dataclass(frozen=True)
 class SafetyFilter:
-    """weights (C, E) and biases (C,): one logistic head a class; a frame is flagged when any probability is above
-    threshold.
+    """Logistic heads on CLIP embeddings, one per class: weights (C, E), biases (C,).
+
+    A frame is flagged when any probability is above threshold.
     """
 
     image: ImageEncoder
@@ -36,12 +37,12 @@ class SafetyFilter:
 
     @torch.no_grad()
     def scores(self, frames: Tensor) -> Tensor:
-        """(T,) the highest probability of any class, for frames (T, 3, H, W) in [0, 1]."""
+        """Return (T,) the highest probability of any class, for frames (T, 3, H, W) in [0, 1]."""
         logits = self.image(frames * 2 - 1).float() @ self.weights.T + self.biases
         return logits.sigmoid().amax(1)
 
     def apply(self, clip: Tensor) -> tuple[Tensor, bool]:
-        """The clip (T, 3, H, W), blurred beyond recognition when one of its frames is flagged, and whether it was."""
+        """Blur the clip (T, 3, H, W) beyond recognition when a frame is flagged; return it, and whether it was."""
         if float(self.scores(clip).max()) <= self.threshold:
             return clip, False
         return _blurred(clip), True
@@ -49,7 +50,7 @@ class SafetyFilter:
 
 def _blurred(clip: Tensor) -> Tensor:
     sigma = min(clip.shape[-2:]) / _BLUR_SHARE
-    # The kernel must be odd and fit twice into the picture, because the border is reflected.
+    # The kernel must be odd and fit twice into the image, because the border is reflected.
     size = min(clip.shape[-2:]) // 2 * 2 - 1
     return kornia.filters.gaussian_blur2d(clip, (size, size), (sigma, sigma))
 

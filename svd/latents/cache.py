@@ -2,8 +2,8 @@
 
 A shard holds, for N samples of one geometry: `moments` (N, T, 2C, h, w) bf16 posterior means and log-variances, so
 that the posterior's noise stays fresh in every epoch; `image` (N, T, E) fp16 CLIP embeddings of every frame; `frame`
-(N, 3, H, W) uint8, the clean conditioning frame; `text` (M, S, D) fp16, one entry a distinct caption. The index has
-one row a sample. A shard's name ends with a digest of its samples, and a sample's id is a digest of (clip, frames,
+(N, 3, H, W) uint8, the clean conditioning frame; `text` (M, S, D) fp16, one entry per distinct caption. The index has
+one row per sample. A shard's name ends with a digest of its samples, and a sample's id is a digest of (clip, frames,
 fps, size, weights): a cache made with another autoencoder or another frame rate has other names and can't be mixed
 in.
 """
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svd.catalogue.axes import SUBSET_AXES
 from svd.config import Geometry, Phase
 from svd.core.errors import UserError
 from svd.core.files import atomic_file, write_json
@@ -36,9 +37,7 @@ SCHEMA: dict[str, Any] = {
     "split": pl.String,
     "fps": pl.Float64,
     "motion_bucket": pl.Int64,
-    "motion_score": pl.Float64,
-    "similarity": pl.Float64,
-    "text_area": pl.Float64,
+    **{axis.column: pl.Float64 for axis in SUBSET_AXES},
     "camera": pl.String,
     "elevation": pl.Float64,
     "shard": pl.String,
@@ -60,12 +59,12 @@ class Sample:
 
 
 def geometry_name(geometry: Geometry) -> str:
-    """The key of a geometry in the index, for example `14x320x576`: frames, height, width."""
+    """Return the key of a geometry in the index: frames, height, width, for example `14x320x576`."""
     return f"{geometry.frames}x{geometry.height}x{geometry.width}"
 
 
 def digest(*parts: object) -> str:
-    """A short hexadecimal digest of JSON-able parts."""
+    """Return 24 hexadecimal digits of the SHA-256 of JSON-able parts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -76,8 +75,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_index(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], null_text: Tensor) -> None:
-    """Write `index.parquet`, the facts shared by all samples (`latents.json`) and the empty prompt's embedding (S,
-    D).
+    """Write `index.parquet`, the facts that all samples share (`latents.json`), and the empty prompt's embedding.
+
+    null_text: (S, D). `latents.json` is written last: where it is, the cache is complete.
     """
     frame = pl.DataFrame(list(rows), schema=SCHEMA).sort("geometry", "shard", "row")
     frame.write_parquet(folder / "index.parquet", statistics=False)
@@ -91,7 +91,7 @@ def _parse_geometry(name: str) -> Geometry:
 
 
 class LatentCache:
-    """A finished cache, read by random access; raises UserError when the folder holds none or a shard is damaged."""
+    """A finished cache, read by random access; raises UserError when the folder holds none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,17 +103,17 @@ class LatentCache:
 
     @property
     def scaling_factor(self) -> float:
-        """What posterior samples are multiplied by before diffusion."""
+        """The factor that brings posterior samples to unit variance before diffusion."""
         return float(self.facts["scaling_factor"])
 
     @cached_property
     def null_text(self) -> Tensor:
-        """(S, D) float32 embedding of the empty prompt, the text of the unconditional branch."""
+        """The embedding of the empty prompt, (S, D) float32: the text of the unconditional branch."""
         with safe_open(self.folder / "null_text.safetensors", "pt") as file:
             return file.get_tensor("text").float()
 
     def rows(self, phase: Phase, split: str) -> pl.DataFrame:
-        """The samples that can feed a phase: of its size and with the fewest frames that suffice, in a fixed order.
+        """Select the samples that can feed a phase, in a fixed order: of its size, with the fewest frames that suffice.
 
         Raises UserError when there is none.
         """
@@ -131,7 +131,7 @@ class LatentCache:
         )
 
     def read(self, row: Mapping[str, Any]) -> Sample:
-        """Load one sample."""
+        """Load the sample of an index row; raises UserError for a damaged shard."""
         shard, number = self._open(row["shard"]), row["row"]
         frame = shard.get_slice("frame")[number].float() / 127.5 - 1
         text = shard.get_slice("text") if row["captions"] else None
@@ -144,7 +144,7 @@ class LatentCache:
         )
 
     def _open(self, name: str) -> Any:
-        """A memory-mapped shard; the last 256 stay open."""
+        """Open a memory-mapped shard; the last 256 stay open."""
         if name not in self._handles:
             path = self.folder / "shards" / name
             try:

@@ -1,8 +1,8 @@
 """Training examples whose order and random draws are functions of (seed, global sample index) alone.
 
-The state of the whole data pipeline is therefore one integer, the next step: training resumes exactly, and on any
-number of ranks, because sample i is the same wherever it is drawn. Legend: B clips, T frames, C latent channels, h x
-w latent size, S tokens of width D, E width of an image embedding.
+The state of the whole data pipeline is therefore one integer, the next step. Training resumes exactly, on any number
+of ranks, because sample i is the same wherever it is drawn. Shapes: B clips, T frames, C latent channels, h x w latent
+size, S tokens of width D, E width of an image embedding.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ Batch = dict[str, Tensor]
 
 
 def generator(seed: int, index: int, stream: str) -> torch.Generator:
-    """A CPU generator for one quantity (`stream`) of one global sample; a new quantity changes no other's numbers."""
+    """Make a CPU generator for one quantity (`stream`) of one global sample.
+
+    Quantities are independent: a new one leaves the numbers of all others as they are.
+    """
     key = hashlib.blake2b(f"{seed}/{index}/{stream}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "little"))
 
 
 def shuffled(position: int, size: int, key: str) -> int:
-    """Where a pseudo-random permutation of range(size) sends `position`, in O(1) memory: a Feistel network,
-    cycle-walked.
+    """Map `position` through a pseudo-random permutation of range(size), chosen by `key`.
 
-    A permutation of 10^8 clips held as an array costs 0.8 GB a rank; this one costs nothing and can start anywhere.
+    A Feistel network with cycle walking: O(1) memory, and it can start anywhere. An array for 10^8 clips would take
+    0.8 GB per rank.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -50,12 +53,13 @@ def shuffled(position: int, size: int, key: str) -> int:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for a sample: ln sigma ~ N(p_mean, p_std^2) (D.2), captions by probability (E.2.2), classifier-free
-    dropout per signal, the conditioning frame's noise ln sigma ~ N(conditioning_p_mean, conditioning_p_std^2) (D.4).
+    """The random draws of a sample: ln sigma ~ N(p_mean, p_std^2) (D.2), captions by probability (E.2.2), dropout per
+    signal for classifier-free guidance, the conditioning frame's noise ln sigma ~ N(conditioning_p_mean,
+    conditioning_p_std^2) (D.4).
 
-    `strata` > 0 makes the draws a fixed examination: sigma runs through that many quantiles of its distribution, the
-    posterior's mean is used, nothing is dropped and the first caption is taken. `pixels`: the conditioning frame is
-    needed as a picture. `image_share`: how many of the clips are replaced by unrelated images (joint training).
+    strata: above 0 for validation, whose draws are fixed: sigma runs through that many quantiles of its distribution,
+    the posterior's mean is used, nothing is dropped and the first caption is taken. pixels: the conditioning frame is
+    needed as an image too. image_share: share of the clips that unrelated images replace (joint training).
     """
 
     seed: int
@@ -74,15 +78,15 @@ class Draws:
 
     @property
     def joint(self) -> bool:
-        """Whether some samples are images; an examination looks at clips alone, whatever a training mixes in."""
+        """Whether some samples are images; validation uses clips alone, whatever training mixes in."""
         return self.image_share > 0 and not self.strata
 
     def images(self, index: int) -> bool:
-        """Whether a global sample is made of unrelated images."""
+        """Return whether a global sample is made of unrelated images."""
         return self.joint and torch.rand((), generator=generator(self.seed, index, "joint")).item() < self.image_share
 
     def sigma(self, index: int) -> Tensor:
-        """() the noise level of a global sample."""
+        """Draw the noise level of a global sample, ()."""
         if self.strata:
             quantile = torch.tensor((index % self.strata + 0.5) / self.strata, dtype=torch.float64)
             if self.objective == "discrete-v":
@@ -93,26 +97,26 @@ class Draws:
         return schedule.sample(1, source)[0]
 
     def kept(self, index: int, stream: str, dropout: float) -> bool:
-        """Whether a conditioning signal survives the dropout."""
+        """Return whether a conditioning signal survives the dropout."""
         return bool(self.strata) or torch.rand((), generator=generator(self.seed, index, stream)).item() >= dropout
 
 
 class Examples(Dataset[Batch]):
-    """Training examples by global sample index: cached samples in a new pseudo-random order every epoch, with all
-    draws made.
+    """Training examples by global sample index: cached samples with all draws made, in a new order every epoch.
 
-    `frames` T may be fewer than a sample holds: a window of it is drawn then (the first frames when pixels are needed
-    or in an examination, because the conditioning frame is cached for the whole sample).
+    `frames` T may be fewer than a sample holds; then a window of it is drawn. It is the first frames when pixels are
+    needed and in validation, because the conditioning frame is cached for the whole sample.
 
     With `draws.image_share` some samples are T frames of as many samples drawn at random (with replacement), each with
-    a caption of its own: still images, for which the temporal layers are switched off, as the mixers of the released
-    code provide for. Their motion bucket is 0, their fps that of the clip they replace. The paper doesn't say what
-    the images, and what their ids were; one sigma for the T of them is a choice too, that of the network's input.
+    a caption of its own. The temporal layers are switched off for them, as the mixers of the released code provide for.
+    Their motion bucket is 0, their fps that of the clip they replace. The paper states neither the images nor their
+    ids. One sigma for all T of them is our choice: the network takes one per sample.
 
     An example: latents (T, C, h, w) scaled; noise, the same shape; sigma (); text (S, D) when there are captions, the
     empty prompt's when dropped; image (T, E) and keep_image (), keep_concat () in {0, 1}; conditioning_sigma (); fps,
-    motion_bucket, elevation () as numbers; with `draws.pixels` frame and frame_noise (3, H, W), and latent_noise (2,
-    C, h, w) for interpolation; in joint training text is (T, S, D), and image_only () tells which samples are images.
+    motion_bucket, elevation () as numbers; with `draws.pixels` frame and frame_noise (3, H, W), else latent_noise
+    (2, C, h, w) for interpolation. In joint training text is (T, S, D), and image_only () tells which samples are
+    images.
     """
 
     def __init__(self, cache: LatentCache, rows: Sequence[Mapping[str, Any]], frames: int, draws: Draws) -> None:
@@ -124,11 +128,11 @@ class Examples(Dataset[Batch]):
         self.draws = draws
 
     def __len__(self) -> int:
-        """Samples of one epoch; indices go on beyond it."""
+        """Return the samples of one epoch; indices go on beyond it."""
         return len(self.rows)
 
     def row(self, index: int) -> Mapping[str, Any]:
-        """The index row of a global sample; an examination takes the rows in order, one row for each set of strata."""
+        """Return the index row of a global sample; validation takes the rows in their order, without shuffling."""
         count = len(self.rows)
         if self.draws.strata:
             return self.rows[index % count]
@@ -167,7 +171,7 @@ class Examples(Dataset[Batch]):
         return example
 
     def _clip(self, index: int) -> tuple[Sample, Tensor | None]:
-        """A sample cut to T frames, and its text: (S, D), in joint training (T, S, D)."""
+        """Read a sample cut to T frames, and its text: (S, D), in joint training (T, S, D)."""
         sample = self.cache.read(self.row(index))
         window = self._window(len(sample.moments), index)
         text = self._text(sample, index) if sample.texts else None
@@ -176,7 +180,7 @@ class Examples(Dataset[Batch]):
         return replace(sample, moments=sample.moments[window], image=sample.image[window]), text
 
     def _images(self, index: int) -> tuple[Sample, Tensor]:
-        """T frames, each of a sample of its own, in the place of a clip, and their texts (T, S, D)."""
+        """Draw T frames, each of a sample of its own, in place of a clip, and their texts (T, S, D)."""
         source = generator(self.draws.seed, index, "images")
         chosen = torch.randint(len(self.rows), (self.frames,), generator=source).tolist()
         samples = [self.cache.read(self.rows[number]) for number in chosen]
@@ -190,14 +194,14 @@ class Examples(Dataset[Batch]):
         return Sample(moments, image, samples[0].frame, (), row), torch.stack(texts)
 
     def _noise(self, shape: Sequence[int], index: int, images: bool) -> Tensor:
-        """(T, C, h, w); the offset is shared by the frames of a clip, and drawn for every image by itself."""
+        """Draw noise (T, C, h, w); the frames of a clip share one offset, unrelated images have one each."""
         draws = self.draws
         noise = torch.randn(shape, generator=generator(draws.seed, index, "noise"))
         apart = noise[:, None] if images else noise[None]
         return offset_noise(apart, draws.offset_noise, generator(draws.seed, index, "offset")).view(shape)
 
     def _window(self, available: int, index: int) -> slice:
-        """Which frames of a cached sample are used."""
+        """Choose the frames of a cached sample that are used."""
         free = available - self.frames
         if free == 0 or self.draws.pixels or self.draws.strata:
             return slice(0, self.frames)
@@ -205,7 +209,7 @@ class Examples(Dataset[Batch]):
         return slice(start, start + self.frames)
 
     def _latents(self, moments: Tensor, index: int) -> Tensor:
-        """(T, C, h, w): a fresh sample of the posterior (its mean in an examination), scaled to unit variance."""
+        """Sample the posterior (its mean in validation), scaled to unit variance: (T, C, h, w)."""
         mean, log_variance = moments.chunk(2, dim=1)
         if not self.draws.strata:
             posterior = torch.randn(mean.shape, generator=generator(self.draws.seed, index, "posterior"))
@@ -213,7 +217,7 @@ class Examples(Dataset[Batch]):
         return mean * self.cache.scaling_factor
 
     def _conditioning_sigma(self, index: int) -> Tensor:
-        """() noise level of the conditioning frame; its median in an examination."""
+        """Draw the noise level of the conditioning frame, (); in validation its median."""
         draws = self.draws
         if draws.strata:
             return torch.tensor(math.exp(draws.conditioning_p_mean))
@@ -221,9 +225,10 @@ class Examples(Dataset[Batch]):
         return level.sample(1, generator(draws.seed, index, "conditioning"))[0]
 
     def _text(self, sample: Sample, index: int, part: str = "") -> Tensor:
-        """(S, D): one of the sample's captions, drawn by its captioner's probability, or the empty prompt when
-        dropped or when there is none. The probabilities of the captioners that a sample has are scaled to a sum of 1.
-        `part` tells the images of one index apart.
+        """Draw one of the sample's captions by its captioner's probability: (S, D).
+
+        It is the empty prompt when dropped or when there is none. The probabilities of the captioners that a sample has
+        are scaled to a sum of 1. part: tells the images of one index apart.
         """
         draws = self.draws
         if not sample.texts or not draws.kept(index, f"text{part}", draws.text_dropout):
@@ -238,8 +243,10 @@ class Examples(Dataset[Batch]):
 
 
 class Steps(Sampler[list[int]]):
-    """Global sample indices of each batch of one rank, from batch `start` on; the ranks' batches together are
-    contiguous.
+    """The global sample indices of each batch of one rank, from batch `start` on.
+
+    Together the ranks' batches are contiguous: with 2 ranks and batches of 4, rank 0 takes 0, 2, then 4, 6, and rank 1
+    takes 1, 3, then 5, 7.
     """
 
     def __init__(self, batches: int, global_batch: int, rank: int, ranks: int, start: int = 0) -> None:
@@ -257,8 +264,8 @@ class Steps(Sampler[list[int]]):
 class IndexedLoader:
     """Batches 0 … `batches` - 1 of `examples`; its state is the number of the next batch.
 
-    It has `__len__`, which counts the batches of the whole run: without one Lightning fetches a batch ahead and skips
-    it when resuming. `global_batch` clips are shared evenly by the ranks; raises UserError when that isn't possible.
+    `__len__` counts the batches of the whole run: without it Lightning fetches a batch ahead and skips it when
+    resuming. The ranks share `global_batch` clips evenly; raises UserError when that isn't possible.
     """
 
     def __init__(
@@ -281,7 +288,7 @@ class IndexedLoader:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The next batch, as Lightning stores it in a checkpoint."""
+        """Return the next batch's number, which Lightning stores in a checkpoint."""
         return {"next": self.next}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

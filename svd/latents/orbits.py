@@ -1,6 +1,4 @@
-"""Rendered orbits as a latent cache, so that the multi-view model trains through the same loader as all others (§4.5,
-D.6).
-"""
+"""Rendered orbits as a latent cache: the multi-view model trains through the same loader as all others (§4.5, D.6)."""
 
 from __future__ import annotations
 
@@ -14,14 +12,15 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from svd.catalogue.axes import SUBSET_AXES
 from svd.config import Geometry
 from svd.core.errors import UserError
 from svd.core.files import write_json
 from svd.latents.cache import digest, geometry_name, write_index, write_shard
-from svd.latents.stage import Encoder
+from svd.latents.stage import LatentEncoder
 from svd.stage import StageContext
 
-# The paper leaves the rate of an orbit open; every orbit gets the same constants, so they carry no information.
+# The paper states no frame rate of an orbit. Every orbit gets the same constants, so they carry no information.
 ORBIT_FPS = 7.0
 ORBIT_MOTION_BUCKET = 127
 TEST_SHARE = 8
@@ -39,7 +38,7 @@ def cache_orbits(context: StageContext, folder: Path) -> Path:
         return folder
     if not (orbits / "index.json").is_file():
         raise UserError(f"{orbits}: no rendered orbits here (index.json is missing); run the stage 'orbits' first")
-    encoder = Encoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
+    encoder = LatentEncoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
     files = sorted(orbits.glob("orbits-*.safetensors"))
     parts = [_encode(path, encoder, folder / "shards") for path in tqdm(files, desc="orbit latents", unit="shard")]
     rows = [row for part in parts for row in json.loads(part.read_text())]
@@ -51,8 +50,8 @@ def cache_orbits(context: StageContext, folder: Path) -> Path:
     return folder
 
 
-def _encode(path: Path, encoder: Encoder, folder: Path) -> Path:
-    """One shard of orbits; returns its part of the index, which is written last."""
+def _encode(path: Path, encoder: LatentEncoder, folder: Path) -> Path:
+    """Encode one shard of orbits; return the path of its part of the index, which is written last."""
     name = f"{path.stem}.safetensors"
     done = folder / f"{name}.json"
     if done.exists():
@@ -82,9 +81,7 @@ def _row(shard: str, number: int, elevation: float, geometry: Geometry) -> Mappi
         "split": "train",
         "fps": ORBIT_FPS,
         "motion_bucket": ORBIT_MOTION_BUCKET,
-        "motion_score": None,
-        "similarity": None,
-        "text_area": None,
+        **{axis.column: None for axis in SUBSET_AXES},
         "camera": "orbit",
         "elevation": elevation,
         "shard": shard,

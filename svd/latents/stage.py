@@ -1,8 +1,8 @@
-"""The stage `latents`: every kept clip of the catalogue, encoded once for each geometry of the preset (§2, D.2; spec
-of the cache in svd/latents/cache.py). Caching raises training throughput by a fifth to a quarter: no autoencoder and no
-text or image encoder runs.
+"""Stage `latents`: every kept clip of the catalogue, encoded once for each geometry of the preset (§2, D.2).
 
-Shards are independent: a killed run keeps the finished ones, and a cluster can write them in any order on any machine.
+svd/latents/cache.py describes the files. Training reads them instead of running the autoencoder and the text and image
+encoders, which raises its throughput by a fifth to a quarter. Shards are independent: a killed run keeps the finished
+ones, and a cluster can write them in any order on any machine.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from svd.catalogue.shards import read_clip
+from svd.catalogue.axes import SUBSET_AXES
+from svd.catalogue.shards import read_clip_bytes
 from svd.catalogue.tables import read_clips
 from svd.config import Geometry, LatentsConfig, Preset
+from svd.core.device import pick_device
 from svd.core.errors import UserError
 from svd.core.files import write_json
 from svd.latents.cache import digest, geometry_name, write_index, write_shard
-from svd.latents.windows import UnreadableClip, Window, choose_windows, decode, fit
+from svd.latents.windows import UnreadableClip, Window, choose_windows, cover_frames, decode_frames
 from svd.model.formats.encoders import load_encoders
 from svd.model.formats.folders import checkpoint_hash, load_autoencoder
 from svd.stage import Report, StageContext, publish
@@ -39,7 +41,7 @@ HELD_OUT = 0.02
 
 @dataclass(frozen=True)
 class Job:
-    """One sample to make: a window of a catalogue row at a geometry."""
+    """A sample to encode: a window of a catalogue row at a geometry."""
 
     sample_id: str
     row: Mapping[str, Any]
@@ -47,11 +49,11 @@ class Job:
     window: Window
 
 
-class Encoder:
+class LatentEncoder:
     """The frozen networks of the cache: autoencoder, text and image encoder, on the GPU when there is one."""
 
     def __init__(self, autoencoder: Path, encoders: Path, context: StageContext) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(pick_device())
         self.autoencoder = load_autoencoder(autoencoder, device=self.device).eval().requires_grad_(False)
         self.encoders = load_encoders(encoders, context.preset.encoders, self.device)
         self.identity = digest(checkpoint_hash(autoencoder), checkpoint_hash(encoders))
@@ -59,27 +61,27 @@ class Encoder:
 
     @torch.inference_mode()
     def videos(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, T, 3, H, W) uint8 to posterior moments (N, T, 2C, h, w) bf16 and CLIP embeddings (N, T, E) fp16."""
+        """Encode (N, T, 3, H, W) uint8 to moments (N, T, 2C, h, w) bf16 and CLIP embeddings (N, T, E) fp16."""
         count = max(1, FRAMES_AT_ONCE // frames.shape[1])
         moments, images = [], []
         for part in frames.split(count):
-            pictures = part.to(self.device).float() / 127.5 - 1
-            moments.append(self.autoencoder.encode(pictures).to("cpu", torch.bfloat16))
-            images.append(
-                self.encoders.image(pictures.flatten(0, 1)).unflatten(0, part.shape[:2]).to("cpu", torch.float16)
-            )
+            pixels = part.to(self.device).float() / 127.5 - 1
+            moments.append(self.autoencoder.encode(pixels).to("cpu", torch.bfloat16))
+            embedded = self.encoders.image(pixels.flatten(0, 1)).unflatten(0, part.shape[:2])
+            images.append(embedded.to("cpu", torch.float16))
         return torch.cat(moments), torch.cat(images)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """(M, S, D) fp16 token embeddings."""
+        """Embed M texts as tokens, (M, S, D) fp16."""
         parts = [texts[i : i + FRAMES_AT_ONCE] for i in range(0, len(texts), FRAMES_AT_ONCE)]
         return torch.cat([self.encoders.text(list(part)).to("cpu", torch.float16) for part in parts])
 
 
 def with_split(clips: pl.DataFrame) -> pl.DataFrame:
-    """Clips with a `split` of train or test: the catalogue's own, or without a test set a few sources held out by
-    their id.
+    """Give every clip a `split`, train or test: the catalogue's own, or, without a test set there, a few held out.
+
+    Whole sources are held out, chosen by the hash of their id; of a single source one clip.
     """
     if (clips["split"] == "test").any() or clips.is_empty():
         return clips.with_columns(split=pl.when(pl.col("split") == "test").then("split").otherwise(pl.lit("train")))
@@ -91,8 +93,11 @@ def with_split(clips: pl.DataFrame) -> pl.DataFrame:
     return clips.with_columns(split=pl.when(test).then(pl.lit("test")).otherwise(pl.lit("train")))
 
 
-def plan(clips: pl.DataFrame, config: LatentsConfig, identity: str) -> list[list[Job]]:
-    """The samples of every shard, in a fixed order; a shard holds one geometry."""
+def plan_shards(clips: pl.DataFrame, config: LatentsConfig, identity: str) -> list[list[Job]]:
+    """List the samples of every shard, in a fixed order; a shard holds one geometry.
+
+    identity: hash of the encoding networks, which is part of every sample's id.
+    """
     shards: list[list[Job]] = []
     for geometry in sorted(config.geometries, key=geometry_name):
         jobs = []
@@ -109,20 +114,21 @@ def plan(clips: pl.DataFrame, config: LatentsConfig, identity: str) -> list[list
 
 
 def _decode_clip(curation: Path, jobs: Sequence[Job]) -> list[tuple[Job, Tensor | None]]:
-    """The frames (T, 3, H, W) uint8 of all samples of one clip; None for a clip that can't be read."""
+    """Read the frames (T, 3, H, W) uint8 of all samples of one clip; None for a clip that can't be read."""
     wanted = {number for job in jobs for number in job.window.indices}
     try:
-        pictures = decode(read_clip(curation, jobs[0].row), wanted)
+        frames = decode_frames(read_clip_bytes(curation, jobs[0].row), wanted)
     except UnreadableClip as error:
         tqdm.write(f"clip {jobs[0].row['clip_id']} left out: {error}")
         return [(job, None) for job in jobs]
     return [
-        (job, fit([pictures[n] for n in job.window.indices], job.geometry.height, job.geometry.width)) for job in jobs
+        (job, cover_frames([frames[n] for n in job.window.indices], job.geometry.height, job.geometry.width))
+        for job in jobs
     ]
 
 
 def _decoded(curation: Path, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Tensor]]:
-    """Samples in the order of `jobs`, decoded by `workers` threads (PyAV releases the interpreter lock)."""
+    """Yield samples in the order of `jobs`, decoded by `workers` threads (PyAV releases the interpreter lock)."""
     groups = [list(group) for _, group in groupby(jobs, key=lambda job: job.row["clip_id"])]
     with ThreadPoolExecutor(workers) as pool:
         for results in pool.map(lambda group: _decode_clip(curation, group), groups):
@@ -141,9 +147,7 @@ def _index_row(job: Job, shard: str, number: int, texts: Mapping[str, int]) -> d
         "split": row["split"],
         "fps": job.window.fps,
         "motion_bucket": row["motion_bucket"] or 0,
-        "motion_score": row["motion_score"],
-        "similarity": row["similarity"],
-        "text_area": row["text_area"],
+        **{axis.column: row[axis.column] for axis in SUBSET_AXES},
         "camera": row["camera"],
         "elevation": 0.0,
         "shard": shard,
@@ -152,9 +156,10 @@ def _index_row(job: Job, shard: str, number: int, texts: Mapping[str, int]) -> d
     }
 
 
-def write_samples(jobs: Sequence[Job], curation: Path, encoder: Encoder, folder: Path, workers: int) -> Path:
-    """Make one shard and its part of the index (`<shard>.json`, written last: its presence means the shard is
-    complete).
+def encode_shard(jobs: Sequence[Job], curation: Path, encoder: LatentEncoder, folder: Path, workers: int) -> Path:
+    """Encode one shard and its part of the index; return the path of that part.
+
+    The part, `<shard>.json`, is written last: where it is, the shard is complete.
     """
     name = f"{geometry_name(jobs[0].geometry)}-{digest(*[job.sample_id for job in jobs])}.safetensors"
     done = folder / f"{name}.json"
@@ -189,26 +194,24 @@ def write_samples(jobs: Sequence[Job], curation: Path, encoder: Encoder, folder:
 
 
 def encode_clips(
-    clips: pl.DataFrame, preset: Preset, curation: Path, encoder: Encoder, work: Path
+    clips: pl.DataFrame, preset: Preset, curation: Path, encoder: LatentEncoder, work: Path
 ) -> list[dict[str, Any]]:
-    """Encode catalogue rows with a `split` into `work/shards`; returns the index rows. Finished shards are kept."""
-    shards = plan(clips, preset.latents, encoder.identity)
+    """Encode catalogue rows with a `split` into `work/shards`; return the index rows. Finished shards are kept."""
+    shards = plan_shards(clips, preset.latents, encoder.identity)
     made = work / "shards"
     made.mkdir(parents=True, exist_ok=True)
     parts = []
     with tqdm(total=sum(map(len, shards)), desc="latents", unit="clip") as bar:
         for jobs in shards:
-            parts.append(write_samples(jobs, curation, encoder, made, preset.compute.latents.workers))
+            parts.append(encode_shard(jobs, curation, encoder, made, preset.compute.latents.workers))
             bar.update(len(jobs))
     return [row for part in parts for row in json.loads(part.read_text())]
 
 
 def run(context: StageContext) -> Report:
-    """Encode all kept clips; inputs: `curation`, `autoencoder`, `encoders`. Raises UserError when no clip can be
-    used.
-    """
+    """Encode all kept clips; inputs: `curation`, `autoencoder`, `encoders`. Raises UserError when none can be used."""
     curation = context.inputs["curation"]
-    encoder = Encoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
+    encoder = LatentEncoder(context.inputs["autoencoder"], context.inputs["encoders"], context)
     clips = with_split(read_clips(curation).filter(pl.col("keep")))
     rows = encode_clips(clips, context.preset, curation, encoder, context.work)
     if not any(row["split"] == "train" for row in rows):
@@ -220,8 +223,8 @@ def run(context: StageContext) -> Report:
     return publish(finished, context.output, _report(clips, rows))
 
 
-def assemble(work: Path, rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Path:
-    """`work/finished`, a latent cache of `rows` that `encode_clips` made: hard links to the shards, and the index."""
+def assemble(work: Path, rows: Sequence[Mapping[str, Any]], encoder: LatentEncoder) -> Path:
+    """Make `work/finished`, a cache of the `rows` from `encode_clips`: hard links to the shards, and the index."""
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     (finished / "shards").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Choosing frames of a clip at a frame rate, decoding them and bringing them to the training size (§2, D.2)."""
+"""From a clip to the frames of a training sample: a window at a frame rate, decoded and scaled (§2, D.2)."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class Window:
 
     @property
     def indices(self) -> range:
-        """Numbers of the frames in the clip."""
+        """The numbers of its frames in the clip."""
         return range(self.start, self.start + self.frames * self.stride, self.stride)
 
 
 def choose_windows(
     clip_id: str, clip_frames: int, clip_fps: float, frames: int, fps_range: tuple[float, float], windows: int
 ) -> list[Window]:
-    """Up to `windows` different windows of `frames` frames, spread over a clip, as a function of the clip's id alone.
+    """Choose up to `windows` different windows of `frames` frames, spread over a clip, from the clip's id alone.
 
-    Each window draws a frame rate from `fps_range` and takes the stride that comes nearest; a clip too short for it
-    takes the largest stride that fits. Empty when the clip holds too few frames at the highest rate of the range, or
-    is itself slower than the lowest.
+    Each window draws a frame rate from `fps_range` and takes the stride that comes nearest, or in a short clip the
+    largest that fits. For example 14 frames at 7 fps of a clip with 96 frames at 24 fps: stride 3, at 8 fps. Returns
+    none when the clip has too few frames at the highest rate of the range, or is itself slower than the lowest.
     """
     low, high = fps_range
     smallest = max(1, math.ceil(clip_fps / high - 1e-6))
@@ -63,8 +63,11 @@ def choose_windows(
     return sorted(set(found))
 
 
-def decode(video: bytes, wanted: set[int]) -> dict[int, Frames]:
-    """The `wanted` frames, by number, of an mp4 as (H, W, 3) uint8, as players show it; raises UnreadableClip."""
+def decode_frames(video: bytes, wanted: set[int]) -> dict[int, Frames]:
+    """Decode the `wanted` frames of an mp4, by number, to (H, W, 3) uint8 as players show them.
+
+    Raises UnreadableClip.
+    """
     found: dict[int, Frames] = {}
     try:
         with av.open(io.BytesIO(video), "r") as container:
@@ -76,14 +79,12 @@ def decode(video: bytes, wanted: set[int]) -> dict[int, Frames]:
     return found
 
 
-def fit(pictures: list[Frames], height: int, width: int) -> Tensor:
-    """Scale (H, W, 3) uint8 pictures to cover `height` x `width`, antialiased, and crop the centre: (T, 3, height,
-    width) uint8.
-    """
-    frames = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
-    scale = max(height / frames.shape[2], width / frames.shape[3])
-    size = max(height, round(frames.shape[2] * scale)), max(width, round(frames.shape[3] * scale))
-    if size != tuple(frames.shape[2:]):
-        frames = F.interpolate(frames, size, mode="bicubic", antialias=True, align_corners=False)
+def cover_frames(frames: list[Frames], height: int, width: int) -> Tensor:
+    """Scale (H, W, 3) uint8 frames to cover height x width, antialiased, and crop the centre: (T, 3, H, W) uint8."""
+    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float()
+    scale = max(height / pixels.shape[2], width / pixels.shape[3])
+    size = max(height, round(pixels.shape[2] * scale)), max(width, round(pixels.shape[3] * scale))
+    if size != tuple(pixels.shape[2:]):
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return frames[:, :, top : top + height, left : left + width].round().clamp(0, 255).to(torch.uint8).contiguous()
+    return pixels[:, :, top : top + height, left : left + width].round().clamp(0, 255).to(torch.uint8).contiguous()

@@ -1,0 +1,1 @@
+"""Images and clips as files: reading them as they are shown, writing, scaling, the watermark."""

@@ -1,6 +1,7 @@
-"""How a coded picture becomes the one that players show: the eight orientations of a display matrix.
+"""From coded frames to those that players show: the eight orientations of a display matrix.
 
-Phones write the matrix instead of turning pictures, and some cameras towards the user mirror with it as well.
+Phones write the matrix instead of rotating the frames, and some front cameras also mirror with it. Every reader of
+video takes the orientation from here.
 """
 
 from __future__ import annotations
@@ -14,35 +15,35 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-Picture = NDArray[Any]
+Frame = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """Turned clockwise by `rotation` degrees (0, 90, 180 or 270), after that `mirrored` left to right or not."""
+    """A clockwise rotation by `rotation` degrees (0, 90, 180 or 270), then a mirroring left to right if `mirrored`."""
 
     rotation: int = 0
     mirrored: bool = False
 
     @property
     def sideways(self) -> bool:
-        """Whether width and height change places."""
+        """Whether width and height are swapped."""
         return self.rotation % 180 != 0
 
-    def upright(self, picture: Picture) -> Picture:
-        """A coded picture (H, W, …) as it is shown; itself where nothing changes."""
+    def upright(self, frame: Frame) -> Frame:
+        """Return a coded frame (H, W, …) as it is shown; the same array where nothing changes."""
         if self == UPRIGHT:
-            return picture
-        turned = np.rot90(picture, -self.rotation // 90)
-        return np.ascontiguousarray(turned[:, ::-1] if self.mirrored else turned)
+            return frame
+        rotated = np.rot90(frame, -self.rotation // 90)
+        return np.ascontiguousarray(rotated[:, ::-1] if self.mirrored else rotated)
 
     def upright_motion(self, dx: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Displacements in the coded picture as they are seen in the shown one."""
+        """Convert displacements (dx, dy) in the coded frame to those in the shown one."""
         x, y = {0: (dx, dy), 90: (-dy, dx), 180: (-dx, -dy), 270: (dy, -dx)}[self.rotation]
         return -x if self.mirrored else x, y
 
     def filters(self) -> list[tuple[str, str]]:
-        """The same as filters of FFmpeg, each with its arguments."""
+        """Return FFmpeg's filters that do the same, as pairs of name and arguments."""
         return [("transpose", "clock")] * (self.rotation // 90) + [("hflip", "")] * self.mirrored
 
 
@@ -50,34 +51,34 @@ UPRIGHT = Orientation()
 
 
 def from_matrix(matrix: np.ndarray) -> Orientation:
-    """The orientation nearest to a display matrix of nine numbers (FFmpeg's order, a b u c d v x y w).
+    """Return the orientation nearest to a display matrix of nine numbers (FFmpeg's order, a b u c d v x y w).
 
-    A point (p, q) of the coded picture is shown at (a p + c q, b p + d q). Without a direction, as in a broken header
-    that is all zeros, nothing is turned.
+    A point (p, q) of the coded frame is shown at (a p + c q, b p + d q). A matrix without a direction, as in a broken
+    header that is all zeros, gives UPRIGHT.
     """
     a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
     mirrored = a * d - b * c < 0
-    right = (-a if mirrored else a), b  # where the picture's right side points before the mirror
+    right = (-a if mirrored else a), b  # where the frame's right side points before the mirroring
     if right == (0, 0):
         return UPRIGHT
     return Orientation(round(math.atan2(right[1], right[0]) / (math.pi / 2)) * 90 % 360, mirrored)
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation:
-    """What the decoder says of a frame; of most, nothing."""
+    """Return the orientation from the frame's display matrix; UPRIGHT if it has none."""
     try:
         matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:
-        # PyAV lists no side data at all beside a kind that it has no name for, such as EXIF: a mirror goes unseen then.
-        turned = frame.rotation
-        return Orientation(-round(turned / 90) * 90 % 360) if abs(turned) <= 180 else UPRIGHT
+        # PyAV lists no side data when one kind among it, such as EXIF, has no name there. Only the rotation is left.
+        angle = frame.rotation
+        return Orientation(-round(angle / 90) * 90 % 360) if abs(angle) <= 180 else UPRIGHT
     return UPRIGHT if matrix is None else from_matrix(np.frombuffer(matrix, np.int32))
 
 
-def upright_rgb(frames: Iterable[av.VideoFrame], wanted: Iterable[int] | None = None) -> Iterator[tuple[int, Picture]]:
-    """The decoded frames as players show them, (H, W, 3) uint8 RGB with their numbers: all, or the `wanted` ones.
+def upright_rgb(frames: Iterable[av.VideoFrame], wanted: Iterable[int] | None = None) -> Iterator[tuple[int, Frame]]:
+    """Yield number and pixels of decoded frames as players show them, (H, W, 3) uint8 RGB: all, or the `wanted` ones.
 
-    The first frame's orientation holds for all. Frames behind the last wanted one are not decoded.
+    The first frame's orientation holds for all. Frames after the last wanted one are not decoded.
     """
     chosen = None if wanted is None else set(wanted)
     last = None if chosen is None else max(chosen)

@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 def cover(images: Tensor, height: int, width: int) -> Tensor:
-    """Pictures (B, 3, h, w) in [0, 1] scaled to cover height x width, antialiased, and cropped in the middle."""
+    """Scale images (B, 3, h, w) in [0, 1] to cover height x width, antialiased, and crop the middle.
+
+    For example 3 x 90 x 160 to 64 x 64: scaled to 64 x 114, then 25 columns cut off at both sides. Raises ValueError
+    for another shape.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"pictures must be (B, 3, h, w), got {tuple(images.shape)}")
     if images.shape[-2:] == (height, width):

@@ -1,4 +1,4 @@
-"""Writing and reading short clips: mp4 (H.264), GIF, PNG; film strips for reports.
+"""Short clips as files: writing mp4 (H.264), GIF and PNG, reading them, and film strips for reports.
 
 Frames are (T, H, W, 3) uint8 RGB everywhere in this module. Equal frames and options give equal bytes: the encoder
 runs on one thread with bit-exact flags, and no time or host name is written.
@@ -20,11 +20,13 @@ from PIL import Image, PngImagePlugin
 
 from svd.core.errors import UserError
 from svd.core.files import atomic_file
+from svd.media.images import STILL_SUFFIXES, shown_image
 from svd.media.orientation import upright_rgb
 
 Frames = NDArray[np.uint8]
 
 _RATE_DENOMINATOR = 1001  # enough for the NTSC rates such as 30000/1001
+_STILL_RATE = 25.0  # FFmpeg's rate of a single image
 
 
 def _check(frames: Frames) -> None:
@@ -86,53 +88,55 @@ def _encode(
 
 
 def read_frames(path: Path, *, max_frames: int | None = None) -> tuple[Frames, float]:
-    """Decode a clip (video file, GIF, or one picture) to ((T, H, W, 3) uint8, frames per second), as players show it.
+    """Decode a clip (video file, GIF, or one image) to ((T, H, W, 3) uint8, frames per second), as players show it.
 
     Reads at most `max_frames` frames. Raises UserError when the file can't be decoded or holds no frame.
     """
+    if path.suffix.lower() in STILL_SUFFIXES and path.is_file():
+        return shown_image(path.read_bytes(), str(path))[None], _STILL_RATE
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 1)
-            pictures = [picture for _, picture in upright_rgb(itertools.islice(container.decode(stream), max_frames))]
+            frames = [frame for _, frame in upright_rgb(itertools.islice(container.decode(stream), max_frames))]
     except (av.FFmpegError, IndexError, OSError) as error:
         raise UserError(f"{path}: not a readable video ({error or type(error).__name__})") from None
-    if not pictures:
+    if not frames:
         raise UserError(f"{path}: the file holds no video frame")
-    return np.stack(pictures), rate
+    return np.stack(frames), rate
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """What `write_mp4` stored as metadata in `path`; empty when there is none."""
+def read_comment(path: Path) -> dict[str, str]:
+    """Return what `write_mp4` stored as metadata in `path`; empty when there is none."""
     with av.open(str(path)) as container:
         comment = container.metadata.get("comment")
     return dict(json.loads(comment)) if comment else {}
 
 
 def write_gif(path: Path, frames: Frames, fps: float, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a looping GIF with one palette a frame; `metadata` becomes the comment block (JSON)."""
+    """Write a looping GIF with one palette per frame; `metadata` becomes the comment block (JSON)."""
     _check(frames)
     _check_rate(fps)
-    pictures = [Image.fromarray(frame) for frame in frames]
+    images = [Image.fromarray(frame) for frame in frames]
     with atomic_file(path) as temporary:
-        pictures[0].save(
+        images[0].save(
             temporary,
             format="GIF",
             save_all=True,
-            append_images=pictures[1:],
+            append_images=images[1:],
             duration=max(20, round(1000 / fps)),  # players slow down anything faster than 50 frames per second
             loop=0,
             comment=json.dumps(dict(metadata), sort_keys=True).encode() if metadata else b"",
         )
 
 
-def write_png(path: Path, picture: Frames, metadata: Mapping[str, str] | None = None) -> None:
-    """Write one (H, W, 3) picture; each metadata key becomes a PNG text chunk."""
+def write_png(path: Path, image: Frames, metadata: Mapping[str, str] | None = None) -> None:
+    """Write one (H, W, 3) uint8 RGB image; each metadata key becomes a PNG text chunk."""
     information = PngImagePlugin.PngInfo()
     for key, value in sorted((metadata or {}).items()):
         information.add_text(key, value)
     with atomic_file(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=information)
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=information)
 
 
 def write_png_sequence(folder: Path, frames: Frames, metadata: Mapping[str, str] | None = None) -> list[Path]:
@@ -145,12 +149,12 @@ def write_png_sequence(folder: Path, frames: Frames, metadata: Mapping[str, str]
 
 
 def filmstrip(frames: Frames, n: int = 8) -> Frames:
-    """`n` frames spread evenly from the first to the last, side by side: (H, n * W, 3) uint8 (fewer when T < n)."""
+    """Put `n` frames, spread evenly from the first to the last, side by side: (H, n * W, 3) uint8; T when T < n."""
     _check(frames)
     chosen = np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int)
     return np.concatenate([frames[index] for index in chosen], axis=1)
 
 
 def to_uint8(video: NDArray[np.floating]) -> Frames:
-    """Frames (T, 3, H, W) in [0, 1] to (T, H, W, 3) uint8, rounded to the nearest level."""
+    """Convert frames (T, 3, H, W) in [0, 1] to (T, H, W, 3) uint8, rounded to the nearest level."""
     return (np.clip(video, 0, 1).transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)

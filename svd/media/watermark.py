@@ -1,10 +1,10 @@
-"""An invisible mark in generated frames, readable by the `dwtDct` decoder of the invisible-watermark package.
+"""An invisible watermark in generated frames, readable by the `dwtDct` decoder of the invisible-watermark package.
 
-That decoder looks at the blue-difference channel U, its Haar approximation band, blocks of 4 x 4 coefficients (8 x 8
-pixels): block n carries bit n mod L, 1 when the block's largest coefficient but the first lies in the upper half of
-a quantisation step of 36. The package's encoder moves that single coefficient, which H.264 smooths away (measured at
-crf 18: fewer than half of the bits are read right). Here the whole block is shifted, which the same decoder reads
-and the codec keeps; brightness doesn't change. Frames are (T, H, W, 3) uint8 RGB.
+That decoder takes the Haar approximation band of the blue-difference channel U in blocks of 4 x 4 coefficients (8 x 8
+pixels). Block n carries bit n mod L. The bit is 1 when the largest coefficient, leaving out the first, lies in the
+upper half of a quantisation step of 36. The package's encoder moves that single coefficient, which H.264 smooths away
+(measured at crf 18: fewer than half of the bits are read correctly). Here the whole block is shifted, which the same
+decoder reads and the codec keeps. Brightness doesn't change. Frames are (T, H, W, 3) uint8 RGB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _bits(message: bytes) -> NDArray[np.uint8]:
 
 
 def _blocks(band: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(4 a, 4 b) band to (a * b, 16) blocks, row by row."""
+    """Split a band (4 a, 4 b) into blocks (a * b, 16), row by row."""
     rows, columns = (side // _COEFFICIENTS for side in band.shape)
     split = band.reshape(rows, _COEFFICIENTS, columns, _COEFFICIENTS)
     return split.transpose(0, 2, 1, 3).reshape(rows * columns, _COEFFICIENTS**2)
@@ -42,7 +42,7 @@ def _band(blocks: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.flo
 
 
 def _approximation(channel: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Haar approximation of the part of the channel that whole blocks cover: half the sum of each 2 x 2 pixels."""
+    """Return the Haar approximation, half the sum of each 2 x 2 pixels, of the part that whole blocks cover."""
     height, width = (side // _PIXELS * _PIXELS for side in channel.shape)
     cells = channel[:height, :width].astype(np.float64).reshape(height // 2, 2, width // 2, 2)
     return cells.sum((1, 3)) / 2
@@ -59,9 +59,7 @@ def _capacity(frames: Frames, bits: int) -> int:
 
 
 def embed(frames: Frames, message: bytes = MESSAGE) -> Frames:
-    """A copy of the frames (T, H, W, 3) that carries `message`. Raises UserError when the frames are too small for
-    it.
-    """
+    """Return a copy of the frames (T, H, W, 3) that carries `message`; raises UserError when they are too small."""
     bits = _bits(message)
     pattern = bits[np.arange(_capacity(frames, len(bits))) % len(bits)]
     return np.stack([_embed_frame(frame, pattern) for frame in frames])
@@ -83,10 +81,10 @@ def _embed_frame(frame: Frames, pattern: NDArray[np.uint8]) -> Frames:
 
 
 def read(frames: Frames, length: int = len(MESSAGE)) -> bytes:
-    """The `length` bytes that the frames carry: the majority over all blocks of all frames.
+    """Read the `length` bytes that the frames carry, by majority over all blocks of all frames.
 
-    Frames without a mark give arbitrary bytes; compare with the expected message. Raises UserError for too small
-    frames.
+    Frames without a watermark give arbitrary bytes: compare with the expected message. Raises UserError when the frames
+    are too small.
     """
     _capacity(frames, 8 * length)
     votes = np.zeros(8 * length)

@@ -1,4 +1,4 @@
-"""The first stage: frames to latents and back (KL-f8 of SD 2.1 with the released temporal decoder).
+"""The autoencoder, frames to latents and back (KL-f8 of SD 2.1 with the released temporal decoder).
 
 Legend: B clips, T frames, C latent channels, H×W pixels, h×w latent pixels. State-dict names are those of diffusers'
 `AutoencoderKLTemporalDecoder` (`temporal_decoder=True`) and `AutoencoderKL` (`temporal_decoder=False`).
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from svd.model.autoencoder_blocks import Decoder, Encoder
+from svd.model.autoencoder_blocks import AutoencoderDecoder, AutoencoderEncoder
 
 LOGVAR_RANGE = (-30.0, 20.0)
 START_LOGVAR = -6.0
@@ -37,25 +37,25 @@ class Autoencoder(nn.Module):
         super().__init__()
         c = self.config = config
         sizes = (c.latent_channels, c.block_out_channels, c.layers_per_block, c.norm_groups)
-        self.encoder = Encoder(c.in_channels, *sizes)
+        self.encoder = AutoencoderEncoder(c.in_channels, *sizes)
         self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
-        self.decoder = Decoder(c.in_channels, *sizes, temporal=c.temporal_decoder)
+        self.decoder = AutoencoderDecoder(c.in_channels, *sizes, temporal=c.temporal_decoder)
         if not c.temporal_decoder:
             self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
 
     @property
     def factor(self) -> int:
-        """Pixels per latent pixel, along height and along width."""
+        """Return the pixels per latent pixel, along height and along width."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight where the adaptive weight of the discriminator compares gradients."""
+        """Return the weight at which the adaptive weight of the discriminator compares gradients."""
         decoder = self.decoder
         return decoder.time_conv_out.weight if self.config.temporal_decoder else decoder.conv_out.weight
 
     def encode(self, frames_BTCHW: Tensor, chunk: int | None = None) -> Tensor:
-        """Frames (B, T, 3, H, W) in [-1, 1] to moments (B, T, 2C, h, w): mean, then log-variance within [-30, 20].
+        """Encode frames (B, T, 3, H, W) in [-1, 1] to moments (B, T, 2C, h, w): mean, then log-variance in [-30, 20].
 
         `chunk` is the number of frames encoded at a time (None: all); it changes memory, not the result.
         Raises ValueError when H or W isn't a multiple of `factor`.
@@ -71,7 +71,7 @@ class Autoencoder(nn.Module):
     def decode(
         self, latents_BTChw: Tensor, chunk: int | None = None, overlap: int = 0, *, image_mode: bool = False
     ) -> Tensor:
-        """Latents (B, T, C, h, w), already divided by the scaling factor, to frames (B, T, 3, H, W) in about [-1, 1].
+        """Decode latents (B, T, C, h, w), divided by the scaling factor, to frames (B, T, 3, H, W) in about [-1, 1].
 
         chunk: frames decoded together (None: all). The temporal layers see up to 29 frames to each side (14 blocks of
         two (3, 1, 1) convolutions and the last one) and normalise over the whole chunk, so a chunk's result can't equal
@@ -109,14 +109,14 @@ class Autoencoder(nn.Module):
         return total
 
     def forward(self, frames_BTCHW: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Reconstruction (B, T, 3, H, W) of the posterior's mean, or of a draw given `generator`; and the moments."""
+        """Return the reconstruction (B, T, 3, H, W) of the posterior's mean, or of a draw, and the moments."""
         moments = self.encode(frames_BTCHW)
-        latents = mean(moments) if generator is None else sample(moments, generator)
+        latents = posterior_mean(moments) if generator is None else sample_posterior(moments, generator)
         return self.decode(latents), moments
 
 
 def fresh_autoencoder(config: AutoencoderConfig, seed: int) -> Autoencoder:
-    """An autoencoder to train from nothing, a function of (config, seed).
+    """Make an autoencoder to train from nothing, a function of (config, seed).
 
     Residual branches start at zero and the path around them keeps the signal's size, so that the first steps train a
     nearly linear autoencoder; the posterior starts narrow, so that its noise doesn't drown the latent.
@@ -139,7 +139,7 @@ def fresh_autoencoder(config: AutoencoderConfig, seed: int) -> Autoencoder:
 
 
 def chunk_starts(frames: int, chunk: int, overlap: int) -> list[int]:
-    """First frame of every chunk; the last chunk is moved back so that all chunks are equally long.
+    """Return the first frame of every chunk; the last chunk is moved back so that all are equally long.
 
     Raises ValueError unless 0 <= overlap < chunk.
     """
@@ -152,7 +152,7 @@ def chunk_starts(frames: int, chunk: int, overlap: int) -> list[int]:
 
 
 def chunk_weights(frames: int, chunk: int, overlap: int) -> Tensor:
-    """Cross-fade weights (chunks, frames): linear ramps where two chunks overlap; every column sums to 1."""
+    """Return cross-fade weights (chunks, frames): linear ramps where two chunks overlap; every column sums to 1."""
     starts = chunk_starts(frames, chunk, overlap)
     weights = torch.zeros(len(starts), frames)
     for row, start in enumerate(starts):
@@ -167,13 +167,13 @@ def chunk_weights(frames: int, chunk: int, overlap: int) -> Tensor:
     return weights / weights.sum(0, keepdim=True)
 
 
-def mean(moments: Tensor) -> Tensor:
-    """Mode of the posterior, (..., 2C, h, w) to (..., C, h, w), not scaled."""
+def posterior_mean(moments: Tensor) -> Tensor:
+    """Return the mean of the posterior, (..., 2C, h, w) to (..., C, h, w), unscaled."""
     return moments.chunk(2, dim=-3)[0]
 
 
-def sample(moments: Tensor, generator: torch.Generator | None) -> Tensor:
-    """An unscaled draw from the posterior, (..., 2C, h, w) to (..., C, h, w); noise is made where the generator is."""
+def sample_posterior(moments: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw from the posterior, (..., 2C, h, w) to (..., C, h, w), unscaled; noise is made where the generator is."""
     average, logvar = moments.chunk(2, dim=-3)
     device = generator.device if generator is not None else moments.device
     noise = torch.randn(average.shape, generator=generator, device=device, dtype=torch.float32)
@@ -181,7 +181,7 @@ def sample(moments: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def add_temporal_decoder(image: Autoencoder) -> Autoencoder:
-    """A temporal autoencoder that starts with the image autoencoder's weights (VideoLDM §3.1.1).
+    """Make a temporal autoencoder that starts with the image autoencoder's weights (VideoLDM §3.1.1).
 
     The temporal branches start at zero and the last time convolution as the identity. `post_quant_conv` has no place
     in the temporal layout and is folded into `decoder.conv_in`: exact but for its bias at the outermost latent pixels,
@@ -204,7 +204,7 @@ def add_temporal_decoder(image: Autoencoder) -> Autoencoder:
 
 
 def temporal_name(key: str) -> str:
-    """Name of an image decoder's tensor in the temporal decoder: its residual blocks are one level deeper."""
+    """Return the temporal decoder's name of an image decoder's tensor: residual blocks lie one level deeper."""
     parts = key.split(".")
     if parts[0] == "decoder" and "resnets" in parts:
         parts.insert(parts.index("resnets") + 2, "spatial_res_block")

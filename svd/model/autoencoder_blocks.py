@@ -1,4 +1,4 @@
-"""Parts of the first stage: residual blocks, mid-block attention, encoder and the two decoders.
+"""Parts of the autoencoder: residual blocks, mid-block attention, encoder and the two decoders.
 
 The encoder and the image decoder are SD 2.1's; the temporal decoder is VideoLDM's (§3.1.1) in its released form.
 
@@ -52,8 +52,8 @@ class TimeConv(nn.Conv3d):
         return F.conv2d(x, self.weight.squeeze(-1), self.bias, padding=(1, 0))
 
 
-class TemporalResBlock(nn.Module):
-    """The residual branch over time, statistics over (T, H, W); it starts at zero, as the original's `zero_module`."""
+class AutoencoderTemporalResBlock(nn.Module):
+    """The residual branch over time, statistics over (T, H, W); it starts at zero."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class TemporalResBlock(nn.Module):
         return self.conv2(norm_images(self.norm2, h, silu=True))
 
 
-class Mixer(nn.Module):
+class AutoencoderMixer(nn.Module):
     """Weight of the temporal path, sigmoid(mix_factor); 0.5 at the start."""
 
     def __init__(self) -> None:
@@ -79,20 +79,20 @@ class Mixer(nn.Module):
 
 
 def to_time(x: Tensor, frames: int) -> Tensor:
-    """(B·T, C, H, W) to (B, C, T, H·W), a view when the memory is channels-last."""
+    """Reshape (B·T, C, H, W) to (B, C, T, H·W), a view when the memory is channels-last."""
     x = x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
     return x.permute(0, 2, 3, 1).reshape(n // frames, frames, h * w, c).permute(0, 3, 1, 2)
 
 
 def from_time(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, T, H·W) back to (B·T, C, H, W)."""
+    """Reshape (B, C, T, H·W) back to (B·T, C, H, W)."""
     b, c, t, _ = x.shape
     return x.permute(0, 2, 3, 1).reshape(b * t, height, width, c).permute(0, 3, 1, 2)
 
 
 class SpatioTemporalResBlock(nn.Module):
-    """A spatial block, then a temporal one, blended the other way round than in the U-Net.
+    """A spatial block, then a temporal one; α weighs the temporal branch, in the U-Net the spatial one.
 
     out = (1 - α)·s + α·(s + h(s)) = s + α·h(s) with α = sigmoid(mix_factor), s the spatial and h the temporal branch.
     """
@@ -100,8 +100,8 @@ class SpatioTemporalResBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
         self.spatial_res_block = ResBlock(channels_in, channels_out, groups)
-        self.temporal_res_block = TemporalResBlock(channels_out, groups)
-        self.time_mixer = Mixer()
+        self.temporal_res_block = AutoencoderTemporalResBlock(channels_out, groups)
+        self.time_mixer = AutoencoderMixer()
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H, W); `frames` = 0 skips the temporal branch (image mode)."""
@@ -113,7 +113,7 @@ class SpatioTemporalResBlock(nn.Module):
         return x + alpha * from_time(branch, x.shape[2], x.shape[3])
 
 
-class Attention(nn.Module):
+class AutoencoderAttention(nn.Module):
     """Single-head self-attention over the pixels of a frame, with a residual path."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         return x + self.to_out[0](out).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Module):
+class AutoencoderDownsample(nn.Module):
     """Halves the size by a strided convolution that pads below and to the right only."""
 
     def __init__(self, channels: int) -> None:
@@ -144,7 +144,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
+class AutoencoderUpsample(nn.Module):
     """Doubles the size by repeating pixels, then a convolution."""
 
     def __init__(self, channels: int) -> None:
@@ -163,7 +163,7 @@ class DownBlock(nn.Module):
         super().__init__()
         sizes = [channels_in] + [channels_out] * (layers - 1)
         self.resnets = nn.ModuleList([ResBlock(size, channels_out, groups) for size in sizes])
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(channels_out)])
+        self.downsamplers = nn.ModuleList([] if last else [AutoencoderDownsample(channels_out)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H/2, W/2), or (N, C_out, H, W) at the last level."""
@@ -177,7 +177,7 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(channels, groups)])
+        self.attentions = nn.ModuleList([AutoencoderAttention(channels, groups)])
         self.resnets = nn.ModuleList([ResBlock(channels, channels, groups) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Encoder(nn.Module):
+class AutoencoderEncoder(nn.Module):
     """Frames to the moments of the latent, before `quant_conv`."""
 
     def __init__(self, channels_in: int, latents: int, widths: Sequence[int], layers: int, groups: int) -> None:
@@ -211,7 +211,7 @@ class Encoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks of one decoder level and the step up; `temporal` gives each block its temporal half."""
+    """Residual blocks of one decoder level and the step up; with `temporal`, each block has a temporal branch."""
 
     def __init__(
         self, channels_in: int, channels_out: int, layers: int, groups: int, *, last: bool, temporal: bool
@@ -220,7 +220,7 @@ class UpBlock(nn.Module):
         block = SpatioTemporalResBlock if temporal else ResBlock
         sizes = [channels_in] + [channels_out] * (layers - 1)
         self.resnets = nn.ModuleList([block(size, channels_out, groups) for size in sizes])
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(channels_out)])
+        self.upsamplers = nn.ModuleList([] if last else [AutoencoderUpsample(channels_out)])
         self.temporal = temporal
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
@@ -235,13 +235,13 @@ class UpBlock(nn.Module):
 class TemporalMidBlock(nn.Module):
     """Mid block of the temporal decoder: as many residual blocks as the decoder's `layers_per_block`.
 
-    As in diffusers, attention stands between the first two blocks; with one block it is kept only for its
-    weights' names.
+    As in diffusers, attention stands between the first two blocks; with one block it isn't used, but its weights
+    keep their names.
     """
 
     def __init__(self, channels: int, layers: int, groups: int) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(channels, groups)])
+        self.attentions = nn.ModuleList([AutoencoderAttention(channels, groups)])
         self.resnets = nn.ModuleList([SpatioTemporalResBlock(channels, channels, groups) for _ in range(layers)])
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
@@ -252,7 +252,7 @@ class TemporalMidBlock(nn.Module):
         return x
 
 
-class Decoder(nn.Module):
+class AutoencoderDecoder(nn.Module):
     """Latents to frames; `temporal` adds the layers over time that remove flicker (VideoLDM §3.1.1)."""
 
     def __init__(

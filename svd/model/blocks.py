@@ -31,10 +31,10 @@ TRANSFORMER_EPS = 1e-6
 
 
 class Signals(NamedTuple):
-    """What every block is conditioned on.
+    """The conditioning of every block.
 
-    embedding_BC: SiLU of the sum of noise-level and id embeddings. context: (B, L, D), or (B·T, L, D) for one context a
-    frame. time_context_BLD: context of the temporal layers. image_only_B: True for clips whose frames are unrelated
+    embedding_BC: SiLU of the sum of noise-level and id embeddings. context: (B, L, D), or (B·T, L, D), one
+    per frame. time_context_BLD: context of the temporal layers. image_only_B: True for clips whose frames are unrelated
     images, or None. image_mode: no temporal layer runs.
     """
 
@@ -47,7 +47,7 @@ class Signals(NamedTuple):
 
 
 class BlockOptions(NamedTuple):
-    """What the blocks of one level have in common."""
+    """The options that the blocks of one level share."""
 
     embedding_channels: int
     context_channels: int
@@ -87,7 +87,7 @@ class SpatialResBlock(nn.Module):
         self.has_shortcut = channels_in != channels_out
 
     def forward(self, x_NHWC: Tensor, skip_NHWC: Tensor | None, signals: Signals) -> Tensor:
-        """`skip_NHWC` is concatenated to the input here, so that a checkpoint keeps no copy of the two."""
+        """Run the block; `skip_NHWC` is concatenated here, so that a checkpoint keeps no copy of the two."""
         x = x_NHWC if skip_NHWC is None else torch.cat([x_NHWC, skip_NHWC], dim=-1)
         embedding = self.time_emb_proj(signals.embedding_BC)[:, None, None, None, :]
         h = self.conv1(self.norm1(x, silu=True))
@@ -151,7 +151,7 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
     def cross_attention(self, x: Tensor, context_RLD: Tensor) -> Tensor:
-        """Attention of (..., C) to a context whose R rows divide the first axis: rows share K and V without copies.
+        """Attend from (..., C) to a context whose R rows divide the first axis: rows share K and V without copies.
 
         With one token the queries have no effect, so norm2, to_q and to_k are not evaluated.
         """
@@ -245,7 +245,7 @@ class Level(nn.Module):
         self.checkpoint_transformers = options.checkpoint_transformers
 
     def layer(self, index: int, x_NHWC: Tensor, skip_NHWC: Tensor | None, signals: Signals) -> Tensor:
-        """The residual block at `index` and its transformer."""
+        """Run the residual block at `index` and its transformer."""
         x = _run(self.resnets[index], self.checkpoint_resnets, x_NHWC, skip_NHWC, signals)
         if self.attention:
             x = _run(self.attentions[index], self.checkpoint_transformers, x, signals)
@@ -264,7 +264,7 @@ class DownLevel(Level):
         self.down = down
 
     def forward(self, x_NHWC: Tensor, signals: Signals) -> list[Tensor]:
-        """The output of every layer, the last one being the output of the level."""
+        """Return the output of every layer; the last is the output of the level."""
         outputs: list[Tensor] = []
         for index in range(len(self.resnets)):
             x_NHWC = self.layer(index, x_NHWC, None, signals)
@@ -303,7 +303,7 @@ class UpLevel(Level):
         self.up = up
 
     def forward(self, x_NHWC: Tensor, skips: list[Tensor], signals: Signals) -> Tensor:
-        """Takes its skips from the end of `skips`; the next one left gives the size to scale up to."""
+        """Take skips from the end of `skips`; the next one left gives the size to scale up to."""
         for index in range(len(self.resnets)):
             x_NHWC = self.layer(index, x_NHWC, skips.pop(), signals)
         if self.up:

@@ -1,7 +1,6 @@
-"""Everything the U-Net is told besides the noisy latents (§2, D.2, D.4–D.6; released code where the paper is silent).
+"""CLIP's text and image encoders (§2, D.2, D.4; the released code where the paper is silent).
 
-Text and image encoders of CLIP, micro-conditioning ids and the noise-augmented conditioning frame; what classifier-free
-dropout takes away in training is drawn in svd.latents.loader. Frames are (B, 3, H, W) in [-1, 1].
+Frames are (B, 3, H, W) in [-1, 1]. How a task conditions on the embeddings stands in svd.tasks.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ class TextEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Size D of a token's embedding."""
+        """Return the size D of a token's embedding."""
         return self.positional_embedding.shape[1]
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
-        """(B, 77) token ids between start and end token, zero padded; longer captions are cut."""
+        """Return (B, 77) token ids between start and end token, zero padded; longer captions are cut."""
         return self._tokenizer(list(captions)).to(self.positional_embedding.device)
 
     def _hidden(self, tokens: Tensor, layers: int) -> Tensor:
@@ -57,11 +56,11 @@ class TextEncoder(nn.Module):
         return self.ln_final(x)
 
     def forward(self, captions: Sequence[str]) -> Tensor:
-        """Context tokens (B, 77, D): the output of the last layer but one, through the final layer norm."""
+        """Return context tokens (B, 77, D): the last layer but one, through the final layer norm."""
         return self._hidden(self.tokens(captions), self._context_layers)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """(B, L) token ids to (B, E) in the joint space, not normalised; reads the end token of the last layer.
+        """Project token ids (B, L) to (B, E) in the joint space, not normalised, from the last layer's end token.
 
         Raises UserError for a tower that isn't whole.
         """
@@ -76,12 +75,12 @@ class TextEncoder(nn.Module):
         return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
     def features(self, captions: Sequence[str]) -> Tensor:
-        """(B, E) unit vectors in the space shared with `ImageEncoder.features`."""
+        """Return (B, E) unit vectors in the space shared with `ImageEncoder.features`."""
         return F.normalize(self.project(self.tokens(captions)), dim=-1)
 
 
 class ImageEncoder(nn.Module):
-    """CLIP's image tower with its projection: one vector a picture, 1024 for ViT-H/14 (D.4; released code)."""
+    """CLIP's image tower with its projection: one vector per image, 1024 for ViT-H/14 (D.4; released code)."""
 
     mean: Tensor
     std: Tensor
@@ -94,19 +93,19 @@ class ImageEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Size E of the embedding."""
+        """Return the size E of the embedding."""
         return int(self.visual.output_dim)
 
     def preprocess(self, frames: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to CLIP's normalised input (B, 3, S, S).
+        """Convert (B, 3, H, W) in [-1, 1] to CLIP's normalised input (B, 3, S, S).
 
-        The released code's resize: bicubic with aligned corners after a Gaussian blur when the picture shrinks; the
+        The released code's resize: bicubic with aligned corners after a Gaussian blur when the image shrinks; the
         aspect ratio isn't kept. Other resizes shift the embedding.
         """
         return ((self._resize(frames.float()) + 1) / 2 - self.mean) / self.std
 
     def shrink(self, frames: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, S, S) in the same range: the resize of `preprocess`, which leaves them as they are."""
+        """Resize (B, C, H, W) to (B, C, S, S) as `preprocess` does; that leaves planes of this size as they are."""
         return self._resize(frames.float())
 
     def _resize(self, planes: Tensor) -> Tensor:
@@ -114,52 +113,52 @@ class ImageEncoder(nn.Module):
         return kornia.geometry.resize(planes, size, interpolation="bicubic", align_corners=True, antialias=True)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to projected embeddings (B, E), not normalised."""
+        """Embed (B, 3, H, W) in [-1, 1]: projected (B, E), not normalised."""
         return self.visual(self.preprocess(frames).to(self.visual.conv1.weight.dtype))
 
     def features(self, frames: Tensor) -> Tensor:
-        """(B, E) unit vectors in the space shared with `TextEncoder.features`."""
+        """Return (B, E) unit vectors in the space shared with `TextEncoder.features`."""
         return F.normalize(self(frames), dim=-1)
 
 
 class Encoders:
-    """Frozen encoders. label: which weights these are, for reports (`toy-clip`, or open_clip model and weights)."""
+    """Frozen encoders. label: names the weights in reports (`toy-clip`, or open_clip model and weights)."""
 
     def __init__(self, text: TextEncoder | None, image: ImageEncoder | None, label: str) -> None:
         self._text, self._image, self.label = text, image, label
 
     @property
     def text(self) -> TextEncoder:
-        """The text encoder; raises UserError when there is none, as in a released image-to-video model."""
+        """Return the text encoder; raise UserError when there is none, as in a released image-to-video model."""
         if self._text is None:
             raise UserError(f"{self.label} has no text encoder; give the output of the stage 'encoders'")
         return self._text
 
     @property
     def image(self) -> ImageEncoder:
-        """The image encoder; raises UserError when there is none, as in a released text-to-image model."""
+        """Return the image encoder; raise UserError when there is none, as in a released text-to-image model."""
         if self._image is None:
             raise UserError(f"{self.label} has no image encoder; give the output of the stage 'encoders'")
         return self._image
 
     @property
     def widths(self) -> set[int]:
-        """The cross-attention widths that the encoders can serve."""
+        """Return the cross-attention widths that the encoders can serve."""
         return {encoder.width for encoder in (self._text, self._image) if encoder is not None}
 
     @torch.no_grad()
     def image_features(self, frames: Tensor) -> Tensor:
-        """Unit vectors (B, E) of frames (B, 3, H, W) in [-1, 1]; with `text_features`, dot products are CLIP scores."""
+        """Return unit vectors (B, E) of frames in [-1, 1]; dot products with `text_features` are CLIP scores."""
         return self.image.features(frames)
 
     @torch.no_grad()
     def shrink(self, frames: Tensor) -> Tensor:
-        """Planes (B, C, H, W) in [-1, 1] at the size that the image encoder reads, for `image_features`; see there."""
+        """Resize planes (B, C, H, W) in [-1, 1] to the image encoder's size; `image_features` of them are the same."""
         return self.image.shrink(frames)
 
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> Tensor:
-        """Unit vectors (B, E) of captions."""
+        """Return unit vectors (B, E) of captions."""
         return self.text.features(captions)
 
     def to(self, *args: Any) -> Encoders:
@@ -170,5 +169,5 @@ class Encoders:
 
 
 def from_uint8(frames: NDArray[np.uint8]) -> Tensor:
-    """(T, H, W, 3) uint8 to (T, 3, H, W) float32 in [-1, 1]."""
+    """Convert (T, H, W, 3) uint8 to (T, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -35,7 +35,7 @@ PREFIX = "base_model.model."
 
 
 def targets(context_tokens: int) -> str:
-    """Pattern of the linear layers to adapt: temporal self- and cross-attention.
+    """Return the pattern of the linear layers to adapt: temporal self- and cross-attention.
 
     With one context token the queries and keys of cross-attention have no effect on the output (softmax over one key is
     1): an adapter there would never learn, so there is none.
@@ -45,12 +45,12 @@ def targets(context_tokens: int) -> str:
 
 
 def layers(unet: UNet) -> Iterator[LoraLayer]:
-    """The adapted layers of a U-Net."""
+    """Yield the adapted layers of a U-Net."""
     return (module for module in unet.modules() if isinstance(module, LoraLayer))
 
 
 def adapters(unet: UNet) -> list[str]:
-    """Names of the adapters in a U-Net, in the order in which they were added."""
+    """Return the names of the adapters in a U-Net, in the order in which they were added."""
     first = next(layers(unet), None)
     return list(first.lora_A) if first is not None else []
 
@@ -81,7 +81,7 @@ def _inject(unet: UNet, config: LoraConfig, name: str, state: dict[str, Tensor] 
 
 
 def set_scales(unet: UNet, scales: Mapping[str, float]) -> None:
-    """Make exactly the adapters of `scales` active, each times its scale (1: as trained); for inference.
+    """Activate exactly the adapters of `scales`, each times its scale (1: as trained), for inference.
 
     Raises ValueError for an unknown name and when adapters are merged into the weights.
     """
@@ -96,15 +96,15 @@ def set_scales(unet: UNet, scales: Mapping[str, float]) -> None:
             layer.set_scale(name, scale)
 
 
-def merge(unet: UNet) -> None:
+def merge_adapters(unet: UNet) -> None:
     """Add the active adapters to the weights: the same output (up to rounding) at no cost per step."""
     with torch.no_grad():
         for layer in layers(unet):
             layer.merge()
 
 
-def unmerge(unet: UNet) -> None:
-    """Take merged adapters out of the weights again (up to rounding)."""
+def unmerge_adapters(unet: UNet) -> None:
+    """Subtract merged adapters from the weights again (up to rounding)."""
     with torch.no_grad():
         for layer in layers(unet):
             layer.unmerge()
@@ -168,7 +168,7 @@ def load_lora(unet: UNet, folder: Path, name: str) -> None:
 
 
 def _check_fit(unet: UNet, config: LoraConfig, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Compare the file with the layers it is for, before the U-Net is touched."""
+    """Compare the file with the layers that it is for, before the U-Net is changed."""
     if not state:
         raise UserError(f"{folder / WEIGHTS}: holds no adapter weights")
     for layer in sorted({key.rpartition(".lora_")[0] for key in state}):

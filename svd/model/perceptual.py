@@ -1,4 +1,4 @@
-"""Perceptual distances between pictures: LPIPS (Zhang et al. 2018) and shift-tolerant ST-LPIPS (Ghildyal, Liu 2022).
+"""Perceptual distances between images: LPIPS (Zhang et al. 2018) and shift-tolerant ST-LPIPS (Ghildyal, Liu 2022).
 
 The weights of ST-LPIPS ship in the wheel `stlpips-pytorch`, so it works offline; LPIPS itself needs its published
 files. The two numbers aren't comparable, and neither is ever reported as the other.
@@ -22,7 +22,7 @@ BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 
 
 class Perceptual(nn.Module):
-    """Distance of pictures in the feature space of a frozen network; differentiable in both arguments.
+    """Distance of images in the feature space of a frozen network; differentiable in both arguments.
 
     weights: only for `lpips-*`: the files that together hold the backbone (torchvision's `features.*`) and the linear
     layers (`lin0.model.1.weight` … of the LPIPS release), .safetensors or .pth (read with weights_only). Raises
@@ -41,11 +41,11 @@ class Perceptual(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, first_NCHW: Tensor, second_NCHW: Tensor) -> Tensor:
-        """Distance (N,) of pictures (N, 3, H, W) in [-1, 1]; H and W at least 32."""
+        """Return the distance (N,) of images (N, 3, H, W) in [-1, 1]; H and W at least 32."""
         return self.network(first_NCHW, second_NCHW).flatten()
 
     def train(self, mode: bool = True) -> Perceptual:
-        """Stays in evaluation mode: its dropout must never run."""
+        """Stay in evaluation mode: its dropout must never run."""
         return super().train(False)
 
 
@@ -76,7 +76,7 @@ def _load(network: nn.Module, net: str, files: list[Path], kind: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a .pth file read without running any of its code."""
+    """Read the tensors of a .safetensors file, or of a .pth file without running any of its code."""
     if path.suffix == ".safetensors":
         return {key: lazy.load() for key, lazy in read_tensors(path).items()}
     try:

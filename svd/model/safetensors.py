@@ -43,7 +43,7 @@ SHOWN_KEYS = 5
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that isn't read yet: `load()` gives it with this shape and type."""
+    """A tensor that isn't read yet, of known shape and type; `load()` reads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -51,27 +51,27 @@ class Lazy:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """Return the size in bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Lazy:
-        """The tensor after `function`, still unread; the new shape and type are found on the meta device."""
+        """Apply `function` when the tensor is read; the new shape and type are found on the meta device."""
         meta = function(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return Lazy(tuple(meta.shape), meta.dtype, lambda: function(self.load()))
 
 
 def of_tensor(tensor: Tensor) -> Lazy:
-    """A tensor in memory as Lazy."""
+    """Wrap a tensor in memory."""
     return Lazy(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
 
 def of_module(module: nn.Module) -> dict[str, Lazy]:
-    """A module's state dict as Lazy tensors (no copy)."""
+    """Return a module's state dict as Lazy tensors, without a copy."""
     return {key: of_tensor(value) for key, value in module.state_dict().items()}
 
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Lazy]:
-    """The tensors of a .safetensors file or of the files that a `.safetensors.index.json` lists.
+    """Return the tensors of a .safetensors file, or of the files that a `.safetensors.index.json` lists.
 
     sha256: expected hash of the file (hex). Raises UserError, in one line, for a missing file, another format, pickle,
     a broken header, a file cut short and a wrong hash.
@@ -110,7 +110,7 @@ def _lazy(handle: Any, key: str, entry: Mapping[str, Any], path: Path) -> Lazy:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The checked header of a safetensors file: name to dtype, shape and data_offsets, and `__metadata__`.
+    """Read and check the header of a safetensors file: name to dtype, shape and data_offsets, and `__metadata__`.
 
     Raises UserError for pickle, other formats, a broken header and a file cut short.
     """
@@ -138,7 +138,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _check_header(header: Any) -> None:
-    """Raises some error for what isn't a header; a KeyError names the entry that is to blame."""
+    """Raise some error for anything but a header; a KeyError names the bad entry."""
     for key, entry in header.items():
         if key == "__metadata__":
             sound = isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values())
@@ -154,13 +154,13 @@ def _which(error: Exception) -> str:
     return f" at {error}" if isinstance(error, KeyError) else ""
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free text pairs in a file's header."""
+def read_header_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata in a file's header, pairs of text."""
     return dict(read_header(path).get("__metadata__", {}))
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file (hex), with a progress bar above 1 GiB."""
+    """Return the SHA-256 of a file (hex), with a progress bar above 1 GiB."""
     digest = hashlib.sha256()
     size = path.stat().st_size
     with (
@@ -174,7 +174,7 @@ def file_hash(path: Path) -> str:
 
 
 def check_hash(path: Path, sha256: str) -> None:
-    """Raises UserError when the file's SHA-256 isn't `sha256`."""
+    """Raise UserError when the file's SHA-256 isn't `sha256`."""
     found = file_hash(path)
     if found != sha256.strip().lower():
         raise UserError(f"{path}: wrong sha256 {found}, expected {sha256}; the file is damaged or another version")
@@ -206,7 +206,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str
 
 
 def _order(tensors: Mapping[str, Lazy]) -> list[str]:
-    """Wide types first, as safetensors aligns them; then by name."""
+    """Return the sort key: wide types first, as safetensors aligns them, then by name."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
@@ -220,7 +220,7 @@ def _blocks(tensors: Mapping[str, Lazy]) -> Iterator[memoryview]:
 
 
 def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Lazy], what: str) -> None:
-    """Raises UserError with the missing, unexpected and misshaped names when `found` isn't exactly `expected`.
+    """Raise UserError with the missing, unexpected and misshaped names when `found` isn't exactly `expected`.
 
     what: the file and the model it should fit, the beginning of the message.
     """
@@ -242,7 +242,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Name the first ones, and how many more there are."""
     rest = len(names) - SHOWN_KEYS
     return ", ".join(names[:SHOWN_KEYS]) + (f", and {rest} more" if rest > 0 else "")
 
@@ -254,7 +254,7 @@ def fill(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Put `tensors` into a module that was built on the meta device, one at a time, strictly.
+    """Load `tensors`, strictly and one at a time, into a module that was built on the meta device.
 
     dtype: type of floating tensors in the module (None: as stored). Raises UserError like `check_fit`.
     """

@@ -72,7 +72,7 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """The denoising network; `forward` gives F, before the preconditioning of svd.diffusion.edm."""
+    """The denoising network; `forward` returns F, before the preconditioning of svd.diffusion.edm."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class UNet(nn.Module):
         return levels
 
     def blocks(self) -> list[nn.Module]:
-        """The residual blocks and transformers in order of execution: units to compile or to shard."""
+        """Return the residual blocks and transformers in order of execution: units to compile or to shard."""
         levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
         return [m for level in levels for m in [*level.resnets, *getattr(level, "attentions", [])]]
 
@@ -195,7 +195,7 @@ class UNet(nn.Module):
         return self.conv_out(self.conv_norm_out(x, silu=True))
 
     def _embed(self, c_noise_B: Tensor, ids_Bn: Tensor | None) -> Tensor:
-        """Noise-level and id embeddings, added: (B, 4·width)."""
+        """Return the sum of noise-level and id embeddings: (B, 4·width)."""
         embedding = self.time_embedding(sinusoids(c_noise_B, self.config.block_out_channels[0]))
         if ids_Bn is not None:
             ids = sinusoids(ids_Bn.flatten(), self.config.id_embedding_dim).view(ids_Bn.shape[0], -1)
@@ -219,7 +219,7 @@ class UNet(nn.Module):
             raise ValueError(f"image_only_B needs the mixer 'learned_with_images', this model has '{config.mixer}'")
 
     def masked_latent(self, height: int, width: int) -> Tensor:
-        """The learned mask embedding z_m (D.5) as (C, height, width), scaled bilinearly where that is not mask_size.
+        """Return the learned mask embedding z_m (D.5), (C, height, width), scaled bilinearly from mask_size.
 
         Raises ValueError when the model has none.
         """
@@ -230,7 +230,7 @@ class UNet(nn.Module):
         return F.interpolate(self.mask_latent[None], (height, width), mode="bilinear", align_corners=False)[0]
 
     def interpolation_channels(self, first_BCHW: Tensor, last_BCHW: Tensor, frames: int) -> Tensor:
-        """Conditioning channels of the interpolation model (D.5): (B, C, H, W) twice -> (B, frames, C + 1, H, W).
+        """Return the conditioning channels of interpolation (D.5): (B, C, H, W) twice -> (B, frames, C + 1, H, W).
 
         The sequence {z_s, z_m, ..., z_m, z_e} and, as the last channel, a mask that is 1 where a frame is given.
         """

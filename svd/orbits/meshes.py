@@ -52,13 +52,13 @@ class Mesh:
 
     @property
     def bounds(self) -> NDArray[np.float64]:
-        """The corners of the bounding box, (2, 3)."""
+        """The lowest and the highest corner of the bounding box, (2, 3)."""
         every = np.concatenate([part.vertices for part in self.parts]).astype(np.float64)
         return np.stack([every.min(0), every.max(0)])
 
 
 def normalised(mesh: Mesh) -> Mesh:
-    """The mesh with the middle of its bounding box at the origin and the longest side 1; raises UserError if empty."""
+    """Move the middle of the bounding box to the origin and scale the longest side to 1; raises UserError if empty."""
     low, high = mesh.bounds
     longest = float((high - low).max())
     if not np.isfinite(longest) or longest <= 0:
@@ -69,7 +69,7 @@ def normalised(mesh: Mesh) -> Mesh:
 
 
 def _directions() -> tuple[NDArray[np.float64], Floats]:
-    """Points of the unit sphere on a grid whose first and last column coincide, (N, 3), and their uv, (N, 2)."""
+    """Return points of the unit sphere on a grid whose first and last column coincide, (N, 3), and their uv, (N, 2)."""
     v, u = np.meshgrid(np.linspace(0, 1, _ROWS), np.linspace(0, 1, _COLUMNS), indexing="ij")
     return _sphere(u, v).reshape(-1, 3), np.stack([u, v], -1).reshape(-1, 2).astype(np.float32)
 
@@ -88,7 +88,7 @@ def _grid_faces() -> NDArray[np.int32]:
 
 
 def _normals(vertices: NDArray[np.float64], faces: NDArray[np.int32]) -> Floats:
-    """Area-weighted vertex normals of a grid, equal on both sides of its seam and at its poles."""
+    """Return area-weighted vertex normals of a grid, equal on both sides of its seam and at its poles."""
     corners = vertices[faces]
     across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     total = np.zeros_like(vertices)
@@ -103,7 +103,7 @@ def _normals(vertices: NDArray[np.float64], faces: NDArray[np.int32]) -> Floats:
 def _waves(
     directions: NDArray[np.floating[Any]], generator: np.random.Generator, count: int, rate: float
 ) -> NDArray[Any]:
-    """A smooth random function on the sphere, about in [-1, 1]; `rate` is its highest angular frequency."""
+    """Return a smooth random function on the sphere, roughly in [-1, 1]; `rate` is its highest angular frequency."""
     total = np.zeros(directions.shape[:-1], directions.dtype)
     for _ in range(count):
         axis = generator.normal(size=3)
@@ -115,14 +115,14 @@ def _waves(
 
 @functools.cache
 def _texture_grid() -> tuple[Floats, Floats, Floats]:
-    """u and v of the texture's pixels, (h, w), and their directions, (h, w, 3)."""
+    """Return u and v of the texture's pixels, (h, w), and their directions, (h, w, 3)."""
     height, width = _TEXTURE_HEIGHT, 2 * _TEXTURE_HEIGHT
     v, u = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
     return u.astype(np.float32), v.astype(np.float32), _sphere(u, v).astype(np.float32)
 
 
 def _texture(generator: np.random.Generator, palette: Sequence[str]) -> NDArray[np.uint8]:
-    """A seamless texture: a pattern in two colours, a third colour in one patch, a fourth on one side's band."""
+    """Make a seamless texture, (h, w, 3) uint8: a pattern in two colours, with up to two patches in others."""
     u, v, directions = _texture_grid()
     colours = [np.array(COLOURS[name], np.float32) for name in palette]
     kind = int(generator.integers(4))
@@ -130,21 +130,21 @@ def _texture(generator: np.random.Generator, palette: Sequence[str]) -> NDArray[
     around, up = 2 * np.pi * n * u, np.pi * n * v
     waves = (np.sin(around), np.sin(2 * up), np.sin(around) * np.sin(2 * up), np.sin(around + 4 * up))[kind]
     blend = 1 / (1 + np.exp(-10 * (waves + 0.4 * _waves(directions, generator, 3, 3.0))))
-    picture = colours[0] * blend[..., None] + colours[1] * (1 - blend[..., None])
+    texture = colours[0] * blend[..., None] + colours[1] * (1 - blend[..., None])
     for colour, size in zip(colours[2:], (0.82, 0.72), strict=False):
         centre = generator.normal(size=3) * (1, 0.4, 1)
         centre /= np.linalg.norm(centre)
         edge = 60 * (directions @ centre.astype(np.float32) - np.float32(size))
         patch = 1 / (1 + np.exp(-np.clip(edge, -30, 30)))
-        picture = picture * (1 - patch[..., None]) + colour * patch[..., None]
+        texture = texture * (1 - patch[..., None]) + colour * patch[..., None]
     mottling = 1 + 0.06 * _waves(directions, generator, 6, 25.0)[..., None]
-    return np.clip(picture * mottling, 0, 255).astype(np.uint8)
+    return np.clip(texture * mottling, 0, 255).astype(np.uint8)
 
 
 def _blob(
     generator: np.random.Generator, centre: NDArray[np.float64], axes: NDArray[np.float64], palette: Sequence[str]
 ) -> Part:
-    """A deformed superquadric: box, cylinder, ellipsoid or octahedron and all between."""
+    """Make a deformed superquadric: box, cylinder, ellipsoid, octahedron or anything between them."""
     directions, uv = _directions()
     exponent = generator.uniform(2, 6) if generator.random() < 0.6 else generator.uniform(1.1, 2)
     radius = (np.abs(directions) ** exponent).sum(-1) ** (-1 / exponent)
@@ -158,7 +158,7 @@ def _blob(
 
 
 def procedural_mesh(seed: int | Sequence[int]) -> Mesh:
-    """A seeded object: a patterned body with two to four differently coloured attachments, no two sides alike."""
+    """Make a seeded object: a patterned body with two to four differently coloured attachments, no two sides alike."""
     generator = np.random.default_rng(seed)
     names = list(COLOURS)
     axes = generator.uniform(0.45, 1.0, 3)
@@ -175,14 +175,14 @@ def procedural_mesh(seed: int | Sequence[int]) -> Mesh:
 
 
 def _inside(mesh: Mesh, radius: float) -> Mesh:
-    """The mesh, made smaller if needed so that it fits into a sphere and no view of an orbit cuts it off."""
+    """Shrink the mesh if needed, so that it fits into a sphere and no view of an orbit cuts it off."""
     farthest = max(float(np.linalg.norm(part.vertices, axis=1).max()) for part in mesh.parts)
     scale = np.float32(min(1.0, radius / farthest))
     return Mesh(mesh.name, tuple(replace(part, vertices=part.vertices * scale) for part in mesh.parts))
 
 
 def mesh_files(paths: Sequence[str]) -> list[Path]:
-    """All mesh files at the given files and folders, sorted; raises UserError when a path is missing or holds none."""
+    """List all mesh files at files and folders, sorted; raises UserError when a path is missing or holds none."""
     found: list[Path] = []
     for entry in paths:
         path = Path(entry).expanduser()
@@ -224,7 +224,7 @@ def _part(piece: trimesh.Trimesh, turn: NDArray[np.float64]) -> Part:
 
 
 def _loaded_texture(piece: trimesh.Trimesh) -> tuple[NDArray[np.uint8], Floats]:
-    """Base colour picture and uv; a piece without a picture gets one pixel per vertex (or face) colour."""
+    """Return base colour texture and uv; a piece without a texture gets one pixel per vertex (or face) colour."""
     visual: Any = piece.visual
     uv = getattr(visual, "uv", None)
     material = getattr(visual, "material", None)

@@ -42,7 +42,7 @@ def _perspective(fov: float, near: float, far: float) -> NDArray[np.float64]:
 
 
 class ModernGL:
-    """Draws with OpenGL; belongs to the thread that made it."""
+    """A renderer with OpenGL; usable only by the thread that made it."""
 
     name = "moderngl"
 
@@ -51,7 +51,7 @@ class ModernGL:
         self._program = context.program(vertex_shader=_VERTEX, fragment_shader=_FRAGMENT)
 
     def close(self) -> None:
-        """Give the context back."""
+        """Release the context."""
         self._context.release()
 
     def _upload(self, part: Part) -> tuple[Any, Any, list[Any]]:
@@ -67,7 +67,7 @@ class ModernGL:
         return array, texture, [array, texture, vertices, indices]
 
     def views(self, mesh: Mesh, eyes: NDArray[np.float64], size: int, fov: float, light: Light) -> NDArray[np.uint8]:
-        """Pictures seen from each of `eyes` (V, 3) towards the origin, (V, size, size, 4)."""
+        """Render the mesh as seen from each of `eyes` (V, 3) towards the origin, (V, size, size, 4)."""
         side = size * SUPERSAMPLING
         colour = self._context.texture((side, side), 4)
         depth = self._context.depth_renderbuffer((side, side))
@@ -76,14 +76,14 @@ class ModernGL:
         self._program["light"].value = [tuple(map(float, row)) for row in light.irradiance]
         self._program["headlight"].value = light.headlight
         self._program["gamma"].value = GAMMA
-        pictures = np.empty((len(eyes), side, side, 4), np.uint8)
+        images = np.empty((len(eyes), side, side, 4), np.uint8)
         try:
             for i, eye in enumerate(eyes):
-                pictures[i] = self._draw(target, uploaded, eye, fov, side)
+                images[i] = self._draw(target, uploaded, eye, fov, side)
         finally:
             for thing in (target, depth, colour, *(thing for _, _, things in uploaded for thing in things)):
                 thing.release()
-        return downsample(pictures)
+        return downsample(images)
 
     def _draw(
         self, target: Any, uploaded: list[tuple[Any, Any, list[Any]]], eye: NDArray[np.float64], fov: float, side: int
@@ -104,7 +104,7 @@ class ModernGL:
 
 
 def open_moderngl() -> ModernGL | str:
-    """The renderer, or why there is none."""
+    """Open the renderer, or return why there is none."""
     import moderngl
 
     try:

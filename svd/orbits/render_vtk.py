@@ -1,7 +1,7 @@
 """The pyvista renderer: VTK off screen, for machines where moderngl finds no EGL.
 
 VTK's own lights are off. The light of svd/orbits/render.py is computed at the vertices and multiplied with the texture,
-so both renderers show the same object; they differ in antialiasing and in shading between vertices.
+so both renderers show the same object. They differ in antialiasing and in the shading between vertices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from svd.orbits.render import GAMMA, SUPERSAMPLING, Light, downsample, irradianc
 
 
 class PyVista:
-    """Draws with VTK; belongs to the thread that made it."""
+    """A renderer with VTK; usable only by the thread that made it."""
 
     name = "pyvista"
 
@@ -28,11 +28,11 @@ class PyVista:
         self._pyvista.close_all()
 
     def views(self, mesh: Mesh, eyes: NDArray[np.float64], size: int, fov: float, light: Light) -> NDArray[np.uint8]:
-        """Pictures seen from each of `eyes` (V, 3) towards the origin, (V, size, size, 4)."""
+        """Render the mesh as seen from each of `eyes` (V, 3) towards the origin, (V, size, size, 4)."""
         side = size * SUPERSAMPLING
         plotter = self._pyvista.Plotter(off_screen=True, window_size=(side, side), lighting="none")
         surfaces = [self._add(plotter, part) for part in mesh.parts]
-        pictures = np.empty((len(eyes), side, side, 4), np.uint8)
+        images = np.empty((len(eyes), side, side, 4), np.uint8)
         for i, eye in enumerate(eyes):
             for surface, part in zip(surfaces, mesh.parts, strict=True):
                 surface["light"] = _vertex_light(part, eye, light)
@@ -41,9 +41,9 @@ class PyVista:
             plotter.camera.view_angle = fov
             plotter.reset_camera_clipping_range()
             plotter.render()  # a screenshot alone shows the view before
-            pictures[i] = plotter.screenshot(return_img=True, transparent_background=True)
+            images[i] = plotter.screenshot(return_img=True, transparent_background=True)
         plotter.close()
-        return downsample(pictures)
+        return downsample(images)
 
     def _add(self, plotter: Any, part: Part) -> Any:
         faces = np.concatenate([np.full((len(part.faces), 1), 3), part.faces], 1)
@@ -65,7 +65,7 @@ def _vertex_light(part: Part, eye: NDArray[np.float64], light: Light) -> NDArray
 
 
 def open_pyvista() -> PyVista | str:
-    """The renderer, or why there is none."""
+    """Open the renderer, or return why there is none."""
     try:
         import pyvista
     except ImportError as error:

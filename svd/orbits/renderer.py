@@ -31,9 +31,12 @@ _ADVICE = (
 
 @contextlib.contextmanager
 def open_renderer(kind: Literal["auto", "moderngl", "pyvista"] = "auto") -> Iterator[Renderer]:
-    """A renderer; "auto" takes moderngl and, when that does not start, pyvista.
+    """Open a renderer; "auto" takes moderngl and, when that does not start, pyvista.
 
-    Raises UserError that says why none starts and what to install.
+    Raises UserError that says why none starts and what to install. For example:
+
+        with open_renderer() as renderer:
+            frames = render_orbit(mesh, orbit_azimuths(21), 10, 576, 33.8, 2, white_light(), renderer)
     """
     reasons = []
     for name in ("moderngl", "pyvista") if kind == "auto" else (kind,):
@@ -47,7 +50,7 @@ def open_renderer(kind: Literal["auto", "moderngl", "pyvista"] = "auto") -> Iter
 
 
 class _RendererProcess:
-    """A renderer in a child process; requests and pictures travel through its standard input and output."""
+    """A renderer in a child process; requests and images travel through its standard input and output."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -68,7 +71,7 @@ class _RendererProcess:
             self.failure = str(error)
 
     def views(self, mesh: Mesh, eyes: NDArray[np.float64], size: int, fov: float, light: Light) -> NDArray[np.uint8]:
-        """Pictures seen from each of `eyes` (V, 3) towards the origin, (V, size, size, 4).
+        """Render the mesh as seen from each of `eyes` (V, 3) towards the origin, (V, size, size, 4).
 
         Raises UserError when the driver fails or crashes on this mesh.
         """
@@ -114,8 +117,8 @@ def _send(stream: BinaryIO | Any, value: Any) -> None:
 
 
 def _serve(name: str) -> None:
-    """The child: open the renderer, say None or why not, then answer requests until the input ends."""
-    # Libraries write to descriptor 1 as they like, so the answers get a descriptor of their own.
+    """Run in the child: open the renderer, send None or the reason why not, then answer until the input ends."""
+    # Libraries may print to descriptor 1 at any time, so the answers get a descriptor of their own.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     from svd.orbits.render_gl import open_moderngl

@@ -38,7 +38,10 @@ _PURPOSE = {"mesh": 0, "camera": 1, "light": 2}
 
 @dataclass(frozen=True)
 class Orbit:
-    """frames: (V, H, W, 3) uint8 on white, the conditioning view last; elevation and azimuth (V,) in degrees."""
+    """A rendered orbit.
+
+    frames: (V, H, W, 3) uint8 sRGB on white, the conditioning view last; elevation and azimuth (V,): degrees.
+    """
 
     name: str
     frames: NDArray[np.uint8]
@@ -47,14 +50,15 @@ class Orbit:
 
 
 def key(seed: int, split: Split, number: int, purpose: str) -> tuple[int, ...]:
-    """The seed of one random decision about one object."""
+    """Return the seed of one random decision about one object."""
     return (seed, _SPLIT_KEY[split], number, _PURPOSE[purpose])
 
 
 def objects(meshes: Sequence[str], count: int) -> list[Path | None]:
-    """The mesh files to render, or `count` times None for procedural objects; raises UserError for a missing path.
+    """Choose the mesh files to render, or `count` times None for procedural objects.
 
-    Files come in the order of the hashes of their names: the first ones of an alphabet would be a biased choice.
+    Files come in the order of the hashes of their names: the alphabetically first would be a biased choice. Raises
+    UserError for a missing path.
     """
     if not meshes:
         return [None] * count
@@ -63,7 +67,7 @@ def objects(meshes: Sequence[str], count: int) -> list[Path | None]:
 
 
 def mesh_name(path: Path, meshes: Sequence[str]) -> str:
-    """Name of a mesh file: its path below the one of `meshes` that holds it, wherever that lies."""
+    """Return the name of a mesh file: its path relative to the one of `meshes` that holds it."""
     for base in (Path(entry).expanduser() for entry in meshes):
         if path != base and path.is_relative_to(base):
             return path.relative_to(base).as_posix()
@@ -71,12 +75,12 @@ def mesh_name(path: Path, meshes: Sequence[str]) -> str:
 
 
 def load_object(path: Path | None, up: Literal["y", "z"], seed: int, split: Split, number: int) -> Mesh:
-    """A mesh file, or the procedural object of that number."""
+    """Load a mesh file, or make the procedural object of that number."""
     return load_mesh(path, up) if path is not None else procedural_mesh(key(seed, split, number, "mesh"))
 
 
-def environment(files: Sequence[Path], seed: int, split: Split, number: int) -> Light:
-    """A random .hdr environment, turned randomly about the vertical axis, or a procedural sky when there are none."""
+def training_light(files: Sequence[Path], seed: int, split: Split, number: int) -> Light:
+    """Choose a random .hdr file, rotated randomly about the vertical axis, or a procedural sky without `files`."""
     if not files:
         return sky_light(key(seed, split, number, "light"))
     generator = np.random.default_rng(key(seed, split, number, "light"))
@@ -84,7 +88,7 @@ def environment(files: Sequence[Path], seed: int, split: Split, number: int) -> 
 
 
 def environment_files(paths: Sequence[str]) -> list[Path]:
-    """The .hdr files at the given files and folders, sorted; raises UserError when a path is missing or holds none."""
+    """List the .hdr files at files and folders, sorted; raises UserError when a path is missing or holds none."""
     found: list[Path] = []
     for entry in paths:
         path = Path(entry).expanduser()
@@ -98,15 +102,13 @@ def environment_files(paths: Sequence[str]) -> list[Path]:
 def render_training_orbit(
     mesh: Mesh, number: int, config: OrbitsConfig, seed: int, light: Light, renderer: Renderer
 ) -> Orbit:
-    """The orbit of training object `number`: random heading and elevation, constant over the circle (D.6)."""
+    """Render the orbit of training object `number`: random heading and elevation, constant over the circle (D.6)."""
     generator = np.random.default_rng(key(seed, "train", number, "camera"))
     elevation = float(generator.uniform(config.min_elevation, config.max_elevation))
     heading = float(generator.uniform(0, 360))
     azimuths = orbit_azimuths(config.views)
-    pictures = render_orbit(
-        mesh, azimuths + heading, elevation, config.size, config.fov, config.radius, light, renderer
-    )
-    return Orbit(mesh.name, on_white(pictures), elevation, azimuths.astype(np.float32))
+    views = render_orbit(mesh, azimuths + heading, elevation, config.size, config.fov, config.radius, light, renderer)
+    return Orbit(mesh.name, on_white(views), elevation, azimuths.astype(np.float32))
 
 
 def run(context: StageContext) -> Report:
@@ -126,7 +128,7 @@ def run(context: StageContext) -> Report:
         def render(number: int) -> Orbit:
             mesh = load_object(files[number], config.up, seed, "train", number)
             return render_training_orbit(
-                mesh, number, config, seed, environment(lights, seed, "train", number), renderer
+                mesh, number, config, seed, training_light(lights, seed, "train", number), renderer
             )
 
         for shard, start in enumerate(starts):
@@ -146,7 +148,7 @@ def run(context: StageContext) -> Report:
 
 
 def write_orbits(path: Path, orbits: Sequence[Orbit]) -> None:
-    """Write a shard; it appears under its name only when it is complete."""
+    """Write a shard atomically."""
     tensors: dict[str, NDArray[Any]] = {
         "frames": np.stack([orbit.frames for orbit in orbits]),
         "elevation": np.array([orbit.elevation for orbit in orbits], np.float32),

@@ -1,6 +1,6 @@
-"""Which videos lie behind what the user names, as one list of `Source` whatever the input is.
+"""The videos behind what the user names, as one list of `Source` whatever the input is.
 
-Understood: folders, globs and single files; `s3://` objects and prefixes; http(s) addresses; `ytdl:<address>`; lists
+Inputs: folders, globs and single files; `s3://` objects and prefixes; http(s) addresses; `ytdl:<address>`; lists
 (svd/sources/rows.py) with columns uri, caption, licence and any others, which are carried through as metadata; and
 WebDataset tars (svd/sources/tars.py), local or remote. Lists and tars inside a folder or prefix are read too, and a
 list may name tars, folders, and prefixes that end with `/`; what it names without a scheme is relative to the list. A
@@ -40,7 +40,7 @@ _READERS = 16  # small objects read at a time
 
 @dataclass(frozen=True)
 class SceneCaption:
-    """A caption that came with a source: of the whole of it, or of [start, end) seconds."""
+    """A caption that came with a source: of the whole source, or of the seconds [start, end)."""
 
     text: str
     start: float = 0.0
@@ -73,15 +73,18 @@ class Source:
 
     @property
     def described(self) -> bool:
-        """Whether anything is known of it but where it lies."""
+        """Whether anything but its place is known."""
         return bool(self.captions or self.licence or self.metadata)
 
 
 def list_sources(patterns: Iterable[str], root: Path | None = None) -> list[Source]:
-    """All sources behind `patterns`, sorted by uri, each once (of several, the first that says something of it).
+    """List all sources behind `patterns`, sorted by uri, each once.
 
-    root: local files below it get uris relative to it, and their first folder as `split`.
-    Raises UserError that names the pattern when a path does not exist, or a list or tar can't be read.
+    Of several entries for one place, the first with a caption, licence or metadata is taken. root: local files below it
+    get uris relative to it, and their first folder as `split`. Raises UserError that names the pattern when a path does
+    not exist, or when a list or tar can't be read. For example:
+
+        list_sources(["videos", "s3://bucket/raw/", "https://example.org/clip.mp4", "more.csv"])
     """
     found: dict[tuple[str, int | None], Source] = {}
     for source in itertools.chain.from_iterable(_expand(pattern, root) for pattern in patterns):
@@ -93,12 +96,12 @@ def list_sources(patterns: Iterable[str], root: Path | None = None) -> list[Sour
 
 
 def printable(text: str) -> str:
-    """`text` as it can be stored: what is no Unicode (a file name in another encoding, a lone surrogate) as escapes."""
+    """Escape what is no Unicode (a file name in another encoding, a lone surrogate), so that `text` can be stored."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_row(source: Source) -> dict[str, Any]:
-    """`source` as a row of a list: read back, it says the same wherever the list lies. Local paths become absolute."""
+    """Return `source` as a row of a list that means the same wherever the list lies: local paths become absolute."""
     row = {**source.metadata, "uri": source.uri}
     if source.archive is not None:
         archive = source.archive if source.path is None else str(source.path.absolute())
@@ -119,12 +122,12 @@ def _scene(caption: SceneCaption) -> dict[str, Any]:
 
 
 def suffix_of(address: str) -> str:
-    """The suffix of a path or address, in lower case; what follows `?` or `#` in a web address is no part of it."""
+    """Return the suffix of a path or address in lower case; `?…` and `#…` of a web address are no part of it."""
     return PurePosixPath(storage.file_name(address)).suffix.lower()
 
 
 def must_be_fetched(address: str) -> bool:
-    """Whether what `address` names lies elsewhere: in a store, on a web server, or behind yt-dlp."""
+    """Return whether what `address` names lies elsewhere: in a store, on a web server, or behind yt-dlp."""
     return address.startswith(YTDL) or storage.is_address(address)
 
 
@@ -164,7 +167,7 @@ def _folder(path: Path, root: Path | None) -> Iterator[Source]:
 
 
 def _local(file: Path, root: Path | None, listed: bool) -> Iterator[Source]:
-    """The sources in one local file; `listed`: the user named this very file, so a list is read as a list."""
+    """Yield the sources in one local file; `listed`: the user named this very file, so a list is read as a list."""
     suffix = file.suffix.lower()
     refuse_compressed(str(file), file.name)
     uri, split = _name(file, root)
@@ -185,7 +188,7 @@ def _name(file: Path, root: Path | None) -> tuple[str, str]:
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:
-    """The sidecar's object; a missing one is empty, and one that can't be read is kept as a note."""
+    """Read the sidecar's object; a missing one is empty, and one that can't be read is kept as a note."""
     if not path.is_file():
         return {}
     try:
@@ -195,14 +198,14 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def _tar(location: str, tar: Source) -> Iterator[Source]:
-    """The videos of a tar; `tar` is the tar itself as a source."""
+    """Yield the videos of a tar; `tar` is the tar itself as a source."""
     for video in read_index(location):
         named = replace(tar, uri=f"{tar.uri}#{video.name}", archive=location)
         yield with_sidecar(replace(named, offset=video.offset, size=video.size, header=video.header), video.facts)
 
 
 def _addressed(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The address of each row of the list `name`, and the other columns."""
+    """Yield the address of each row of the list `name`, and the other columns."""
     for number, row in enumerate(rows, start=1):
         uri = _take(row, URI_NAMES)
         if not isinstance(uri, str):
@@ -212,7 +215,7 @@ def _addressed(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[str,
 
 
 def _listed_local(row: tuple[str, dict[str, Any]], folder: Path, root: Path | None, split: str) -> Iterator[Source]:
-    """What a row of a local list names; it belongs to the split whose folder holds the list."""
+    """Yield the sources that a row of a local list names; they belong to the split whose folder holds the list."""
     uri, values = row
     if must_be_fetched(uri):
         yield from _listed_remote(uri, values, split)
@@ -255,7 +258,7 @@ def _expand_remote(pattern: str) -> Iterator[Source]:
 
 
 def _object(location: str, suffix: str, listed: bool, size: int | None = None) -> Iterator[Source]:
-    """The sources in one object or web address; `listed` as in `_local`."""
+    """Yield the sources in one object or web address; `listed` as in `_local`."""
     refuse_compressed(location, storage.file_name(location))
     if suffix == ".tar":
         yield from _tar(location, Source(location))
@@ -266,7 +269,7 @@ def _object(location: str, suffix: str, listed: bool, size: int | None = None) -
 
 
 def _prefix(pattern: str) -> Iterator[Source]:
-    """Everything below a prefix, as in a folder; small objects (sidecars, lists, headers of tars) many at a time."""
+    """Yield everything below a prefix, as in a folder; small objects (sidecars, lists) are read in parallel."""
     entries = [e for e in storage.list_files(pattern) if not any(p.startswith(".") for p in e.relative.split("/"))]
     if not entries:
         raise UserError(f"sources: '{pattern}': no such object, and nothing below such a prefix")
@@ -305,7 +308,7 @@ def _remote_list(location: str, suffix: str) -> Iterator[Source]:
 
 
 def _beside(location: str, uri: str) -> str:
-    """The address of what a remote list names; it can't name files of this machine."""
+    """Return the address of what a remote list names; it can't name files of this machine."""
     if must_be_fetched(uri):
         return uri
     if "://" in uri:
@@ -314,7 +317,7 @@ def _beside(location: str, uri: str) -> str:
 
 
 def _listed_remote(uri: str, values: dict[str, Any], split: str) -> Iterator[Source]:
-    """What a row names by address: a tar, a prefix that ends with `/`, or else a video."""
+    """Yield the sources that a row names by address: a tar's, a prefix's (ends with `/`), or else one video."""
     refuse_compressed(uri, storage.file_name(uri))
     if member := _take_member(values):
         found: Iterable[Source] = [Source(uri, **member)]
@@ -326,7 +329,7 @@ def _listed_remote(uri: str, values: dict[str, Any], split: str) -> Iterator[Sou
 
 
 def with_sidecar(source: Source, values: Mapping[str, Any]) -> Source:
-    """`source` with the captions (`caption`; `scenes`: start_seconds, end_seconds, caption), licence and metadata."""
+    """Add a sidecar's captions (`caption`; `scenes`: start_seconds, end_seconds, caption), licence and metadata."""
     values = dict(values)
     captions = [SceneCaption(printable(str(text)))] if (text := _take(values, CAPTION_NAMES)) else []
     scenes = values.pop("scenes", [])

@@ -1,6 +1,6 @@
-"""Rows of a list of sources: CSV, TSV, Parquet, JSON lines, or text with one address a line.
+"""Rows of a list of sources: CSV, TSV, Parquet, JSON lines, or text with one address per line.
 
-Values stay what they are: what CSV holds is text (`007` is no 7), JSON and Parquet keep their types. What JSON can't
+Values keep their types: those of CSV are text (`007` stays `007`), JSON and Parquet have their own. What JSON can't
 hold becomes text: times in ISO 8601, bytes as UTF-8 or base64.
 """
 
@@ -24,7 +24,7 @@ LISTS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 
 
 def read_rows(file: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of `file`, whose kind its suffix tells; `name` is what messages call it. Raises UserError."""
+    """Read the rows of `file`, of the kind that its suffix tells; messages call it `name`. Raises UserError."""
     try:
         for number, row in enumerate(_raw(file), start=1):
             if not isinstance(row, Mapping):
@@ -52,7 +52,7 @@ def _raw(file: Path) -> Iterator[Any]:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it; a number that is none (NaN, infinity) becomes None."""
+    """Convert `value` to what JSON can hold; NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

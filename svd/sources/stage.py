@@ -2,8 +2,8 @@
 
 `train/` and `test/` hold the synthetic worlds with `truth.json`, `ucf101_fixture/` the stand-in for UCF-101, `footage/`
 what `sources.paths` names. Local folders and files are copied there, so that a run is reproducible from its cache
-alone; when they are larger than `sources.copied_bytes` together, and for addresses (s3:, https:, ytdl:) and lists,
-`footage/sources.jsonl` holds what svd/sources/listing.py finds there instead: one JSON object a video, with `uri`,
+alone. When they are larger than `sources.copied_bytes` together, and for addresses (s3:, https:, ytdl:) and lists,
+`footage/sources.jsonl` holds what svd/sources/listing.py finds there instead: one JSON object per video, with `uri`,
 captions, licence, other columns, and for a member of a tar its place.
 """
 
@@ -30,7 +30,7 @@ from svd.synthetic.videos import write_worlds
 
 
 def run(context: StageContext) -> Report:
-    """Write the synthetic worlds and gather the footage; what is finished is not made again.
+    """Write the synthetic worlds and gather_footage the footage; what is finished is not made again.
 
     Raises UserError when the preset names no source, a path does not exist, or nothing is found.
     """
@@ -48,7 +48,7 @@ def run(context: StageContext) -> Report:
         raise UserError(
             f"preset '{context.preset.name}': set sources.paths or sources.synthetic, there is nothing to read"
         )
-    copied, listed = gather(config.paths, finished / "footage", config.copied_bytes)
+    copied, listed = gather_footage(config.paths, finished / "footage", config.copied_bytes)
     if config.synthetic is None and not copied + listed:
         raise UserError(f"sources.paths: no file in {', '.join(config.paths)}; put videos there or name another folder")
     metrics |= {"footage_files": copied, "footage_listed": listed}
@@ -58,8 +58,8 @@ def run(context: StageContext) -> Report:
     )
 
 
-def gather(patterns: list[str], folder: Path, copied_bytes: int) -> tuple[int, int]:
-    """Copy or list the footage behind `patterns` into `folder`; returns the numbers of copied files and list entries.
+def gather_footage(patterns: list[str], folder: Path, copied_bytes: int) -> tuple[int, int]:
+    """Copy or list the footage behind `patterns` into `folder`; return the numbers of copied files and list entries.
 
     Raises UserError that names the pattern when nothing is there, or a list has no column of addresses.
     """
@@ -92,7 +92,7 @@ def _write_list(sources: list[Source], folder: Path) -> None:
 
 
 def _matches(pattern: str) -> list[Path]:
-    """What a pattern names on this machine, absolute, sorted."""
+    """Return the paths that a pattern names on this machine, absolute, sorted; raises UserError when there is none."""
     path = storage.local_path(pattern).expanduser().absolute()
     found = [path] if os.path.lexists(path) else sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not found:
@@ -101,7 +101,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _to_be_listed(path: Path) -> bool:
-    """Whether `path` is a list, or a folder with a list that names something elsewhere: copied, it would name nothing.
+    """Whether `path` is a list, or a folder with a list that names something outside it: a copy would name nothing.
 
     Raises UserError for a list that can't be read.
     """
@@ -114,7 +114,7 @@ def _to_be_listed(path: Path) -> bool:
 
 
 def _files(path: Path, taken: set[str]) -> Iterator[tuple[Path, str]]:
-    """The files at `path` with their names in the output; a folder keeps its name unless another one has it already.
+    """Yield the files at `path` with their names in the output; a folder keeps its name unless that is taken.
 
     Bytes of a name that are no Unicode become escapes, because DVC can't store them.
     """
@@ -138,7 +138,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _copy(source: Path, target: Path) -> bool:
-    """Copy a file's bytes; False for what is no readable file, so that it is listed and curation reports the reason."""
+    """Copy a file's bytes; return False for what can't be read, which is listed so that curation reports the reason."""
     try:
         if not source.is_file():  # opening a named pipe would wait for its writer for ever
             return False

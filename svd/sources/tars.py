@@ -1,4 +1,4 @@
-"""WebDataset tars as sources: where each video lies, and what the texts beside it say, without reading the videos.
+"""WebDataset tars as sources: each video's place and the texts beside it, without reading the videos.
 
 Only headers and the small text members are read, so that a tar in object storage costs kilobytes. As in WebDataset,
 members belong together when their names agree up to the first dot of the base name.
@@ -21,7 +21,7 @@ VIDEOS = {
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv"),
     *(".ogv", ".3gp", ".mxf"),
 }
-# A header and the texts that follow it in one request; more would be bytes of a video that nobody wants here.
+# A header and the texts that follow it in one request; more would be bytes of videos, which aren't needed here.
 BLOCK = 16 << 10
 MOST_TEXT = 16 << 20  # bytes of a text member that are read
 COMPRESSED = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst", *(f".tar.{kind}" for kind in ("gz", "bz2", "xz", "zst", "lz4")))
@@ -29,9 +29,9 @@ COMPRESSED = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst", *(f".tar.{kind}" for kin
 
 @dataclass(frozen=True)
 class TarVideo:
-    """A video inside a tar: its name there, its place, and what the members with the same key say of it.
+    """A video inside a tar: its name there, its place, and the facts from the members with the same key.
 
-    header: `header_hash` of its place, by which a tar that was replaced is noticed.
+    header: `header_hash` of its place; it differs when the tar was replaced.
     """
 
     name: str
@@ -42,7 +42,7 @@ class TarVideo:
 
 
 def read_index(location: str) -> Iterator[TarVideo]:
-    """The videos of the tar at `location` (a path, s3:// or http(s)), in its order.
+    """Yield the videos of the tar at `location` (anything that svd.storage reads), in its order.
 
     Raises UserError that names it when it can't be read, or when a web server does not answer ranged requests.
     """
@@ -67,16 +67,16 @@ def read_index(location: str) -> Iterator[TarVideo]:
 
 
 def header_hash(stream: BinaryIO, offset: int) -> str:
-    """Hash of the header (name, size, time) of the member whose bytes begin at `offset`; the stream is left there.
+    """Hash the header (name, size, time) of the member whose bytes begin at `offset`; the stream is left there.
 
-    As it is part of the tar, it stays the same when the tar is copied or touched.
+    The header is part of the tar, so that the hash stays the same when the tar is copied or touched.
     """
     stream.seek(offset - tarfile.BLOCKSIZE)
     return hashlib.blake2b(stream.read(tarfile.BLOCKSIZE), digest_size=8).hexdigest()
 
 
 def refuse_compressed(address: str, name: str) -> None:
-    """Raise UserError when `name`, the last part of `address`, is that of a compressed tar: it has to be read whole."""
+    """Raise UserError when `name`, the last part of `address`, is a compressed tar's: it can't be read in parts."""
     if name.lower().endswith(COMPRESSED):
         raise UserError(
             f"sources: '{address}' is a compressed tar, whose videos can't be read in place; decompress it (videos "
@@ -85,7 +85,7 @@ def refuse_compressed(address: str, name: str) -> None:
 
 
 def _key(name: str) -> str:
-    """Folder and base name up to its first dot; "" for a hidden file."""
+    """Return folder and base name up to its first dot; "" for a hidden file."""
     folder, _, base = name.rpartition("/")
     stem = base.partition(".")[0]
     return f"{folder}/{stem}" if stem else ""
@@ -96,7 +96,7 @@ def _text(member: IO[bytes] | None) -> str:
 
 
 def parse(text: str | bytes, name: str = "") -> dict[str, Any]:
-    """The object of a JSON sidecar; one that isn't any is kept as a note under `sidecar_error`."""
+    """Parse the object of a JSON sidecar; a broken one is kept as a note under `sidecar_error`."""
     at = f"{name}: " if name else ""
     try:
         values = json.loads(text)

@@ -1,4 +1,4 @@
-"""Pictures that the synthetic worlds are made of: seamless background tiles and textured shapes, all antialiased.
+"""The drawings of the synthetic worlds: seamless background tiles and textured shapes, all antialiased.
 
 Everything is a function of its arguments and of the given generator; nothing is read from disk.
 """
@@ -33,7 +33,7 @@ _SUPERSAMPLING = 4
 
 
 def fractal_noise(size: int, exponent: float, generator: np.random.Generator) -> Floats:
-    """Seamless 1/f**exponent noise, (size, size), zero mean and unit deviation."""
+    """Make seamless 1/f**exponent noise, (size, size), of zero mean and unit deviation."""
     frequency = np.hypot(*np.meshgrid(np.fft.rfftfreq(size), np.fft.fftfreq(size)))
     frequency[0, 0] = np.inf
     spectrum = np.fft.rfft2(generator.standard_normal((size, size))) / frequency**exponent
@@ -42,14 +42,14 @@ def fractal_noise(size: int, exponent: float, generator: np.random.Generator) ->
 
 
 def _halved(pattern: NDArray[Any]) -> Floats:
-    """A pattern averaged over 2 x 2 pixels."""
+    """Average a pattern over 2 x 2 pixels."""
     size = pattern.shape[0] // 2
     resized = cv2.resize(np.asarray(pattern, np.float32), (size, size), interpolation=cv2.INTER_AREA)
     return np.asarray(resized, np.float32)
 
 
 def _coverage(kind: str, size: int, generator: np.random.Generator) -> Floats:
-    """How much of the second colour each pixel of a seamless background tile has, (size, size) in [0, 1]."""
+    """Return the share of the second colour in each pixel of a seamless background tile, (size, size) in [0, 1]."""
     if kind == "clouds":
         return np.asarray(1 / (1 + np.exp(-2.5 * fractal_noise(size, 1.9, generator))), np.float32)
     side = size * 2  # hard edges are drawn at twice the size and averaged
@@ -74,7 +74,7 @@ def _coverage(kind: str, size: int, generator: np.random.Generator) -> Floats:
 
 
 def background_tile(kind: str, colour: str, size: int, generator: np.random.Generator) -> NDArray[np.uint8]:
-    """A seamless (size, size, 3) uint8 RGB tile: two shades of `colour` and mottling that optical flow can follow."""
+    """Draw a seamless (size, size, 3) uint8 RGB tile: two shades of `colour`, mottled so that optical flow works."""
     base = np.array(COLOURS[colour], np.float32) * generator.uniform(0.85, 1.1)
     shade = base * 0.45 if base.mean() > 110 else base * 0.6 + 95
     cover = _coverage(kind, size, generator)[..., None]
@@ -83,7 +83,7 @@ def background_tile(kind: str, colour: str, size: int, generator: np.random.Gene
 
 
 def _outline(shape: str) -> NDArray[np.float64]:
-    """The corners of a polygonal shape in [-1, 1], y down, (N, 2)."""
+    """Return the corners of a polygonal shape in [-1, 1], y down, (N, 2)."""
     if shape == "square":
         return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.78
     if shape == "diamond":
@@ -105,7 +105,7 @@ def _outline(shape: str) -> NDArray[np.float64]:
 
 
 def shape_mask(shape: str, size: int, shrink: float = 1.0) -> Floats:
-    """Antialiased coverage of a shape that fills a square picture, (size, size) in [0, 1]."""
+    """Draw the antialiased coverage of a shape that fills a square, (size, size) in [0, 1]."""
     side = size * _SUPERSAMPLING
     canvas = np.zeros((side, side), np.uint8)
     middle = (side // 2, side // 2)
@@ -135,7 +135,7 @@ def _object_pattern(texture: str, size: int) -> Floats:
 
 
 def sprite(shape: str, colour: str, texture: str, size: int, generator: np.random.Generator) -> Floats:
-    """A textured shape with a dark rim.
+    """Draw a textured shape with a dark rim.
 
     Returns premultiplied RGBA, (size, size, 4) float32, colours in [0, 255], alpha in [0, 1].
     """

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from svd.core.files import atomic_file
 
-# With B-frames, x264's own choice of instructions leaves a few random bytes at the end of some slices (the pictures are
+# With B-frames, x264's own choice of instructions leaves a few random bytes at the end of some slices (the frames are
 # equal, the files are not). A fixed set, which every x86-64 machine has, gives equal bytes on every run and machine.
 X264_ASSEMBLY = "asm=SSE4.2"
 

@@ -1,6 +1,6 @@
 """Seeded, captioned scenes: a textured shape acts before a textured background while the camera moves.
 
-A `World` is an endless list of scenes. The worlds "train" and "test" speak the same vocabulary but share no seed, no
+A `World` is an endless list of scenes. The worlds "train" and "test" use the same vocabulary but share no seed, no
 (shape, colour, texture) and no (background, colour) combination. Positions are in units of the frame's height with the
 origin in the middle and y pointing down; times are in seconds around the middle of the scene.
 """
@@ -52,7 +52,7 @@ _TEST_SHARE = 4
 
 @dataclass(frozen=True)
 class Thing:
-    """What an object looks like."""
+    """The look of an object."""
 
     shape: str
     colour: str
@@ -86,7 +86,10 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """One sentence that says everything that is to be seen."""
+        """One sentence about everything visible.
+
+        For example: a red ring moving left over green checks, the camera is static.
+        """
         action = self.action
         if action in ("orbiting", "passing behind"):
             action = f"{action} a {self.other.words}"
@@ -96,7 +99,7 @@ class Scene:
 
     @property
     def camera_label(self) -> str:
-        """The label of svd.curation.types.CameraLabel: a static camera before a moving object is "object-motion"."""
+        """Return the camera label that curation should find: "object-motion" for a static camera with motion."""
         if self.camera == "static" and self.action != "standing still":
             return "object-motion"
         return self.camera
@@ -116,9 +119,9 @@ class Clip:
 
 
 def combinations(split: Split) -> tuple[list[Thing], list[tuple[str, str]]]:
-    """The objects and the (background, colour) pairs that may occur in a split; the two splits share none.
+    """List the objects and the (background, colour) pairs that may occur in a split; the two splits share none.
 
-    Every word occurs in both: a quarter of the combinations, spread evenly like the squares of a diagonal, is for test.
+    Every word occurs in both: the test split has a quarter of the combinations, spread like diagonals of a chessboard.
     """
     wanted = split == "test"
     colours = list(COLOURS)
@@ -144,11 +147,11 @@ class World:
         self._things, self._backgrounds = combinations(split)
 
     def key(self, index: int, purpose: int) -> tuple[int, ...]:
-        """The seed of one random decision, so that decisions don't influence each other."""
+        """Return the seed of one random decision, so that decisions don't influence each other."""
         return (self.seed, 0 if self.split == "train" else 1, index, purpose)
 
     def scene(self, index: int) -> Scene:
-        """Scene `index`; something always moves (planted static shots come from `still`)."""
+        """Draw scene `index`; something always moves (planted static shots come from `still`)."""
         generator = np.random.default_rng(self.key(index, 0))
         action = str(generator.choice(ACTIONS))
         moving = [c for c in CAMERAS if c != "static"]
@@ -177,12 +180,12 @@ class World:
 
 
 def still(scene: Scene) -> Scene:
-    """The same scene with nothing moving."""
+    """Return the same scene with nothing moving."""
     return replace(scene, action="standing still", camera="static")
 
 
 def camera_pose(scene: Scene, t: float) -> tuple[NDArray[np.float64], float, float]:
-    """Where the camera looks at time t: offset (2,) in heights, zoom factor, roll angle in radians."""
+    """Return the camera's pose at time t: offset (2,) in heights, zoom factor, roll angle in radians."""
     offset, zoom, angle = np.zeros(2), 1.0, 0.0
     speed = scene.camera_speed
     if scene.camera.startswith("pan"):
@@ -202,7 +205,10 @@ def camera_pose(scene: Scene, t: float) -> tuple[NDArray[np.float64], float, flo
 
 
 def object_poses(scene: Scene, t: float, half: float) -> list[tuple[Thing, float, float, float, float]]:
-    """The objects at time t from back to front: (thing, x, y, size, angle); `half` is half the scene's seconds."""
+    """List the objects at time t from back to front: (thing, x, y, size, angle).
+
+    t: seconds from the middle of the scene; half: half the scene's seconds; sizes and places in heights of the frame.
+    """
     x, y = scene.start
     size, angle, speed = scene.size, 0.0, scene.speed
     things: list[tuple[Thing, float, float, float, float]] = []
@@ -232,9 +238,9 @@ def object_poses(scene: Scene, t: float, half: float) -> list[tuple[Thing, float
     return [(scene.thing, x, y, size, angle)]
 
 
-def _blend(canvas: Floats, picture: Floats, matrix: NDArray[np.float64]) -> None:
-    """Draw a premultiplied RGBA picture onto canvas (H, W, 3); `matrix` (2, 3) maps picture pixels to canvas pixels."""
-    side = picture.shape[0]
+def _blend(canvas: Floats, drawing: Floats, matrix: NDArray[np.float64]) -> None:
+    """Draw premultiplied RGBA onto the canvas (H, W, 3); `matrix` (2, 3) maps its pixels to those of the canvas."""
+    side = drawing.shape[0]
     corners = matrix @ np.array([[0, side, 0, side], [0, 0, side, side], [1, 1, 1, 1]])
     low = np.maximum(np.floor(corners.min(1)).astype(int), 0)
     high = np.minimum(np.ceil(corners.max(1)).astype(int) + 1, (canvas.shape[1], canvas.shape[0]))
@@ -242,14 +248,14 @@ def _blend(canvas: Floats, picture: Floats, matrix: NDArray[np.float64]) -> None
         return
     local = matrix.copy()
     local[:, 2] -= low
-    warped = cv2.warpAffine(picture, local, (int(high[0] - low[0]), int(high[1] - low[1])), flags=cv2.INTER_LINEAR)
+    warped = cv2.warpAffine(drawing, local, (int(high[0] - low[0]), int(high[1] - low[1])), flags=cv2.INTER_LINEAR)
     region = canvas[low[1] : high[1], low[0] : high[0]]
     region *= 1 - warped[..., 3:]
     region += warped[..., :3]
 
 
 def _affine(scale: float, angle: float, centre: tuple[float, float], side: float) -> NDArray[np.float64]:
-    """(2, 3): rotate and scale a picture of `side` pixels around its middle, put the middle at `centre`."""
+    """Return the matrix (2, 3) that rotates and scales a square of `side` pixels and puts its middle at `centre`."""
     c, s = scale * np.cos(angle), scale * np.sin(angle)
     turn = np.array([[c, -s], [s, c]])
     return np.concatenate([turn, (np.array(centre) - turn @ np.array([side / 2, side / 2]))[:, None]], 1)
@@ -262,7 +268,7 @@ def render_scene(scene: Scene, frames: int, height: int, width: int, fps: float)
     tile = background_tile(scene.background, scene.background_colour, side, generator)
     shift = generator.uniform(0, side, 2)
     sprite_side = max(16, int(0.6 * height))
-    pictures = {
+    sprites = {
         thing: sprite(thing.shape, thing.colour, thing.texture, sprite_side, generator)
         for thing in (scene.thing, scene.other)
     }
@@ -282,7 +288,7 @@ def render_scene(scene: Scene, frames: int, height: int, width: int, fps: float)
         for thing, x, y, size, own_angle in object_poses(scene, t, half):
             place = turn @ (np.array([x, y]) - (1 - _CAMERA_FOLLOWS) * offset) * zoom * height + centre
             scale = size * zoom * height / sprite_side
-            _blend(canvas, pictures[thing], _affine(scale, own_angle + angle, (place[0], place[1]), sprite_side))
+            _blend(canvas, sprites[thing], _affine(scale, own_angle + angle, (place[0], place[1]), sprite_side))
         out[i] = np.clip(np.round(canvas), 0, 255)
     return out
 
@@ -294,7 +300,7 @@ def render_clip(world: World, index: int, frames: int, height: int, width: int, 
 
 
 def clip_of(scene: Scene, frames: NDArray[np.uint8]) -> Clip:
-    """Frames of a scene together with the truth about it."""
+    """Put the frames of a scene together with the truth about it."""
     return Clip(
         frames=frames,
         caption=scene.caption,

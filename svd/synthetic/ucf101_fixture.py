@@ -30,13 +30,13 @@ _TEST_GROUPS = 7  # UCF-101's groups 1 to 7 are the first test split, 8 to 25 th
 
 
 def identifier(caption: str) -> str:
-    """A caption in the spelling of UCF-101's class names: without the first article and punctuation, in CamelCase."""
+    """Spell a caption as UCF-101 its class names: in CamelCase, without the first article and punctuation."""
     words = re.findall(r"[a-z]+", caption.lower())
     return "".join(word.capitalize() for word in words[1:])
 
 
 def fixture_classes(seed: int) -> dict[str, Scene]:
-    """The 101 classes by identifier: every action in turn, every camera motion, no two alike."""
+    """Draw the 101 classes by identifier: every action in turn, every camera motion, no two alike."""
     world = World(seed, "test")
     cameras = list(CAMERAS)
     classes: dict[str, Scene] = {}
@@ -56,7 +56,7 @@ def fixture_classes(seed: int) -> dict[str, Scene]:
 
 
 def _variant(scene: Scene, seed: int, label: int, number: int) -> Scene:
-    """Another clip of the same class."""
+    """Return the scene of another clip of the same class."""
     key = (seed, 2, label, number)
     generator = np.random.default_rng(key)
     return replace(
@@ -70,7 +70,7 @@ def _variant(scene: Scene, seed: int, label: int, number: int) -> Scene:
 
 
 def _group_and_clip(label: int, number: int) -> tuple[int, int]:
-    """Group and clip number: about every fourth clip falls into a group of the test split, as in UCF-101."""
+    """Return group and clip number; about every fourth clip is in a group of the test split, as in UCF-101."""
     position = label + number
     if position % 4 == 0:
         return 1 + number // 4 % _TEST_GROUPS, 1 + number // 4 // _TEST_GROUPS

@@ -23,22 +23,7 @@ from rich.progress import track
 from svd.config import SyntheticWorlds
 from svd.core.files import write_json
 from svd.synthetic.encode import Encoding, encode_video
-from svd.synthetic.scenes import Clip, Scene, Split, World, clip_of, render_clip, render_scene, still
-
-__all__ = [
-    "Clip",
-    "Scene",
-    "Shot",
-    "Transition",
-    "VideoPlan",
-    "World",
-    "clip_of",
-    "plan_video",
-    "render_clip",
-    "render_scene",
-    "render_video",
-    "write_worlds",
-]
+from svd.synthetic.scenes import Scene, Split, World, render_scene, still
 
 Kind = Literal["hard", "fade", "dissolve"]
 Frame = NDArray[np.uint8]
@@ -53,7 +38,7 @@ _SUBLINES = ("Channel 7 studio", "www.example.org", "Part two of four", "Reporti
 
 @dataclass(frozen=True)
 class Transition:
-    """How one shot becomes the next."""
+    """The change from one shot to the next, in frames [start_frame, end_frame)."""
 
     kind: Kind
     start_frame: int
@@ -62,7 +47,7 @@ class Transition:
 
 @dataclass(frozen=True)
 class Shot:
-    """A scene in a video. first..last: every frame that shows it; start_frame..end_frame: those outside transitions."""
+    """A scene in a video; its frames [first, last) show it, those in [start_frame, end_frame) show nothing else."""
 
     scene: Scene
     caption: str
@@ -87,7 +72,7 @@ class VideoPlan:
 
     @property
     def frames(self) -> int:
-        """Length of the video."""
+        """The length of the video in frames."""
         return self.shots[-1].last
 
 
@@ -97,7 +82,7 @@ def _defect(world: World, shot: int) -> str:
 
 
 def _scene_unlike(world: World, index: int, previous: Scene | None) -> Scene:
-    """A scene whose background differs in colour from the shot before, so that the cut can be seen."""
+    """Draw a scene whose background differs in colour from the shot before, so that the cut is visible."""
     for attempt in range(100):
         scene = world.scene(_VIDEO_SCENES + index * 100 + attempt)
         if previous is None or scene.background_colour != previous.background_colour:
@@ -106,7 +91,7 @@ def _scene_unlike(world: World, index: int, previous: Scene | None) -> Scene:
 
 
 def _wrong_caption(world: World, index: int, scene: Scene) -> str:
-    """The caption of another scene that shares neither object, colour, action, camera nor background with this one."""
+    """Return the caption of a scene with another object, colour, action, camera and background than this one."""
     for attempt in range(1000):
         other = world.scene(2 * _VIDEO_SCENES + index * 1000 + attempt)
         pairs = (
@@ -152,9 +137,9 @@ def plan_video(world: World, index: int, scenes: int, height: int, width: int, f
 
 
 def _overlay(height: int, width: int, text: tuple[str, str]) -> Image.Image:
-    """A lower third: a dark bar with a headline and a line below, RGBA."""
-    picture = Image.new("RGBA", (width, height))
-    draw = ImageDraw.Draw(picture)
+    """Draw a lower third, a dark bar with a headline and a line below, RGBA."""
+    image = Image.new("RGBA", (width, height))
+    draw = ImageDraw.Draw(image)
     top = round(height * 0.62)
     draw.rectangle((0, top, width, round(height * 0.96)), fill=(12, 18, 40, 225))
     for line, share, offset, colour in ((text[0], 0.17, 0.02, (255, 255, 255)), (text[1], 0.13, 0.19, (255, 214, 64))):
@@ -162,7 +147,7 @@ def _overlay(height: int, width: int, text: tuple[str, str]) -> Image.Image:
         while draw.textlength(line, font=ImageFont.load_default(size)) > 0.94 * width:
             size *= 0.95
         draw.text((0.03 * width, top + offset * height), line, font=ImageFont.load_default(size), fill=colour)
-    return picture
+    return image
 
 
 def _render_shot(shot: Shot, plan: VideoPlan) -> NDArray[np.uint8]:
@@ -178,7 +163,7 @@ def _render_shot(shot: Shot, plan: VideoPlan) -> NDArray[np.uint8]:
 
 
 def _weights(transition: Transition, frame: int) -> tuple[float, float]:
-    """How much of the old and of the new shot is seen in a frame of a gradual transition."""
+    """Return the weights of the old and the new shot in a frame of a gradual transition."""
     length = transition.end_frame - transition.start_frame
     done = (frame - transition.start_frame + 1) / (length + 1)
     if transition.kind == "dissolve":
@@ -200,7 +185,7 @@ def render_video(plan: VideoPlan) -> Iterator[Frame]:
 def _mixed(
     transition: Transition, old: Shot, new: Shot, tail: NDArray[np.uint8], frames: NDArray[np.uint8]
 ) -> Iterator[Frame]:
-    """The frames of a gradual transition; `tail` holds the old shot's frames from its end_frame on."""
+    """Yield the frames of a gradual transition; `tail` holds the old shot's frames from its end_frame on."""
     for frame in range(transition.start_frame, transition.end_frame):
         keep, take = _weights(transition, frame)
         mixed = np.zeros(frames.shape[1:], np.float32)
@@ -223,7 +208,7 @@ def _truth(plan: VideoPlan) -> dict[str, Any]:
 
 
 def scene_truth(shot: Shot) -> dict[str, Any]:
-    """What is true about a shot; camera uses the labels of svd.curation.types."""
+    """Return the truth about a shot; camera uses the labels of the clip catalogue."""
     scene = shot.scene
     return {
         "start_frame": shot.start_frame,
@@ -243,7 +228,7 @@ def scene_truth(shot: Shot) -> dict[str, Any]:
 
 
 def _sidecar(plan: VideoPlan) -> dict[str, Any]:
-    """What a publisher would tell about the video: captions with their times, and no truth."""
+    """Return what a publisher would state about the video: captions with their times, some of them wrong."""
     return {
         "licence": "CC0-1.0",
         "origin": "svd.data.synthetic",
@@ -259,9 +244,9 @@ def _sidecar(plan: VideoPlan) -> dict[str, Any]:
 
 
 def write_worlds(folder: Path, config: SyntheticWorlds, seed: int) -> dict[str, int]:
-    """Write the videos of both worlds into `folder`/train and `folder`/test; finished videos are not made again.
+    """Write the videos of both worlds into `folder`/train and `folder`/test; return the frames of each split.
 
-    Returns the number of frames of each split.
+    Finished videos are not made again.
     """
     counts: dict[str, int] = {}
     truth: dict[str, Any] = {}

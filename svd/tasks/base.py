@@ -1,52 +1,69 @@
-"""What differs between the models of the paper: how a batch becomes the network's conditioning (§2.6 of the appendix:
-D.2–D.6).
+"""A task of the paper: which network it needs, how that network is conditioned, and how clips are sampled from it.
 
-Legend: B clips, T frames, S text tokens, D context width, C latent channels, h x w latent size. fps is given to the
-network as fps - 1, as in the released code; the conditioning latent is not multiplied by the scaling factor; a
-dropped image or latent is replaced by zeros, a dropped text by the empty prompt's embedding (the loader does that).
+Each task is one file beside this one (§4.1–4.5, D.2–D.6). Training and generation reach a network's conditioning by
+the same two steps: facts about the clips become `ClipSignals`, and the task's `build` makes the `Condition` of them.
+Only the first step has two sides: `observe` reads a training batch, and a function such as `from_images`, in the task's
+file, starts from a user's request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from svd.config import Preset, Sampling
 from svd.diffusion.guidance import Condition
 from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
+from svd.tasks.signals import ClipSignals
 
-Name = Literal["image", "text-to-video", "image-to-video", "frame-interpolation", "multiview"]
-Conditioner = Callable[[Batch, UNet, Autoencoder | None], Condition]
+Column = Literal["text", "image", "number"]
+
+# How the released SVD is sampled in diffusers; its guidance rises from 1 over the frames (D.4.1).
+RELEASED = Sampling(steps=25, guidance=3.0)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model of the paper: its channels and ids, and its conditioning.
+    """One task: its network, its conditioning, its columns when served, and its default sampling.
 
-    ids: vector conditioning, in the order fps, motion, noise augmentation, elevation. pixels: the conditioning frame
-    is encoded live by the autoencoder, because its noise is drawn anew in pixel space. one_token: the context is a
-    single token.
+    name: as messages and the metadata of clips write it. section: its key in the preset's `generation`, which is the
+    name of its file. stages: the stages that train it; the first one's model is the default of `svd generate`.
+    ids: how many of [fps - 1, motion bucket, noise augmentation, polar angle] the network is given, in this order.
+    observe, build: the signals of a training batch, and the conditioning that follows from signals.
+    temporal: the network has temporal layers. pixels: the conditioning frame is encoded live by the autoencoder,
+    because its noise is drawn anew in pixel space. learned_mask: the network reads first and last latent around a
+    learned mask embedding, and a mask channel. one_token: the cross-attention reads a single token.
+    columns: input columns of the registered model. Texts and numbers are named as the fields of
+    `svd.generation.requests.Request`; images, base64 text, become its `images` in this order.
+    sampling: how it is sampled when the preset says nothing.
     """
 
-    name: Name
-    in_channels: int
+    name: str
+    section: str
+    stages: tuple[str, ...]
     ids: int
-    condition: Conditioner
+    observe: Callable[[Batch, Autoencoder | None], ClipSignals]
+    build: Callable[[ClipSignals, UNet], Condition]
     temporal: bool = True
     pixels: bool = False
     learned_mask: bool = False
     one_token: bool = False
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
 
+    def in_channels(self, latent_channels: int = 4) -> int:
+        """Return the network's input channels: noisy latents, conditioning latents, mask (4, 8 or 9)."""
+        given = latent_channels if self.pixels or self.learned_mask else 0
+        return latent_channels + given + self.learned_mask
 
-def dropped(batch: Batch, null_text: Tensor) -> Batch:
-    """The batch of the unconditional branch: empty prompt, no image, no conditioning latent; ids as they were (D.1)."""
-    zeros = torch.zeros_like(batch["keep_image"])
-    unconditional = {**batch, "keep_image": zeros, "keep_concat": zeros}
-    if "text" in batch:
-        unconditional["text"] = null_text.to(batch["text"]).expand_as(batch["text"])
-    return unconditional
+    def condition(self, batch: Batch, unet: UNet, autoencoder: Autoencoder | None) -> Condition:
+        """Return the conditioning of a training batch."""
+        return self.build(self.observe(batch, autoencoder), unet)
+
+    def preset_sampling(self, preset: Preset) -> Sampling:
+        """Return the preset's `generation.<section>.sampling`, or the task's own."""
+        chosen: Sampling | None = getattr(preset.generation, self.section).sampling
+        return chosen or self.sampling

@@ -1,41 +1,84 @@
-"""Image to video (§4.2, D.4)."""
+"""Image to video (§4.2, D.4): text gives way to one image, as CLIP token and, with noise, as latent channels.
+
+The camera-motion LoRAs (§4.3.1, D.4.2) are this task with adapters in its temporal attention.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from svd.diffusion.edm import expand
 from svd.diffusion.guidance import Condition
 from svd.latents.loader import Batch
-from svd.model.autoencoder import Autoencoder, mean
+from svd.model.autoencoder import Autoencoder, posterior_mean
 from svd.model.unet import UNet
-from svd.tasks.base import Task
-from svd.tasks.signals import text_ids
+from svd.tasks.base import RELEASED, Task
+from svd.tasks.signals import ClipSignals, SignalEncoders, Values, given, kept, noise_augment, of_batch, with_noise
 
 
-def noisy_conditioning_latent(batch: Batch, autoencoder: Autoencoder) -> Tensor:
-    """(B, C, h, w): posterior mean of the conditioning frame with pixel noise of strength conditioning_sigma (D.4)."""
-    sigma = batch["conditioning_sigma"]
-    noisy = batch["frame"] + expand(sigma, batch["frame"]) * batch["frame_noise"]
-    with torch.no_grad():
-        return mean(autoencoder.encode(noisy[:, None].to(next(autoencoder.parameters()).dtype)))[:, 0].float()
+def from_images(
+    encoders: SignalEncoders,
+    images: Tensor,
+    *,
+    frames: int,
+    fps: float,
+    motion_bucket: float,
+    cond_aug: float,
+    generators: Sequence[torch.Generator],
+    elevation_degrees: Values = 0.0,
+) -> ClipSignals:
+    """Return the signals of a request: images (B, 3, H, W) in [-1, 1], the first frames of the clips.
+
+    cond_aug: standard deviation of the noise on the pixels, drawn from the clips' `generators`.
+    """
+    noisy = noise_augment(images, torch.full((len(images),), cond_aug), generators)
+    return ClipSignals(
+        frames,
+        fps,
+        motion_bucket,
+        cond_aug,
+        elevation_degrees,
+        image=encoders.encode_images(images)[:, None],
+        latents=encoders.encode_frames(noisy[:, None]),
+    )
 
 
-def _from_image(batch: Batch, autoencoder: Autoencoder | None, token: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Context (B, 1, D), ids (B, 3) and concat (B, T, C, h, w) of a model that starts from a picture."""
+def observe_frame(batch: Batch, autoencoder: Autoencoder | None, token: int) -> ClipSignals:
+    """Return the signals of a training batch; `token` is the number of the conditioning frame among the T.
+
+    Raises ValueError without an autoencoder.
+    """
     if autoencoder is None:
         raise ValueError("a task with a conditioning frame needs the autoencoder")
-    context = batch["image"][:, [token]] * expand(batch["keep_image"], batch["image"])
-    latent = noisy_conditioning_latent(batch, autoencoder)
-    latent = latent * expand(batch["keep_concat"], latent)
-    ids = torch.cat([text_ids(batch), batch["conditioning_sigma"][:, None]], dim=1)
-    return context, ids, latent[:, None].expand(-1, batch["latents"].shape[1], -1, -1, -1)
+    noisy = with_noise(batch["frame"], batch["conditioning_sigma"], batch["frame_noise"])
+    with torch.no_grad():
+        moments = autoencoder.encode(noisy[:, None].to(next(autoencoder.parameters()).dtype))
+    signals = replace(of_batch(batch), image=batch["image"][:, [token]], latents=posterior_mean(moments).float())
+    return kept(signals, batch["keep_image"], batch["keep_concat"])
 
 
-def _image_to_video(batch: Batch, unet: UNet, autoencoder: Autoencoder | None) -> Condition:
-    """The first frame as CLIP token and, noise-augmented, as latent channels (§4.2, D.4)."""
-    return Condition(*_from_image(batch, autoencoder, token=0))
+def _observe(batch: Batch, autoencoder: Autoencoder | None) -> ClipSignals:
+    return observe_frame(batch, autoencoder, token=0)
 
 
-IMAGE_TO_VIDEO = Task("image-to-video", 8, 3, _image_to_video, pixels=True, one_token=True)
+def build_from_frame(signals: ClipSignals, unet: UNet) -> Condition:
+    """Condition on the frame's CLIP token and on its latent, copied to all T frames (D.4)."""
+    latents = given(signals.latents).expand(-1, signals.frames, -1, -1, -1)
+    return Condition(given(signals.image), signals.ids(unet.config.ids), latents)
+
+
+IMAGE_TO_VIDEO = Task(
+    name="image-to-video",
+    section="image_to_video",
+    stages=("image-to-video", "camera-lora"),
+    ids=3,
+    observe=_observe,
+    build=build_from_frame,
+    pixels=True,
+    one_token=True,
+    columns={"image": "image"},
+    sampling=RELEASED,
+)

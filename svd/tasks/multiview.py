@@ -1,22 +1,30 @@
-"""Orbits around an object from one image (§4.5, D.6)."""
+"""Orbits around an object from one image (§4.5, D.6): image-to-video that is also given the camera's elevation.
+
+View v = 0 … V - 1 is seen from azimuth 360 (v + 1) / V degrees, so the conditioning image is the last view.
+"""
 
 from __future__ import annotations
 
-import torch
-
-from svd.diffusion.guidance import Condition
 from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder
-from svd.model.unet import UNet
-from svd.tasks.base import Task
-from svd.tasks.image_to_video import _from_image
+from svd.tasks.base import RELEASED, Task
+from svd.tasks.image_to_video import build_from_frame, observe_frame
+from svd.tasks.signals import ClipSignals
 
 
-def _multiview(batch: Batch, unet: UNet, autoencoder: Autoencoder | None) -> Condition:
-    """As image-to-video, with the polar angle of the orbit; the last view is the conditioning one (§4.5, D.6)."""
-    context, ids, concat = _from_image(batch, autoencoder, token=-1)
-    polar = torch.deg2rad(90 - batch["elevation"])
-    return Condition(context, torch.cat([ids, polar[:, None]], dim=1), concat)
+def _observe(batch: Batch, autoencoder: Autoencoder | None) -> ClipSignals:
+    return observe_frame(batch, autoencoder, token=-1)
 
 
-MULTIVIEW = Task("multiview", 8, 4, _multiview, pixels=True, one_token=True)
+MULTIVIEW = Task(
+    name="multi-view",
+    section="multiview",
+    stages=("multiview-finetuning",),
+    ids=4,
+    observe=_observe,
+    build=build_from_frame,
+    pixels=True,
+    one_token=True,
+    columns={"image": "image", "elevation_degrees": "number"},
+    sampling=RELEASED,
+)

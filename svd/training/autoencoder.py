@@ -1,4 +1,4 @@
-"""The stage `autoencoder`: an autoencoder for the data at hand, or a released one with its decoder made temporal.
+"""The stage `autoencoder`: train one for the data at hand, or give a released one a temporal decoder.
 
 1. Image phase (`iterations`): encoder and spatial decoder learn single frames with L1 + perceptual distance + KL.
    Released weights skip it.
@@ -18,20 +18,27 @@ from PIL import Image
 from tqdm import tqdm
 
 from svd.config import Preset
-from svd.model.autoencoder import Autoencoder, AutoencoderConfig, add_temporal_decoder, fresh_autoencoder, mean
+from svd.core.device import pick_device
+from svd.model.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    add_temporal_decoder,
+    fresh_autoencoder,
+    posterior_mean,
+)
 from svd.model.formats.folders import load_autoencoder, save_autoencoder
-from svd.model.formats.hub import VAE_FILES, resolve
+from svd.model.formats.hub import VAE_FILES, resolve_weights
 from svd.model.perceptual import Perceptual
 from svd.stage import Report, StageContext, publish
-from svd.training.autoencoder_phase import COLUMNS, Learner, Phase, Run
+from svd.training.autoencoder_phase import COLUMNS, Learner, PhaseName, Run
 from svd.training.frames import ClipPixels, split_rows
-from svd.training.losses import ReconstructionLoss, flicker, psnr
+from svd.training.losses import ReconstructionLoss, flicker, reconstruction_psnr
 
-PHASES: tuple[Phase, Phase] = ("image", "temporal")
+PHASES: tuple[PhaseName, PhaseName] = ("image", "temporal")
 HELD_OUT_CLIPS = 32
 MEASURED_CLIPS = 64
-PICTURE_CLIPS = 6
-PICTURE_FRAMES = 6
+SHOWN_CLIPS = 6
+SHOWN_FRAMES = 6
 LOG_EVERY = 10
 
 
@@ -70,7 +77,7 @@ def _summary(metrics: dict[str, float]) -> str:
 
 def _prepare(context: StageContext) -> Run:
     options, folder = context.preset.autoencoder, context.inputs["curation"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(pick_device())
     training, held_out = split_rows(folder)
     size = (options.frames, options.height, options.width)
     perceptual = Perceptual(options.perceptual, options.perceptual_weights) if options.perceptual_weight else None
@@ -88,7 +95,7 @@ def _prepare(context: StageContext) -> Run:
 
 
 def initial_autoencoder(preset: Preset) -> Autoencoder:
-    """The autoencoder before training: released weights if the preset names them, or fresh ones; always temporal."""
+    """Return the autoencoder before training, always temporal: the preset's released weights, or fresh ones."""
     section = preset.model.autoencoder
     if section.pretrained is None:
         config = AutoencoderConfig(
@@ -99,24 +106,25 @@ def initial_autoencoder(preset: Preset) -> Autoencoder:
             norm_groups=section.norm_groups,
         )
         return fresh_autoencoder(config, preset.seed)
-    path = resolve(section.pretrained, filenames=VAE_FILES)
+    path = resolve_weights(section.pretrained, filenames=VAE_FILES)
     released = load_autoencoder(path, dtype=torch.float32)
     return released if released.config.temporal_decoder else add_temporal_decoder(released)
 
 
 @torch.no_grad()
 def evaluate(state: Run, suffix: str, image_mode: bool) -> dict[str, float]:
-    """psnr (dB), l1 and flicker of held-out clips, their names with `suffix`; the posterior's mean is decoded."""
+    """Measure psnr (dB), l1 and flicker on held-out clips, named with `suffix`; the posterior's mean is decoded."""
     state.autoencoder.eval()
     real, fake = [], []
     clips = state.held_out.examples(HELD_OUT_CLIPS).split(4)
     for clip in tqdm(clips, desc="validation", unit="batch", leave=False, delay=2):
         clip = clip.to(state.device)
         real.append(clip)
-        fake.append(state.autoencoder.decode(mean(state.autoencoder.encode(clip)), image_mode=image_mode).float())
+        latents = posterior_mean(state.autoencoder.encode(clip))
+        fake.append(state.autoencoder.decode(latents, image_mode=image_mode).float())
     a, b = torch.cat(real), torch.cat(fake)
     return {
-        f"psnr{suffix}": psnr(a.flatten(0, 1), b.flatten(0, 1)),
+        f"psnr{suffix}": reconstruction_psnr(a.flatten(0, 1), b.flatten(0, 1)),
         f"l1{suffix}": float((a - b).abs().mean()),
         f"flicker{suffix}": flicker(a, b) if a.shape[1] > 1 else 0.0,
     }
@@ -124,7 +132,7 @@ def evaluate(state: Run, suffix: str, image_mode: bool) -> dict[str, float]:
 
 @torch.no_grad()
 def scaling_factor(state: Run) -> float:
-    """The preset's factor, or 1 / std of posterior draws over training clips (variance of means + mean variance)."""
+    """Return the preset's factor, or 1 / std of posterior draws of training clips (both variances added)."""
     given = state.context.preset.model.autoencoder.scaling_factor
     if given is not None:
         return given
@@ -134,8 +142,8 @@ def scaling_factor(state: Run) -> float:
     return float(1 / (average.var() + logvar.exp().mean()).sqrt())
 
 
-def _train(state: Run, phase: Phase) -> None:
-    """One phase, from its last checkpoint on; leaves the autoencoder as it is when a later phase has begun."""
+def _train(state: Run, phase: PhaseName) -> None:
+    """Train one phase from its last checkpoint on; do nothing when a later phase has begun."""
     options = state.options
     steps = options.iterations if phase == "image" else options.temporal_iterations
     if steps == 0:
@@ -156,7 +164,7 @@ def _train(state: Run, phase: Phase) -> None:
 
 
 def _write(state: Run) -> None:
-    """The finished folder: model, losses, picture."""
+    """Write the finished folder: model, losses, reconstructions."""
     folder = state.context.work / "finished"
     shutil.rmtree(folder, ignore_errors=True)
     save_autoencoder(state.autoencoder.cpu(), folder)
@@ -164,18 +172,18 @@ def _write(state: Run) -> None:
     for phase, step, *values in state.rows:
         lines.append(",".join([PHASES[int(phase)], str(int(step)), *(f"{value:.6g}" for value in values)]))
     (folder / "losses.csv").write_text("\n".join(lines) + "\n")
-    picture = reconstructions(state)
-    Image.fromarray(picture).save(folder / "reconstructions.png")
-    state.context.tracker.log_image("reconstructions", picture, state.options.temporal_iterations)
+    shown = reconstructions(state)
+    Image.fromarray(shown).save(folder / "reconstructions.png")
+    state.context.tracker.log_image("reconstructions", shown, state.options.temporal_iterations)
 
 
 @torch.no_grad()
 def reconstructions(state: Run) -> np.ndarray:
-    """A picture (H, W, 3) uint8 of held-out clips: for each, its frames, and below them their reconstructions."""
+    """Return an image (H, W, 3) uint8: frames of held-out clips, each row above its reconstructions."""
     device = next(state.autoencoder.parameters()).device
-    real = state.held_out.examples(PICTURE_CLIPS).to(device)
-    fake = state.autoencoder.decode(mean(state.autoencoder.encode(real)))
-    rows = torch.stack([real, fake.clamp(-1, 1)], dim=1)[:, :, :PICTURE_FRAMES]
+    real = state.held_out.examples(SHOWN_CLIPS).to(device)
+    fake = state.autoencoder.decode(posterior_mean(state.autoencoder.encode(real)))
+    rows = torch.stack([real, fake.clamp(-1, 1)], dim=1)[:, :, :SHOWN_FRAMES]
     clips, two, frames, channels, height, width = rows.shape
     grid = rows.permute(0, 1, 4, 2, 5, 3).reshape(clips * two * height, frames * width, channels)
     return ((grid + 1) * 127.5).round().byte().cpu().numpy()

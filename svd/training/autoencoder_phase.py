@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from svd.config import AutoencoderTraining
 from svd.core.files import atomic_file
 from svd.latents.loader import generator
-from svd.model.autoencoder import Autoencoder, sample
+from svd.model.autoencoder import Autoencoder, sample_posterior
 from svd.stage import StageContext
 from svd.training.frames import ClipPixels
 from svd.training.losses import PatchDiscriminator, ReconstructionLoss, adaptive_weight, hinge
 from svd.training.muon import Muon
 
-Phase = Literal["image", "temporal"]
+PhaseName = Literal["image", "temporal"]
 COLUMNS = (
     "phase",
     "step",
@@ -39,7 +39,7 @@ WARMUP = 10
 
 @dataclass
 class Run:
-    """What training works on. rows: losses by step, in the order of COLUMNS; metrics: found so far."""
+    """The state of a training. rows: losses per step, in the order of COLUMNS; metrics: those found so far."""
 
     context: StageContext
     device: torch.device
@@ -62,9 +62,9 @@ class Run:
 
 
 class Learner:
-    """Optimises one phase. All randomness is a function of (seed, step), so a resumed run repeats the whole one."""
+    """Optimises one phase. All randomness is a function of (seed, step), so a resumed run equals an undisturbed one."""
 
-    def __init__(self, state: Run, phase: Phase, steps: int) -> None:
+    def __init__(self, state: Run, phase: PhaseName, steps: int) -> None:
         self.state, self.phase, self.steps = state, phase, steps
         options, autoencoder = state.options, state.autoencoder
         torch.manual_seed(state.context.preset.seed + (phase == "temporal"))
@@ -87,7 +87,7 @@ class Learner:
         return options.learning_rate if self.phase == "image" else options.temporal_rate or options.learning_rate
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimisation step; its losses."""
+        """Take one optimisation step; return its losses."""
         state, options = self.state, self.state.options
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             # A tenth at the end: the last steps average out the noise of small batches.
@@ -125,18 +125,18 @@ class Learner:
         with torch.set_grad_enabled(self.learns_encoder):
             moments = autoencoder.encode(real)
         source = generator(self.state.context.preset.seed, step, f"autoencoder-{self.phase}")
-        latents = sample(moments, source)
+        latents = sample_posterior(moments, source)
         return moments, autoencoder.decode(latents, image_mode=self.phase == "image")
 
     def _adversarial(self, reconstruction: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """The generator's hinge loss and its weight."""
+        """Return the generator's hinge loss and its weight."""
         self.discriminator.requires_grad_(False)
         loss = -self.discriminator(fake).mean()
         weight = adaptive_weight(reconstruction, loss, self.state.autoencoder.last_layer)
         return loss, weight * self.state.options.discriminator_weight
 
     def _judge(self, real: Tensor, fake: Tensor) -> float:
-        """The discriminator's step; it learns from the start of the phase, and is heard from `discriminator_start`."""
+        """Take the discriminator's step and return its loss; it learns before `discriminator_start`, too."""
         self.discriminator.requires_grad_(True)
         loss = hinge(self.discriminator(real), self.discriminator(fake))
         self.judge_optimizer.zero_grad(set_to_none=True)
@@ -160,7 +160,7 @@ class Learner:
             torch.save(state, stream)
 
     def resume(self) -> int:
-        """Load the checkpoint when there is one; the step to go on with (all of them when a later phase has begun)."""
+        """Load the checkpoint if there is one; return the next step (the last one when a later phase has begun)."""
         if not self.state.checkpoint.is_file():
             return 0
         saved = torch.load(self.state.checkpoint, map_location=self.state.device, weights_only=True)
@@ -175,8 +175,8 @@ class Learner:
         return int(saved["step"])
 
 
-def trainable(autoencoder: Autoencoder, phase: Phase, train_encoder: bool) -> Iterator[nn.Parameter]:
-    """Parameters that a phase changes: (encoder and) spatial decoder, or the whole decoder; the others are frozen."""
+def trainable(autoencoder: Autoencoder, phase: PhaseName, train_encoder: bool) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a phase, and freeze the others: (encoder and) spatial decoder, or the whole decoder."""
     autoencoder.requires_grad_(False)
     for name, parameter in autoencoder.named_parameters():
         decoder = name.startswith("decoder.")
@@ -187,7 +187,7 @@ def trainable(autoencoder: Autoencoder, phase: Phase, train_encoder: bool) -> It
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast for the mixed precisions; weights stay float32 in every precision, they are small."""
+    """Return autocast for the mixed precisions; weights stay float32 in every precision, they are small."""
     if precision == "32-true":
         return nullcontext()
     return torch.autocast(device.type, torch.float16 if precision == "16-mixed" else torch.bfloat16)

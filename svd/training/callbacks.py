@@ -1,6 +1,6 @@
-"""What happens around a training step: averaging, examination, record, samples, progress and checkpoints.
+"""Callbacks around a training step: averaging, validation, record, samples, progress and checkpoints.
 
-Order matters and is that of the runner's `_hooks`: the average takes in the step, the examination looks at the
+Order matters and is that of the runner's `_hooks`: the average takes in the step, the validation measures the
 average, the record keeps both, and only then the checkpoint is written, so that a run resumed from it repeats nothing
 and omits nothing.
 """
@@ -32,7 +32,7 @@ Row = dict[str, float | None]
 
 
 class Updates(Callback):
-    """Base of what acts once an optimiser step: with gradient accumulation most batches are not one."""
+    """Base of callbacks that act once per optimiser step: with gradient accumulation most batches take none."""
 
     last_step = 0
 
@@ -41,7 +41,7 @@ class Updates(Callback):
         self.last_step = trainer.global_step
 
     def stepped(self, trainer: pl.Trainer) -> bool:
-        """Whether the batch that just ended took a step; True once for each step."""
+        """Return whether the batch that just ended took a step; True once per step."""
         new = trainer.global_step != self.last_step
         self.last_step = trainer.global_step
         return new
@@ -57,7 +57,7 @@ class Averaging(Updates):
 
 
 def sigma_bins(losses: Tensor, sigma: Tensor, prefix: str) -> dict[str, float]:
-    """Mean loss by noise level, keyed `<prefix>/sigma_<low>-<high>`; empty bins are left out."""
+    """Return the mean loss per noise level, keyed `<prefix>/sigma_<low>-<high>`; empty bins are left out."""
     which = torch.bucketize(sigma, torch.tensor(SIGMA_EDGES, device=sigma.device))
     names = ["0", *(f"{edge:g}" for edge in SIGMA_EDGES), "inf"]
     return {
@@ -67,20 +67,22 @@ def sigma_bins(losses: Tensor, sigma: Tensor, prefix: str) -> dict[str, float]:
     }
 
 
-def examine(
+def validate(
     module: Diffusion, trainer: pl.Trainer, examples: Examples, count: int, batch: int
 ) -> tuple[Tensor, Tensor]:
-    """Losses and noise levels (count,) of the averaged weights on a fixed examination, shared by the ranks.
+    """Measure the averaged weights on the fixed validation draws; return losses and noise levels, (count,) each.
 
-    The last incomplete batch is filled up with further draws so that every rank does equal work.
+    The ranks share the work; the last incomplete batch is filled up with further draws so that each does equally much.
     """
     batch = max(batch // trainer.world_size, 1) * trainer.world_size
     steps = Steps(-(-count // batch), batch, trainer.global_rank, trainer.world_size)
     losses, sigmas = [], []
     with module.evaluating(), trainer.precision_plugin.forward_context():
         shown = {"desc": "validation", "unit": "batch", "leave": False, "delay": 2}
-        for examined in tqdm(DataLoader(examples, batch_sampler=steps), disable=not trainer.is_global_zero, **shown):
-            moved = {key: value.to(module.device) for key, value in examined.items()}
+        for batch_of_rank in tqdm(
+            DataLoader(examples, batch_sampler=steps), disable=not trainer.is_global_zero, **shown
+        ):
+            moved = {key: value.to(module.device) for key, value in batch_of_rank.items()}
             losses.append(module.losses(moved).float())
             sigmas.append(moved["sigma"])
     gathered = trainer.strategy.all_gather(torch.stack([torch.cat(losses), torch.cat(sigmas)]))
@@ -90,12 +92,12 @@ def examine(
 
 @dataclass
 class History:
-    """Rows of the loss curve, one every few steps: step, train_loss, val_loss (None where there was no examination)."""
+    """The loss curve, one row every few steps: step, train_loss, val_loss (None where nothing was validated)."""
 
     rows: list[Row] = field(default_factory=list)
 
     def csv(self) -> str:
-        """The curve as CSV; equal runs give equal text."""
+        """Return the curve as CSV; equal runs give equal text."""
         lines = ["step,train_loss,val_loss"]
         for row in self.rows:
             values = ("" if row[k] is None else f"{row[k]:.6f}" for k in ("train_loss", "val_loss"))
@@ -114,47 +116,51 @@ class Record(Updates):
         self,
         history: History,
         tracker: Tracker,
-        examination: Callable[[Diffusion, pl.Trainer], tuple[Tensor, Tensor]],
+        validation: Callable[[Diffusion, pl.Trainer], tuple[Tensor, Tensor]],
         *,
         validate_every: int,
         offset: int,
         total: int,
         label: str,
     ) -> None:
-        self.history, self.tracker, self.examination = history, tracker, examination
+        self.history, self.tracker, self.validation = history, tracker, validation
         self.validate_every, self.offset, self.total, self.label = validate_every, offset, total, label
         self.log_every = max(1, min(50, total // 50))
         self.pending: list[float] = []
         self.unreduced: list[Tensor] = []
+        self.parts: list[Tensor] = []
         self.levels: list[Tensor] = []
         self.bar: tqdm[Any] | None = None
         self.strategy: Strategy
 
     def state_dict(self) -> dict[str, Any]:
-        """The curve so far; every rank must call it."""
+        """Return the curve so far; every rank must call it."""
         self._reduce()
         return {"rows": self.history.rows, "pending": self.pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The curve of the checkpoint."""
+        """Take up the curve of the checkpoint."""
         self.history.rows, self.pending = state["rows"], state["pending"]
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Examine the initial weights of the stage, once."""
+        """Validate the initial weights of the stage, once."""
         super().on_train_start(trainer, module)
         self.strategy = trainer.strategy
         if trainer.is_global_zero:
             self.bar = tqdm(total=self.total, initial=self.offset + trainer.global_step, desc=self.label, unit="step")
         if not self.history.rows:
-            self._add(0, None, self._examine(trainer, module, 0))
+            self._add(0, None, self._validate(trainer, module, 0))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Record the step."""
         losses = outputs["losses"]
         self.levels.append(torch.stack([losses, outputs["sigma"]]).float())
-        self.unreduced.append(losses.mean())
+        self.parts.append(losses.mean())
         if not self.stepped(trainer):
             return
+        # A step counts once, and none that is under way, into however many parts accumulation splits it.
+        self.unreduced.append(torch.stack(self.parts).mean())
+        self.parts.clear()
         step, last = self.offset + trainer.global_step, trainer.global_step == trainer.max_steps
         validated = last or trainer.global_step % self.validate_every == 0
         if validated or step % self.log_every == 0:
@@ -165,12 +171,12 @@ class Record(Updates):
             bins = sigma_bins(losses, sigma, "train_loss")
             self.levels.clear()
             self._log(trainer, module, {"train_loss": loss, **bins}, step)
-            self._add(step, loss, self._examine(trainer, module, step) if validated else None)
+            self._add(step, loss, self._validate(trainer, module, step) if validated else None)
         if self.bar is not None:
             self.bar.update()
 
     def _reduce(self) -> None:
-        """Means over the ranks of the losses since the last time: not in every step, for which the host would wait."""
+        """Average the losses since the last call over the ranks; in every step it would make the host wait."""
         if self.unreduced:
             self.pending += self.strategy.reduce(torch.stack(self.unreduced).float(), reduce_op="mean").tolist()
             self.unreduced.clear()
@@ -186,8 +192,8 @@ class Record(Updates):
             facts = {"learning_rate": rate, "gradient_norm": float(module.gradient_norm)}
             self.tracker.log_metrics({**values, **facts}, step)
 
-    def _examine(self, trainer: pl.Trainer, module: Diffusion, step: int) -> float:
-        losses, sigma = self.examination(module, trainer)
+    def _validate(self, trainer: pl.Trainer, module: Diffusion, step: int) -> float:
+        losses, sigma = self.validation(module, trainer)
         value = losses.mean().item()
         if trainer.is_global_zero:
             self.tracker.log_metrics({"val_loss": value, **sigma_bins(losses, sigma, "val_loss")}, step)
@@ -200,7 +206,10 @@ class Record(Updates):
 
 
 class Samples(Updates):
-    """Every few steps shows what the averaged weights generate; `show` gets the module and the step over all phases."""
+    """Shows every few steps what the averaged weights generate.
+
+    show: gets the module, the step over all phases, and whether this rank is the first.
+    """
 
     def __init__(self, show: Callable[[Diffusion, int, bool], None], every: int, offset: int) -> None:
         self.show, self.every, self.offset = show, every, offset
@@ -215,11 +224,11 @@ class Samples(Updates):
                 self.show(module, self.offset + trainer.global_step, trainer.is_global_zero)
 
 
-class Checkpoint(ModelCheckpoint):
-    """The newest state of a phase, `step=<n>.ckpt`, replaced atomically; also written on SIGTERM, which waits for a
-    step's end.
+class PhaseCheckpoint(ModelCheckpoint):
+    """Keeps the newest state of a phase, `step=<n>.ckpt`, replaced atomically; also written on SIGTERM.
 
-    Other exceptions may fall into the middle of a step, whose half is not a state to continue from.
+    SIGTERM waits for the end of a step. Other exceptions may fall into the middle of one, and half a step is no state
+    to continue from.
     """
 
     def __init__(self, folder: Path, every: int) -> None:
@@ -231,6 +240,26 @@ class Checkpoint(ModelCheckpoint):
             save_on_exception=True,
             enable_version_counter=False,
         )
+
+    @property
+    def state_key(self) -> str:
+        """Return the key of the state in a checkpoint; Lightning's own names the interval, which may change."""
+        return "Checkpoint"
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Continue at the first batch of the next step.
+
+        The saved number of batches is of the accumulation that the run had then, and of a step that SIGTERM cut in two
+        it counts the half whose gradients are lost.
+        """
+        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        loop = checkpoint["loops"]["fit_loop"]
+        loop["state_dict"]["combined_loader"] = [{"next": batches}]
+        for count in ("current", "total"):
+            progress = loop["epoch_loop.batch_progress"][count]
+            progress |= dict.fromkeys(progress, batches)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         """Save under another name and rename: a sharded checkpoint is a folder of files that are written one by one."""
@@ -251,6 +280,6 @@ class Checkpoint(ModelCheckpoint):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to resume from, a file or a sharded one's folder, or None."""
+    """Return the checkpoint to resume from, a file or a sharded one's folder, or None."""
     found = folder.glob("step=*.ckpt")
     return max(found, key=lambda path: int(path.stem.removeprefix("step=")), default=None)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor itself."""
+    """Return this rank's part of a sharded tensor, sharing its memory; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -45,8 +45,8 @@ class Ema(nn.Module):
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step `step` (counted from 1), every `every` steps.
 
-        Warm-up as in the released code: decay min(decay, (1 + n) / (10 + n)) at update n; with `every` = k the power
-        k of it.
+        Warm-up as in the released code: the decay at update n is min(decay, (1 + n) / (10 + n)), to the power of
+        `every`.
         """
         if step % self.every:
             return
@@ -61,7 +61,7 @@ class Ema(nn.Module):
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within the block the model has the averaged weights."""
+        """Give the model the averaged weights within the block."""
         self._refresh()
         kept = [_local(parameter).detach().clone() for parameter, _ in self._pairs]
         self._assign([_local(average) for _, average in self._pairs])

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from svd.config import Preset
 from svd.core.files import atomic_file
 from svd.model.encoders import ImageEncoder, TextEncoder, from_uint8
-from svd.model.formats.clip import build, released_file, save_reference, save_toy, toy_config
+from svd.model.formats.clip import build_clip, released_file, save_reference, save_toy, toy_config
 from svd.model.safetensors import read_tensors
 from svd.stage import Report, StageContext, publish
 from svd.synthetic.scenes import Split, World, render_clip
@@ -40,16 +40,14 @@ _MAX_LOGIT_SCALE = 100.0
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rendered clips: frames (N, K, H, W, 3) uint8, K frames of each, and one caption of each."""
+    """N rendered clips: frames (N, K, H, W, 3) uint8, K per clip, and one caption per clip."""
 
     frames: NDArray[np.uint8]
     captions: list[str]
 
 
 def run(context: StageContext) -> Report:
-    """Train the toy-clip, or check released weights; the output folder is read by
-    svd.model.formats.encoders.load_encoders.
-    """
+    """Train the toy-clip, or check released weights; `svd.model.formats.encoders.load_encoders` reads the output."""
     finished = context.work / "finished"
     config = context.preset.encoders
     if config.kind == "open_clip":
@@ -70,7 +68,7 @@ def _train_toy(context: StageContext, finished: Path) -> dict[str, float]:
     clip = _fresh(architecture, preset.seed)
     test = render_pairs(preset.seed + _SEED_OFFSET, "test", _TEST_CLIPS, frames=1)
     before = retrieval(clip, test)
-    fit(clip, context)
+    train_clip(clip, context)
     after = retrieval(clip, test)
     save_toy(clip, architecture, finished)
     return after | {f"{name}_before": before[name] for name in ("retrieval_top1", "retrieval_top5", "caption_auc")}
@@ -79,11 +77,11 @@ def _train_toy(context: StageContext, finished: Path) -> dict[str, float]:
 def _fresh(architecture: dict[str, Any], seed: int) -> open_clip.CLIP:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build(architecture, "the toy-clip preset")
+        return build_clip(architecture, "the toy-clip preset")
 
 
 def render_pairs(seed: int, split: Split, clips: int, frames: int) -> Pairs:
-    """The first `clips` scenes of a world with captions that all differ: `frames` frames of each, one second apart."""
+    """Render the first `clips` scenes of a world whose captions all differ: `frames` frames each, one second apart."""
     world = World(seed, split)
     pictures: list[NDArray[np.uint8]] = []
     captions: dict[str, None] = {}
@@ -100,8 +98,8 @@ def render_pairs(seed: int, split: Split, clips: int, frames: int) -> Pairs:
     return Pairs(np.stack(pictures), list(captions))
 
 
-def fit(clip: open_clip.CLIP, context: StageContext) -> None:
-    """Train `clip` in place for `encoders.toy_iterations` steps; continues from the checkpoint in `context.work`."""
+def train_clip(clip: open_clip.CLIP, context: StageContext) -> None:
+    """Train `clip` in place for `encoders.toy_iterations` steps; continue from the checkpoint in `context.work`."""
     preset, path = context.preset, context.work / "toy-clip.pt"
     steps = preset.encoders.toy_iterations
     optimizer = torch.optim.AdamW(clip.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -128,24 +126,21 @@ def fit(clip: open_clip.CLIP, context: StageContext) -> None:
 
 
 def _draw(preset: Preset, step: int, clips: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which clips and which of their frames make up a batch; a function of (seed, step) alone, so that resuming is
-    exact.
-    """
+    """Draw the clips of a batch and a frame of each; a function of (seed, step) alone, so that resuming is exact."""
     generator = np.random.default_rng((preset.seed, _SEED_OFFSET, step))
     return generator.choice(clips, _BATCH, replace=False), generator.integers(0, 2, _BATCH)
 
 
 def _learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """Return the rate at a step: linear warm-up, then half a cosine down to zero."""
     progress = step / steps
     return _LEARNING_RATE * min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + float(np.cos(np.pi * progress)))
 
 
 def contrastive(images: Tensor, texts: Tensor, logit_scale: Tensor) -> tuple[Tensor, float]:
-    """CLIP's symmetric loss (arXiv 2103.00020, Fig. 3) of embeddings (B, E), row i of one belonging to row i of the
-    other.
+    """Return CLIP's symmetric loss (arXiv 2103.00020, Fig. 3), and the share of images whose own text scores highest.
 
-    Returns the loss and the share of pictures whose own text scores highest. logit_scale: logarithm of the inverse
+    images, texts: (B, E), row i of one belongs to row i of the other. logit_scale: logarithm of the inverse
     temperature, capped at ln 100.
     """
     scale = logit_scale.exp().clamp(max=_MAX_LOGIT_SCALE)
@@ -157,10 +152,10 @@ def contrastive(images: Tensor, texts: Tensor, logit_scale: Tensor) -> tuple[Ten
 
 @torch.no_grad()
 def retrieval(clip: open_clip.CLIP, pairs: Pairs) -> dict[str, float]:
-    """How well pictures find their captions among all captions of `pairs` (their first frames, N x N scores).
+    """Measure how well images find their captions among all captions of `pairs` (first frames, N x N scores).
 
-    retrieval_top1, retrieval_top5: share of pictures whose caption is the first, or among the first five.
-    caption_auc: how often a picture's own caption scores above another clip's.
+    retrieval_top1, retrieval_top5: share of images whose caption is the first, or among the first five.
+    caption_auc: how often an image's own caption scores above another clip's.
     """
     clip.eval()
     images = ImageEncoder(clip.visual).features(from_uint8(pairs.frames[:, 0]))
@@ -183,7 +178,7 @@ def _checkpoint(path: Path, clip: open_clip.CLIP, optimizer: torch.optim.Optimiz
 
 
 def _resume(path: Path, clip: open_clip.CLIP, optimizer: torch.optim.Optimizer) -> int:
-    """Load the checkpoint if there is one; returns the number of steps it has behind it."""
+    """Load the checkpoint if there is one; return the number of steps done."""
     if not path.is_file():
         return 0
     state = torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""Pixels for training the first stage: short windows of curated clips, drawn as a function of (seed, step) alone."""
+"""Pixels for training the autoencoder: short windows of curated clips, drawn as a function of (seed, step) alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import av
 import torch
 from torch import Tensor
 
-from svd.catalogue.shards import read_clip
+from svd.catalogue.shards import read_clip_bytes
 from svd.catalogue.tables import read_clips
 from svd.core.errors import UserError
 from svd.latents.loader import generator, shuffled
@@ -24,9 +24,9 @@ LONGEST_READ = 32
 
 
 class ClipPixels:
-    """Frames of curated clips at one size, decoded when asked for; the latest `CACHE_BYTES` of them stay in memory.
+    """Frames of curated clips at one size, decoded on demand; the latest `CACHE_BYTES` of them stay in memory.
 
-    folder: the output of the curation stage; rows: catalogue rows. Of a clip at most its first 32 frames are used.
+    folder: the output of the curation stage; rows: catalogue rows. At most the first 32 frames of a clip are used.
     Raises UserError when there are no rows, or none with `frames` frames.
     """
 
@@ -45,12 +45,12 @@ class ClipPixels:
         return len(self.rows)
 
     def clip(self, index: int) -> Tensor:
-        """Frames (T, 3, height, width) uint8 of clip `index`."""
+        """Return the frames (T, 3, height, width) uint8 of clip `index`."""
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]
         row = self.rows[index]
-        clip = read_frames(read_clip(self.folder, row), LONGEST_READ, self.height, self.width)
+        clip = read_clip_frames(read_clip_bytes(self.folder, row), LONGEST_READ, self.height, self.width)
         if len(clip) < self.frames:
             raise UserError(
                 f"{self.folder}: clip {row['clip_id']} has {len(clip)} readable frames instead of {row['frames']}; "
@@ -63,9 +63,9 @@ class ClipPixels:
         return clip
 
     def batch(self, seed: int, step: int, clips: int, frames: int, crop: tuple[int, int] | None = None) -> Tensor:
-        """Windows (clips, frames, 3, H, W) in [-1, 1] of neighbouring frames; clips come in epochs.
+        """Return windows (clips, frames, 3, H, W) in [-1, 1] of neighbouring frames; clips come in epochs.
 
-        crop: (height, width) of a random part of the picture (None: all of it).
+        crop: (height, width) of a random part of the frame (None: all of it).
         """
         windows = []
         for position in range(step * clips, (step + 1) * clips):
@@ -79,7 +79,7 @@ class ClipPixels:
         return to_signed(torch.stack(windows))
 
     def examples(self, count: int) -> Tensor:
-        """The first `frames` frames of up to `count` clips, (count, frames, 3, H, W) in [-1, 1]."""
+        """Return the first `frames` frames of up to `count` clips, (count, frames, 3, H, W) in [-1, 1]."""
         return to_signed(torch.stack([self.clip(i)[: self.frames] for i in range(min(count, len(self)))]))
 
 
@@ -87,11 +87,11 @@ def _draw(last: int, source: torch.Generator) -> int:
     return int(torch.randint(last + 1, (), generator=source))
 
 
-def read_frames(video: bytes, most: int, height: int, width: int) -> Tensor:
-    """The first frames of an mp4, at most `most`, scaled to cover (height, width) and cropped: (T, 3, H, W) uint8.
+def read_clip_frames(video: bytes, most: int, height: int, width: int) -> Tensor:
+    """Decode the first frames of an mp4, at most `most`, scaled and cropped to (height, width): (T, 3, H, W) uint8.
 
     They are turned as players show them. The decoder's own scaler averages areas while it converts colours, so no
-    full-size picture is ever made; frames after a broken one are left out.
+    full-size image is ever made; frames after a broken one are left out.
     """
     frames: list[Tensor] = []
     try:
@@ -107,9 +107,9 @@ def read_frames(video: bytes, most: int, height: int, width: int) -> Tensor:
                     format="rgb24",
                     interpolation="AREA",
                 )
-                picture = orientation.upright(covered.to_ndarray())
-                top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-                frames.append(torch.from_numpy(picture[top : top + height, left : left + width].copy()))
+                image = orientation.upright(covered.to_ndarray())
+                top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+                frames.append(torch.from_numpy(image[top : top + height, left : left + width].copy()))
     except (av.error.FFmpegError, IndexError):
         # What was decoded before the damage is good; the caller judges whether it's enough.
         return _stacked(frames, height, width)
@@ -123,12 +123,12 @@ def _stacked(frames: list[Tensor], height: int, width: int) -> Tensor:
 
 
 def to_signed(frames: Tensor) -> Tensor:
-    """uint8 to float in [-1, 1]."""
+    """Convert uint8 to float in [-1, 1]."""
     return frames.float() / 127.5 - 1
 
 
 def split_rows(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Kept clips for training and held-out ones: those of sources under `test/`, or else every tenth clip by id.
+    """Split the kept clips into training and held-out ones: those of sources under `test/`, else every tenth by id.
 
     Raises UserError when the curation kept nothing to train on.
     """

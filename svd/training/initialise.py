@@ -1,6 +1,4 @@
-"""First weights of a stage: fresh, or carried over from the model before it, whose shapes may be narrower (§2,
-D.2–D.6).
-"""
+"""First weights of a stage: fresh, or carried over from a stage whose shapes may be narrower (§2, D.2–D.6)."""
 
 from __future__ import annotations
 
@@ -17,15 +15,14 @@ from svd.latents.cache import digest
 from svd.model.unet import UNet, UNetConfig
 from svd.tasks.base import Task
 
-# What only video models have: fresh in one that is made from an image model, left behind the other way round.
+# Parts of video models alone: fresh in a video model made from an image model, dropped the other way round.
 VIDEO_PARTS = ("temporal_", "time_pos_embed", "time_mixer", "add_embedding")
 
 
 def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNetConfig:
-    """The configuration of a task's U-Net; `latent_size` (height, width) sizes the learned mask embedding."""
+    """Return the configuration of a task's U-Net; `latent_size` (height, width) sizes the learned mask embedding."""
     sizes = preset.model.unet
     channels = preset.model.autoencoder.latent_channels
-    extra = {4: 0, 8: channels, 9: channels + 1}[task.in_channels]
     return UNetConfig(
         block_out_channels=tuple(sizes.block_out_channels),
         attention_levels=tuple(sizes.attention_levels),
@@ -35,7 +32,7 @@ def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNe
         id_embedding_dim=sizes.id_embedding_dim,
         norm_eps=sizes.norm_eps,
         mixer=sizes.mixer,
-        in_channels=channels + extra,
+        in_channels=task.in_channels(channels),
         out_channels=channels,
         ids=task.ids,
         temporal=task.temporal,
@@ -45,10 +42,9 @@ def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNe
 
 
 def fresh_unet(config: UNetConfig, seed: int, stage: str) -> UNet:
-    """A randomly initialised U-Net, a function of (config, seed, stage).
+    """Make a randomly initialised U-Net, a function of (config, seed, stage).
 
-    The embedding of the conditioning ids starts at zero, so that a model that gains them computes what it computed
-    before.
+    The embedding of the conditioning ids starts at zero, so a model that gains them first computes the same as before.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(digest("initial weights", seed, stage)[:15], 16))
@@ -60,7 +56,7 @@ def fresh_unet(config: UNetConfig, seed: int, stage: str) -> UNet:
 
 
 def carry_over(source: UNet, target: UNet, origin: str) -> UNet:
-    """Copy into `target` what `source` has, and return it.
+    """Copy the weights of `source` into `target`, where it has them, and return `target`.
 
     New input channels of the first convolution and new conditioning ids start at zero, so the model first ignores
     them: 4 channels become 8 (D.4) or 9 (D.5). Temporal layers and the learned mask, where only the target has them,
@@ -84,7 +80,7 @@ def carry_over(source: UNet, target: UNet, origin: str) -> UNet:
 
 
 def _mixed_alike(source: UNet, target: UNet) -> dict[str, Tensor]:
-    """The state of `source` with the mixers' weights α as `target` keeps them: α itself when fixed, else its logit."""
+    """Return the state of `source` with the mixers' weights α as `target` stores them: α when fixed, else its logit."""
     state, (before, after) = source.state_dict(), (unet.config.mixer == "fixed" for unet in (source, target))
     if before != after and target.config.temporal:
         convert = torch.logit if before else torch.sigmoid
@@ -93,7 +89,7 @@ def _mixed_alike(source: UNet, target: UNet) -> dict[str, Tensor]:
 
 
 def _check_parts(given: Mapping[str, Tensor], state: Mapping[str, Tensor], temporal: bool, origin: str) -> None:
-    """Raises UserError when one of the models has layers without a counterpart that the other one can do without."""
+    """Raise UserError when one of the models has layers without a counterpart, other than the parts of video models."""
     lost = sorted(given.keys() - state.keys() - {"mask_latent"})
     if not temporal:
         lost = [name for name in lost if not any(part in name for part in VIDEO_PARTS)]
@@ -109,7 +105,7 @@ def _check_parts(given: Mapping[str, Tensor], state: Mapping[str, Tensor], tempo
 
 
 def _names_of(target: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state under the target's names: a video model keeps an image model's residual blocks one level deeper."""
+    """Return the state under the target's names: residual blocks of a video model lie one level deeper."""
     image = not any(".spatial_res_block." in name for name in state)
     if target.config.temporal and image:
         deeper = r"\1.spatial_res_block."
@@ -120,8 +116,9 @@ def _names_of(target: UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _place(given: Tensor, tensor: Tensor, widened: bool) -> bool:
-    """Copy `given` into `tensor`; along dimension 1 it may be narrower when `widened`. False when the shapes don't
-    allow it.
+    """Copy `given` into `tensor`; return False when the shapes differ.
+
+    When `widened`, it may be narrower along dimension 1; the rest is zero.
     """
     if given.shape == tensor.shape:
         tensor.copy_(given)
@@ -135,7 +132,7 @@ def _place(given: Tensor, tensor: Tensor, widened: bool) -> bool:
 
 
 def with_checkpointing(unet: UNet, checkpointing: str) -> UNet:
-    """The same weights in a model that recomputes activations as told ("none", "fine", "all")."""
+    """Return the same weights in a model that recomputes these activations: "none", "fine" or "all"."""
     config = replace(unet.config, checkpointing=checkpointing)  # type: ignore[arg-type]
     with torch.device("meta"):
         other = UNet(config)

@@ -1,4 +1,4 @@
-"""Camera-motion LoRAs: one low-rank adaptation of the temporal attention for each camera motion (§4.3.1, D.4.2)."""
+"""Camera-motion LoRAs: one low-rank adapter of the temporal attention per camera motion (§4.3.1, D.4.2)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CAMERAS: Mapping[str, tuple[str, ...]] = {
 
 
 def with_camera(training: Training, motion: str) -> Training:
-    """The training restricted to the clips with a camera motion; all test clips serve when none of them has it.
+    """Restrict the training to the clips with a camera motion; without test clips that have it, all of them serve.
 
-    Raises UserError, while training, when no training clip has the motion.
+    Raises UserError, when training begins, when no training clip has the motion.
     """
 
     def rows(phase: Phase, split: str) -> Sequence[Mapping[str, Any]]:
@@ -41,9 +41,9 @@ def with_camera(training: Training, motion: str) -> Training:
 
 
 def train_loras(training: Training, config: LoraConfig) -> Report:
-    """Train one adapter a motion; publishes `<motion>/` with the peft files, `losses.csv` and `samples/`.
+    """Train one adapter per motion; publish `<motion>/` with the peft files, `losses.csv` and `samples/`.
 
-    Metrics as those of every training, with the motion as a suffix.
+    The metrics are those of every training, with the motion as a suffix.
     """
     metrics: dict[str, float | int | str] = {}
     results = {}

@@ -1,6 +1,6 @@
-"""Losses of the first stage: L1 + perceptual distance, KL, and a temporal patch discriminator (VideoLDM §3.1.1).
+"""Losses of the autoencoder: L1 + perceptual distance, KL, and a temporal patch discriminator (VideoLDM §3.1.1).
 
-Legend: B clips, T frames, N = B·T pictures; pictures are in about [-1, 1].
+Legend: B clips, T frames, N = B·T images; images are in about [-1, 1].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LARGEST_WEIGHT = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN of 3-D convolutions: judges overlapping patches of several frames, so that it sees flicker.
+    """PatchGAN of 3-D convolutions: it judges overlapping patches of several frames, so that it sees flicker.
 
     Pix2pix' layout (three strided layers, then two) with kernels (3, 4, 4); strides act on height and width alone.
     """
@@ -46,24 +46,24 @@ class PatchDiscriminator(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, frames_BTCHW: Tensor) -> Tensor:
-        """Logits (B, 1, T, H', W') of frames (B, T, 3, H, W); positive means real."""
+        """Return logits (B, 1, T, H', W') of frames (B, T, 3, H, W); positive means real."""
         return self.layers(frames_BTCHW.transpose(1, 2))
 
 
 def hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The discriminator's loss."""
+    """Return the discriminator's hinge loss."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """Ratio of the two losses' gradient norms at the decoder's last layer, at most 1e4 (VQGAN Eq. 7), detached."""
+    """Return the ratio of the two losses' gradient norms at the last layer, at most 1e4 (VQGAN Eq. 7), detached."""
     (first,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (second,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (first.norm() / (second.norm() + 1e-4)).clamp(0, LARGEST_WEIGHT).detach()
 
 
 def kl_divergence(moments_BTCHW: Tensor) -> Tensor:
-    """KL of the posterior (B, T, 2C, h, w) from the unit normal, summed over a latent, mean over frames; in nats."""
+    """Return the KL of the posterior (B, T, 2C, h, w) from the unit normal in nats, a mean over frames."""
     average, logvar = moments_BTCHW.chunk(2, dim=2)
     return 0.5 * (average**2 + logvar.exp() - 1 - logvar).sum((2, 3, 4)).mean()
 
@@ -82,8 +82,8 @@ class Reconstruction:
 class ReconstructionLoss(nn.Module):
     """L1 + squared_weight · L2 + perceptual_weight · distance + kl_weight · KL, a mean over values.
 
-    The reference sums over the 3·H·W values of a picture; dividing all by this count keeps the ratio of the terms, so
-    `kl_weight` means what it means there. perceptual_frames: how many pictures of a batch the perceptual distance sees,
+    The reference sums over the 3·H·W values of an image; dividing all by this count keeps the ratio of the terms, so
+    `kl_weight` means what it means there. perceptual_frames: how many images of a batch the perceptual distance sees,
     evenly spaced (0: all of them); its expectation is the same.
 
     The reference's loss is rec / exp(s) + s with a log-variance s, which is 0 and not trained by default; one of its
@@ -109,7 +109,7 @@ class ReconstructionLoss(nn.Module):
         self.perceptual_frames = perceptual_frames
 
     def forward(self, real_BTCHW: Tensor, fake_BTCHW: Tensor, moments: Tensor | None) -> Reconstruction:
-        """moments: of the posterior when the encoder learns, (B, T, 2C, h, w)."""
+        """Return the loss and its parts; moments (B, T, 2C, h, w): of the posterior, when the encoder learns."""
         l1 = (real_BTCHW - fake_BTCHW).abs().mean()
         squared = (real_BTCHW - fake_BTCHW).square().mean()
         distance = self._distance(real_BTCHW.flatten(0, 1), fake_BTCHW.flatten(0, 1))
@@ -126,12 +126,12 @@ class ReconstructionLoss(nn.Module):
         return self.perceptual(real_NCHW[::step], fake_NCHW[::step]).mean()
 
 
-def psnr(real: Tensor, fake: Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB of (N, 3, H, W) pictures in [-1, 1], clamped to it."""
+def reconstruction_psnr(real: Tensor, fake: Tensor) -> float:
+    """Return the mean peak signal-to-noise ratio in dB of images (N, 3, H, W) in [-1, 1]; `fake` is clamped to that."""
     error = ((real - fake.clamp(-1, 1)) / 2).square().mean((1, 2, 3)).clamp_min(1e-10)
     return float((-10 * error.log10()).mean())
 
 
 def flicker(real_BTCHW: Tensor, fake_BTCHW: Tensor) -> float:
-    """Mean absolute error of the change from frame to frame, in [-1, 1] units; the temporal decoder lowers it."""
+    """Return the mean absolute error of the changes from frame to frame, in [-1, 1] units."""
     return float((real_BTCHW.diff(dim=1) - fake_BTCHW.diff(dim=1)).abs().mean())

@@ -44,7 +44,7 @@ def select_parameters(unet: UNet, task: Task, part: Literal["all", "time-embeddi
 
 
 def learning_rate_factor(step: int, config: TrainingConfig, iterations: int) -> float:
-    """What the phase's learning rate is multiplied by at a step: linear warm-up, then constant or half a cosine.
+    """Return the factor of the learning rate at a step: linear warm-up, then constant or half a cosine.
 
     A function of the preset alone: asking the trainer for the number of steps breaks Lightning's resuming.
     """
@@ -55,7 +55,7 @@ def learning_rate_factor(step: int, config: TrainingConfig, iterations: int) -> 
 
 
 def make_optimizer(unet: UNet, settings: TrainingConfig, rate: float) -> torch.optim.Optimizer:
-    """The optimiser of what is trainable in `unet`; the first and last layer are no hidden matrices for Muon."""
+    """Make the optimiser of the trainable parameters; Muon takes the first and last layer for no hidden matrices."""
     trainable = [p for p in unet.parameters() if p.requires_grad]
     if settings.optimizer == "muon":
         ends = [*unet.conv_in.parameters(), *unet.conv_out.parameters()]
@@ -69,7 +69,7 @@ class Diffusion(pl.LightningModule):
     """Trains a U-Net on cached latents by plain squared error on v.
 
     The autoencoder, needed by tasks that encode the conditioning frame live, is frozen and kept out of the checkpoint.
-    `choose` marks the parameters that train.
+    choose: sets which parameters of the U-Net train.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Diffusion(pl.LightningModule):
     @property
     def kind(self) -> edm.Kind:
         """The preconditioning of the objective."""
-        return "edm-v" if self.settings.objective == "edm" else "v"
+        return edm.KINDS[self.settings.objective]
 
     def configure_model(self) -> None:
         """Choose what trains, compile, shard, and start the average of the weights; once."""
@@ -116,18 +116,18 @@ class Diffusion(pl.LightningModule):
             self.ema = Ema(self.unet, self.settings.ema_decay, self.settings.ema_every)
 
     def losses(self, batch: Batch) -> Tensor:
-        """The loss of each clip, (B,)."""
+        """Return the loss of each clip, (B,)."""
         condition = self.task.condition(batch, self.unet, self.autoencoder)
         network = conditioned(self.unet, condition)
         return edm.loss(network, batch["latents"], batch["sigma"], batch["noise"], self.kind)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Mean loss, with the losses and noise levels of the clips for the callbacks."""
+        """Return the mean loss, and the losses and noise levels of the clips for the callbacks."""
         losses = self.losses(batch)
         return {"loss": losses.mean(), "losses": losses.detach(), "sigma": batch["sigma"]}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW (the paper's) or Muon on what is trainable, and the learning rate of each step."""
+        """Return the optimiser (the paper's AdamW, or Muon) and the learning rate of each step."""
         settings = self.settings
         optimizer = make_optimizer(self.unet, settings, self.phase.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -149,7 +149,7 @@ class Diffusion(pl.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[UNet]:
-        """The averaged weights in evaluation mode without gradients; afterwards what was before."""
+        """Give the U-Net its averaged weights, in evaluation mode and without gradients, within the block."""
         was_training = self.training
         self.eval()
         try:

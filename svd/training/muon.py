@@ -20,7 +20,7 @@ ADAM_EPS = 1e-8
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U·Vᵀ of the singular value decomposition U·S·Vᵀ of a (rows, columns) matrix X.
+    """Approximate U·Vᵀ of the singular value decomposition U·S·Vᵀ of a (rows, columns) matrix X.
 
     Every iteration multiplies X from the left by a polynomial of its Gram matrix G = X·Xᵀ. The short side being at most
     half of the long one, it is cheaper to iterate on G, which stays small, and to multiply X once by the product.
@@ -39,7 +39,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def _product_of_polynomials(gram: Tensor) -> Tensor:
-    """What all iterations together multiply X by, from X·Xᵀ alone (n, n): the factors commute."""
+    """Return the product of all iterations' polynomials, (n, n), from X·Xᵀ alone: the factors commute."""
     a, b, c = QUINTIC
     total = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for iteration in range(ITERATIONS):
@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; parameters without a gradient stay."""
+        """Take one step; parameters without a gradient stay as they are."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
             update = self._matrix if group["matrices"] else self._adam

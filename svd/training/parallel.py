@@ -16,7 +16,7 @@ from svd.model.unet import UNet
 
 
 def strategy(compute: TrainingCompute) -> str | Strategy:
-    """Lightning's strategy: one process as it is, DDP, or FSDP2 with checkpoints sharded by rank."""
+    """Return Lightning's strategy: a single process, DDP, or FSDP2 with checkpoints sharded by rank."""
     if compute.strategy == "fsdp2":
         ranks = compute.nodes * (max(1, torch.cuda.device_count()) if compute.devices == "auto" else compute.devices)
         # Lightning's "auto" shards across nodes only.
@@ -25,8 +25,7 @@ def strategy(compute: TrainingCompute) -> str | Strategy:
 
 
 def parallelise(unet: UNet, compiled: bool, precision: Precision, mesh: DeviceMesh | None) -> None:
-    """Compile and shard `unet` in place; the recomputation of activations is part of the model
-    (`UNetConfig.checkpointing`).
+    """Compile and shard `unet` in place; recomputation is part of the model (`UNetConfig.checkpointing`).
 
     In mixed precision the shards travel in bf16 and gradients are reduced in float32. Inputs are left to autocast:
     cast to bf16, the noise level would lose the digits that tell neighbouring levels apart.
@@ -47,12 +46,12 @@ def parallelise(unet: UNet, compiled: bool, precision: Precision, mesh: DeviceMe
 
 
 def first_rank() -> bool:
-    """Whether this process is the one that writes."""
+    """Return whether this process is the one that writes."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the whole state of a sharded or plain module, on the CPU of the first rank.
+    """Copy the whole state of a sharded or plain module to the CPU of the first rank.
 
     Every rank must call it, because the shards are gathered; all but the first get an empty dictionary.
     """

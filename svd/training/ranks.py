@@ -1,7 +1,7 @@
-"""This process' place among the ranks of a training, and how those of an outside launcher (torchrun, srun) meet.
+"""The place of this process among the ranks of a training, and the meeting of ranks that torchrun or srun started.
 
 All of them run the same command. Only the first one takes the stage's lock, fetches its inputs, reports and publishes;
-the others wait until it says with what the stage runs. On several nodes they share the project's folder. Nothing here
+the others wait until it announces the stage's context. On several nodes they share the project's folder. Nothing here
 imports torch before it is needed.
 """
 
@@ -25,17 +25,17 @@ BESIDE_LIGHTNING = 10_000  # Slurm has no store of its own; Lightning takes the 
 
 
 def launched() -> bool:
-    """Whether this process is one of several ranks that a launcher started: torchrun, srun, or this module."""
+    """Return whether a launcher started this process as one of several ranks: torchrun, srun, or `launch`."""
     return "LOCAL_RANK" in os.environ or _of_srun()
 
 
 def _of_srun() -> bool:
-    """A step of several tasks; in a batch script itself Slurm sets the other variables as well."""
+    """Return whether this is a Slurm step of several tasks; a batch script alone has all but this variable."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def rank() -> int:
-    """This process' number over all nodes; 0 when no launcher started it."""
+    """Return the number of this process over all nodes; 0 when no launcher started it."""
     if "LOCAL_RANK" in os.environ:
         return int(os.environ.get("RANK", os.environ["LOCAL_RANK"]))
     return int(os.environ["SLURM_PROCID"]) if _of_srun() else 0
@@ -43,9 +43,9 @@ def rank() -> int:
 
 @cache
 def _store() -> Any:
-    """Where the ranks meet before Lightning lets them: torchrun's store, else one that lives and dies with the first.
+    """Return the store where ranks meet before Lightning's: torchrun's, or one that lives as long as the first rank.
 
-    Returns a torch.distributed.TCPStore. Raises UserError for a way of calling srun that Lightning refuses.
+    It is a torch.distributed.TCPStore. Raises UserError for a way of calling srun that Lightning refuses.
     """
     from torch.distributed import TCPStore
 
@@ -60,7 +60,7 @@ def _store() -> Any:
 
 
 def _slurm() -> Any:
-    """Lightning's view of the Slurm step, a SLURMEnvironment."""
+    """Return Lightning's view of the Slurm step, a SLURMEnvironment."""
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
     try:
@@ -75,7 +75,7 @@ def _key() -> str:
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """The first rank's part of a stage; when it ends without `announce`, by a mistake for example, the others go on."""
+    """Do the first rank's part of a stage; when it ends without `announce`, by a mistake say, release the others."""
     try:
         yield
     finally:
@@ -84,7 +84,7 @@ def leading() -> Iterator[None]:
 
 
 def announce(context: StageContext) -> None:
-    """Tell the other ranks, which wait in `await_first_rank`, with what the stage runs."""
+    """Send the stage's context to the other ranks, which wait in `await_first_rank`."""
     if launched():
         inputs = {name: str(path) for name, path in context.inputs.items()}
         values = {"preset": context.preset.model_dump(mode="json"), "inputs": inputs}
@@ -92,7 +92,7 @@ def announce(context: StageContext) -> None:
 
 
 def await_first_rank() -> StageContext | None:
-    """The context that the first rank announces once the inputs are there, without a tracker; None: nothing to do."""
+    """Wait for the context that the first rank announces, and return it without tracker; None: nothing to do."""
     values = json.loads(_store().get(_key()))
     if values is None:
         return None

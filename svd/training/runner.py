@@ -1,7 +1,6 @@
-"""Runs a training stage: its phases in sequence, each a Lightning fit that resumes exactly, and publishes the result
-(§3).
+"""Run a training stage: its phases in sequence, each a Lightning fit that resumes exactly, then publish (§3).
 
-Every phase starts from the averaged weights of the one before, with a fresh optimiser, as stages do among each other.
+Every phase starts from the averaged weights of the one before, with a fresh optimiser, as every stage does.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import Tensor
 from svd.config import Phase, TrainingCompute, TrainingConfig
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.diffusion.edm import KINDS
 from svd.latents.cache import LatentCache, digest
 from svd.latents.loader import Draws, Examples, IndexedLoader
 from svd.model.autoencoder import Autoencoder
@@ -35,16 +35,17 @@ from svd.training.callbacks import History
 from svd.training.initialise import with_checkpointing
 from svd.training.module import Diffusion, select_parameters
 from svd.training.parallel import first_rank, full_state, strategy
-from svd.training.samples import Preview, contact_sheet, write_films
+from svd.training.samples import Preview, preview_sheet, write_films
+from svd.training.sharded_checkpoints import readable_checkpoint
 
 STRATA = 8
-EXAMINATION_SEED = 20231125
+VALIDATION_SEED = 20231125
 Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Training:
-    """A stage's training: what is trained, on which samples, from which weights.
+    """The training of a stage: the task, its samples and its first weights.
 
     rows: the training and the test samples of a phase. initial: the U-Net of step 0. lora: train an adapter of this
     name, rank and alpha instead of the U-Net. work: where the phases keep their state.
@@ -64,11 +65,11 @@ class Training:
 
     @property
     def seed(self) -> int:
-        """The stage's own seed: stages draw different noise from one preset seed."""
+        """The seed of the stage: stages draw different noise from one preset seed."""
         return int(digest(self.context.preset.seed, self.name)[:12], 16)
 
     def draws(self, phase: Phase, seed: int, strata: int = 0) -> Draws:
-        """What is drawn in a phase; with `strata`, its fixed examination."""
+        """Return the random draws of a phase; with `strata`, those of its fixed validation."""
         config = self.config
         return Draws(
             seed,
@@ -86,13 +87,13 @@ class Training:
             strata=strata,
         )
 
-    def examination(self) -> Examples:
-        """Test clips with fixed noise at stratified noise levels, of the last phase: one measure for a whole stage."""
+    def validation(self) -> Examples:
+        """Return test clips of the last phase with fixed noise at stratified levels: one measure per stage."""
         phase = self.config.phases[-1]
-        return Examples(self.cache, self.rows(phase, "test"), phase.frames, self.draws(phase, EXAMINATION_SEED, STRATA))
+        return Examples(self.cache, self.rows(phase, "test"), phase.frames, self.draws(phase, VALIDATION_SEED, STRATA))
 
     def choose(self, phase: Phase) -> Callable[[UNet], None]:
-        """What marks the parameters that train: a part of the U-Net, or an adapter put into it."""
+        """Return what sets the trainable parameters: a part of the U-Net, or an adapter added to it."""
         if self.lora is None:
             return lambda unet: select_parameters(unet, self.task, phase.trainable)
         name, rank, alpha = self.lora
@@ -105,12 +106,11 @@ class Training:
         return adapt
 
     def preview(self) -> Preview:
-        """Samples for people."""
-        sampling = self.context.preset.evaluation.ucf101.sampling.model_copy(
+        """Return the preview: clips sampled as the preset generates this task, in `sample_steps` steps."""
+        sampling = self.task.preset_sampling(self.context.preset).model_copy(
             update={"steps": self.compute.sample_steps}
         )
-        kind = "edm-v" if self.config.objective == "edm" else "v"
-        return Preview(self.task, self.examination(), self.autoencoder, sampling, kind)  # type: ignore[arg-type]
+        return Preview(self.task, self.validation(), self.autoencoder, sampling, KINDS[self.config.objective])
 
 
 def quiet() -> None:
@@ -129,7 +129,7 @@ def quiet() -> None:
 
 
 def make_trainer(training: Training, phase: Phase, folder: Path, hooks: list[pl.Callback]) -> pl.Trainer:
-    """The Lightning trainer of a phase; loops, precision and distribution are its, order and draws are the loader's."""
+    """Make the Lightning trainer of a phase: it does loops, precision and distribution, the loader order and draws."""
     compute = training.compute
     return pl.Trainer(
         accelerator="auto",
@@ -150,7 +150,7 @@ def make_trainer(training: Training, phase: Phase, folder: Path, hooks: list[pl.
 
 
 def run_phase(training: Training, number: int) -> Path:
-    """Train phase `number`, or take it up where it was killed; returns its folder with `unet/` and `history.json`."""
+    """Train phase `number`, or resume it where it was killed; return its folder with `unet/` and `history.json`."""
     config, compute, phase = training.config, training.compute, training.config.phases[number]
     folder = training.work / f"phase-{number}"
     if (folder / "history.json").exists():
@@ -180,24 +180,25 @@ def run_phase(training: Training, number: int) -> Path:
         trainer.world_size,
         compute.num_workers,
     )
-    trainer.fit(module, loader, ckpt_path=callbacks.newest_checkpoint(folder), weights_only=True)
+    checkpoint = readable_checkpoint(callbacks.newest_checkpoint(folder), compute.strategy)
+    trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     _finish_phase(trainer, module, training, folder, history)
     return folder
 
 
 def _hooks(training: Training, number: int, folder: Path, history: History, offset: int) -> list[pl.Callback]:
     config, compute, tracker = training.config, training.compute, training.context.tracker
-    examination, preview = training.examination(), training.preview()
+    validation, preview = training.validation(), training.preview()
     batch = config.phases[-1].batch_size
     # Whole batches of the preset, so that the same draws are measured however a batch is split to fit into memory.
     count = -(-config.validation_samples // batch) * batch
     part = max(1, batch // compute.gradient_accumulation)
 
-    def examine(module: Diffusion, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
-        return callbacks.examine(module, trainer, examination, count, part)
+    def validate(module: Diffusion, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
+        return callbacks.validate(module, trainer, validation, count, part)
 
     def show(module: Diffusion, step: int, first_rank: bool) -> None:
-        sheet = contact_sheet(preview.films(module.unet))
+        sheet = preview_sheet(preview.films(module.unet))
         if first_rank:
             tracker.log_image(f"samples/{training.name}", sheet, step)
 
@@ -205,7 +206,7 @@ def _hooks(training: Training, number: int, folder: Path, history: History, offs
     record = callbacks.Record(
         history,
         tracker,
-        examine,
+        validate,
         validate_every=compute.validate_every,
         offset=offset,
         total=sum(p.iterations for p in config.phases[: number + 1]),
@@ -215,7 +216,7 @@ def _hooks(training: Training, number: int, folder: Path, history: History, offs
         callbacks.Averaging(),
         record,
         callbacks.Samples(show, compute.validate_every, offset),
-        callbacks.Checkpoint(folder, compute.checkpoint_every),
+        callbacks.PhaseCheckpoint(folder, compute.checkpoint_every),
     ]
 
 
@@ -235,7 +236,7 @@ def _finish_phase(trainer: pl.Trainer, module: Diffusion, training: Training, fo
             save_lora(plain, folder / "lora", training.lora[0])
         write_films(films, folder / "samples")
         step = int(history.rows[-1]["step"] or 0)
-        training.context.tracker.log_image(f"samples/{training.name}", contact_sheet(films), step)
+        training.context.tracker.log_image(f"samples/{training.name}", preview_sheet(films), step)
         write_json(folder / "history.json", history.rows)
         for checkpoint in folder.glob("step=*.ckpt*"):
             shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
@@ -243,7 +244,7 @@ def _finish_phase(trainer: pl.Trainer, module: Diffusion, training: Training, fo
 
 
 def run_phases(training: Training) -> tuple[Path, History]:
-    """All phases; returns the last one's folder, with `unet/` or `lora/` and `samples/`, and the loss curve."""
+    """Run all phases; return the last one's folder, with `unet/` or `lora/` and `samples/`, and the loss curve."""
     quiet()
     for number in range(len(training.config.phases)):
         last = run_phase(training, number)
@@ -251,7 +252,7 @@ def run_phases(training: Training) -> tuple[Path, History]:
 
 
 def collect(last: Path, history: History, finished: Path) -> None:
-    """Put what the last phase made, and the loss curve, into a folder to publish."""
+    """Copy the results of the last phase, and the loss curve, into a folder to publish."""
     finished.mkdir(parents=True, exist_ok=True)
     for part in ("unet", "lora", "samples"):
         if (last / part).exists():
@@ -260,7 +261,7 @@ def collect(last: Path, history: History, finished: Path) -> None:
 
 
 def run_training(training: Training) -> Report:
-    """All phases, then the published folder: `unet/` (averaged weights), `losses.csv`, `samples/`.
+    """Run all phases and publish their folder: `unet/` (averaged weights), `losses.csv`, `samples/`.
 
     Metrics: validation_loss_before (initial weights) and validation_loss_after (averaged weights), both on test clips
     with the noise distribution of the last phase; steps; samples_train, samples_test.
@@ -278,7 +279,7 @@ def run_training(training: Training) -> Report:
 
 
 def measured(training: Training, history: History) -> dict[str, float | int | str]:
-    """The metrics of a training."""
+    """Return the metrics of a training."""
     phase = training.config.phases[-1]
     before, after = (history.rows[k]["val_loss"] for k in (0, -1))
     return {

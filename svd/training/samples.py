@@ -1,6 +1,4 @@
-"""What a model under training generates for a few test clips, beside the clips themselves: films for people to look
-at.
-"""
+"""Previews for people: what a model under training generates for a few test clips, beside the clips themselves."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ from tqdm import tqdm
 
 from svd.config import Sampling
 from svd.diffusion import edm
-from svd.diffusion.guidance import Condition, conditioned, constant, guided, linear
-from svd.diffusion.sampler import sample
-from svd.generation.models import noise_levels
+from svd.diffusion.denoising import denoise_latents
+from svd.diffusion.guidance import constant, linear
 from svd.latents.loader import Batch, Examples
 from svd.media.video import Frames, filmstrip, to_uint8, write_mp4, write_png
 from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
-from svd.tasks.base import Task, dropped
+from svd.tasks.base import Task
+from svd.tasks.signals import dropped
 from svd.training.parallel import first_rank
 
 SHOWN = 4
@@ -31,10 +29,10 @@ DECODED_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Preview:
-    """Generates the first few clips of an examination with their own conditioning; deterministic.
+    """Generates a few validation clips with their own conditioning; deterministic.
 
-    Models with a conditioning image are guided from 1 at that frame to `sampling.guidance` (D.4.1), the others
-    constantly.
+    The guidance of models with a conditioning frame rises over the frames from 1 to `sampling.guidance` (D.4.1); that
+    of the others is constant.
     """
 
     task: Task
@@ -44,7 +42,7 @@ class Preview:
     kind: edm.Kind
 
     def batch(self, device: torch.device) -> Batch:
-        """The shown clips, evenly spaced over the test samples so that they come from different sources."""
+        """Return the shown clips, evenly spaced over the test samples so that they come from different sources."""
         count = min(SHOWN, len(self.examples))
         chosen = [i * len(self.examples) // count for i in range(count)]
         collated: Batch = default_collate([self.examples[i] for i in chosen])
@@ -52,33 +50,35 @@ class Preview:
 
     @torch.no_grad()
     def generate(self, unet: UNet, autoencoder: Autoencoder, batch: Batch) -> Tensor:
-        """Scaled latents (B, T, C, h, w)."""
-        conditional = self.task.condition(batch, unet, autoencoder)
-        unconditional = self.task.condition(dropped(batch, self.examples.cache.null_text), unet, autoencoder)
-        frames = batch["latents"].shape[1]
-        scale = constant(self.sampling.guidance, frames)
-        if self.task.name in ("image-to-video", "multiview"):
-            scale = linear(1.0, max(1.0, self.sampling.guidance), frames)
-
-        def denoise(x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-            return edm.denoiser(conditioned(unet, condition), self.kind)(x, sigma)
-
-        sigmas = noise_levels(self.sampling, self.kind)
-        guide = guided(denoise, conditional, unconditional, scale)
-        steps = len(sigmas) - 1
-        with tqdm(total=steps, desc="samples", unit="step", leave=False, delay=2, disable=not first_rank()) as bar:
-            return sample(guide, batch["noise"], sigmas, self.sampling.solver, lambda done, total: bar.update())
+        """Return scaled latents (B, T, C, h, w)."""
+        signals = self.task.observe(batch, autoencoder)
+        uncond = dropped(signals, self.examples.cache.null_text)
+        frames, guidance = signals.frames, self.sampling.guidance
+        scale = linear(1.0, max(1.0, guidance), frames) if self.task.pixels else constant(guidance, frames)
+        with tqdm(
+            total=self.sampling.steps, desc="samples", unit="step", leave=False, delay=2, disable=not first_rank()
+        ) as bar:
+            return denoise_latents(
+                unet,
+                batch["noise"],
+                self.task.build(signals, unet),
+                self.task.build(uncond, unet),
+                scale,
+                self.sampling,
+                self.kind,
+                progress=lambda done, steps: bar.update(),
+            )
 
     @torch.no_grad()
     def films(self, unet: UNet) -> list[tuple[Frames, Frames, float]]:
-        """For each shown clip: generated and real frames (T, H, W, 3) uint8 and frames per second."""
+        """Return for each shown clip generated and real frames (T, H, W, 3) uint8 and frames per second."""
         device = next(unet.parameters()).device
         autoencoder = self.autoencoder.to(device)
         batch = self.batch(device)
         made, real = self.generate(unet, autoencoder, batch), batch["latents"]
-        pictures = [self._decode(autoencoder, latents, batch) for latents in (made, real)]
+        clips = [self._decode(autoencoder, latents, batch) for latents in (made, real)]
         rates = batch["fps"].tolist()
-        return [(pictures[0][i], pictures[1][i], rates[i]) for i in range(len(rates))]
+        return [(clips[0][i], clips[1][i], rates[i]) for i in range(len(rates))]
 
     def _decode(self, autoencoder: Autoencoder, latents: Tensor, batch: Batch) -> list[Frames]:
         unscaled = latents / edm.expand(batch["scaling_factor"], latents)
@@ -86,14 +86,14 @@ class Preview:
         return [to_uint8((video.float() / 2 + 0.5).cpu().numpy()) for video in videos]
 
 
-def contact_sheet(films: list[tuple[Frames, Frames, float]]) -> Frames:
-    """Film strips under each other, generated above real, as one (H, W, 3) picture."""
+def preview_sheet(films: list[tuple[Frames, Frames, float]]) -> Frames:
+    """Join film strips, generated above real, into one image (H, W, 3)."""
     strips = [filmstrip(frames, 8) for made, real, _ in films for frames in (made, real)]
     return np.concatenate(strips)
 
 
 def write_films(films: list[tuple[Frames, Frames, float]], folder: Path) -> None:
-    """`generated-<n>.mp4` (`.png` for one frame), `real-<n>.*` and `sheet.png`."""
+    """Write `generated-<n>.mp4` (`.png` for one frame), `real-<n>.*` and `sheet.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (made, real, fps) in enumerate(films):
         for name, frames in (("generated", made), ("real", real)):
@@ -101,4 +101,4 @@ def write_films(films: list[tuple[Frames, Frames, float]], folder: Path) -> None
                 write_mp4(folder / f"{name}-{number}.mp4", frames, fps)
             else:
                 write_png(folder / f"{name}-{number}.png", frames[0])
-    write_png(folder / "sheet.png", contact_sheet(films))
+    write_png(folder / "sheet.png", preview_sheet(films))

@@ -1,4 +1,4 @@
-"""The training stages of the paper, each a stage function over the same training runner (§3, §4, App. D).
+"""The training stages of the paper, one function each, over the same runner (§3, §4, App. D).
 
 image-pretraining (stage I) -> video-pretraining (II) -> high-quality-finetuning (III); from II image-to-video, from
 that the camera-motion LoRAs and the multi-view model, and from III frame interpolation.
@@ -12,18 +12,19 @@ from typing import Any
 
 import polars as pl
 
+from svd.catalogue.axes import SUBSET_AXES
 from svd.config import Phase, Subset, TrainingConfig
 from svd.core.errors import UserError
 from svd.core.files import exclusive
 from svd.latents.cache import LatentCache
 from svd.latents.orbits import cache_orbits
 from svd.model.formats.folders import load_autoencoder, load_unet
-from svd.model.formats.hub import UNET_FILES, resolve
+from svd.model.formats.hub import UNET_FILES, resolve_weights
 from svd.model.unet import UNet
 from svd.stage import Report, StageContext
 from svd.tasks.base import Task
 from svd.tasks.image_to_video import IMAGE_TO_VIDEO
-from svd.tasks.interpolation import FRAME_INTERPOLATION
+from svd.tasks.interpolation import INTERPOLATION
 from svd.tasks.multiview import MULTIVIEW
 from svd.tasks.text_to_video import IMAGE, TEXT_TO_VIDEO
 from svd.training.initialise import carry_over, fresh_unet, unet_config
@@ -36,7 +37,7 @@ Rows = Callable[[Phase, str], Sequence[Mapping[str, Any]]]
 
 @on_all_ranks("image_pretraining")
 def run_image_pretraining(context: StageContext) -> Report:
-    """Stage I: SD 2.1, or a fresh U-Net of its structure, learns EDM's noise schedule on single frames (§3.2, D.2).
+    """Run stage I: SD 2.1, or a fresh U-Net of its structure, learns EDM's noise schedule on single frames (§3.2, D.2).
 
     First only the time embedding trains, then everything. Inputs: latents, encoders, autoencoder.
     """
@@ -46,7 +47,7 @@ def run_image_pretraining(context: StageContext) -> Report:
 
 @on_all_ranks("video_pretraining")
 def run_video_pretraining(context: StageContext) -> Report:
-    """Stage II: temporal layers are put between the image layers and all train on the curated clips (§3.3, D.2).
+    """Run stage II: temporal layers join the image layers, and all train on the curated clips (§3.3, D.2).
 
     Inputs: latents, encoders, autoencoder, image-pretraining.
     """
@@ -56,7 +57,7 @@ def run_video_pretraining(context: StageContext) -> Report:
 
 @on_all_ranks("high_quality_finetuning")
 def run_high_quality_finetuning(context: StageContext) -> Report:
-    """Stage III: text-to-video at high resolution on the best clips (§3.4, §4.2, D.3); `subset` says which those are.
+    """Run stage III: text-to-video at high resolution on the best clips, those of `subset` (§3.4, §4.2, D.3).
 
     Inputs: latents, encoders, autoencoder, video-pretraining.
     """
@@ -66,8 +67,7 @@ def run_high_quality_finetuning(context: StageContext) -> Report:
 
 @on_all_ranks("image_to_video")
 def run_image_to_video(context: StageContext) -> Report:
-    """Image-to-video: text becomes the CLIP embedding of the first frame, whose noise-augmented latent joins the
-    input (§4.2, D.4).
+    """Train image-to-video: the first frame's CLIP embedding replaces the text, its noisy latent joins the input (D.4).
 
     Inputs: latents, encoders, autoencoder, video-pretraining.
     """
@@ -77,18 +77,18 @@ def run_image_to_video(context: StageContext) -> Report:
 
 @on_all_ranks("frame_interpolation")
 def run_frame_interpolation(context: StageContext) -> Report:
-    """Four times the frame rate: three frames between two given ones (§4.4, D.5).
+    """Train frame interpolation: three frames between two given ones (§4.4, D.5).
 
     Inputs: latents, encoders, autoencoder, high-quality-finetuning.
     """
     config = context.preset.frame_interpolation
-    training = _training(context, "frame-interpolation", FRAME_INTERPOLATION, config, "high-quality-finetuning")
+    training = _training(context, "frame-interpolation", INTERPOLATION, config, "high-quality-finetuning")
     return run_training(training)
 
 
 @on_all_ranks("camera_lora")
 def run_camera_lora(context: StageContext) -> Report:
-    """One LoRA on the temporal attention for each camera motion, trained on the clips that have it (§4.3.1, D.4.2).
+    """Train one LoRA of the temporal attention per camera motion, on the clips that have it (§4.3.1, D.4.2).
 
     Inputs: latents, encoders, autoencoder, image-to-video.
     """
@@ -98,8 +98,7 @@ def run_camera_lora(context: StageContext) -> Report:
 
 @on_all_ranks("multiview_finetuning")
 def run_multiview_finetuning(context: StageContext) -> Report:
-    """SVD-MV: orbits around objects from one view (§4.5, D.6); `initialisation` gives the paper's SD2.1-MV and
-    Scratch-MV.
+    """Train SVD-MV: orbits from one view (§4.5, D.6); `initialisation` gives the paper's SD2.1-MV and Scratch-MV.
 
     Inputs: orbits, image-to-video, autoencoder, encoders; image-pretraining for the initialisation `image-model`.
     """
@@ -112,23 +111,24 @@ def run_multiview_finetuning(context: StageContext) -> Report:
     )
 
 
-def select(rows: pl.DataFrame, subset: Subset) -> pl.DataFrame:
+def select_subset(rows: pl.DataFrame, subset: Subset) -> pl.DataFrame:
     """Keep the samples on the right side of each axis' quantile over these samples; ties with the threshold stay."""
     kept = rows
-    for column, share in (("motion_score", subset.min_motion), ("similarity", subset.min_similarity)):
-        if share:
-            kept = kept.filter(pl.col(column) >= rows[column].quantile(share, "lower"))
-    if subset.max_text_area:
-        kept = kept.filter(pl.col("text_area") <= rows["text_area"].quantile(1 - subset.max_text_area, "higher"))
+    for axis in SUBSET_AXES:
+        share: float = getattr(subset, axis.option)
+        if share and axis.side == "min":
+            kept = kept.filter(pl.col(axis.column) >= rows[axis.column].quantile(share, "lower"))
+        elif share:
+            kept = kept.filter(pl.col(axis.column) <= rows[axis.column].quantile(1 - share, "higher"))
     return kept
 
 
 def _rows(cache: LatentCache, subset: Subset) -> Rows:
-    """Training samples of the subset and all test samples."""
+    """Make the reader of rows: the training samples of the subset, and all test samples."""
 
     def rows(phase: Phase, split: str) -> Sequence[Mapping[str, Any]]:
         found = cache.rows(phase, split)
-        return (select(found, subset) if split == "train" else found).to_dicts()
+        return (select_subset(found, subset) if split == "train" else found).to_dicts()
 
     return rows
 
@@ -141,7 +141,7 @@ def _training(
     previous: str | None,
     cache: LatentCache | None = None,
 ) -> Training:
-    """A stage's training with the usual choices; `previous` names the stage whose U-Net it starts from."""
+    """Put a stage's training together; `previous` names the stage whose U-Net it starts from."""
     autoencoder = load_autoencoder(context.inputs["autoencoder"]).requires_grad_(False)
     cache = cache or LatentCache(context.inputs["latents"])
     phase = config.phases[-1]
@@ -158,9 +158,9 @@ def _training(
 
 
 def _source(context: StageContext, previous: str | None) -> Path | None:
-    """Where the first weights are: the previous stage's output, else `model.pretrained`; None for fresh weights.
+    """Return where the first weights are: the previous stage's output, else `model.pretrained`; None: fresh weights.
 
-    `previous` "" names no stage, None asks for fresh weights whatever is there.
+    previous: "" when no stage comes before; None asks for fresh weights in any case.
     """
     if previous is None:
         return None
@@ -171,4 +171,4 @@ def _source(context: StageContext, previous: str | None) -> Path | None:
         raise UserError(
             f"{context.output.name}: needs the output of the stage '{previous}', or weights in 'model.pretrained'"
         )
-    return resolve(pretrained, UNET_FILES) if pretrained else None
+    return resolve_weights(pretrained, UNET_FILES) if pretrained else None

@@ -9,8 +9,7 @@ import numpy as np
 import polars as pl
 from curation_inputs import write_video
 
-from svd.catalogue import filters, schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import filters, schema, tables
 from svd.catalogue.shards import ShardWriter
 from svd.config import FiltersConfig
 
@@ -55,7 +54,7 @@ def write_catalogue(folder: Path, count: int = 12, config: dict | None = None, c
                 }
             )
     frame = pl.DataFrame(rows, infer_schema_length=None)
-    catalog.write_table(folder / "catalogue" / "clips.parquet", catalog.with_schema(frame, schema.SCORES_SCHEMA))
+    tables.write_table(folder / "catalogue" / "clips.parquet", tables.with_schema(frame, schema.SCORES_SCHEMA))
     filters.write_verdicts(folder, FiltersConfig.model_validate(config or {}))
     sources = [
         {"source_uri": uri, "split": "train", "verdict": "ok", "reason": ""}
@@ -63,5 +62,5 @@ def write_catalogue(folder: Path, count: int = 12, config: dict | None = None, c
     ]
     for name, reason in (("a", "the file is empty"), ("b", "the file is empty"), ("c", "no video stream")):
         sources.append({"source_uri": f"train/{name}.mp4", "split": "train", "verdict": "failed", "reason": reason})
-    catalog.write_rows(folder / "catalogue" / "sources.parquet", sources, schema.SOURCES_SCHEMA)
+    tables.write_table_rows(folder / "catalogue" / "sources.parquet", sources, schema.SOURCES_SCHEMA)
     return folder

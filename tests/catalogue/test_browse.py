@@ -17,7 +17,7 @@ import yaml
 from catalogue_inputs import write_catalogue
 from fastapi.testclient import TestClient
 
-from svd.catalogue import tables as catalog
+from svd.catalogue import tables
 from svd.catalogue.browser.app import create_app, transcode
 from svd.config.load import preset_path
 from svd.core.errors import UserError
@@ -158,7 +158,7 @@ def test_the_page_first_shows_what_the_catalogue_says(tmp_path):
     out = write_catalogue(
         tmp_path / "out", config={"min_aesthetics": {"quantile": 0.3}, "min_motion": {"quantile": 0.3}}
     )
-    clips = catalog.read_clips(out)
+    clips = tables.read_clips(out)
     with serve(create_app(out)) as address, sync_playwright() as play:
         page = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
         page.goto(address)
@@ -189,7 +189,7 @@ def test_dragging_a_threshold_in_a_browser(address, preset, folder):
         page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + box["height"] / 2, steps=5)
         page.mouse.up()
         value = float(slider.input_value())
-        kept = int((catalog.read_clips(folder)["motion_score"] >= value).sum())
+        kept = int((tables.read_clips(folder)["motion_score"] >= value).sum())
         assert 0 < kept < 8
         expect(page.locator("#kept")).to_have_text(str(kept))
         page.select_option("#show", "dropped")

@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 
-from svd.catalogue import axes, filters, schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import axes, filters, schema, tables
 from svd.catalogue.browser.app import PAGE, create_app
-from svd.catalogue.browser.index import SORTABLE, Clips
+from svd.catalogue.browser.index import SORTABLE, ClipIndex
 from svd.config import FiltersConfig
 
 COLUMNS = {axis.name: axis.column for axis in axes.AXES}
@@ -43,7 +42,7 @@ def write_random(folder: Path, seed: int, count: int = 200, rows: int = 16) -> P
         schema_overrides={name: pl.Float32 for name in columns},
     )
     (folder / "catalogue").mkdir(parents=True)
-    table = catalog.with_schema(frame, schema.SCORES_SCHEMA)
+    table = tables.with_schema(frame, schema.SCORES_SCHEMA)
     pq.write_table(table, folder / "catalogue" / "clips.parquet", row_group_size=rows)
     filters.write_verdicts(folder, FiltersConfig())
     return folder
@@ -69,7 +68,7 @@ def judged(clips: pl.DataFrame, thresholds: dict[str, float]) -> pl.DataFrame:
 @pytest.mark.parametrize("seed", range(12))
 def test_the_answer_to_a_drag_is_the_verdict_of_the_filters(tmp_path, seed):
     folder = write_random(tmp_path / "out", seed)
-    clips, client = catalog.read_clips(folder), TestClient(create_app(folder))
+    clips, client = tables.read_clips(folder), TestClient(create_app(folder))
     for number in range(5):
         thresholds = random_thresholds(clips, 100 * seed + number)
         truth = judged(clips, thresholds)
@@ -83,7 +82,7 @@ def test_the_answer_to_a_drag_is_the_verdict_of_the_filters(tmp_path, seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_pages_hold_the_clips_and_verdicts_of_the_whole_catalogue(tmp_path, seed):
     folder, random = write_random(tmp_path / "out", seed), np.random.default_rng(seed)
-    clips, client = catalog.read_clips(folder), TestClient(create_app(folder))
+    clips, client = tables.read_clips(folder), TestClient(create_app(folder))
     for column in SORTABLE:
         thresholds, descending = random_thresholds(clips, seed), bool(random.integers(2))
         show, search = (
@@ -110,7 +109,7 @@ def test_pages_hold_the_clips_and_verdicts_of_the_whole_catalogue(tmp_path, seed
 def test_clips_are_found_by_their_ids_and_rows_kept_in_memory_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("svd.catalogue.browser.index.CACHED_ROWS", 10)
     folder = write_random(tmp_path / "out", 1)
-    table, clips = catalog.read_clips(folder), Clips(folder)
+    table, clips = tables.read_clips(folder), ClipIndex(folder)
     for name, start in table.select("clip_id", "captions").rows():
         found = clips.find(name)
         assert found is not None and found["captions"] == start
@@ -121,14 +120,14 @@ def test_clips_are_found_by_their_ids_and_rows_kept_in_memory_are_bounded(tmp_pa
 
 def test_a_catalogue_that_is_replaced_is_not_mixed_with_the_one_that_is_shown(tmp_path):
     folder, other = write_random(tmp_path / "out", 1), write_random(tmp_path / "other", 2)
-    expected, clips = catalog.read_clips(folder)["clip_id"].to_list(), Clips(folder)
+    expected, clips = tables.read_clips(folder)["clip_id"].to_list(), ClipIndex(folder)
     (other / "catalogue" / "clips.parquet").replace(folder / "catalogue" / "clips.parquet")
     assert [row["clip_id"] for row in clips.rows(range(200))] == expected
 
 
 def test_a_catalogue_without_clips_is_shown(tmp_path):
     folder = write_random(tmp_path / "out", 0)
-    catalog.write_table(folder / "catalogue" / "clips.parquet", schema.SCORES_SCHEMA.empty_table())
+    tables.write_table(folder / "catalogue" / "clips.parquet", schema.SCORES_SCHEMA.empty_table())
     filters.write_verdicts(folder, FiltersConfig())
     client = TestClient(create_app(folder))
     assert client.get("/").status_code == 200

@@ -7,15 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svd.catalogue import filters, schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import filters, schema, tables
 from svd.config import FiltersConfig
 
 
 def frame(**columns) -> pl.DataFrame:
     length = len(next(iter(columns.values())))
     table = pl.DataFrame({"clip_id": [f"c{i}" for i in range(length)], **columns})
-    return pl.from_arrow(catalog.with_schema(table, schema.CLIPS_SCHEMA))
+    return pl.from_arrow(tables.with_schema(table, schema.CLIPS_SCHEMA))
 
 
 def judge(table: pl.DataFrame, **config) -> tuple[pl.DataFrame, dict[str, float]]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svd.catalogue.shards import ShardWriter, iterate, read_clip, read_range
+from svd.catalogue.shards import ShardWriter, iterate_samples, read_clip_bytes, read_span
 
 Sample = dict[str, bytes]
 
@@ -29,9 +29,11 @@ def test_every_member_is_read_back_by_range_and_by_streaming(tmp_path_factory, s
     members = write(folder, samples, max_bytes)
     for sample, places in zip(samples, members, strict=True):
         for extension, place in places.items():
-            assert read_range(folder / place.shard, place.offset, place.size) == sample[extension]
+            assert read_span(folder / place.shard, place.offset, place.size) == sample[extension]
     names = sorted({place.shard for places in members for place in places.values()})
-    streamed = [files for name in sorted(names, key=lambda n: (len(n), n)) for _, files in iterate(folder / name)]
+    streamed = [
+        files for name in sorted(names, key=lambda n: (len(n), n)) for _, files in iterate_samples(folder / name)
+    ]
     assert streamed == samples
     assert not list(folder.glob(".*"))
 
@@ -56,7 +58,7 @@ def test_files_are_copied_and_a_failure_publishes_nothing(tmp_path):
     with ShardWriter(tmp_path / "shards", 10_000) as writer:
         place = writer.add("a", {"mp4": source})["mp4"]
     row = {"shard": place.shard, "offset": place.offset, "size": place.size}
-    assert read_clip(tmp_path, row) == source.read_bytes()
+    assert read_clip_bytes(tmp_path, row) == source.read_bytes()
     with pytest.raises(ZeroDivisionError), ShardWriter(tmp_path / "broken", 10_000) as writer:
         writer.add("a", {"mp4": b"1"})
         raise ZeroDivisionError
@@ -68,4 +70,4 @@ def test_a_shard_cut_short_is_named(tmp_path):
     shard = tmp_path / "clips-000000.tar"
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(OSError, match=r"clips-000000\.tar: expected 3000 bytes"):
-        read_range(shard, 512, 3000)
+        read_span(shard, 512, 3000)

@@ -12,16 +12,15 @@ import pytest
 from catalogue_inputs import write_catalogue
 from curation_inputs import SAMPLES, tiny, write_video
 
-from svd.catalogue import filters, refilter, statistics
-from svd.catalogue import tables as catalog
+from svd.catalogue import filters, refilter, statistics, tables
 from svd.catalogue.contact_sheets import pick
 from svd.catalogue.report import write_report
 from svd.catalogue.subsets import calibration_subsets, write_subsets
 from svd.config import EncodersConfig, FiltersConfig
 from svd.core.errors import UserError
-from svd.curation.dry_run import plan
+from svd.curation.dry_run import plan_curation
 from svd.curation.merge import bucket, motion_edges
-from svd.curation.metrics import match
+from svd.curation.metrics import match_cuts
 from svd.sources.listing import list_sources
 
 TOY = EncodersConfig(kind="toy-clip")
@@ -33,20 +32,20 @@ def folder(tmp_path):
 
 
 def test_the_rows_of_table_one(folder):
-    clips = catalog.scan_clips(folder)
-    values = statistics.table(clips.filter(pl.col("keep")))
+    clips = tables.scan_clips(folder)
+    values = statistics.dataset_row(clips.filter(pl.col("keep")))
     assert values["clips"] == 8 and values["motion_annotations"] == 8
     assert values["clip_duration_seconds"] == 0.5 and values["mean_frames"] == 12
     assert values["mean_clips_per_video"] == pytest.approx(8 / 3)
     assert values["total_duration_years"] == pytest.approx(4 / (365.25 * 24 * 3600))
-    assert statistics.table(clips.filter(pl.lit(False)))["mean_clips_per_video"] is None
+    assert statistics.dataset_row(clips.filter(pl.lit(False)))["mean_clips_per_video"] is None
 
 
 def test_histograms_count_every_clip_once(folder):
-    every, kept, edges = statistics.histogram(catalog.scan_clips(folder), "motion_score", bins=4)
+    every, kept, edges = statistics.histogram(tables.scan_clips(folder), "motion_score", bins=4)
     assert every.sum() == 12 and kept.sum() == 8 and len(edges) == 5
     assert np.array_equal(kept[-2:], every[-2:])
-    assert len(statistics.histogram(catalog.scan_clips(folder), "nsfw")[0]) == 0
+    assert len(statistics.histogram(tables.scan_clips(folder), "nsfw")[0]) == 0
 
 
 def test_a_report_of_two_catalogues_is_one_file_with_everything_in_it(folder, tmp_path):
@@ -70,7 +69,7 @@ def test_a_report_of_two_catalogues_is_one_file_with_everything_in_it(folder, tm
 
 
 def test_refiltering_renews_what_depends_on_verdicts(folder):
-    refilter.refilter(folder, FiltersConfig.model_validate({"max_text_area": {"absolute": 0.1}}))
+    refilter.renew_verdicts(folder, FiltersConfig.model_validate({"max_text_area": {"absolute": 0.1}}))
     assert json.loads((folder / "statistics.json").read_text())["kept"]["clips"] == 6
     assert {p.name for p in (folder / "contact").iterdir()} == {"text_area-kept.jpg", "text_area-dropped.jpg"}
     assert "text area" in (folder / "report.html").read_text()
@@ -79,19 +78,19 @@ def test_refiltering_renews_what_depends_on_verdicts(folder):
 def test_refiltering_renews_the_named_subsets_and_keeps_the_title(tmp_path):
     folder = write_catalogue(tmp_path / "mine" / "curation", config={"min_motion": {"absolute": 0.35}})
     half = FiltersConfig.model_validate({"min_motion": {"quantile": 0.5}})
-    refilter.refilter(folder, FiltersConfig(), {"half": half})
-    assert catalog.read_clips(folder, "half")["keep"].sum() == 6 and catalog.read_clips(folder)["keep"].all()
+    refilter.renew_verdicts(folder, FiltersConfig(), {"half": half})
+    assert tables.read_clips(folder, "half")["keep"].sum() == 6 and tables.read_clips(folder)["keep"].all()
     quarter = FiltersConfig.model_validate({"min_motion": {"quantile": 0.25}})
-    refilter.refilter(folder, FiltersConfig(), {"half": half, "quarter": quarter})
+    refilter.renew_verdicts(folder, FiltersConfig(), {"half": half, "quarter": quarter})
     assert json.loads((folder / "subsets.json").read_text()).keys() == {"half", "quarter"}
-    refilter.refilter(folder, FiltersConfig())
-    assert catalog.read_clips(folder, "quarter")["keep"].sum() == 9
+    refilter.renew_verdicts(folder, FiltersConfig())
+    assert tables.read_clips(folder, "quarter")["keep"].sum() == 9
     page = (folder / "report.html").read_text()
     assert "<td>mine, filtered</td>" in page and "<td>curation" not in page
 
 
 def test_clips_a_video_are_compared_with_the_scenes_of_metadata(folder):
-    clips, sources = catalog.scan_clips(folder), catalog.read_sources(folder)
+    clips, sources = tables.scan_clips(folder), tables.read_sources(folder)
     assert statistics.clips_per_video(clips, sources) == {
         "cut detection": pytest.approx(3),
         "after filters": pytest.approx(2),
@@ -122,12 +121,12 @@ def test_subsets_of_one_catalogue(folder):
         },
     )
     assert found["unfiltered"]["clips"] == 12 and found["motion-50"]["clips"] == 6
-    chosen = catalog.read_clips(folder, "motion-50")
+    chosen = tables.read_clips(folder, "motion-50")
     assert chosen.filter("keep")["motion_score"].min() >= chosen.filter(~pl.col("keep"))["motion_score"].max()
-    assert catalog.read_clips(folder)["keep"].sum() == 8
-    assert found["both"]["clips"] == catalog.read_clips(folder, "both")["keep"].sum() == 6
+    assert tables.read_clips(folder)["keep"].sum() == 8
+    assert found["both"]["clips"] == tables.read_clips(folder, "both")["keep"].sum() == 6
     with pytest.raises(UserError, match="no subset 'best'; there are: unfiltered"):
-        catalog.read_clips(folder, "best")
+        tables.read_clips(folder, "best")
     with pytest.raises(UserError, match=r"subset 'nsfw-12\.5': the catalogue has no scores for nsfw"):
         write_subsets(folder, calibration_subsets(("nsfw",)))
     with pytest.raises(UserError, match="unknown axis speed"):
@@ -146,9 +145,9 @@ def test_motion_buckets_are_ranks():
 
 
 def test_cuts_are_matched_once_each():
-    assert sorted(match([10, 11, 50], [12, 49, 90], 2)) == [1, 2]
-    assert match([5, 6], [5], 2) == [0]
-    assert match([5], [8], 2) == []
+    assert sorted(match_cuts([10, 11, 50], [12, 49, 90], 2)) == [1, 2]
+    assert match_cuts([5, 6], [5], 2) == [0]
+    assert match_cuts([5], [8], 2) == []
 
 
 def test_the_dry_run_adds_up(tmp_path):
@@ -157,13 +156,13 @@ def test_the_dry_run_adds_up(tmp_path):
     (tmp_path / "broken.mp4").write_text("nothing")
     (tmp_path / "remote.txt").write_text("s3://bucket/c.mp4\n")
     sources = list_sources([str(tmp_path), str(tmp_path / "remote.txt")])
-    found = plan(sources, tiny().curation, 2, TOY)
+    found = plan_curation(sources, tiny().curation, 2, TOY)
     assert (found.sources, found.unknown, found.units) == (4, 2, 2)
     assert found.hours == pytest.approx(3 / 3600, rel=0.05)
-    split = plan(sources, tiny(curation__part_seconds=0.5).curation, 2, TOY)
+    split = plan_curation(sources, tiny(curation__part_seconds=0.5).curation, 2, TOY)
     assert split.units == 4 + 2 + 1, "the parts of two videos, and one unit of two sources"
     assert found.wall_hours == pytest.approx(found.cpu_hours / 2)
-    real = plan(list_sources([str(SAMPLES)]), tiny().curation, 2, TOY)
+    real = plan_curation(list_sources([str(SAMPLES)]), tiny().curation, 2, TOY)
     assert real.cpu_hours > found.cpu_hours and any("sources" in line for line in real.lines())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import runner
+from flows.running import runner
 from flows.stages import STAGES, find_stage, preset_sections
 from svd.config import Preset, TrainingCompute
 from svd.config.compute import MOVED, TRAININGS

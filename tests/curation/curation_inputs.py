@@ -37,7 +37,7 @@ def write_encoders(folder: Path) -> Path:
     preset = load_preset("tiny")
     config = clip.toy_config(preset.encoders.toy_width, preset.model.unet.cross_attention_dim)
     torch.manual_seed(0)
-    clip.save_toy(clip.build(config, "toy"), config, folder)
+    clip.save_toy(clip.build_clip(config, "toy"), config, folder)
     return folder
 
 

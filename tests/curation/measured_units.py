@@ -9,8 +9,7 @@ from pathlib import Path
 import cv2
 from media_files import scenery
 
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
 
 PICTURES = 12  # different ones in a unit; clips share them
 
@@ -22,14 +21,14 @@ def write_unit(folder: Path, clips: int, height: int = 64, width: int = 96) -> P
         (unit / name).mkdir(parents=True)
     for number in range(PICTURES):
         cv2.imwrite(str(unit / "pictures" / f"{number}.jpg"), scenery(number, height, width))
-    names = [catalog.clip_id("source", 100 * number, 100 * number + 100) for number in range(clips)]
+    names = [tables.clip_id("source", 100 * number, 100 * number + 100) for number in range(clips)]
     for number, name in enumerate(names):
         (unit / "clips" / f"{name}.mp4").write_bytes(b"not looked into")
         for position in range(3):
             picture = unit / "pictures" / f"{(3 * number + position) % PICTURES}.jpg"
             os.link(picture, unit / "frames" / f"{name}-{position}.jpg")
     rows = [_row(number, name, height, width) for number, name in enumerate(names)]
-    catalog.write_rows(unit / "clips.parquet", rows, schema.MEASURED_SCHEMA)
+    tables.write_table_rows(unit / "clips.parquet", rows, schema.MEASURED_SCHEMA)
     captions = {n: {"motion": "the camera pans left", "sidecar": f"scene {i % 7}"} for i, n in enumerate(names)}
     (unit / "captions.json").write_text(json.dumps(captions))
     return unit

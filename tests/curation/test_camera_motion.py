@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from media_files import MATRICES, Kind, scenery, set_matrix, shots, tiny_config, write
 
 from svd.core.errors import UserError
-from svd.curation.clips.samples import Geometry
+from svd.curation.clips.samples import DisplayGeometry
+from svd.curation.measuring.child import load_networks
 from svd.curation.measuring.decode_pass import analyse
-from svd.curation.measuring.process import load_networks
 from svd.curation.motion.camera import CAPTIONS, camera_caption, fit_similarity
-from svd.curation.motion.camera_velocity import track
-from svd.curation.motion.flow import farneback, grid, motion_score, raft, stored
+from svd.curation.motion.camera_velocity import track_camera
+from svd.curation.motion.flow import farneback, grid_size, motion_score, raft, stored_flow
 from svd.media.orientation import Orientation
 from svd.synthetic.encode import Encoding, encode_video
 from svd.synthetic.scenes import CAMERAS, World, render_scene
@@ -45,7 +45,7 @@ def _warped(picture: np.ndarray, dx: float, dy: float, scale: float, angle: floa
 def test_tracking_measures_small_motions(dx: float, dy: float, growth: float, angle: float, seed: int) -> None:
     """Direct alignment of two tiny pictures finds translation, scale and rotation."""
     picture = cv2.GaussianBlur(scenery(seed, 30, 48)[..., 0], (0, 0), 1.5)
-    found = track(np.stack([picture, _warped(picture, dx, dy, 1 + growth, angle)]))[0]
+    found = track_camera(np.stack([picture, _warped(picture, dx, dy, 1 + growth, angle)]))[0]
     assert found[:2] * 48 == pytest.approx([dx, dy], abs=0.15)
     assert found[2:] == pytest.approx([growth, angle], abs=0.006)
 
@@ -158,10 +158,10 @@ def test_flow_maps_are_stored_at_sixteen_pixels(tmp_path: Path) -> None:
     assert clip.motion_score == pytest.approx(lengths.mean(), rel=1e-3)
     tall = write(tmp_path / "tall", list(shots([60], height=128, width=96)))
     assert analyse(tall, tiny_config(**FLAT)).clips[0].flow.shape == (4, 21, 16, 2)
-    assert grid(1920, 1080, 16) == (28, 16) and grid(1080, 1920, 16) == (16, 28)
+    assert grid_size(1920, 1080, 16) == (28, 16) and grid_size(1080, 1920, 16) == (16, 28)
     assert motion_score(np.zeros((0, 16, 28, 2), np.float16)) == 0.0
     flow = np.full((64, 114, 2), [4.0, -2.0], np.float32)
-    assert stored(flow, 16)[8, 8] == pytest.approx([4 * 28 / 114, -0.5], rel=1e-2)
+    assert stored_flow(flow, 16)[8, 8] == pytest.approx([4 * 28 / 114, -0.5], rel=1e-2)
 
 
 def test_turned_sources_have_turned_motion(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_turned_sources_have_turned_motion(tmp_path: Path) -> None:
     (upright,) = analyse(write(tmp_path / "upright", plain), tiny_config(**FLAT)).clips
     assert turned.camera.label == upright.camera.label == "pan-right"
     assert turned.camera.pan == pytest.approx(upright.camera.pan, rel=0.2)
-    moved = Geometry(Orientation(90), (96, 128)).upright_motion(np.array([[0.1, 0.0, 0.2, 0.3]]))[0]
+    moved = DisplayGeometry(Orientation(90), (96, 128)).upright_motion(np.array([[0.1, 0.0, 0.2, 0.3]]))[0]
     assert moved == pytest.approx([0.0, 0.1 * 128 / 96, 0.2, 0.3])
 
 

@@ -18,8 +18,9 @@ from svd.core.errors import UserError
 from svd.curation.captions import coca, llm
 from svd.curation.captions import registry as captioners
 from svd.curation.captions import video as video_captioner
-from svd.curation.captions.base import CaptionRequest, describe_all, own_captions
+from svd.curation.captions.base import CaptionRequest, describe_all
 from svd.curation.captions.beam_search import beam_search
+from svd.curation.captions.known import known_captions
 from svd.sources.listing import SceneCaption
 
 WORDS = ["a", "dog", "runs", "Question", "What", "happens", "in", "this", "video", "Answer", ":", "?", "Frame", "Time"]
@@ -48,11 +49,11 @@ def tokenizer():
 
 def test_the_sidecar_of_the_scene_that_overlaps_most():
     scenes = [SceneCaption("all of it"), SceneCaption("first", 0, 2), SceneCaption("second", 2, 5)]
-    captions = own_captions(scenes, "pan-left", 1.0, 4.0, 0.0)
+    captions = known_captions(scenes, "pan-left", 1.0, 4.0, 0.0)
     assert captions["sidecar"] == "all of it"
-    assert own_captions(scenes[1:], "pan-left", 1.0, 4.0, 0.0)["sidecar"] == "second"
-    assert own_captions(scenes[1:], "pan-left", 101.0, 102.5, 100.0)["sidecar"] == "first"
-    assert "sidecar" not in own_captions(scenes[1:], "pan-left", 6.0, 8.0, 0.0)
+    assert known_captions(scenes[1:], "pan-left", 1.0, 4.0, 0.0)["sidecar"] == "second"
+    assert known_captions(scenes[1:], "pan-left", 101.0, 102.5, 100.0)["sidecar"] == "first"
+    assert "sidecar" not in known_captions(scenes[1:], "pan-left", 6.0, 8.0, 0.0)
     assert "left" in captions["motion"]
 
 
@@ -163,8 +164,8 @@ def test_video_blip_with_one_frame_is_blip2(request_of_clip, tokenizer):
 
 
 def test_frames_for_video_captioners_are_spread_over_the_clip(request_of_clip):
-    assert len(video_captioner.sample_frames(request_of_clip.video, 8).pictures) == 8
-    assert len(video_captioner.sample_frames(request_of_clip.video, 50).pictures) == 20
+    assert len(video_captioner.sample_frames(request_of_clip.video, 8).images) == 8
+    assert len(video_captioner.sample_frames(request_of_clip.video, 50).images) == 20
 
 
 def test_a_local_language_model_merges(request_of_clip, tokenizer):

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from media_files import Kind, decode_rgb, shots, tiny_config, write
 
+from svd.curation.base.types import SourceAnalysis, SourceFailure
 from svd.curation.clips.writer import write_clip, write_clips
 from svd.curation.decoding import decoder as decode
 from svd.curation.measuring.decode_pass import analyse
-from svd.curation.types import Analysis, SourceFailure
 from svd.media.orientation import Orientation
 
 LENGTHS = [40, 33, 47]
@@ -41,7 +41,7 @@ KINDS = {
 }
 
 
-def _accounted(analysis: Analysis) -> None:
+def _accounted(analysis: SourceAnalysis) -> None:
     """Every frame is in one clip or in one dropped span."""
     spans = [(c.span.start_frame, c.span.end_frame) for c in analysis.clips]
     spans += [(d.start_frame, d.end_frame) for d in analysis.dropped]
@@ -201,10 +201,10 @@ def test_interlaced_sources_are_noticed_and_deinterlaced_when_reencoded(tmp_path
 def test_most_of_the_early_frames_tell_whether_a_source_is_interlaced(tmp_path: Path) -> None:
     """A progressive first frame, as at a studio's logo, hides nothing; a single interlaced frame makes nothing so."""
     for flags, expected in (([False] + [True] * 20, True), ([True] + [False] * 20, False)):
-        decoder = decode.Decoder(tmp_path / "unused")
+        decoder = decode.FrameDecoder(tmp_path / "unused")
         decoder._size = (96, 128)
         for flag in flags:
-            decoder._picture(SimpleNamespace(interlaced_frame=flag, pts=0, key_frame=0), first=False)
+            decoder._decoded(SimpleNamespace(interlaced_frame=flag, pts=0, key_frame=0), first=False)
         assert decoder.facts.interlaced is expected
 
 

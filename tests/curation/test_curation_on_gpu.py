@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.optical_flow import raft_large
 
-from svd.curation.measuring.process import Analyst, limited_resource
-from svd.curation.scoring.unit import Scorer
+from svd.curation.base.types import ClipAnalysis
+from svd.curation.measuring.child import limited_resource
+from svd.curation.measuring.process import DecodeProcess
+from svd.curation.scoring.unit import ClipScorer
 from svd.curation.text import craft
 from svd.curation.text.base import MEAN, MULTIPLE, STD
-from svd.curation.types import ClipAnalysis
 from svd.model.formats.encoders import load_encoders
 
 pytestmark = pytest.mark.gpu
@@ -71,10 +72,10 @@ def analyse(video: Path, raft_weights: str, craft_weights: str, device: str) -> 
         text__craft_weights=craft_weights,
         text__craft_long_side=320,
     )
-    with Analyst() as analyst:
-        (clip,) = analyst.analyse(video, config).clips
-        assert analyst._process is not None and analyst._process.pid is not None
-        limit, _ = resource.prlimit(analyst._process.pid, limited_resource(device)[0])
+    with DecodeProcess() as decoding:
+        (clip,) = decoding.analyse(video, config).clips
+        assert decoding._process is not None and decoding._process.pid is not None
+        limit, _ = resource.prlimit(decoding._process.pid, limited_resource(device)[0])
         assert limit != resource.RLIM_INFINITY, f"the process doesn't run on {device}, or without a limit"
     return clip
 
@@ -100,7 +101,7 @@ def test_scoring_on_a_gpu_gives_the_embeddings_and_similarities_of_the_cpu(tmp_p
     vectors, similarities = {}, {}
     for device in ("cpu", DEVICE):
         unit = write_unit(tmp_path / device, clips=40, height=180, width=320)
-        scorer = Scorer(load_encoders(encoders, config, device), [], ("sidecar", "motion"), device=device)
+        scorer = ClipScorer(load_encoders(encoders, config, device), [], ("sidecar", "motion"), device=device)
         scored = scorer.score_unit(unit, tmp_path / device / "scored", 1 << 20)
         vectors[device] = load_file(scored / "embeddings.safetensors")
         similarities[device] = pl.read_parquet(scored / "scores.parquet")["similarity"].to_numpy()

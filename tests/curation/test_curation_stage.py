@@ -15,9 +15,8 @@ import polars as pl
 import pytest
 from curation_inputs import context, tiny, tree, write_broken, write_encoders, write_sources
 
-from svd.catalogue import refilter
-from svd.catalogue import tables as catalog
-from svd.catalogue.shards import iterate, read_clip, read_thumbnail
+from svd.catalogue import refilter, tables
+from svd.catalogue.shards import iterate_samples, read_clip_bytes, read_thumbnail
 from svd.config import FiltersConfig
 from svd.core.errors import UserError
 from svd.curation import stage
@@ -40,7 +39,7 @@ def finished(inputs, tmp_path_factory):
 
 def test_every_source_has_a_row_with_a_reason(inputs, finished):
     _, _, expected = inputs
-    rows = {row["source_uri"]: row for row in catalog.read_sources(finished[1]).iter_rows(named=True)}
+    rows = {row["source_uri"]: row for row in tables.read_sources(finished[1]).iter_rows(named=True)}
     assert len(rows) == 3 + len(expected)
     assert rows["train/train_0001.mp4"]["scenes"] == 4 and rows["footage/truncated.mp4"]["scenes"] is None
     for name, verdicts in expected.items():
@@ -54,11 +53,11 @@ def test_every_source_has_a_row_with_a_reason(inputs, finished):
 
 
 def test_clips_are_what_their_rows_say(finished):
-    clips = catalog.read_clips(finished[1])
+    clips = tables.read_clips(finished[1])
     assert clips["clip_id"].n_unique() == len(clips) > 6
     for row in clips.iter_rows(named=True):
-        assert row["clip_id"] == catalog.clip_id(row["source_id"], row["start_pts"], row["end_pts"])
-        with av.open(io.BytesIO(read_clip(finished[1], row))) as container:
+        assert row["clip_id"] == tables.clip_id(row["source_id"], row["start_pts"], row["end_pts"])
+        with av.open(io.BytesIO(read_clip_bytes(finished[1], row))) as container:
             frames = list(container.decode(video=0))
         assert len(frames) == row["frames"]
         assert (frames[0].width, frames[0].height) == (row["width"], row["height"])
@@ -72,10 +71,10 @@ def test_clips_are_what_their_rows_say(finished):
 
 
 def test_shards_hold_exactly_the_clips(finished):
-    clips = catalog.read_clips(finished[1])
+    clips = tables.read_clips(finished[1])
     seen = []
     for shard in sorted((finished[1] / "shards").glob("*.tar")):
-        for key, files in iterate(shard):
+        for key, files in iterate_samples(shard):
             assert set(files) == {"mp4", "jpg", "json"}
             assert json.loads(files["json"])["clip_id"] == key
             seen.append(key)
@@ -86,7 +85,7 @@ def test_planted_things_are_measured(finished):
     metrics = finished[0].metrics
     assert metrics["truth_hard_cut_recall"] >= 0.9
     assert metrics["truth_hard_cut_precision"] >= 0.9
-    assert metrics["clips"] == len(catalog.read_clips(finished[1]))
+    assert metrics["clips"] == len(tables.read_clips(finished[1]))
     assert metrics["sources_failed"] >= 5
 
 
@@ -120,9 +119,9 @@ def test_a_second_run_measures_nothing_again(inputs, finished, tmp_path, monkeyp
 def test_refilter_changes_verdicts_and_no_video(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished[1], folder)
-    before, shards = catalog.read_clips(folder), tree(folder / "shards")
-    thresholds = refilter.refilter(folder, FiltersConfig.model_validate({"min_motion": {"quantile": 0.5}}))
-    after = catalog.read_clips(folder)
+    before, shards = tables.read_clips(folder), tree(folder / "shards")
+    thresholds = refilter.renew_verdicts(folder, FiltersConfig.model_validate({"min_motion": {"quantile": 0.5}}))
+    after = tables.read_clips(folder)
     assert tree(folder / "shards") == shards
     assert after["keep"].sum() == (before["motion_score"] >= thresholds["motion"]).sum() < before["keep"].len()
     judged = [
@@ -147,11 +146,11 @@ def test_nothing_usable_is_one_clear_error(inputs, tmp_path):
 
 def test_reading_says_where_a_catalogue_was_expected(tmp_path):
     with pytest.raises(UserError, match="no clip catalogue here"):
-        catalog.read_clips(tmp_path)
+        tables.read_clips(tmp_path)
     (tmp_path / "catalogue").mkdir()
     pl.DataFrame({"clip_id": ["a"]}).write_parquet(tmp_path / "catalogue" / "clips.parquet")
     with pytest.raises(UserError, match="catalogue version 0"):
-        catalog.read_clips(tmp_path)
+        tables.read_clips(tmp_path)
 
 
 @pytest.mark.parametrize("per_unit", [1, 3])
@@ -169,10 +168,10 @@ def test_equal_bytes_behind_two_addresses_count_once(inputs, tmp_path, per_unit)
     run = context(tiny(sources__sources_per_shard=per_unit), tmp_path / "in", encoders, tmp_path)
     stage.run(run)
     server.shutdown()
-    found = {row["source_uri"]: row for row in catalog.read_sources(run.output).iter_rows(named=True)}
+    found = {row["source_uri"]: row for row in tables.read_sources(run.output).iter_rows(named=True)}
     assert [found[uri]["verdict"] for uri in uris] == ["ok", "duplicate", "failed"]
     assert found[uris[1]]["duplicate_of"] == uris[0] and "404" in found[uris[2]]["reason"]
-    clips = catalog.read_clips(run.output)
+    clips = tables.read_clips(run.output)
     assert set(clips["source_uri"]) == {uris[0]} and clips["clip_id"].n_unique() == len(clips) > 0
     assert set(clips["split"]) == {"footage"} and set(clips["licence"]) == {"CC0-1.0"}
     assert {json.loads(text)["views"] for text in clips["metadata"]} == {7}

@@ -15,17 +15,17 @@ from media_files import Kind, scenery, shots, tiny_config, write
 from benchmarks.curation.accuracy import Tally, judge
 from svd.config import SyntheticWorlds
 from svd.core.errors import UserError
+from svd.curation.base.types import SourceAnalysis
 from svd.curation.cuts.frame_scores import Clock
 from svd.curation.cuts.transitions import fit_ramp, unexplained
 from svd.curation.measuring.decode_pass import analyse
-from svd.curation.types import Analysis
 from svd.synthetic.videos import write_worlds
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 CONTENT = [{"detector": "content", "threshold": 27}]
 
 
-def _kinds(analysis: Analysis) -> list[tuple[str, int, int]]:
+def _kinds(analysis: SourceAnalysis) -> list[tuple[str, int, int]]:
     return [(c.kind, c.start_frame, c.end_frame) for c in analysis.cuts]
 
 

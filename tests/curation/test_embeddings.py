@@ -43,7 +43,7 @@ def test_batches_change_nothing_and_are_filled_across_clips(batch):
     frames, encoders = clips(7), Encoders()
     found = embeddings.image_embeddings(frames, encoders, batch, "cpu")
     for clip, vectors in zip(frames, found, strict=True):
-        alone = encoders.image_features(embeddings.to_tensor(clip))
+        alone = encoders.image_features(embeddings.frames_to_tensor(clip))
         assert torch.allclose(vectors, nn.functional.normalize(alone, dim=-1), atol=1e-6)
     assert found.shape == (7, 3, 3)
     assert torch.allclose(found.norm(dim=-1), torch.ones(7, 3))

@@ -19,10 +19,10 @@ import pytest
 from curation_inputs import context, tiny, write_encoders
 from hostile_files import GIANT_RAW, RATELESS_RAW, lies, mutants, write_originals
 
-from svd.catalogue import tables as catalog
-from svd.catalogue.shards import read_clip
+from svd.catalogue import tables
+from svd.catalogue.shards import read_clip_bytes
 from svd.curation import stage
-from svd.curation.measuring.process import Analyst
+from svd.curation.measuring.process import DecodeProcess
 
 MEMORY = 384 << 20
 MUTANTS = 500
@@ -101,7 +101,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-class Watched(Analyst):
+class Watched(DecodeProcess):
     """Notes the limit of memory that its processes really have."""
 
     limits: set[bool] = set()  # noqa: RUF012 shared by all on purpose
@@ -125,7 +125,7 @@ def test_a_run_goes_on_over_hostile_sources(endless, tmp_path, monkeypatch):
         (footage / f"mutant{i:04d}{originals[i % len(originals)].suffix}").write_bytes(data)
     special = write_special(footage, originals[0], endless)
     encoders = write_encoders(tmp_path / "encoders")
-    monkeypatch.setattr(stage, "Analyst", functools.partial(Watched, timeout=20.0, memory=MEMORY))
+    monkeypatch.setattr(stage, "DecodeProcess", functools.partial(Watched, timeout=20.0, memory=MEMORY))
     monkeypatch.setattr("svd.curation.measuring.fetching.MAX_BYTES", 1_000_000)
     monkeypatch.setattr(Watched, "limits", set())
     before = listing(tmp_path)
@@ -134,7 +134,7 @@ def test_a_run_goes_on_over_hostile_sources(endless, tmp_path, monkeypatch):
     assert listing(tmp_path) == before
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"output", "work", ".output.lock"}
     assert Watched.limits == {True}
-    check_rows(catalog.read_sources(run.output), special)
+    check_rows(tables.read_sources(run.output), special)
     check_clips(run.output)
     shutil.rmtree(run.work)
 
@@ -155,6 +155,6 @@ def check_rows(rows: pl.DataFrame, special: dict[str, str]) -> None:
 
 def check_clips(folder: Path) -> None:
     """Every clip of the catalogue decodes to the frames that its row says."""
-    for row in catalog.read_clips(folder).iter_rows(named=True):
-        with av.open(io.BytesIO(read_clip(folder, row))) as container:
+    for row in tables.read_clips(folder).iter_rows(named=True):
+        with av.open(io.BytesIO(read_clip_bytes(folder, row))) as container:
             assert sum(1 for _ in container.decode(video=0)) == row["frames"], row["source_uri"]

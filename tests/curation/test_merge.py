@@ -11,10 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
 from svd.config.load import load_preset
-from svd.curation.merge import merge
+from svd.curation.merge import merge_units
 
 Row = dict[str, Any]
 
@@ -24,12 +23,12 @@ def write_unit(folder: Path, number: int, sources: list[Row], clips: list[Row], 
     measured, scored = folder / "measured" / f"clips-{number:06d}", folder / "scored" / f"clips-{number:06d}"
     for path in (measured, scored):
         path.mkdir(parents=True)
-    catalog.write_rows(measured / "sources.parquet", sources, schema.SOURCES_SCHEMA)
-    catalog.write_rows(measured / "clips.parquet", clips, schema.MEASURED_SCHEMA)
-    catalog.write_rows(measured / "cuts.parquet", cuts, schema.CUTS_SCHEMA)
-    catalog.write_rows(measured / "dropped.parquet", [], schema.DROPPED_SCHEMA)
+    tables.write_table_rows(measured / "sources.parquet", sources, schema.SOURCES_SCHEMA)
+    tables.write_table_rows(measured / "clips.parquet", clips, schema.MEASURED_SCHEMA)
+    tables.write_table_rows(measured / "cuts.parquet", cuts, schema.CUTS_SCHEMA)
+    tables.write_table_rows(measured / "dropped.parquet", [], schema.DROPPED_SCHEMA)
     scores = [{"clip_id": row["clip_id"], "aesthetics": row["motion_score"] + 1} for row in clips]
-    catalog.write_rows(scored / "scores.parquet", scores, schema.SCORED_SCHEMA)
+    tables.write_table_rows(scored / "scores.parquet", scores, schema.SCORED_SCHEMA)
     for path in (measured / "flow.safetensors", scored / "embeddings.safetensors"):
         path.touch()
     return measured, scored
@@ -89,10 +88,10 @@ def make(folder: Path, seed: int) -> tuple[list[tuple[Path, Path]], list[Row], l
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("group", [3, 1 << 14])
 def test_units_are_merged_as_one_table(tmp_path, monkeypatch, seed, group):
-    monkeypatch.setattr(catalog, "ROW_GROUP", group)
+    monkeypatch.setattr(tables, "ROW_GROUP", group)
     units, sources, clips, cuts = make(tmp_path, seed)
     config = load_preset("paper", {"curation.near_duplicates": False}).curation
-    merged = merge([m for m, _ in units], [s for _, s in units], tmp_path / "finished", config)
+    merged = merge_units([m for m, _ in units], [s for _, s in units], tmp_path / "finished", config)
     by_name: dict[str, list[Row]] = {}
     for row in sources:
         by_name.setdefault(row["source_uri"], []).append(row)
@@ -103,7 +102,7 @@ def test_units_are_merged_as_one_table(tmp_path, monkeypatch, seed, group):
     again = {name for name in usable if first[by_name[name][0]["source_id"]] != name}
     assert again and len(usable) > len(again)
 
-    found = catalog.read_sources(tmp_path / "finished")
+    found = tables.read_sources(tmp_path / "finished")
     assert found["source_uri"].to_list() == list(by_name)
     for row in found.iter_rows(named=True):
         rows = by_name[row["source_uri"]]
@@ -118,7 +117,7 @@ def test_units_are_merged_as_one_table(tmp_path, monkeypatch, seed, group):
             assert row["frames"] == sum(r["frames"] for r in rows)
 
     kept = [row for row in clips if row["source_uri"] not in again]
-    table = catalog.read_clips(tmp_path / "finished")
+    table = tables.read_clips(tmp_path / "finished")
     assert table.select("clip_id", "source_uri").rows() == [(r["clip_id"], r["source_uri"]) for r in kept]
     assert table["aesthetics"].to_list() == [pytest.approx(r["motion_score"] + 1) for r in kept]
     assert table.sort("motion_score")["motion_bucket"].is_sorted() and table["motion_bucket"].n_unique() > 10
@@ -128,16 +127,16 @@ def test_units_are_merged_as_one_table(tmp_path, monkeypatch, seed, group):
 
 
 def test_streamed_tables_do_not_depend_on_how_they_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(catalog, "ROW_GROUP", 10)
+    monkeypatch.setattr(tables, "ROW_GROUP", 10)
     schema = pa.schema([("n", pa.int64())])
     whole = pa.table({"n": list(range(57))}, schema=schema)
     for name, sizes in (("a", [57]), ("b", [1] * 57), ("c", [0, 9, 25, 0, 23])):
         ends = np.cumsum(sizes)
         pieces = (whole.slice(int(end - size), size) for end, size in zip(ends, sizes, strict=True))
-        catalog.write_stream(tmp_path / name, pieces, schema)
+        tables.write_stream(tmp_path / name, pieces, schema)
     file = pq.ParquetFile(tmp_path / "a")
     assert file.read() == whole
     assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [10] * 5 + [7]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
-    catalog.write_stream(tmp_path / "none", [], schema)
+    tables.write_stream(tmp_path / "none", [], schema)
     assert pq.read_table(tmp_path / "none") == schema.empty_table()

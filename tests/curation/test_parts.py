@@ -11,17 +11,16 @@ import pytest
 from curation_inputs import context, tiny, write_encoders, write_sources
 from media_files import MATRICES, Kind, decode_rgb, shots, tiny_config, write
 
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
 from svd.config import CurationConfig
 from svd.curation import stage
+from svd.curation.base.types import SourceAnalysis
 from svd.curation.clips.writer import write_clip
 from svd.curation.measuring.decode_pass import analyse
 from svd.curation.measuring.parts import analyse_part, count_parts, seconds_claimed
-from svd.curation.measuring.process import Analyst
+from svd.curation.measuring.process import DecodeProcess
 from svd.curation.measuring.unit import identify, measure_unit, units_of
 from svd.curation.merge import join_parts
-from svd.curation.types import Analysis
 from svd.sources.listing import list_sources
 
 LENGTHS = [100, 57, 130, 113]
@@ -36,12 +35,12 @@ KINDS = {
 }
 
 
-def listed(found: Analysis) -> list[tuple]:
+def listed(found: SourceAnalysis) -> list[tuple]:
     """The cuts that a source or part lists, without their scores."""
     return [(c.kind, c.start_frame, c.frame, c.pts, round(c.start_seconds, 6)) for c in found.cuts[found.inherited :]]
 
 
-def split(source: Path, config: CurationConfig, scratch: Path) -> list[Analysis]:
+def split(source: Path, config: CurationConfig, scratch: Path) -> list[SourceAnalysis]:
     """The analyses of all parts of a source."""
     count = count_parts(source, config)
     return [analyse_part(source, config, lambda clip: clip, (n, count), scratch) for n in range(count)]
@@ -159,11 +158,11 @@ def test_a_split_source_has_one_row_and_its_clips_those_of_the_whole(tmp_path):
         run = context(preset, sources, encoders, tmp_path / name)
         stage.run(run)
         found[name] = run.output
-    whole, split = (catalog.read_sources(found[name]) for name in ("whole", "split"))
+    whole, split = (tables.read_sources(found[name]) for name in ("whole", "split"))
     same = ("source_uri", "source_id", "verdict", "frames", "width", "bytes", "licence")
     assert split.select(same).equals(whole.select(same))
     assert split["duration"].to_list() == pytest.approx(whole["duration"].to_list())
-    clips, parts = (catalog.read_clips(found[name]) for name in ("whole", "split"))
+    clips, parts = (tables.read_clips(found[name]) for name in ("whole", "split"))
     assert parts["unit"].n_unique() > 4 and split["clips"].sum() == len(parts)
     assert parts.select("source_uri", "start_frame").equals(parts.select("source_uri", "start_frame").sort(pl.all()))
     both = clips.join(parts, on="clip_id", suffix="_of_part")
@@ -182,9 +181,9 @@ def test_long_members_of_tars_are_split_as_files_are(tmp_path):
     parts = stage.split_long(found, config, tmp_path / "fetched")
     assert [one.part for one in parts] == 2 * [(number, 4) for number in range(4)]
     frames = []
-    with Analyst() as analyst:
+    with DecodeProcess() as decoding:
         for unit in units_of(parts[:4], 5):
-            folder = measure_unit(unit, config, tmp_path / "measured", analyst)
+            folder = measure_unit(unit, config, tmp_path / "measured", decoding)
             rows = pl.read_parquet(folder / "sources.parquet")
             frames += rows["frames"].to_list()
             assert rows["source_uri"].to_list() == [f"{tmp_path}/in/w.tar#film.mp4"]
@@ -215,7 +214,7 @@ def test_a_part_that_fails_is_told():
     ]
     rows += [{"source_uri": "a", "verdict": "failed", "reason": "crashed", "clips": 0}]
     rows += [{"source_uri": "b", "verdict": "ok", "reason": "", "frames": 5, "duration": 1.0, "clips": 1}]
-    frame = pl.from_arrow(catalog.with_schema(pl.DataFrame(rows), columns))
+    frame = pl.from_arrow(tables.with_schema(pl.DataFrame(rows), columns))
     first, second = join_parts(frame).to_dicts()
     assert (first["verdict"], first["frames"], first["clips"], first["fps"]) == ("ok", 50, 1, 25.0)
     assert first["warnings"] == ["odd", "a part: crashed"] and second["warnings"] == []

@@ -14,7 +14,7 @@ from curation_inputs import tiny, write_encoders
 from measured_units import PICTURES, write_unit
 from safetensors.torch import load_file
 
-from svd.curation.scoring.unit import GROUP, Scorer
+from svd.curation.scoring.unit import GROUP, ClipScorer
 from svd.model.formats.encoders import load_encoders
 
 HEIGHT, WIDTH = 540, 720
@@ -37,7 +37,7 @@ def test_one_large_frame_is_in_memory_at_a_time(encoders, tmp_path, monkeypatch)
 
     monkeypatch.setattr(kornia.geometry, "resize", watched)
     tracemalloc.start()
-    Scorer(encoders, [], ("sidecar", "motion")).score_unit(unit, tmp_path / "scored", 1 << 20)
+    ClipScorer(encoders, [], ("sidecar", "motion")).score_unit(unit, tmp_path / "scored", 1 << 20)
     peak = tracemalloc.get_traced_memory()[1]  # of numpy, not of torch
     tracemalloc.stop()
     assert peak < 6 * HEIGHT * WIDTH * 3, "the frames of two clips"
@@ -87,7 +87,7 @@ def test_captioners_see_every_clip_with_its_frames(encoders, tmp_path):
     unit = write_unit(tmp_path, GROUP + 4, HEIGHT, WIDTH)
     paths = [unit / "pictures" / f"{number}.jpg" for number in range(PICTURES)]
     describer = Describer(np.stack([cv2.imread(str(path))[..., ::-1] for path in paths]).astype(int))
-    scorer = Scorer(encoders, [describer, Repeater()], ("llm", "sidecar"))
+    scorer = ClipScorer(encoders, [describer, Repeater()], ("llm", "sidecar"))
     scores = pl.read_parquet(scorer.score_unit(unit, tmp_path / "scored", 1 << 20) / "scores.parquet")
     assert [name for name, _ in describer.asked] == scores["clip_id"].to_list()
     assert all(captions.keys() == {"motion", "sidecar"} for _, captions in describer.asked)
@@ -101,7 +101,7 @@ def test_encoders_that_cannot_shrink_frames_get_them_whole(encoders, tmp_path):
     plain, found = Plain(encoders), []
     for name, which in (("shrunk", encoders), ("whole", plain)):
         unit = write_unit(tmp_path / name, 5, HEIGHT, WIDTH)
-        scored = Scorer(which, [], ("motion",)).score_unit(unit, tmp_path / name / "scored", 1 << 20)
+        scored = ClipScorer(which, [], ("motion",)).score_unit(unit, tmp_path / name / "scored", 1 << 20)
         found.append(load_file(scored / "embeddings.safetensors"))
     assert plain.largest == WIDTH
     assert found[0].keys() == found[1].keys()

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_files import Kind, shots, tiny_config, write
 
+from svd.curation.base.types import SourceAnalysis
 from svd.curation.decoding import decoder as decode
 from svd.curation.decoding.probe import PacketIndex
-from svd.curation.decoding.skipping import Debt, Numbering, skippable
+from svd.curation.decoding.skipping import DecodedTwice, Numbering, skippable
 from svd.curation.measuring import decode_pass as analysis
 from svd.curation.measuring.decode_pass import analyse
-from svd.curation.types import Analysis
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 LONG_GROUPS = Kind(b_frames=3, gop=250, options={"x264-params": "scenecut=0"})
@@ -51,7 +51,7 @@ def world(seed: int, fps: float) -> tuple[list[np.ndarray], list[int]]:
     return frames, starts
 
 
-def cuts(result: Analysis) -> list[tuple[str, int, int]]:
+def cuts(result: SourceAnalysis) -> list[tuple[str, int, int]]:
     return [(c.kind, c.start_frame, c.end_frame) for c in result.cuts]
 
 
@@ -60,12 +60,12 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """Timestamps of the frames that are decoded, second looks included."""
     times: list[int | None] = []
 
-    class Counted(decode.Picture):
+    class Counted(decode.DecodedFrame):
         def __init__(self, frame: av.VideoFrame, count: int, size: tuple[int, int] | None) -> None:
             super().__init__(frame, count, size)
             times.append(self.pts)
 
-    monkeypatch.setattr(decode, "Picture", Counted)
+    monkeypatch.setattr(decode, "DecodedFrame", Counted)
     return times
 
 
@@ -174,10 +174,10 @@ def test_enough_frames_remain(groups: list[int], gap: int, data: st.DataObject) 
 
 def test_debt_counts_every_frame_once() -> None:
     """Steps in one group share a decode; a debt beyond the limit is reported."""
-    debt = Debt(np.array([0, 1000]))
+    debt = DecodedTwice(np.array([0, 1000]))
     assert not debt.grows_too_large(40) and not debt.grows_too_large(60)
     assert debt.grows_too_large(100) is (100 > 60 + 25)
-    assert not Debt(np.array([0, 1000])).grows_too_large(1010)
+    assert not DecodedTwice(np.array([0, 1000])).grows_too_large(1010)
 
 
 def test_one_pass_costs_little_more_than_decoding() -> None:

@@ -16,7 +16,7 @@ from svd.config import TextConfig
 from svd.core.device import pick_device
 from svd.core.errors import UserError
 from svd.curation.captions.video import sample_frames
-from svd.curation.measuring.process import load_networks
+from svd.curation.measuring.child import load_networks
 from svd.curation.text import craft
 from svd.curation.text.base import area_ratio, text_areas
 from svd.curation.text.dbnet import DBTextDetector
@@ -49,7 +49,7 @@ def detector():
 @pytest.fixture(scope="module")
 def clean():
     """Frames of real footage without text."""
-    return sample_frames(SAMPLES / "big-buck-bunny.mp4", 4).pictures
+    return sample_frames(SAMPLES / "big-buck-bunny.mp4", 4).images
 
 
 def subtitled(frame: np.ndarray, text: str, height: int) -> np.ndarray:
@@ -222,7 +222,7 @@ def test_craft_joins_characters_into_words():
     affinity[22:28, 26:46] = 0.8
     region[40:48, 80:100] = 0.9
     region[5:9, 100:110] = 0.5  # never sure enough
-    words = craft.boxes(region, affinity)
+    words = craft.word_boxes(region, affinity)
     assert len(words) == 2
     first, second = sorted(words, key=lambda box: box[:, 0].mean())
     assert first[:, 0].min() <= 20 and first[:, 0].max() >= 51

@@ -74,7 +74,7 @@ def test_a_chat_model_sees_eight_frames_of_each_clip(name, requests_of_clips, tm
     for (_, asked), request in zip(processor.asked, requests_of_clips, strict=False):
         (video,) = asked["videos"]
         assert video.shape == (8, 64, 96, 3) and video.dtype == np.uint8
-        assert np.array_equal(video, np.stack(sample_frames(request.video, 8).pictures))
+        assert np.array_equal(video, np.stack(sample_frames(request.video, 8).images))
         assert INSTRUCTION in asked["text"] and asked["text"].endswith("assistant:")
     first, second, again = (answer["pixel_values_videos"] for answer in processor.answered)
     assert torch.equal(first, again) and first.shape == second.shape

@@ -9,8 +9,8 @@ import pytest
 from micro_project import ROOT, micro_preset
 from servers import BIN
 
-from flows import runner
 from flows.recording.results_store import read_manifest
+from flows.running import runner
 from flows.stages import STAGES
 from svd import storage
 from svd.config import Preset

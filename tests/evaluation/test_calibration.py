@@ -20,13 +20,12 @@ from training.curated import write_curation
 from evaluation.calibration import candidates as calibration_models
 from evaluation.calibration import stage as calibration
 from evaluation.calibration.automatic_votes import cast_votes, nearness
-from evaluation.calibration.candidates import Candidate, candidates, choose_prompts, start_set, subset
-from evaluation.calibration.results import conclude
-from evaluation.preference.app import build
+from evaluation.calibration.candidates import Candidate, candidates, choose_prompts, start_set, training_subset
+from evaluation.calibration.outcomes import conclude
+from evaluation.preference.app import build_app
 from evaluation.preference.ratings import Vote
 from evaluation.preference.study import load_study, open_store
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
 from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.model.formats.folders import load_unet, save_unet
@@ -80,7 +79,7 @@ def write_inputs(folder: Path) -> dict[str, Path]:
         captions=pl.Series(captions),
         keep=pl.lit(False),
     )
-    catalog.write_table(path, catalog.with_schema(rows, schema.CLIPS_SCHEMA))
+    tables.write_table(path, tables.with_schema(rows, schema.CLIPS_SCHEMA))
     inputs = write_models(folder)
     torch.manual_seed(1)
     image = UNet(
@@ -208,7 +207,7 @@ def test_votes_cast_while_the_stage_runs_again_are_kept(inputs: dict[str, Path],
     context = make_context(inputs, tmp_path, judge="people", axes=["motion"])
     calibration.run(context)
     study = context.output / "studies" / "motion"
-    page = TestClient(build(study))
+    page = TestClient(build_app(study))
     page.get("/?rater=somebody")
 
     def answer() -> bool:
@@ -246,14 +245,14 @@ def test_subsets_come_from_the_unfiltered_start_set(inputs: dict[str, Path], tmp
     assert not start["keep"].any(), "the filters' verdict plays no role"
     assert start_set(inputs["curation"], config, seed=0).equals(start)
     assert not start_set(inputs["curation"], config, seed=3)["clip_id"].equals(start["clip_id"])
-    half = subset(start, Candidate("motion-50", "motion", 0.5))
+    half = training_subset(start, Candidate("motion-50", "motion", 0.5))
     rest = train.filter(~pl.col("clip_id").is_in(sorted(half.clips)))
     assert 0 < len(rest) <= 0.5 * len(train) and rest["motion_score"].max() < half.thresholds["motion"]
-    assert len(subset(start, Candidate("captions-sidecar", "captions", captioner="sidecar")).clips) < 7
+    assert len(training_subset(start, Candidate("captions-sidecar", "captions", captioner="sidecar")).clips) < 7
     with pytest.raises(UserError, match="no scores for 'aesthetics'"):
-        subset(start, Candidate("aesthetics-50", "aesthetics", 0.5))
+        training_subset(start, Candidate("aesthetics-50", "aesthetics", 0.5))
     with pytest.raises(UserError, match="no clip has a caption by 'coca'"):
-        subset(start, Candidate("captions-coca", "captions", captioner="coca"))
+        training_subset(start, Candidate("captions-coca", "captions", captioner="coca"))
 
 
 def test_prompts_are_captions_of_test_clips(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from evaluation.frechet.distances import distance
+from evaluation.frechet.gate import compare_scores, judge_candidate
 from evaluation.frechet.moments import MomentState
 from evaluation.frechet.protocol import named_protocols
 from evaluation.frechet.results import Result, Score, result_json
-from evaluation.gate import compare, gate
 from svd.core.errors import UserError
 from svd.core.files import write_json
 
@@ -39,31 +39,31 @@ def evaluation(folder: Path, made: np.ndarray, protocol: str = "svd_ucf101_paper
 
 
 def test_first_model_must_beat_its_controls(tmp_path: Path) -> None:
-    assert gate(evaluation(tmp_path / "good", clips(5)), None).passed
-    verdict = gate(evaluation(tmp_path / "bad", 6 * clips(5)), None)
+    assert judge_candidate(evaluation(tmp_path / "good", clips(5)), None).passed
+    verdict = judge_candidate(evaluation(tmp_path / "bad", 6 * clips(5)), None)
     assert not verdict.passed and "noise" in verdict.reason
 
 
 def test_better_and_equal_pass_and_worse_fails(tmp_path: Path) -> None:
     champion = evaluation(tmp_path / "champion", clips(5))
-    assert gate(champion, champion).passed
-    better = gate(evaluation(tmp_path / "better", 0.9 * clips(5)), champion)
+    assert judge_candidate(champion, champion).passed
+    better = judge_candidate(evaluation(tmp_path / "better", 0.9 * clips(5)), champion)
     assert better.passed and better.kernel.value < 0 and better.frechet.value < 0
-    worse = gate(evaluation(tmp_path / "worse", 1.6 * clips(5)), champion)
+    worse = judge_candidate(evaluation(tmp_path / "worse", 1.6 * clips(5)), champion)
     assert not worse.passed and worse.kernel.value > 3 * worse.kernel.standard_error
     assert "allowed" in worse.reason and "\n" not in worse.reason
 
 
 def test_a_small_change_is_within_tolerance(tmp_path: Path) -> None:
     champion = evaluation(tmp_path / "champion", clips(5))
-    assert gate(evaluation(tmp_path / "near", 1.002 * clips(5)), champion, tolerance=0.1).passed
-    assert not gate(evaluation(tmp_path / "far", 1.5 * clips(5)), champion, tolerance=0.0, sigmas=1.0).passed
+    assert judge_candidate(evaluation(tmp_path / "near", 1.002 * clips(5)), champion, tolerance=0.1).passed
+    assert not judge_candidate(evaluation(tmp_path / "far", 1.5 * clips(5)), champion, tolerance=0.0, sigmas=1.0).passed
 
 
 def test_pairing_cancels_common_noise(tmp_path: Path) -> None:
     champion = evaluation(tmp_path / "champion", clips(5))
-    paired, _ = compare(evaluation(tmp_path / "paired", 1.1 * clips(5)), champion)
-    unpaired, _ = compare(evaluation(tmp_path / "unpaired", 1.1 * clips(6)), champion)
+    paired, _ = compare_scores(evaluation(tmp_path / "paired", 1.1 * clips(5)), champion)
+    unpaired, _ = compare_scores(evaluation(tmp_path / "unpaired", 1.1 * clips(6)), champion)
     assert paired.standard_error < 0.5 * unpaired.standard_error
 
 
@@ -79,12 +79,12 @@ def test_pairing_cancels_common_noise(tmp_path: Path) -> None:
 def test_other_things_are_not_compared(tmp_path: Path, changes: dict, message: str) -> None:
     champion = evaluation(tmp_path / "champion", clips(5))
     with pytest.raises(UserError, match=message):
-        gate(evaluation(tmp_path / "candidate", clips(5), **changes), champion)
+        judge_candidate(evaluation(tmp_path / "candidate", clips(5), **changes), champion)
 
 
 def test_missing_and_damaged_results_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no evaluation there"):
-        gate(tmp_path, None)
+        judge_candidate(tmp_path, None)
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        gate(tmp_path, None)
+        judge_candidate(tmp_path, None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from evaluation.frechet.pictures import comparison_grid, fitted
+from evaluation.frechet.comparison_grid import comparison_grid, fitted
 
 FONT = ImageFont.load_default(11)
 

@@ -13,11 +13,11 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from evaluation.preference.app import build, clip_path
-from evaluation.preference.clips import Box, Source, fit, harmonise, mask, spoil, trim
+from evaluation.preference.app import build_app, clip_path
+from evaluation.preference.clips import Box, ModelClips, cover_and_crop, harmonise, mask, spoil, trim
 from evaluation.preference.pairs import schedule
 from evaluation.preference.store import VoteStore
-from evaluation.preference.study import create_study, export, load_study, open_store, read_prompts
+from evaluation.preference.study import create_study, export_results, load_study, open_store, read_named_prompts
 from svd.core.errors import UserError
 from svd.media.video import read_frames, write_mp4
 
@@ -31,7 +31,7 @@ def clip(seed: int, frames: int, height: int, width: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[ModelClips]:
     """Three models with clips of other sizes, rates and lengths; the second has a watermark."""
     root = tmp_path_factory.mktemp("clips")
     found = []
@@ -41,12 +41,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
         for key in ("a cat", "dogs & “birds”"):
             write_mp4(root / model / f"{key}.mp4", clip(number, count, *size), fps)
         boxes = (Box(0.75, 0.75, 1, 1),) if model == "svd-beta" else ()
-        found.append(Source(model, root / model, boxes))
+        found.append(ModelClips(model, root / model, boxes))
     return found
 
 
 @pytest.fixture
-def study(tmp_path: Path, sources: list[Source]) -> Path:
+def study(tmp_path: Path, sources: list[ModelClips]) -> Path:
     create_study(tmp_path / "study", sources, votes=2)
     return tmp_path / "study"
 
@@ -76,7 +76,7 @@ def test_attention_checks_come_regularly_on_random_sides() -> None:
 
 
 def test_gen2_clips_become_1024_by_576() -> None:
-    made = fit(clip(0, 2, 768, 1408), 576, 1024)
+    made = cover_and_crop(clip(0, 2, 768, 1408), 576, 1024)
     assert made.shape == (2, 576, 1024, 3)
 
 
@@ -97,7 +97,7 @@ def test_a_spoiled_clip_is_plainly_worse_and_reproducible() -> None:
     assert np.abs(spoil(frames, 1).astype(int) - frames).mean() > 40
 
 
-def test_study_folder_is_complete_and_repeatable(study: Path, sources: list[Source]) -> None:
+def test_study_folder_is_complete_and_repeatable(study: Path, sources: list[ModelClips]) -> None:
     made = load_study(study)
     assert made.models == MODELS and set(made.prompts) == {"a cat", "dogs & “birds”"}
     shapes = set()
@@ -118,13 +118,13 @@ def test_a_file_beside_a_clip_is_no_clip(tmp_path: Path) -> None:
     for model in "ab":
         write_mp4(tmp_path / model / "x [1].mp4", clip(ord(model), 4, 32, 48), 8)
         (tmp_path / model / "x [1].json").write_text("{}")
-    made = create_study(tmp_path / "study", [Source(model, tmp_path / model) for model in "ab"], votes=1)
+    made = create_study(tmp_path / "study", [ModelClips(model, tmp_path / model) for model in "ab"], votes=1)
     assert set(made.prompts) == {"x [1]"} and (tmp_path / "study" / "clips" / "x [1]" / "1.mp4").is_file()
 
 
-def test_another_watermark_is_another_study(study: Path, sources: list[Source]) -> None:
+def test_another_watermark_is_another_study(study: Path, sources: list[ModelClips]) -> None:
     """Else the clips on disk would keep the old mask."""
-    wider = [*sources[:2], Source(MODELS[2], sources[2].folder, (Box(0, 0, 0.2, 0.2),))]
+    wider = [*sources[:2], ModelClips(MODELS[2], sources[2].folder, (Box(0, 0, 0.2, 0.2),))]
     with pytest.raises(UserError, match="another study"):
         create_study(study, wider, votes=2)
     with pytest.raises(UserError, match="not in the picture"):
@@ -132,7 +132,7 @@ def test_another_watermark_is_another_study(study: Path, sources: list[Source]) 
 
 
 def test_a_page_whose_study_was_replaced_says_so(study: Path) -> None:
-    client = TestClient(build(study))
+    client = TestClient(build_app(study))
     client.get("/?rater=worker-0003")
     about = json.loads((study / "study.json").read_text())
     (study / "study.json").write_text(json.dumps({**about, "votes_file": "../other.db"}))
@@ -144,31 +144,31 @@ def test_a_page_whose_study_was_replaced_says_so(study: Path) -> None:
 def test_prompts_from_files(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('{"a": "A cat", "b": "A dog"}')
     (tmp_path / "p.csv").write_text('\ufeffname,prompt\na,A cat\nb,"A dog, running"\n')
-    assert read_prompts(tmp_path / "p.json") == {"a": "A cat", "b": "A dog"}
-    assert read_prompts(tmp_path / "p.csv") == {"a": "A cat", "b": "A dog, running"}
+    assert read_named_prompts(tmp_path / "p.json") == {"a": "A cat", "b": "A dog"}
+    assert read_named_prompts(tmp_path / "p.csv") == {"a": "A cat", "b": "A dog, running"}
     for content, message in (("x,y\n1,2\n", "no column 'name'"), ("name,prompt\na,\n", "needs a text")):
         (tmp_path / "bad.csv").write_text(content)
         with pytest.raises(UserError, match=message):
-            read_prompts(tmp_path / "bad.csv")
+            read_named_prompts(tmp_path / "bad.csv")
     for content in ("[1]", "{", "3"):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match="no prompts"):
-            read_prompts(tmp_path / "bad.json")
+            read_named_prompts(tmp_path / "bad.json")
     with pytest.raises(UserError, match="no prompts"):
-        read_prompts(tmp_path / "absent.json")
+        read_named_prompts(tmp_path / "absent.json")
 
 
-def test_mistakes_in_a_study_are_one_line(tmp_path: Path, sources: list[Source]) -> None:
+def test_mistakes_in_a_study_are_one_line(tmp_path: Path, sources: list[ModelClips]) -> None:
     with pytest.raises(UserError, match="no clip of this prompt by svd-alpha"):
         create_study(tmp_path / "a", sources, {"absent": "An absent clip"})
     with pytest.raises(UserError, match="is no file name"):
         create_study(tmp_path / "a", sources, {"../outside": "x"})
     with pytest.raises(UserError, match="same name in all"):
-        create_study(tmp_path / "b", [sources[0], Source("x", tmp_path)])
+        create_study(tmp_path / "b", [sources[0], ModelClips("x", tmp_path)])
     with pytest.raises(UserError, match="appears twice"):
         create_study(tmp_path / "c", [sources[0], sources[0]])
     with pytest.raises(UserError, match="no study there"):
-        build(tmp_path / "absent")
+        build_app(tmp_path / "absent")
     for url in ("nonsense", "sqlite:////absent/folder/votes.db", "oracle+nothing://u:secret@h/db"):
         with pytest.raises(UserError, match="can't be opened") as error:
             VoteStore(url)
@@ -176,7 +176,7 @@ def test_mistakes_in_a_study_are_one_line(tmp_path: Path, sources: list[Source])
 
 
 def test_a_rater_votes_over_http_until_nothing_is_left(study: Path) -> None:
-    client = TestClient(build(study))
+    client = TestClient(build_app(study))
     assert client.get("/api/next").status_code == 403
     page = client.get("/?rater=worker-0001")
     assert page.status_code == 200 and "ArrowLeft" in page.text
@@ -199,7 +199,7 @@ def test_a_rater_votes_over_http_until_nothing_is_left(study: Path) -> None:
 
 
 def test_bad_requests_are_answered_and_nothing_is_stored(study: Path) -> None:
-    client = TestClient(build(study))
+    client = TestClient(build_app(study))
     client.get("/?rater=worker-0002")
     assert client.post("/api/vote", json={"question": 9999, "side": "left"}).status_code == 404
     assert client.post("/api/vote", json={"question": 0, "side": "both"}).status_code == 422
@@ -210,7 +210,7 @@ def test_bad_requests_are_answered_and_nothing_is_stored(study: Path) -> None:
 
 
 def test_questions_are_shared_out_evenly_between_raters(study: Path) -> None:
-    app = build(study)
+    app = build_app(study)
     store = open_store(study)
     for rater in ("rater-one", "rater-two"):
         client = TestClient(app)
@@ -243,13 +243,13 @@ def test_raters_that_fail_checks_are_left_out(study: Path) -> None:
 
 def test_results_and_exports(study: Path) -> None:
     store = open_store(study)
-    client = TestClient(build(study))
+    client = TestClient(build_app(study))
     assert "No votes that count yet" in client.get("/results").text
     strength = {model: -number for number, model in enumerate(MODELS)}
     for question in store.questions():
         side = "left" if strength[question.left] >= strength[question.right] else "right"
         store.answer(question.number, "a-rater", question.check or side, 1200)
-    found = export(study)
+    found = export_results(study)
     for axis in ("quality", "prompt"):
         table = found["axes"][axis]
         assert [r["model"] for r in table["bradley_terry"]] == list(MODELS) == [r["model"] for r in table["elo_paper"]]

@@ -79,9 +79,9 @@ def test_paper_protocol_is_the_papers() -> None:
     assert (paper.frames, paper.fps, paper.prompt) == (16, 25.0, "class")
     assert (paper.real, paper.generated) == (13_320, 13_320)
     clips = torch.randint(0, 256, (1, 16, 3, 320, 576), dtype=torch.uint8)
-    assert paper.detector_input(paper.pictures(clips, real=False)).shape == (1, 16, 3, 240, 320)
+    assert paper.detector_input(paper.images(clips, real=False)).shape == (1, 16, 3, 240, 320)
     real = torch.randint(0, 256, (1, 16, 3, 240, 320), dtype=torch.uint8)
-    assert torch.equal(paper.detector_input(paper.pictures(real, real=True)), real)
+    assert torch.equal(paper.detector_input(paper.images(real, real=True)), real)
 
 
 def test_cdfvd_truncates_at_256_and_resizes_without_rounding() -> None:
@@ -92,7 +92,7 @@ def test_cdfvd_truncates_at_256_and_resizes_without_rounding() -> None:
     scaled = torch.nn.functional.interpolate(frames, (256, 342), mode="bilinear", antialias=True)
     stored = (scaled[..., 43:299] * 255).byte()
     expected = torch.nn.functional.interpolate(stored.float(), (224, 224), mode="bilinear")
-    seen = cdfvd.detector_input(cdfvd.pictures(clips, real=True))[0]
+    seen = cdfvd.detector_input(cdfvd.images(clips, real=True))[0]
     assert seen.dtype == torch.float32 and (seen != seen.round()).float().mean() > 0.5
     assert (seen - expected).abs().mean() < 0.02 and cdfvd.ddof == 0
 
@@ -122,8 +122,8 @@ def test_cover_covers_and_keeps_the_aspect_ratio(height: int, width: int) -> Non
 def test_short_side_then_crop_is_another_picture_than_squashing() -> None:
     clips = torch.randint(0, 256, (1, 16, 3, 240, 320), dtype=torch.uint8)
     named = named_protocols()
-    cropped = named["junyaohu_crop"].pictures(clips, real=True)
-    squashed = named["tf_original"].pictures(clips, real=True)
+    cropped = named["junyaohu_crop"].images(clips, real=True)
+    squashed = named["tf_original"].images(clips, real=True)
     assert cropped.shape == squashed.shape == (1, 16, 3, 224, 224)
     assert (cropped - squashed).abs().mean() > 20
 
@@ -168,11 +168,11 @@ def test_a_generated_clip_is_scored_from_its_first_frames() -> None:
 )
 def test_wrong_clips_are_refused(clips: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        protocol().pictures(clips, real=False)
+        protocol().images(clips, real=False)
 
 
 def test_black_clips_and_small_pictures() -> None:
     black = torch.zeros(1, 4, 3, 24, 40, dtype=torch.uint8)
-    assert protocol().pictures(black, real=False).shape == (1, 4, 3, 24, 32)
+    assert protocol().images(black, real=False).shape == (1, 4, 3, 24, 32)
     with pytest.raises(ValueError, match="can't crop"):
-        protocol(steps=(Crop(48, 48),)).pictures(black, real=False)
+        protocol(steps=(Crop(48, 48),)).images(black, real=False)

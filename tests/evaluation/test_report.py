@@ -13,7 +13,7 @@ from toy_outputs import write_outputs
 from evaluation.report import gather
 from evaluation.report.charts import Bar, Dot, Series, dot_plot, funnel_chart, line_chart, ticks
 from evaluation.report.gather import continued, gallery, medium
-from evaluation.report.page import figure, render, run
+from evaluation.report.page import figure, render_page, run
 from flows.stages import find_stage
 from svd.config.load import load_preset
 from svd.core.errors import UserError
@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def page(folders: dict[str, Path]) -> str:
-    return render(load_preset("tiny"), folders)[0]
+    return render_page(load_preset("tiny"), folders)[0]
 
 
 class Balance(HTMLParser):
@@ -108,7 +108,7 @@ def test_the_page_shows_exactly_what_its_stage_reads(folders: dict[str, Path]) -
 
 def test_missing_parts_are_said(folders: dict[str, Path]) -> None:
     some = {name: folder for name, folder in folders.items() if name in ("curation", "video-pretraining")}
-    page, found = render(load_preset("tiny"), some)
+    page, found = render_page(load_preset("tiny"), some)
     assert "Not in this report" in page
     assert len([part for part in found.missing if part.endswith("the stage has no output")]) == len(folders) - 2
     for text in (
@@ -119,14 +119,14 @@ def test_missing_parts_are_said(folders: dict[str, Path]) -> None:
     ):
         assert text in page
     assert "242.02" in page and "after motion" in page
-    empty, _ = render(load_preset("tiny"), {})
+    empty, _ = render_page(load_preset("tiny"), {})
     assert "No stage has written metrics" in empty and "No loss curves" in empty
 
 
 def test_damaged_inputs_name_the_file(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "funnel.json").write_text("{")
     with pytest.raises(UserError, match=r"funnel\.json: damaged"):
-        render(load_preset("tiny"), {"curation": tmp_path})
+        render_page(load_preset("tiny"), {"curation": tmp_path})
     (tmp_path / "x.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"x\.png: can't be shown"):
         medium(tmp_path / "x.png")

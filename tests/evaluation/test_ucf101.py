@@ -15,9 +15,9 @@ import torch
 from tiny_models import CLASSES, make_context, write_dataset
 
 from evaluation.frechet import folders, ucf101
+from evaluation.frechet.gate import compare_scores
 from evaluation.frechet.protocol import I3D, I3D_TORCHSCRIPT_SHA256, EvalProtocol, named_protocols
 from evaluation.frechet.ucf101_data import group_numbers, prompt_list, read_dataset, read_real
-from evaluation.gate import compare
 from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.core.files import write_json
@@ -92,6 +92,22 @@ def test_repetition_gives_equal_bytes_and_batches_are_not_made_twice(folder: Pat
     assert tree(folder / "output") == first
 
 
+def test_a_killed_evaluation_goes_on_with_batches_of_another_size(folder: Path, monkeypatch) -> None:
+    """What is on disk is kept, whatever its size; the rest comes in batches of the new size."""
+    context = make_context(folder, "resized", batch_size=6, controls=[])
+    ucf101.run(context)
+    first = tree(folder / "resized")
+    for lost in context.work.rglob("generated-0/batch-000006.safetensors"):
+        lost.unlink()
+    calls = []
+    original = ucf101.text_to_video
+    monkeypatch.setattr(ucf101, "text_to_video", lambda *a, **k: calls.append(len(a[1])) or original(*a, **k))
+    ucf101.run(make_context(folder, "resized", batch_size=3, controls=[]))
+    assert calls == [3, 1]
+    after = tree(folder / "resized")
+    assert after.keys() == first.keys() and after["prompts.csv"] == first["prompts.csv"]
+
+
 def test_a_torn_batch_file_is_made_again(folder: Path) -> None:
     first = tree(folder / "output")
     context = make_context(folder, seeds=2)
@@ -107,8 +123,8 @@ def test_one_seed_in_other_batches_gives_the_same_score_and_cannot_be_compared_w
     first, other = (result["scores"][0]["distance"]["frechet"]["value"] for result in both)
     assert other == pytest.approx(first, rel=1e-3)
     with pytest.raises(UserError, match="other seeds or another number"):
-        compare(folder / "output", folder / "single")
-    kernel, frechet = compare(folder / "output", folder / "output")
+        compare_scores(folder / "output", folder / "single")
+    kernel, frechet = compare_scores(folder / "output", folder / "output")
     assert kernel.value == frechet.value == kernel.standard_error == 0
 
 
@@ -164,7 +180,7 @@ def test_the_stage_and_the_folders_mean_the_same_protocol() -> None:
     """paper.yaml is the paper's protocol, by name and digest; finetune.yaml says what it changes."""
     paper = named_protocols()["svd_ucf101_paper"]
     found = {
-        name: ucf101.make_protocol(load_preset(name).evaluation.ucf101, "ucf101", 13_320, Published())
+        name: ucf101.ucf101_protocol(load_preset(name).evaluation.ucf101, "ucf101", 13_320, Published())
         for name in ("paper", "finetune")
     }
     assert found["paper"] == paper == folders.protocols(["svd_ucf101_paper"])[0]
@@ -201,7 +217,7 @@ def test_evaluations_of_other_real_clips_or_sampling_are_not_compared(folder: Pa
         (tmp_path / str(number)).mkdir()
         write_json(tmp_path / str(number) / "result.json", {**result, what: value})
         with pytest.raises(UserError, match=message):
-            compare(tmp_path / str(number), folder / "output")
+            compare_scores(tmp_path / str(number), folder / "output")
 
 
 def test_clips_cut_from_one_video_are_one_group() -> None:

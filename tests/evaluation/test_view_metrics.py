@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.multiview.alignment import Alignment, best_alignment, pairwise_psnr
-from evaluation.multiview.perceptual import (
+from evaluation.multiview.image_metrics import (
     PSNR_CAP,
     Perceptor,
     clip_similarity,
     image_features,
-    psnr,
+    image_psnr,
     silhouette,
     silhouette_iou,
     ssim,
@@ -40,8 +40,8 @@ def noisy(clean: torch.Tensor, deviation: float) -> torch.Tensor:
 def test_psnr_is_torchmetrics_per_picture() -> None:
     a, b = pictures(), noisy(pictures(), 0.1)
     expected = [reference.peak_signal_noise_ratio(x[None], y[None], data_range=1.0) for x, y in zip(a, b, strict=True)]
-    assert torch.allclose(psnr(a, b), torch.stack(expected), atol=1e-4)
-    assert (psnr(a, a) == PSNR_CAP).all()
+    assert torch.allclose(image_psnr(a, b), torch.stack(expected), atol=1e-4)
+    assert (image_psnr(a, a) == PSNR_CAP).all()
 
 
 def test_masked_psnr_sees_only_the_mask() -> None:
@@ -49,7 +49,7 @@ def test_masked_psnr_sees_only_the_mask() -> None:
     b[:, :, :24] = 0
     mask = torch.zeros(1, 48, 48, dtype=torch.bool)
     mask[:, 24:] = True
-    assert psnr(a, b, mask) == PSNR_CAP and psnr(a, b, ~mask) < psnr(a, b) < 20
+    assert image_psnr(a, b, mask) == PSNR_CAP and image_psnr(a, b, ~mask) < image_psnr(a, b) < 20
 
 
 def test_ssim_is_torchmetrics() -> None:

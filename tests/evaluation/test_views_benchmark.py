@@ -17,7 +17,7 @@ from tiny_models import WIDTH
 
 from evaluation.multiview import benchmark as views
 from evaluation.multiview.curve import read_checkpoint, score_checkpoints, write_curve
-from evaluation.multiview.protocol import PROTOCOLS, Truth, make_protocol, save_array
+from evaluation.multiview.protocol import PROTOCOLS, Truth, save_array, view_protocol
 from evaluation.multiview.scores import Measures, score
 from svd.config.load import load_preset
 from svd.core.errors import UserError
@@ -53,7 +53,7 @@ def write_models(folder: Path) -> dict[str, Path]:
     config = AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4, scaling_factor=1.0)
     save_autoencoder(Autoencoder(config), folder / "autoencoder")
     toy = clips.toy_config(WIDTH, WIDTH)
-    clips.save_toy(clips.build(toy, "test"), toy, folder / "encoders")
+    clips.save_toy(clips.build_clip(toy, "test"), toy, folder / "encoders")
     return {
         "multiview-finetuning": folder / "mv",
         "autoencoder": folder / "autoencoder",
@@ -100,7 +100,7 @@ def test_the_renderer_is_part_of_what_was_measured(finished: tuple[Path, dict[st
     about = json.loads((folder / "out/protocol.json").read_text())
     assert about["protocol"]["renderer"] == report.metrics["renderer"]
     config = load_preset("tiny", OVERRIDES).evaluation.multiview
-    digests = {name: make_protocol(config, name).digest for name in ("moderngl", "pyvista")}
+    digests = {name: view_protocol(config, name).digest for name in ("moderngl", "pyvista")}
     assert digests["moderngl"] != digests["pyvista"] and digests[str(report.metrics["renderer"])] == about["digest"]
 
 
@@ -110,7 +110,7 @@ def test_the_truth_of_other_meshes_is_not_taken_from_disk(tmp_path: Path) -> Non
     config = config.model_copy(update={"meshes": [str(tmp_path / "meshes")]})
     (tmp_path / "meshes").mkdir()
     with open_renderer(config.renderer) as renderer:
-        protocol = make_protocol(config, renderer.name)
+        protocol = view_protocol(config, renderer.name)
 
         def pictures(*boxes: tuple[str, float]) -> list[np.ndarray]:
             for name, height in boxes:
@@ -119,7 +119,7 @@ def test_the_truth_of_other_meshes_is_not_taken_from_disk(tmp_path: Path) -> Non
                 trimesh.creation.box(extents=(0.5, height, 0.5)).export(path)
             truth = views.render_truth(tmp_path / "truth", config, protocol, 0, renderer)
             assert all(name.endswith("/model.glb") for name in truth.names)
-            return [truth.pictures(number) for number in range(2)]
+            return [truth.views(number) for number in range(2)]
 
         first = pictures(("a", 1.0), ("b", 1.0))
         changed = pictures(("a", 0.2), ("b", 0.2))
@@ -199,9 +199,9 @@ def test_equal_bytes_and_resuming(finished: tuple[Path, dict[str, Path], Report]
 
 def test_protocols() -> None:
     config = load_preset("tiny").evaluation.multiview
-    changed = make_protocol(config, "moderngl")
+    changed = view_protocol(config, "moderngl")
     assert changed.name == "svd_gso_v1[views=9,size=64]" and changed.elevation == 10
-    plain = make_protocol(config.model_copy(update={"views": None, "size": None}), "moderngl")
+    plain = view_protocol(config.model_copy(update={"views": None, "size": None}), "moderngl")
     assert plain == dataclasses.replace(PROTOCOLS["svd_gso_v1"], renderer="moderngl")
     assert plain.views == 21 and plain.size == 576
     assert np.allclose(plain.azimuths, orbit_azimuths(21)) and plain.digest != changed.digest
@@ -215,16 +215,16 @@ def test_perfect_views_are_perfect_and_a_reversed_orbit_is_not(tmp_path: Path) -
     inputs = write_models(tmp_path / "models")
     config = context(tmp_path, inputs).preset
     with open_renderer("auto") as renderer:
-        protocol = make_protocol(config.evaluation.multiview, renderer.name)
+        protocol = view_protocol(config.evaluation.multiview, renderer.name)
         truth = views.render_truth(tmp_path / "truth", config.evaluation.multiview, protocol, 0, renderer)
     models = views.load_models(
         inputs["multiview-finetuning"] / "unet", inputs["autoencoder"], inputs["encoders"], config.encoders
     )
     measures = Measures(views.Perceptor("stlpips-alex"), models.encoders)
-    perfect = score("perfect", truth.pictures, truth, measures)
+    perfect = score("perfect", truth.views, truth, measures)
     assert perfect.novel("psnr") == 100 and perfect.novel("clip_s") == pytest.approx(1, abs=1e-5)
     assert perfect.novel("ssim") == pytest.approx(1, abs=1e-5) and perfect.novel("silhouette_iou") == 1
-    backwards = score("backwards", lambda i: truth.pictures(i)[[3, 2, 1, 0, 4]], truth, measures)
+    backwards = score("backwards", lambda i: truth.views(i)[[3, 2, 1, 0, 4]], truth, measures)
     found = views.best_alignment(backwards.pairs)
     assert not found.ok and found.reversed and found.shift == 0
     assert "WRONG ORDER" in views._summary([backwards], found, measures.perceptor)

@@ -65,7 +65,7 @@ def write_models(folder: Path, seed: int = 0) -> dict[str, Path]:
     )
     save_autoencoder(autoencoder, folder / "autoencoder")
     config = clips.toy_config(WIDTH, WIDTH)
-    clips.save_toy(clips.build(config, "test"), config, folder / "encoders")
+    clips.save_toy(clips.build_clip(config, "test"), config, folder / "encoders")
     return {
         "high-quality-finetuning": folder / "hq",
         "autoencoder": folder / "autoencoder",

@@ -11,7 +11,7 @@ from evaluation.frechet.distances import distance
 from evaluation.frechet.moments import MomentState
 from evaluation.frechet.protocol import named_protocols
 from evaluation.frechet.results import Result, Score, paper_rows, result_json
-from evaluation.tables import write_rows
+from evaluation.tables import write_score_rows
 from svd.core.files import write_json
 from svd.media.video import write_mp4, write_png
 from svd.synthetic.scenes import World, render_clip
@@ -87,7 +87,7 @@ def write_evaluation(folder: Path) -> None:
         ("101 real clips for 1024 dimensions",),
     )  # fmt: skip
     write_json(folder / "result.json", result_json(result))
-    write_rows(folder / "results.csv", [*result.rows(), *paper_rows()])
+    write_score_rows(folder / "results.csv", [*result.rows(), *paper_rows()])
     write_json(folder / "metrics.json", {"ucf101_fixture_frechet_transnetv2": 1.0})
     listed = []
     for number in range(4):

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 from PIL import Image
+from project_folder import give_presets
 from typer.testing import CliRunner
 
-from flows.cli import generate as generate_cli
+from flows.cli import generate_models
 from flows.cli.generate import generate_app
 from svd.core.errors import UserError
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.formats.clip import build, save_toy, toy_config
+from svd.model.formats.clip import build_clip, save_toy, toy_config
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.unet import UNet, UNetConfig
 
@@ -51,7 +52,7 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("outputs")
     config = toy_config(16, 32)
-    save_toy(build(config, "test"), config, root / "tiny/encoders")
+    save_toy(build_clip(config, "test"), config, root / "tiny/encoders")
     autoencoder = Autoencoder(AutoencoderConfig(block_out_channels=(32, 32), layers_per_block=1))
     save_autoencoder(autoencoder, root / "tiny/autoencoder")
     for stage, sizes in STAGES.items():
@@ -61,8 +62,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate_cli, "OUTPUTS", trained)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate_models, "OUTPUTS", trained)
+    monkeypatch.chdir(give_presets(tmp_path))
 
     def invoke(*arguments):
         result = CliRunner().invoke(generate_app, [str(a) for a in arguments])

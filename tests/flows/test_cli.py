@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from project_folder import give_presets
 
 from flows.cli.app import app
 
@@ -60,7 +61,7 @@ def test_every_command_explains_itself(path: tuple[str, ...]) -> None:
     ],
 )
 def test_a_mistake_is_one_line(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    result = svd(*arguments, cwd=tmp_path)
+    result = svd(*arguments, cwd=give_presets(tmp_path))
     assert result.returncode == 1
     assert said in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) <= 2

@@ -11,6 +11,7 @@ import pytest
 import typer
 import yaml
 from click import Command
+from project_folder import give_presets
 from typer.testing import CliRunner
 
 from flows.cli.app import app
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of things that are not what the commands want."""
     folder = tmp_path_factory.mktemp("mistakes")
+    give_presets(folder)
     (folder / "empty").mkdir()
     for name in ("text.mp4", "note.safetensors", "note.pt"):
         (folder / name).write_text("neither video nor weights")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from project_folder import give_presets
 from typer.testing import CliRunner
 
 from flows.cli import doctor
@@ -26,7 +27,7 @@ WEIGHTS = {
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder without weights; the slow look at the renderer is left out."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(give_presets(tmp_path))
     monkeypatch.setattr(doctor, "_egl", lambda: doctor.Finding("EGL", "ok", "left out"))
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -41,7 +42,7 @@ def listening() -> Iterator[int]:
 
 
 def findings(preset: str) -> dict[str, doctor.Finding]:
-    return {finding.name: finding for finding in doctor.examine(load_preset(preset))}
+    return {finding.name: finding for finding in doctor.run_checks(load_preset(preset))}
 
 
 def test_missing_weights_are_named_and_found_ones_are_not(tmp_path: Path) -> None:

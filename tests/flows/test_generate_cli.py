@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from flows.cli import generate as generate_cli
 from flows.cli.generate import generate_app
 from flows.cli.generate_results import UNRECORDED
+from svd.config.load import load_preset
 from svd.core.errors import UserError
-from svd.generation import models as pipeline
+from svd.generation import models as loading
 from svd.generation import safety
 from svd.media import watermark
-from svd.media.images import read_clip
-from svd.media.video import read_frames, read_metadata, write_mp4
+from svd.media.clips import load_video
+from svd.media.video import read_comment, read_frames, write_mp4
 from svd.model.lora import add_lora, save_lora
 from svd.model.unet import UNet
 
@@ -31,7 +32,7 @@ def test_text_writes_one_file_a_prompt_with_metadata(run, tmp_path):
     frames, fps = read_frames(tmp_path / paths[0])
     assert frames.shape == (3, 64, 96, 3)
     assert fps == 7
-    metadata = read_metadata(tmp_path / paths[0])
+    metadata = read_comment(tmp_path / paths[0])
     assert metadata["prompt"] == "A red ball!"
     assert (metadata["seed"], metadata["steps"], metadata["guidance"], metadata["motion"]) == ("5", "2", "2.0", "127")
 
@@ -96,27 +97,27 @@ def test_a_file_says_how_to_make_it_again(command, run, tmp_path, trained, pictu
     monkeypatch.setattr(safety, "load_safety_filter", lambda heads, clip: flags)
     networks = {"model": f"tiny/{stage}/unet", "autoencoder": "tiny/autoencoder", "encoders": "tiny/encoders"}
     chosen = CHOSEN | {name: trained / path for name, path in networks.items()}
-    parameters = set(inspect.signature(getattr(generate_cli, command)).parameters)
+    parameters = set(inspect.signature(getattr(generate_cli, f"generate_{command}")).parameters)
     recorded = sorted(parameters - UNRECORDED - GIVEN.keys())
     given = {"text": "a ball", "interpolate": "given.mp4"}.get(command, picture.name)
     write_mp4(tmp_path / "given.mp4", np.random.default_rng(0).integers(0, 255, (2, 40, 60, 3), np.uint8), 5)
 
     line = arguments_of(command, {name: chosen[name] for name in recorded})
     (first,) = run(*line, given, "--seed", 5, "--device", "cpu", "--out", "first")
-    metadata = read_metadata(tmp_path / first)
+    metadata = read_comment(tmp_path / first)
     read = {name: json.loads(metadata[name]) if name == "lora" else metadata[name] for name in recorded}
     assert read == {name: [chosen[name]] if name == "lora" else str(chosen[name]) for name in recorded}
     assert metadata["seed"] == "5" and given in (metadata.get("prompt"), metadata.get("picture"), metadata.get("video"))
 
     again = {name: True if value == "True" else value for name, value in read.items()}
     (second,) = run(*arguments_of(command, again), given, "--seed", metadata["seed"], "--device", "cpu", "-o", "second")
-    assert read_metadata(tmp_path / second) == metadata
+    assert read_comment(tmp_path / second) == metadata
     assert np.array_equal(read_frames(tmp_path / first)[0], read_frames(tmp_path / second)[0])
 
 
 def test_what_was_left_to_defaults_is_written_out(run, tmp_path, trained):
     (path,) = run("text", "a ball", *SIZE, *QUICK)
-    metadata = read_metadata(tmp_path / path)
+    metadata = read_comment(tmp_path / path)
     expected = {"dtype": "float32", "objective": "edm", "solver": "dpmpp_2m", "fps": "7.0", "frames": "3", "rho": "7.0"}
     assert metadata.items() >= expected.items()
     assert metadata["model"] == str(trained / "tiny/high-quality-finetuning/unet")
@@ -124,7 +125,7 @@ def test_what_was_left_to_defaults_is_written_out(run, tmp_path, trained):
 
 
 def test_more_frames_or_pixels_than_trained_are_warned_of(run, caplog):
-    pipeline._warn_once.cache_clear()
+    loading._warn_once.cache_clear()
     size = ["--height", "128", "--width", "96"]
     for _ in range(2):
         run("text", "a ball", "--frames", 9, *size, *QUICK)
@@ -146,7 +147,7 @@ def test_interpolation_scales_the_video(run, tmp_path):
         (["--height", 8, "--width", 8], (8, 8)),
     ):
         (path,) = run("interpolate", "odd.mp4", *options, "--format", "png", *QUICK)
-        clip = read_clip(tmp_path / path)[0]
+        clip = load_video(tmp_path / path)[0]
         assert clip.shape == (5, 3, *size)
         shutil.rmtree(tmp_path / path)
 
@@ -155,14 +156,14 @@ def test_batches_and_repeats_give_the_same_clips(run, tmp_path):
     together = run("text", "a ball", "--count", 2, "--batch", 2, "--format", "png", *SIZE, *QUICK)
     assert together == ["generated/a-ball-0", "generated/a-ball-1"]
     alone = run("text", "a ball", "--seed", 1, "--out", "again", "--format", "png", *SIZE, *QUICK)
-    first, second = read_clip(tmp_path / together[1])[0], read_clip(tmp_path / alone[0])[0]
+    first, second = load_video(tmp_path / together[1])[0], load_video(tmp_path / alone[0])[0]
     assert (first - second).abs().max() <= 2 / 255
 
 
 def test_image_starts_from_pictures(run, tmp_path, picture):
     paths = run("image", picture, "--out", "film.gif", "--fps", 10, *SIZE, *QUICK)
     assert paths == ["film.gif"]
-    clip, fps = read_clip(tmp_path / "film.gif")
+    clip, fps = load_video(tmp_path / "film.gif")
     assert clip.shape == (3, 3, 64, 96)
     assert fps == 10
 
@@ -180,7 +181,7 @@ def test_watermark_lora_and_offloading(run, tmp_path, trained):
     plain, marked, lora = (["text", "a ball", *SIZE, *QUICK, "--format", "png", "--out", n] for n in "abc")
     (before,) = run(*plain)
     (after,) = run(*marked, "--watermark", "--offload", "--sequential", "--decode-chunk", 2)
-    frames = (read_clip(tmp_path / after)[0].permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    frames = (load_video(tmp_path / after)[0].permute(0, 2, 3, 1) * 255).round().byte().numpy()
     assert watermark.read(frames) == watermark.MESSAGE
     unet = small_unet(4, 2)
     add_lora(unet, 2, 2.0, "zoom", context_tokens=77)
@@ -189,7 +190,7 @@ def test_watermark_lora_and_offloading(run, tmp_path, trained):
             torch.nn.init.normal_(parameter)
     save_lora(unet, tmp_path / "zoom", "zoom")
     (changed,) = run(*lora, "--lora", "zoom:3")
-    assert not torch.equal(read_clip(tmp_path / changed)[0], read_clip(tmp_path / before)[0])
+    assert not torch.equal(load_video(tmp_path / changed)[0], load_video(tmp_path / before)[0])
     with pytest.raises(UserError, match="'much' is no number"):
         run(*lora, "--lora", "zoom:much")
     with pytest.raises(UserError, match="zoom is given twice"):
@@ -209,7 +210,7 @@ def test_compiled_networks_make_the_same_clip(run, tmp_path, monkeypatch):
     line = ["text", "a ball", *SIZE, *QUICK, "--format", "png", "--out"]
     (plain,), (fast,) = run(*line, "a"), run(*line, "b", "--compile", "--offload")
     assert len(compiled) == 1 and all(block._compiled_call_impl is not None for block in compiled[0].blocks())
-    assert (read_clip(tmp_path / plain)[0] - read_clip(tmp_path / fast)[0]).abs().max() <= 1 / 255
+    assert (load_video(tmp_path / plain)[0] - load_video(tmp_path / fast)[0]).abs().max() <= 1 / 255
 
 
 @pytest.mark.parametrize(
@@ -247,3 +248,23 @@ def test_help_explains_every_option(command):
         "--compile",
     ):
         assert option in result.output
+
+
+def test_the_sampling_is_the_tasks_own_and_no_evaluations(run, picture, tmp_path, monkeypatch):
+    """`--preset` may be a file; the networks are those of the preset that it names."""
+    import svd.generation
+
+    def made(models, images, *, frames, height, width, sampling, **options):
+        used.append(sampling)
+        return torch.zeros(len(images), frames, 3, height, width)
+
+    used = []
+    monkeypatch.setattr(svd.generation, "image_to_video", made)
+    own = {"generation.image_to_video.sampling": {"steps": 4}}
+    evaluations = {f"evaluation.{part}.sampling.steps": 3 for part in ("ucf101", "multiview")}
+    for number, changes in enumerate(({}, evaluations, own)):
+        preset = tmp_path / f"{number}.yaml"
+        preset.write_text(load_preset("tiny", changes).model_dump_json())
+        run("image", picture, "-p", preset, *SIZE, "--device", "cpu")
+    assert [sampling.steps for sampling in used] == [10, 10, 4]
+    assert used[0] == used[1]

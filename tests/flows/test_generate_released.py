@@ -15,39 +15,41 @@ from PIL import Image
 from toy_models import released_layout, toy_autoencoder, toy_unet
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from flows.cli import generate as generate_cli
+from flows.cli import generate_models, generate_options
+from svd.config import Sampling
+from svd.config.load import load_preset
 from svd.core.errors import UserError
-from svd.media.video import read_frames, read_metadata
-from svd.model.formats.convert import convert
+from svd.media.video import read_comment, read_frames
+from svd.model.formats.convert import convert_model
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.formats.sgm import write_sgm
 
 
 def test_a_released_pipeline_brings_its_own_defaults(tmp_path):
-    networks = generate_cli.Networks(model=tmp_path)
-    phase = generate_cli.load_preset("tiny").image_to_video.phases[-1]
-    size = generate_cli.Size()
-    assert generate_cli.clip_size(networks, size, phase) == (phase.frames, phase.height, phase.width)
+    networks = generate_options.Networks(model=tmp_path)
+    phase = load_preset("tiny").image_to_video.phases[-1]
+    size = generate_options.Size()
+    assert generate_models.clip_size(networks, size, phase) == (phase.frames, phase.height, phase.width)
     (tmp_path / "unet").mkdir()
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "unet/config.json").write_text(json.dumps({"num_frames": 25}))
-    assert generate_cli.clip_size(networks, size, phase) == (25, 576, 1024)
-    assert generate_cli.base_sampling(networks, generate_cli.Sampling(steps=3)).steps == 25
+    assert generate_models.clip_size(networks, size, phase) == (25, 576, 1024)
+    assert generate_models.base_sampling(networks, Sampling(steps=3)).steps == 25
 
 
 def test_a_single_file_is_a_whole_model(run, tmp_path, picture):
     """Its U-Net, autoencoder and image encoder; the same clip as from the folder that it is converted to."""
     write_sgm(tmp_path / "svd_xt.safetensors", released_layout())
-    convert(tmp_path / "svd_xt.safetensors", tmp_path / "folder", "diffusers")
+    convert_model(tmp_path / "svd_xt.safetensors", tmp_path / "folder", "diffusers")
     clips = []
     for model in ("svd_xt.safetensors", "folder"):
         (path,) = run("image", picture, "-m", model, "--out", model.split(".")[0], *SIZE, *QUICK)
         clips.append(read_frames(tmp_path / path)[0])
     assert clips[0].shape == (3, 64, 96, 3) and clips[0].std() > 10
     assert np.abs(clips[0].astype(float) - clips[1]).mean() < 1
-    phase = generate_cli.load_preset("tiny").image_to_video.phases[-1]
-    networks = generate_cli.Networks(model=tmp_path / "svd_xt.safetensors")
-    assert generate_cli.clip_size(networks, generate_cli.Size(), phase) == (25, 576, 1024)
+    phase = load_preset("tiny").image_to_video.phases[-1]
+    networks = generate_options.Networks(model=tmp_path / "svd_xt.safetensors")
+    assert generate_models.clip_size(networks, generate_options.Size(), phase) == (25, 576, 1024)
 
 
 def published(folder):
@@ -63,7 +65,7 @@ def published(folder):
 def folder(tmp_path):
     """A released pipeline's folder without its index."""
     write_sgm(tmp_path / "svd.safetensors", released_layout())
-    convert(tmp_path / "svd.safetensors", tmp_path / "parts", "diffusers")
+    convert_model(tmp_path / "svd.safetensors", tmp_path / "parts", "diffusers")
     (tmp_path / "parts/model_index.json").unlink()
     return published(tmp_path / "parts")
 
@@ -74,12 +76,12 @@ def test_a_pipelines_folder_without_its_index_is_a_whole_model(run, tmp_path, pi
         (path,) = run("image", picture, "-m", model, "--out", model.split(".")[0], *SIZE, *QUICK)
         clips.append(read_frames(tmp_path / path)[0])
     assert np.abs(clips[0].astype(float) - clips[1]).mean() < 1
-    assert read_metadata(tmp_path / path).items() >= {"autoencoder": "parts", "encoders": "parts"}.items()
-    phase = generate_cli.load_preset("tiny").image_to_video.phases[-1]
+    assert read_comment(tmp_path / path).items() >= {"autoencoder": "parts", "encoders": "parts"}.items()
+    phase = load_preset("tiny").image_to_video.phases[-1]
     for model in (folder, folder / "unet"):
-        networks = generate_cli.Networks(model=model)
-        assert generate_cli.clip_size(networks, generate_cli.Size(), phase) == (14, 576, 1024)
-        assert generate_cli.base_sampling(networks, generate_cli.Sampling(steps=3)).steps == 25
+        networks = generate_options.Networks(model=model)
+        assert generate_models.clip_size(networks, generate_options.Size(), phase) == (14, 576, 1024)
+        assert generate_models.base_sampling(networks, Sampling(steps=3)).steps == 25
 
 
 def test_a_released_models_missing_parts_are_asked_for(run, tmp_path, picture, folder, trained):
@@ -99,7 +101,7 @@ def test_a_released_models_missing_parts_are_asked_for(run, tmp_path, picture, f
     with pytest.raises(UserError, match=r"^only/config\.json: no such file, .* there is no U-Net in this folder$"):
         run("image", picture, "-m", "only", *SIZE, *QUICK)
     (orbit,) = run("image", picture, "-m", trained / "tiny/image-to-video", *SIZE, *QUICK)
-    assert read_metadata(tmp_path / orbit)["autoencoder"] == str(trained / "tiny/autoencoder")
+    assert read_comment(tmp_path / orbit)["autoencoder"] == str(trained / "tiny/autoencoder")
 
 
 @pytest.fixture
@@ -163,8 +165,8 @@ def test_a_model_of_the_hub_is_fetched_once_and_named_in_the_file(run, tmp_path,
     line = ["image", picture, *SIZE, *QUICK, "--out"]
     (local,) = run(*line, "local", "-m", "parts")
     (path,) = run(*line, "first", "-m", "ann/svd")
-    assert read_metadata(tmp_path / path)["origin"] == f"ann/svd@{COMMIT}"
-    assert "origin" not in read_metadata(tmp_path / local)
+    assert read_comment(tmp_path / path)["origin"] == f"ann/svd@{COMMIT}"
+    assert "origin" not in read_comment(tmp_path / local)
     assert np.array_equal(read_frames(tmp_path / path)[0], read_frames(tmp_path / local)[0])
     names = sorted(p.name for p in (tmp_path / "cache/ann--svd").rglob("*.safetensors"))
     assert names == ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "model.safetensors"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from project_folder import give_presets
 
 from flows.recording import dvc as versioning
 from flows.recording import inventory
 from flows.recording.inventory import take
+from flows.stages import STAGES
 from svd import storage
 from svd.config import Preset
 from svd.config.load import load_preset
@@ -35,7 +38,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (videos / "a.mp4").write_bytes(b"a")
     folder = tmp_path / "project"
     folder.mkdir()
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(give_presets(folder))
     subprocess.run([BIN / "dvc", "init", "-q", "--no-scm"], check=True)
     real = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["inventory"]
     real["cmd"] = f"{BIN}/svd inventory --preset mine.yaml"
@@ -129,3 +132,16 @@ def test_objects_are_listed_with_their_version(project: Path, bucket: str) -> No
     storage.write_bytes(f"{bucket}/raw/a", b"2")
     second = take(preset)
     assert second["sources"] != first["sources"] and second["ucf101-evaluation"] != first["ucf101-evaluation"]
+
+
+def test_code_packages_and_defaults_of_every_stage_are_listed(project: Path) -> None:
+    take(load_preset("tiny"))
+    for name in STAGES:
+        content = json.loads((project / f"outputs/tiny/inventory/{name}.json").read_text())
+        assert set(content) == {"code", "packages", "defaults", "files"} and content["code"] and content["packages"]
+    defaults = json.loads((project / "outputs/tiny/inventory/video-pretraining.json").read_text())["defaults"]
+    assert "video_pretraining.weight_decay" in defaults, "an option that the preset leaves to the code"
+    assert all(name.split(".")[0] in ("seed", "model", "video_pretraining", "curation") for name in defaults)
+    take(load_preset("tiny", {"video_pretraining.weight_decay": 0.5}))
+    after = json.loads((project / "outputs/tiny/inventory/video-pretraining.json").read_text())["defaults"]
+    assert defaults.keys() - after.keys() == {"video_pretraining.weight_decay"}

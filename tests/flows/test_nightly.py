@@ -25,16 +25,16 @@ from prefect.testing.utilities import prefect_test_harness
 from toy_models import randomised
 
 from flows.prefect_flows.nightly import EVALUATED, EVALUATION, nightly_evaluation
-from flows.runner import checkpoint_digest
+from flows.running.runner import checkpoint_digest
 from flows.stages import NIGHTLY, STAGES
 from flows.tracking.runs import MlflowTracker, RunInfo, tracked_run, tracking_uri
 from svd.config.load import load_preset
 from svd.core.files import write_json
+from svd.generation import load_models, text_to_video
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.formats import clip as clips
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.unet import UNet, UNetConfig
-from svd.tasks.api import load_models, text_to_video
 
 pytestmark = pytest.mark.slow  # four flow runs in a Prefect server
 ROOT = Path(__file__).parent.parent.parent
@@ -79,7 +79,7 @@ def write_models(outputs: Path) -> None:
         autoencoder.decoder.conv_out.weight *= 4  # contrast
     save_autoencoder(autoencoder, outputs / "autoencoder")
     toy = clips.toy_config(WIDTH, WIDTH)
-    clips.save_toy(clips.build(toy, "test"), toy, outputs / "encoders")
+    clips.save_toy(clips.build_clip(toy, "test"), toy, outputs / "encoders")
 
 
 def write_lossless(path: Path, frames: np.ndarray) -> None:

@@ -87,9 +87,9 @@ def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
 
 def test_secrets_are_private_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first = stack.environment(stack.Ports())["AWS_SECRET_ACCESS_KEY"]
+    first = stack.stack_environment(stack.Ports())["AWS_SECRET_ACCESS_KEY"]
     assert len(first) >= 32
-    assert stack.environment(stack.Ports())["AWS_SECRET_ACCESS_KEY"] == first
+    assert stack.stack_environment(stack.Ports())["AWS_SECRET_ACCESS_KEY"] == first
     assert stat.S_IMODE((tmp_path / ".local/s3/secret").stat().st_mode) == 0o600
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from project_folder import give_presets
 
-from flows import runner
+from flows.running import runner
 from flows.stages import find_stage
 from svd import stage as stages
 from svd.config import Preset
@@ -19,7 +20,7 @@ TRAINING = find_stage("video-pretraining")
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(give_presets(tmp_path))
     return tmp_path
 
 

@@ -19,17 +19,17 @@ from mlflow.pyfunc import PyFuncModel, scoring_server
 from PIL import Image
 from toy_models import toy_autoencoder, toy_unet
 
-from flows import runner
 from flows.places import Place
-from flows.serving.signature import COLUMNS
+from flows.running import runner
 from flows.stages import STAGES, Stage
 from flows.tracking.runs import RunInfo, tracked_run, tracking_uri
 from svd.config import Preset
 from svd.config.load import load_preset
 from svd.media.video import Frames, read_frames
-from svd.model.formats.clip import build, save_toy, toy_config
+from svd.model.formats.clip import build_clip, save_toy, toy_config
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.lora import add_lora, save_lora
+from svd.tasks.registry import task_of_stage
 
 TRAINED = ("image_pretraining", "video_pretraining", "high_quality_finetuning", "image_to_video")
 UNETS = {
@@ -67,8 +67,8 @@ def small_preset() -> Preset:
     for stage in (*TRAINED, "camera_lora", "frame_interpolation", "multiview_finetuning"):
         changes = orbit if stage == "multiview_finetuning" else size
         values[stage]["phases"] = [values[stage]["phases"][-1] | changes]
-    for part in ("ucf101", "multiview"):
-        values["evaluation"][part]["sampling"] |= {"steps": 2, "sigma_max": 80}
+    for part in ("text_to_video", "image_to_video", "multiview", "interpolation"):
+        values["generation"][part]["sampling"] |= {"steps": 2, "sigma_max": 80}
     return Preset.model_validate(values)
 
 
@@ -76,7 +76,7 @@ def write_outputs(preset: Preset) -> None:
     """What the stages publish that the registered models are made of."""
     save_autoencoder(toy_autoencoder(), Place(preset.name, "autoencoder").output)
     config = toy_config(16, 32)
-    save_toy(build(config, "test"), config, Place(preset.name, "encoders").output)
+    save_toy(build_clip(config, "test"), config, Place(preset.name, "encoders").output)
     for stage, changes in UNETS.items():
         save_unet(toy_unet(**changes), Place(preset.name, stage).output / "unet")
     for number, motion in enumerate(preset.camera_lora.motions):
@@ -135,7 +135,11 @@ def test_a_registered_model_does_the_task_of_its_stage(
 ) -> None:
     phase = getattr(preset, stage.name.replace("-", "_")).phases[-1]
     model = load(stage.name)
-    assert model.metadata.get_input_schema().input_names() == list(COLUMNS[stage.name]) == list(INPUTS[stage.name])
+    assert (
+        model.metadata.get_input_schema().input_names()
+        == list(task_of_stage(stage.name).columns)
+        == list(INPUTS[stage.name])
+    )
     first, second = predict(model, INPUTS[stage.name], INPUTS[stage.name], seed=3, fps=12)
     frames, fps = decoded(first, tmp_path)
     count = 5 if stage.name == "frame-interpolation" else phase.frames
@@ -156,7 +160,7 @@ def test_every_column_counts(load: Callable[[str], PyFuncModel], stage: Stage) -
     size = {} if stage.name == "frame-interpolation" else {"frames": 2}
     (plain,) = predict(model, row, **size)
     others = {"prompt": "a blue box", "elevation_degrees": -20.0}
-    for column in COLUMNS[stage.name]:
+    for column in task_of_stage(stage.name).columns:
         assert predict(model, row | {column: others.get(column, picture(7))}, **size) != [plain], column
     assert predict(model, row, motion_bucket=3, **size) != [plain]
 

@@ -10,14 +10,16 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from project_folder import give_presets
 from typer.testing import CliRunner
 
 from evaluation.report.page import run as run_report
-from flows import runner
 from flows.cli.app import app
+from flows.places import Place
 from flows.prefect_flows.full_pipeline import PipelineRun
 from flows.recording import dvc as versioning
 from flows.recording import results_store as store
+from flows.running import runner
 from flows.stages import find_stage
 from flows.tracking.runs import Lineage
 from svd import storage
@@ -50,22 +52,22 @@ def contents(folder: Path) -> dict[str, str]:
 def test_only_what_differs_travels(root: str, tmp_path: Path) -> None:
     made = fill(tmp_path / "made", a="1", **{"sub/b": "22", "sub/c": "333"})
     uri = storage.join(root, "tiny", "stage")
-    assert store.publish(made, uri) == 6
-    assert store.publish(made, uri) == 0
-    assert store.fetch(uri, tmp_path / "got") == 6
+    assert store.publish_folder(made, uri) == 6
+    assert store.publish_folder(made, uri) == 0
+    assert store.fetch_folder(uri, tmp_path / "got") == 6
     assert contents(tmp_path / "got") == contents(made)
     fill(made, a="4444").joinpath("sub/c").unlink()
-    assert store.publish(made, uri) == 4
+    assert store.publish_folder(made, uri) == 4
     fill(tmp_path / "got", stray="x")
-    assert store.fetch(uri, tmp_path / "got") == 4
+    assert store.fetch_folder(uri, tmp_path / "got") == 4
     assert contents(tmp_path / "got") == {"a": "4444", "sub/b": "22"}
-    assert store.fetch(uri, tmp_path / "got") == 0
+    assert store.fetch_folder(uri, tmp_path / "got") == 0
     assert {e.relative for e in storage.list_files(uri)} == {"a", "sub/b", store.MANIFEST}
 
 
 def test_a_killed_publish_is_never_read_and_goes_on(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = storage.join(root, "stage")
-    store.publish(fill(tmp_path / "made", a="old", b="old"), uri)
+    store.publish_folder(fill(tmp_path / "made", a="old", b="old"), uri)
     fill(tmp_path / "made", a="new1", b="new2")
     real, sent = storage.upload, []
 
@@ -77,22 +79,22 @@ def test_a_killed_publish_is_never_read_and_goes_on(root: str, tmp_path: Path, m
 
     monkeypatch.setattr(storage, "upload", killed_at_second)
     with pytest.raises(KeyboardInterrupt):
-        store.publish(tmp_path / "made", uri)
+        store.publish_folder(tmp_path / "made", uri)
     with pytest.raises(UserError, match="nothing whole is stored there"):
-        store.fetch(uri, tmp_path / "got")
+        store.fetch_folder(uri, tmp_path / "got")
     assert not (tmp_path / "got").exists()
-    assert store.publish(tmp_path / "made", uri) == 4
-    store.fetch(uri, tmp_path / "got")
+    assert store.publish_folder(tmp_path / "made", uri) == 4
+    store.fetch_folder(uri, tmp_path / "got")
     assert contents(tmp_path / "got") == {"a": "new1", "b": "new2"}
 
 
 def test_a_fetch_of_something_else_keeps_the_old_folder(root: str, tmp_path: Path) -> None:
     uri = storage.join(root, "stage")
-    store.publish(fill(tmp_path / "made", a="1", b="2"), uri)
+    store.publish_folder(fill(tmp_path / "made", a="1", b="2"), uri)
     storage.write_bytes(storage.join(uri, "b"), b"tampered")
     fill(tmp_path / "got", a="0")
     with pytest.raises(storage.Truncated, match="not the file of"):
-        store.fetch(uri, tmp_path / "got")
+        store.fetch_folder(uri, tmp_path / "got")
     assert contents(tmp_path / "got") == {"a": "0"}
 
 
@@ -107,11 +109,11 @@ def test_two_runs_that_publish_at_once_leave_one_whole_result(
         real(path, location)
         sent.append(location)
         if len(sent) == 1:
-            store.publish(second, uri)
+            store.publish_folder(second, uri)
 
     monkeypatch.setattr(storage, "upload", joined_after_the_first_file)
-    store.publish(first, uri)
-    store.fetch(uri, tmp_path / "got")
+    store.publish_folder(first, uri)
+    store.fetch_folder(uri, tmp_path / "got")
     assert contents(tmp_path / "got") == contents(first)
 
 
@@ -128,16 +130,16 @@ def test_a_run_that_keeps_publishing_there_is_told_of(
 
     monkeypatch.setattr(storage, "write_bytes", spoilt)
     with pytest.raises(Unreachable, match="another run publishes there"):
-        store.publish(folder, uri)
+        store.publish_folder(folder, uri)
     with pytest.raises(UserError, match="nothing whole is stored there"):
-        store.fetch(uri, tmp_path / "got")
+        store.fetch_folder(uri, tmp_path / "got")
 
 
 def test_a_fetch_that_meets_a_publish_brings_the_new_result(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = storage.join(root, "stage")
-    store.publish(fill(tmp_path / "old", a="old", b="old", c="old"), uri)
+    store.publish_folder(fill(tmp_path / "old", a="old", b="old", c="old"), uri)
     fill(tmp_path / "new", a="new", b="new")
     real, asked = storage.download, []
 
@@ -145,19 +147,19 @@ def test_a_fetch_that_meets_a_publish_brings_the_new_result(
         real(location, path)
         asked.append(location)
         if len(asked) == 1:
-            store.publish(tmp_path / "new", uri)
+            store.publish_folder(tmp_path / "new", uri)
         return path
 
     monkeypatch.setattr(storage, "download", published_after_the_first_file)
-    store.fetch(uri, tmp_path / "got")
+    store.fetch_folder(uri, tmp_path / "got")
     assert contents(tmp_path / "got") == {"a": "new", "b": "new"}
 
 
 def test_of_two_that_want_a_folder_one_fetches(root: str, tmp_path: Path) -> None:
     uri = storage.join(root, "stage")
-    store.publish(fill(tmp_path / "made", **{name: "0123456789" for name in "abcdefgh"}), uri)
+    store.publish_folder(fill(tmp_path / "made", **{name: "0123456789" for name in "abcdefgh"}), uri)
     with ThreadPoolExecutor(2) as pool:
-        moved = list(pool.map(lambda _: store.fetch(uri, tmp_path / "got"), range(2)))
+        moved = list(pool.map(lambda _: store.fetch_folder(uri, tmp_path / "got"), range(2)))
     assert sorted(moved) == [0, 80]
 
 
@@ -188,7 +190,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     folder = tmp_path / "machine"
     folder.mkdir()
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(give_presets(folder))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     dvc = Path(sys.executable).parent / "dvc"
     subprocess.run([dvc, "init", "-q", "--no-scm"], check=True)
@@ -201,13 +203,13 @@ def test_a_stage_runs_with_inputs_and_output_in_s3(
     preset = load_preset("tiny", {"orbits.meshes": [f"{bucket}/meshes"]})
     storage.write_bytes(f"{bucket}/meshes/ball.obj", b"v 0 0 0")
     for name in ("sources", "encoders"):
-        store.publish(fill(tmp_path / name, a="1"), f"{bucket}/results/tiny/{name}")
+        store.publish_folder(fill(tmp_path / name, a="1"), f"{bucket}/results/tiny/{name}")
     fill(project / "outputs/tiny/sources", a="another version")
     monkeypatch.setattr(type(find_stage("curation")), "load", lambda self: make_outputs)
     monkeypatch.setenv("SVD_STORE", f"{bucket}/results")
     runner.run_preset_stage("curation", preset)
     assert contents(project / "outputs/tiny/sources") == {"a": "1"}
-    assert store.fetch(f"{bucket}/results/tiny/curation", tmp_path / "elsewhere") > 0
+    assert store.fetch_folder(f"{bucket}/results/tiny/curation", tmp_path / "elsewhere") > 0
     note = json.loads((tmp_path / "elsewhere/note").read_text())
     assert note["read"] == {"sources": ["a"], "encoders": ["a"]}
     runner.run_preset_stage("orbits", preset)
@@ -227,13 +229,13 @@ def test_what_the_store_holds_is_not_brought_here(
 
     monkeypatch.setattr(versioning, "pull", pull)
     uri = f"{bucket}/results/tiny/orbits"
-    store.publish(fill(tmp_path / "elsewhere", a="1"), uri, "1.dir")
+    store.publish_folder(fill(tmp_path / "elsewhere", a="1"), uri, "1.dir")
     run = PipelineRun(load_preset("tiny"), None, "key", f"{bucket}/results")  # type: ignore[arg-type]
     run._keep_in_store("orbits", Lineage("orbits", "outputs/tiny/orbits", "1.dir"))
     assert pulled == [] and not (project / "outputs").exists()
     run._keep_in_store("orbits", Lineage("orbits", "outputs/tiny/orbits", "2.dir"))
     assert pulled == ["2.dir"] and store.stored_version(uri) == "2.dir"
-    store.fetch(uri, tmp_path / "got")
+    store.fetch_folder(uri, tmp_path / "got")
     assert contents(tmp_path / "got") == {"a": "2"}
 
 
@@ -245,13 +247,14 @@ def test_a_missing_address_in_the_preset_is_named(project: Path, bucket: str) ->
 
 def test_a_second_process_is_refused(project: Path) -> None:
     stage, preset = find_stage("orbits"), load_preset("tiny")
+    place = Place(preset.name, stage.name)
     with (
-        runner.only_one(stage.name, preset),
+        runner.only_one(place),
         pytest.raises(UserError, match=f"is being run by process {os.getpid()}"),
-        runner.only_one(stage.name, preset),
+        runner.only_one(place),
     ):
         raise AssertionError("two at once")
-    with runner.only_one(stage.name, preset):
+    with runner.only_one(place):
         assert (project / "work/tiny/.orbits.lock").read_text() == str(os.getpid())
 
 
@@ -264,7 +267,7 @@ def test_the_report_opens_from_s3(project: Path, bucket: str, tmp_path: Path) ->
     context = StageContext(preset, {"curation": curation}, project / "outputs/tiny/report", tmp_path / "work")
     context.work.mkdir()
     run_report(context)
-    store.publish(context.output, f"{bucket}/tiny/report")
+    store.publish_folder(context.output, f"{bucket}/tiny/report")
     said = CliRunner().invoke(app, ["report", "--preset", "tiny", "--store", bucket])
     answer = httpx.get(said.output.strip()).raise_for_status()
     assert answer.headers["content-type"].startswith("text/html")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small_project
 
-from flows import runner
+from flows.running import runner
 from flows.stages import STAGES
 from flows.tracking.journal import Journal
 from flows.tracking.mlflow_delivery import Delivery, checkpoint_digest

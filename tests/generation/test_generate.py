@@ -9,14 +9,16 @@ import torch
 
 from svd.config import EncodersConfig, Sampling
 from svd.core.errors import UserError
-from svd.generation import models as pipeline
-from svd.generation.models import noise_levels
+from svd.diffusion import denoising
+from svd.diffusion.sampler import noise_levels
+from svd.generation import Models, image_to_video, interpolate, load_models, multiview, text_to_video
+from svd.generation import models as loading
 from svd.media.resize import cover
-from svd.model.autoencoder import Autoencoder, AutoencoderConfig, mean
-from svd.model.formats.clip import build, save_toy, toy_config
+from svd.model.autoencoder import Autoencoder, AutoencoderConfig, posterior_mean
+from svd.model.formats.clip import build_clip, save_toy, toy_config
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.unet import UNet, UNetConfig
-from svd.tasks.api import image_to_video, interpolate, load_models, multiview, read_prompts, text_to_video
+from svd.tasks.prompts import read_prompts
 
 QUICK = Sampling(steps=3, guidance=2.0, sigma_max=80)
 TOY = EncodersConfig(kind="toy-clip")
@@ -55,7 +57,7 @@ def folders(tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.05)
     save_autoencoder(autoencoder, root / "autoencoder")
     config = toy_config(16, 32)
-    save_toy(build(config, "test"), config, root / "encoders")
+    save_toy(build_clip(config, "test"), config, root / "encoders")
     kinds = {"text": (4, 2), "image": (8, 3), "views": (8, 4), "released": (8, 3)}
     for name, (channels, ids) in kinds.items():
         save_unet(random_unet(channels, ids), root / name)
@@ -176,7 +178,7 @@ def test_image_conditioning_follows_the_released_code(models, monkeypatch):
     torch.testing.assert_close(call["context"][1:], loaded.encoders.image(frame)[:, None])
     assert call["context"][0].abs().max() == 0
     noise = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(4))
-    latent = mean(loaded.autoencoder.encode((frame + 0.3 * noise)[:, None]))[0, 0]
+    latent = posterior_mean(loaded.autoencoder.encode((frame + 0.3 * noise)[:, None]))[0, 0]
     assert call["x"].shape == (2, 3, 8, 8, 16)
     for t in range(3):
         torch.testing.assert_close(call["x"][1, t, 4:], latent, atol=1e-5, rtol=1e-4)
@@ -186,8 +188,8 @@ def test_image_conditioning_follows_the_released_code(models, monkeypatch):
 def test_guidance_ramps_over_the_frames(models, monkeypatch):
     loaded = models("image")
     seen = []
-    real = pipeline.guided
-    monkeypatch.setattr(pipeline, "guided", lambda *a: seen.append(a[3]) or real(*a))
+    real = denoising.guided
+    monkeypatch.setattr(denoising, "guided", lambda *a: seen.append(a[3]) or real(*a))
     image_to_video(loaded, pictures(1), seed=0, **TEXT)
     image_to_video(loaded, pictures(1), seed=0, guidance_range=(1.5, 2.5), ramp="triangle", **TEXT)
     image_to_video(loaded, pictures(1), seed=0, guidance_range=(1.5, 2.5), ramp="constant", **TEXT)
@@ -245,12 +247,12 @@ def test_interpolation_conditioning(models, monkeypatch):
     spy = Spy(loaded, monkeypatch)
     video = pictures(3)
     decoded = []
-    real = pipeline.decode
-    monkeypatch.setattr("svd.tasks.api.decode", lambda m, z, p: decoded.append(z) or real(m, z, p))
+    real = Models.decode
+    monkeypatch.setattr(Models, "decode", lambda m, z, p: decoded.append(z) or real(m, z, p))
     interpolated(loaded, video, cond_aug=0.0)
     call = spy.calls[0]
     assert call["x"].shape == (4, 5, 9, 8, 16)
-    keys = mean(loaded.autoencoder.encode((video * 2 - 1)[None]))[0]
+    keys = posterior_mean(loaded.autoencoder.encode((video * 2 - 1)[None]))[0]
     torch.testing.assert_close(call["x"][2, 0, 4:8], keys[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(call["x"][3, 4, 4:8], keys[2], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(call["x"][2, 1, 4:8], loaded.unet.masked_latent(8, 16))
@@ -280,7 +282,7 @@ def test_requests_that_do_not_fit_are_refused(models, options, message):
 
 def test_more_frames_than_trained_are_warned_of_once(models, caplog):
     """The number stands in the U-Net's config.json; nothing is refused."""
-    pipeline._warn_once.cache_clear()
+    loading._warn_once.cache_clear()
     loaded = models("text")
     assert loaded.trained_frames == 14
     still = TEXT | {"height": 8, "width": 8, "sampling": Sampling(steps=1, guidance=1.0)}
@@ -304,7 +306,7 @@ def test_loading_refuses_what_does_not_fit(folders, tmp_path):
     with pytest.raises(UserError, match="device 'no-such'"):
         load_models(folders / "text", folders / "autoencoder", folders / "encoders", TOY, "no-such")
     config = toy_config(16, 48)
-    save_toy(build(config, "test"), config, tmp_path)
+    save_toy(build_clip(config, "test"), config, tmp_path)
     with pytest.raises(UserError, match=r"cross-attention width 32, the encoders .* give 48"):
         load_models(folders / "text", folders / "autoencoder", tmp_path, TOY)
     with pytest.raises(UserError, match="nowhere"):

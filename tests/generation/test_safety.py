@@ -8,7 +8,7 @@ import torch
 from svd.config import EncodersConfig
 from svd.core.errors import UserError
 from svd.generation.safety import load_safety_filter
-from svd.model.formats.clip import build, toy_config
+from svd.model.formats.clip import build_clip, toy_config
 from svd.model.safetensors import of_module, write_tensors
 
 
@@ -16,7 +16,7 @@ from svd.model.safetensors import of_module, write_tensors
 def encoder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = toy_config(16, 32)
-    write_tensors(tmp_path / "clip.safetensors", of_module(build(config, "test")))
+    write_tensors(tmp_path / "clip.safetensors", of_module(build_clip(config, "test")))
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
     return EncodersConfig(model="small", weights=str(tmp_path / "clip.safetensors"))
 

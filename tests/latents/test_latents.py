@@ -24,7 +24,7 @@ from svd.config import Geometry
 from svd.core.errors import UserError
 from svd.latents import stage as latents
 from svd.latents.cache import LatentCache
-from svd.latents.windows import UnreadableClip, choose_windows, decode, fit
+from svd.latents.windows import UnreadableClip, choose_windows, cover_frames, decode_frames
 from svd.media.video import write_mp4
 from svd.model.autoencoder import Autoencoder
 from svd.model.formats.folders import load_autoencoder, save_autoencoder
@@ -128,18 +128,18 @@ def test_rates_spread_over_their_range() -> None:
 
 
 def test_decoding_returns_the_wanted_frames(tmp_path: Path) -> None:
-    found = decode(grey_clip(tmp_path, 30), {0, 7, 29})
+    found = decode_frames(grey_clip(tmp_path, 30), {0, 7, 29})
     assert {number: round(float(picture.mean()) / LEVELS) for number, picture in found.items()} == {0: 0, 7: 7, 29: 29}
     with pytest.raises(UnreadableClip, match="ends before frame 30"):
-        decode(grey_clip(tmp_path, 30), {3, 30})
+        decode_frames(grey_clip(tmp_path, 30), {3, 30})
     with pytest.raises(UnreadableClip, match="can't be decoded"):
-        decode(b"not a video", {0})
+        decode_frames(b"not a video", {0})
 
 
 def test_pictures_are_covered_and_cropped_in_the_middle() -> None:
     picture = np.zeros((40, 100, 3), np.uint8)
     picture[:, 30:70, 1] = 200
-    fitted = fit([picture], 20, 20)
+    fitted = cover_frames([picture], 20, 20)
     assert fitted.shape == (1, 3, 20, 20) and fitted.dtype == torch.uint8
     assert (fitted[0, 1, :, 2:-2] - 200.0).abs().max() <= 4 and not fitted[0, [0, 2]].any()
 
@@ -183,16 +183,16 @@ def test_a_killed_run_keeps_its_shards_and_ends_in_the_same_bytes(
     latents.run(whole)
     (context.work.parent / "again").mkdir()
     second = StageContext(preset, context.inputs, context.work.parent / "out2", context.work.parent / "again")
-    encode, calls = latents.Encoder.videos, 0
+    encode, calls = latents.LatentEncoder.videos, 0
 
-    def fail(self: latents.Encoder, frames: torch.Tensor) -> Any:
+    def fail(self: latents.LatentEncoder, frames: torch.Tensor) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
         return encode(self, frames)
 
-    monkeypatch.setattr(latents.Encoder, "videos", fail)
+    monkeypatch.setattr(latents.LatentEncoder, "videos", fail)
     with pytest.raises(KeyboardInterrupt):
         latents.run(second)
     assert len(list((second.work / "shards").glob("*.json"))) == 1
@@ -207,16 +207,16 @@ def test_other_weights_or_sizes_make_other_samples(context: StageContext) -> Non
     config = context.preset.latents
 
     def ids(config: Any, identity: str) -> set[str]:
-        return {job.sample_id for shard in latents.plan(clips, config, identity) for job in shard}
+        return {job.sample_id for shard in latents.plan_shards(clips, config, identity) for job in shard}
 
     assert ids(config, "one") == ids(config, "one")
     assert not ids(config, "one") & ids(config, "two")
     larger = config.model_copy(update={"geometries": [Geometry(frames=4, height=32, width=32)]})
     assert not ids(config, "one") & ids(larger, "one")
-    before = latents.Encoder(context.inputs["autoencoder"], context.inputs["encoders"], context).identity
+    before = latents.LatentEncoder(context.inputs["autoencoder"], context.inputs["encoders"], context).identity
     torch.manual_seed(9)
     save_autoencoder(Autoencoder(load_autoencoder(context.inputs["autoencoder"]).config), context.inputs["autoencoder"])
-    assert latents.Encoder(context.inputs["autoencoder"], context.inputs["encoders"], context).identity != before
+    assert latents.LatentEncoder(context.inputs["autoencoder"], context.inputs["encoders"], context).identity != before
 
 
 def test_without_test_sources_some_are_held_out() -> None:

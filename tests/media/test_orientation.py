@@ -12,14 +12,14 @@ from media_files import MATRICES, Kind, Matrix, coded, decode_rgb, scenery, shot
 
 from svd.catalogue.browser.app import transcode
 from svd.curation.captions.video import sample_frames
-from svd.curation.clips.samples import Geometry
+from svd.curation.clips.samples import DisplayGeometry
 from svd.curation.clips.writer import write_clips
 from svd.curation.measuring.decode_pass import analyse
-from svd.curation.motion.camera_velocity import track
-from svd.latents.windows import decode
+from svd.curation.motion.camera_velocity import track_camera
+from svd.latents.windows import decode_frames
 from svd.media.orientation import UPRIGHT, Orientation, from_matrix
 from svd.media.video import read_frames
-from svd.training.frames import read_frames as read_training_frames
+from svd.training.frames import read_clip_frames as read_training_frames
 
 EACH = pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
 FLAT = {"cuts__passes": [{"detector": "content", "threshold": 250}]}  # no cuts: one clip a file
@@ -76,12 +76,12 @@ def test_every_reader_shows_what_a_player_shows(matrix: Matrix, tmp_path: Path) 
     preview = tmp_path / "preview.mp4"
     preview.write_bytes(transcode(path.read_bytes()))
     seen = {
-        "training, second stage": list(decode(path.read_bytes(), {0, 1, 2}).values()),
+        "training, second stage": list(decode_frames(path.read_bytes(), {0, 1, 2}).values()),
         "training, first stage": list(
             read_training_frames(path.read_bytes(), 3, height, width).permute(0, 2, 3, 1).numpy()
         ),
         "evaluation": list(read_frames(path)[0]),
-        "captions": sample_frames(path, 3).pictures,
+        "captions": sample_frames(path, 3).images,
         "preview": decode_rgb(preview),
     }
     for reader, pictures in seen.items():
@@ -110,7 +110,7 @@ def test_sources_give_shown_samples_and_clips(matrix: Matrix, tmp_path: Path) ->
     assert (copied.width, copied.height) == (128, 96) and (encoded.height, encoded.width) == first.shape[:2]
     assert matrix_of(targets[0]) == list(matrix) and matrix_of(targets[1]) == [1, 0, 0, 1]
     for target, expected in zip(targets, (first, second), strict=True):
-        assert differ(decode(target.read_bytes(), {0})[0], expected) < 6
+        assert differ(decode_frames(target.read_bytes(), {0})[0], expected) < 6
     assert differ(decode_rgb(targets[1])[0], second) < 6, "the re-encoded pixels themselves are turned"
 
 
@@ -134,7 +134,7 @@ def test_motion_is_turned_as_the_pictures_are(matrix: Matrix) -> None:
     warp = np.array([[1.008, -0.012, 0.4], [0.012, 1.008, -0.9]])
     pair = np.stack([one, cv2.warpAffine(one, warp, (48, 30), borderMode=cv2.BORDER_REFLECT)])
     a, b, c, d = matrix
-    geometry = Geometry(from_matrix(np.array([a, b, 0, c, d, 0, 0, 0, 1])), (30, 48) if a == 0 else (48, 30))
-    expected = track(np.stack([shown(picture, matrix) for picture in pair]))
+    geometry = DisplayGeometry(from_matrix(np.array([a, b, 0, c, d, 0, 0, 0, 1])), (30, 48) if a == 0 else (48, 30))
+    expected = track_camera(np.stack([shown(picture, matrix) for picture in pair]))
     assert np.abs(expected).min() > 0.003
-    assert geometry.upright_motion(track(pair)) == pytest.approx(expected, abs=1e-4)
+    assert geometry.upright_motion(track_camera(pair)) == pytest.approx(expected, abs=1e-4)

@@ -8,8 +8,8 @@ from PIL import Image
 from svd.core.errors import UserError
 from svd.media.video import (
     filmstrip,
+    read_comment,
     read_frames,
-    read_metadata,
     to_uint8,
     write_gif,
     write_mp4,
@@ -32,7 +32,7 @@ def test_mp4_round_trip(tmp_path, clip):
     assert frames.shape == clip.shape
     assert fps == 7
     assert np.abs(frames.astype(int) - clip).mean() < 4
-    assert read_metadata(path) == {"prompt": "a red ball", "seed": "3"}
+    assert read_comment(path) == {"prompt": "a red ball", "seed": "3"}
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")

@@ -22,7 +22,7 @@ from svd.model.safetensors import (
     fill,
     of_module,
     of_tensor,
-    read_metadata,
+    read_header_metadata,
     read_tensors,
     write_tensors,
 )
@@ -55,7 +55,7 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path_factory, shapes: lis
     assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
     ours = read_tensors(path)
     assert all(torch.equal(ours[name].load(), tensor) for name, tensor in tensors.items())
-    assert read_metadata(path)["k"] == "v"
+    assert read_header_metadata(path)["k"] == "v"
 
 
 def test_equal_tensors_give_equal_bytes_in_any_order(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def with_header(path: Path, change: Callable[[dict], object]) -> None:
 def test_odd_metadata_is_one_line(file: Path, metadata: object) -> None:
     with_header(file, lambda header: header | {"__metadata__": metadata})
     with pytest.raises(UserError, match=r"not a safetensors file \(broken header at '__metadata__'\)") as error:
-        read_metadata(file)
+        read_header_metadata(file)
     assert one_line(error).startswith(str(file))
 
 

@@ -26,7 +26,7 @@ CONFIG = clips.toy_config(32, 48)
 @pytest.fixture(scope="module")
 def clip():
     torch.manual_seed(0)
-    return clips.build(CONFIG, "test").eval()
+    return clips.build_clip(CONFIG, "test").eval()
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_loading_is_strict_about_kind_folder_and_weights(folder, tmp_path):
         load_encoders(folder, EncodersConfig())
     with pytest.raises(UserError, match="run the stage 'encoders' first"):
         load_encoders(tmp_path, TOY)
-    clips.save_toy(clips.build(CONFIG, "test"), clips.toy_config(32, 64), tmp_path)
+    clips.save_toy(clips.build_clip(CONFIG, "test"), clips.toy_config(32, 64), tmp_path)
     with pytest.raises(UserError, match="doesn't fit"):
         load_encoders(tmp_path, TOY)
 
@@ -171,7 +171,7 @@ def test_hub_failure_names_file_source_and_option(monkeypatch):
 
 def test_architectures_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="own text transformer"):
-        clips.build({"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"hf_model_name": "x"}}, "here")
+        clips.build_clip({"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"hf_model_name": "x"}}, "here")
     with pytest.raises(UserError, match="multiples of 16"):
         clips.toy_config(40, 64)
 

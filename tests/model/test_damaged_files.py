@@ -12,7 +12,7 @@ from toy_models import VISION_HEADS, released_layout, toy_clip
 from svd.core.errors import UserError
 from svd.model.formats.clip import image_tower_of, load_image_tower
 from svd.model.formats.clip_names import to_transformers, transformers_config
-from svd.model.formats.convert import convert
+from svd.model.formats.convert import convert_model
 from svd.model.formats.sgm import SgmParts, load_sgm, write_sgm
 from svd.model.safetensors import Lazy, of_module, of_tensor, write_tensors
 
@@ -53,7 +53,7 @@ FOLDER = to_transformers(of_module(toy_clip().visual))
 def test_damaged_metadata_is_one_line(tmp_path: Path, facts: str, message: str) -> None:
     path = tmp_path / "x.safetensors"
     write_tensors(path, released_layout().joined(), {"svd.config": facts})
-    for read in (load_sgm, lambda path: convert(path, tmp_path / "folder", "diffusers")):
+    for read in (load_sgm, lambda path: convert_model(path, tmp_path / "folder", "diffusers")):
         with pytest.raises(UserError, match=message) as error:
             read(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
@@ -74,7 +74,7 @@ def test_files_with_a_damaged_image_tower_are_neither_loaded_nor_converted(tmp_p
     parts, path = released_layout(), tmp_path / "x.safetensors"
     del parts.clip["visual.conv1.weight"]
     write_sgm(path, parts)
-    for read in (load_image_tower, lambda path: convert(path, tmp_path / "folder", "diffusers")):
+    for read in (load_image_tower, lambda path: convert_model(path, tmp_path / "folder", "diffusers")):
         with pytest.raises(UserError, match=r"x\.safetensors: image encoder: tensor 'conv1\.weight' is missing"):
             read(path)
     assert not (tmp_path / "folder").exists()

@@ -15,9 +15,9 @@ from flows.cli.app import app
 from svd.config import EncodersConfig
 from svd.core.errors import UserError
 from svd.model.formats import clip
-from svd.model.formats.convert import convert
+from svd.model.formats.convert import convert_model
 from svd.model.formats.encoders import load_encoders
-from svd.model.formats.export import export
+from svd.model.formats.export import export_networks
 from svd.model.formats.folders import load_autoencoder, load_unet, save_autoencoder, save_unet
 from svd.model.unet import UNet
 
@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     config = clip.toy_config(32, 32)
     save_unet(toy_unet(), tmp_path / "image-to-video" / "unet", frames=5)
     save_autoencoder(toy_autoencoder(), tmp_path / "autoencoder")
-    clip.save_toy(clip.build(config, "toy"), config, tmp_path / "encoders")
+    clip.save_toy(clip.build_clip(config, "toy"), config, tmp_path / "encoders")
     return tmp_path
 
 
@@ -51,7 +51,7 @@ def test_the_networks_are_the_same(run: Path, to: str) -> None:
 
 
 def test_diffusers_loads_the_folder(run: Path) -> None:
-    export(run / "image-to-video", run / "pipeline", "diffusers", TOY)
+    export_networks(run / "image-to-video", run / "pipeline", "diffusers", TOY)
     pipeline = StableVideoDiffusionPipeline.from_pretrained(run / "pipeline")
     assert pipeline.unet.config.num_frames == 5
     assert json.loads((run / "pipeline" / "feature_extractor" / "preprocessor_config.json").read_text())
@@ -78,10 +78,10 @@ def fixed(run: Path) -> UNet:
 def test_fixed_mixers_are_exported_as_learned_ones_of_the_same_weight(run: Path, fixed: UNet) -> None:
     """Diffusers, Stability's code and we ourselves read an exported model as what it was trained to be."""
     expected = fixed(*inputs())
-    export(run / "image-to-video", run / "pipeline", "diffusers", TOY)
-    export(run / "image-to-video", run / "model.safetensors", "sgm", TOY)
-    convert(run / "model.safetensors", run / "converted", "diffusers")
-    convert(run / "image-to-video", run / "unet.safetensors", "sgm")
+    export_networks(run / "image-to-video", run / "pipeline", "diffusers", TOY)
+    export_networks(run / "image-to-video", run / "model.safetensors", "sgm", TOY)
+    convert_model(run / "model.safetensors", run / "converted", "diffusers")
+    convert_model(run / "image-to-video", run / "unet.safetensors", "sgm")
     for path in (run / "pipeline", run / "model.safetensors", run / "converted", run / "unet.safetensors"):
         unet = load_unet(path)
         assert unet.config.mixer == "learned"
@@ -97,17 +97,17 @@ def test_the_presets_fixed_mixers_are_exported_bit_for_bit(run: Path) -> None:
     """Their weight is 0.5."""
     unet = toy_unet(mixer="fixed")
     save_unet(unet, run / "image-to-video" / "unet")
-    export(run / "image-to-video", run / "pipeline", "diffusers", TOY)
+    export_networks(run / "image-to-video", run / "pipeline", "diffusers", TOY)
     with torch.no_grad():
         assert torch.equal(load_unet(run / "pipeline")(*inputs()), unet(*inputs()))
 
 
 def test_mistakes_are_one_line_and_leave_nothing(run: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
-        export(run / "image-to-video", run / "autoencoder", "diffusers", TOY)
+        export_networks(run / "image-to-video", run / "autoencoder", "diffusers", TOY)
     with pytest.raises(UserError, match=r"unet"):
-        export(run / "video-pretraining", run / "x", "diffusers", TOY)
+        export_networks(run / "video-pretraining", run / "x", "diffusers", TOY)
     save_unet(toy_unet(in_channels=4, ids=2), run / "text" / "unet")
     with pytest.raises(UserError, match="diffusers has a pipeline for image-to-video models alone"):
-        export(run / "text", run / "x", "diffusers", TOY)
+        export_networks(run / "text", run / "x", "diffusers", TOY)
     assert not [path for path in run.iterdir() if path.name in ("x", ".x.tmp")]

@@ -15,7 +15,7 @@ import torch
 
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.formats.clip_names import to_open_clip, to_transformers
-from svd.model.formats.convert import convert
+from svd.model.formats.convert import convert_model
 from svd.model.formats.diffusers_configs import unet_to_json
 from svd.model.formats.folders import WEIGHTS, load_unet, save_unet
 from svd.model.formats.sgm import (
@@ -25,7 +25,7 @@ from svd.model.formats.sgm import (
     diffusers_autoencoder,
     folded_encoder,
     image_autoencoder_config,
-    unet_config,
+    unet_config_of_parts,
     unet_from_sgm,
     unet_to_sgm,
 )
@@ -85,7 +85,7 @@ def test_the_parts_have_the_published_size(svd: SgmParts) -> None:
 
 
 def test_every_part_maps_to_diffusers_and_back(svd: SgmParts) -> None:
-    config = unet_config(svd)
+    config = unet_config_of_parts(svd)
     assert config == UNetConfig(in_channels=8, ids=3)
     ours = unet_from_sgm(svd.unet, config)
     with torch.device("meta"):
@@ -155,8 +155,8 @@ def test_a_full_size_file_converts_both_ways_in_bounded_memory(svd: SgmParts, tm
     half = {name: tensor.shape for name, tensor in svd.joined().items()}
     source = sparse_file(tmp_path / "svd.safetensors", half)
     with MemoryWatch() as memory:
-        report = convert(source, tmp_path / "folder", "diffusers")
-        convert(tmp_path / "folder", tmp_path / "back.safetensors", "sgm")
+        report = convert_model(source, tmp_path / "folder", "diffusers")
+        convert_model(tmp_path / "folder", tmp_path / "back.safetensors", "sgm")
     assert report.missing == ()
     assert 0 < memory.most < 500_000_000
     back = {n: tuple(e["shape"]) for n, e in read_header(tmp_path / "back.safetensors").items() if n != "__metadata__"}

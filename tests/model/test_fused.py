@@ -32,7 +32,7 @@ class Kernels(SimpleNamespace):
 
     calls: set[str]
 
-    def group_norm(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Any:
+    def launch_group_norm(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Any:
         self.calls.add("group_norm")
         parts, mean, variance = moments(x, groups)
         scale = (variance + eps).rsqrt()
@@ -40,7 +40,7 @@ class Kernels(SimpleNamespace):
         y = (F.silu(y) if silu else y).reshape(x.shape).to(x.dtype)
         return y, mean.flatten(1).float(), scale.flatten(1).float()
 
-    def group_norm_backward(
+    def launch_group_norm_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, silu: bool
     ) -> Any:
         self.calls.add("group_norm_backward")
@@ -58,12 +58,12 @@ class Kernels(SimpleNamespace):
         dx = scale[:, None, :, None] * (inner - inner.mean((1, 3), keepdim=True) - projected)
         return dx.reshape(x.shape).to(x.dtype), d_weight.to(weight.dtype), d_bias.to(bias.dtype)
 
-    def attend_frames(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    def launch_attend_frames(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         self.calls.add("attend_frames")
         split = (x.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4) for x in (q, k, v))
         return F.scaled_dot_product_attention(*split).permute(0, 3, 1, 2, 4).flatten(-2).contiguous()
 
-    def gated_gelu(self, x: Tensor) -> Tensor:
+    def launch_gated_gelu(self, x: Tensor) -> Tensor:
         self.calls.add("gated_gelu")
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from svd.core.errors import UserError
-from svd.model.formats.hub import fetch, resolve
+from svd.model.formats.hub import fetch_repository, resolve_weights
 
 WEIGHTS = save({"a": torch.rand(64, 64)})
 FILES = {
@@ -140,20 +140,20 @@ def message(error: pytest.ExceptionInfo[UserError]) -> str:
 
 def test_everything_but_pickles_and_prose_is_fetched(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
     names = ["config.json", "model.safetensors"]
-    paths = fetch(
+    paths = fetch_repository(
         "ann/model", tmp_path, filenames=names, sha256={"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
     )
     assert [path.name for path in paths] == names
     assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
     with pytest.raises(UserError, match=r"cut\.safetensors: cut short"):
-        fetch("ann/model", tmp_path)
+        fetch_repository("ann/model", tmp_path)
     assert not (tmp_path / "cut.safetensors").exists()
     assert not (tmp_path / "model.bin").exists()
     assert not (tmp_path / "README.md").exists()
 
 
 def test_the_token_is_sent(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
-    fetch("ann/model", tmp_path, filenames=["config.json"], token="hf_secret")
+    fetch_repository("ann/model", tmp_path, filenames=["config.json"], token="hf_secret")
     assert all(headers.get("authorization") == "Bearer hf_secret" for _, _, headers in lower(hub.requests))
 
 
@@ -162,12 +162,12 @@ def lower(requests: list) -> list:
 
 
 def test_a_broken_download_goes_on_where_it_stopped(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
-    fetch("ann/model", tmp_path / "first", filenames=["model.safetensors"])
+    fetch_repository("ann/model", tmp_path / "first", filenames=["model.safetensors"])
     (tmp_path / "second").mkdir()
     key = hashlib.sha256(WEIGHTS).hexdigest()[:16]
     (tmp_path / "second" / f".model.safetensors.{key}.part").write_bytes(WEIGHTS[:5000])
     hub.requests.clear()
-    (path,) = fetch("ann/model", tmp_path / "second", filenames=["model.safetensors"])
+    (path,) = fetch_repository("ann/model", tmp_path / "second", filenames=["model.safetensors"])
     assert path.read_bytes() == WEIGHTS
     ranges = [headers["range"] for verb, _, headers in lower(hub.requests) if verb == "GET" and "range" in headers]
     assert "bytes=5000-" in ranges
@@ -178,7 +178,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
 ) -> None:
     monkeypatch.setattr("svd.model.formats.hub.BACKOFF", 0.0)
     hub.breaks = 2  # type: ignore[attr-defined]
-    (path,) = fetch("ann/model", tmp_path, filenames=["model.safetensors"])
+    (path,) = fetch_repository("ann/model", tmp_path, filenames=["model.safetensors"])
     assert path.read_bytes() == WEIGHTS
     ranges = [headers["range"] for verb, _, headers in lower(hub.requests) if verb == "GET" and "range" in headers]
     assert ranges == ["bytes=3000-", "bytes=6000-"]
@@ -189,7 +189,7 @@ def test_the_token_stays_with_the_hub_and_every_attempt_asks_it_anew(
 ) -> None:
     monkeypatch.setattr("svd.model.formats.hub.BACKOFF", 0.0)
     storage.breaks = 2  # type: ignore[attr-defined]
-    (path,) = fetch("ann/model", tmp_path, filenames=["model.safetensors"], token="hf_secret")
+    (path,) = fetch_repository("ann/model", tmp_path, filenames=["model.safetensors"], token="hf_secret")
     assert path.read_bytes() == WEIGHTS
     seen = lower(storage.requests)  # type: ignore[attr-defined]
     assert [headers.get("range") for _, _, headers in seen] == [None, "bytes=3000-", "bytes=6000-"]
@@ -199,9 +199,9 @@ def test_the_token_stays_with_the_hub_and_every_attempt_asks_it_anew(
 
 
 def test_a_fetched_file_is_not_fetched_again(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
-    fetch("ann/model", tmp_path, filenames=["model.safetensors"])
+    fetch_repository("ann/model", tmp_path, filenames=["model.safetensors"])
     hub.requests.clear()
-    fetch("ann/model", tmp_path, filenames=["model.safetensors"])
+    fetch_repository("ann/model", tmp_path, filenames=["model.safetensors"])
     assert not [request for request in hub.requests if request[0] == "GET"]
 
 
@@ -211,12 +211,12 @@ def test_all_files_are_of_one_commit_though_others_push(
 ) -> None:
     monkeypatch.delitem(FILES, "cut.safetensors")
     hub.pushes = True  # type: ignore[attr-defined]
-    paths = fetch("ann/model", tmp_path, filenames=filenames)
+    paths = fetch_repository("ann/model", tmp_path, filenames=filenames)
     assert sorted(path.name for path in paths) == ["config.json", "model.safetensors"]
     assert all(path.read_bytes() == FILES[path.name] for path in paths)
     record = json.loads((tmp_path / "fetched.json").read_text())
     assert record == {path.name: {"repository": "ann/model", "commit": COMMIT} for path in paths}
-    fetch("ann/model", tmp_path, filenames=["README.md"], revision=PUSHED)
+    fetch_repository("ann/model", tmp_path, filenames=["README.md"], revision=PUSHED)
     record = json.loads((tmp_path / "fetched.json").read_text())
     assert len(record) == 3 and record["config.json"]["commit"] == COMMIT
 
@@ -227,10 +227,10 @@ def test_a_small_file_of_another_commit_is_fetched_again(
     """Of the same size; the hub states git's hash of files that aren't large."""
     monkeypatch.setattr(Hub, "content", small_content)
     (tmp_path / "config.json").write_bytes(b"[]")
-    (path,) = fetch("ann/model", tmp_path, filenames=["config.json"])
+    (path,) = fetch_repository("ann/model", tmp_path, filenames=["config.json"])
     assert path.read_bytes() == b"{}"
     hub.requests.clear()
-    fetch("ann/model", tmp_path, filenames=["config.json"])
+    fetch_repository("ann/model", tmp_path, filenames=["config.json"])
     assert [verb for verb, _, _ in hub.requests] == ["HEAD"]
 
 
@@ -262,7 +262,7 @@ def test_patterns_choose_files(
 
 def test_a_wrong_hash_leaves_no_file(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="wrong sha256") as error:
-        fetch("ann/model", tmp_path, filenames=["model.safetensors"], sha256={"model.safetensors": "1" * 64})
+        fetch_repository("ann/model", tmp_path, filenames=["model.safetensors"], sha256={"model.safetensors": "1" * 64})
     message(error)
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -284,7 +284,7 @@ def test_errors_are_one_line(
     hub: ThreadingHTTPServer, tmp_path: Path, repository: str, options: dict, expected: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        fetch(repository, tmp_path, **options)
+        fetch_repository(repository, tmp_path, **options)
     assert expected in message(error)
 
 
@@ -292,13 +292,13 @@ def test_resolve_takes_paths_and_repositories(
     hub: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SVD_CACHE", str(tmp_path / "cache"))
-    assert resolve(str(tmp_path)) == tmp_path
-    folder = resolve("ann/model", filenames=["config.json"])
+    assert resolve_weights(str(tmp_path)) == tmp_path
+    folder = resolve_weights("ann/model", filenames=["config.json"])
     assert folder == tmp_path / "cache" / "ann--model"
     assert (folder / "config.json").is_file()
     for name in ("/no/such/file", "weights.safetensors", "a/b/c", "./x/y"):
         with pytest.raises(UserError, match="no such file or folder"):
-            resolve(name)
+            resolve_weights(name)
 
 
 def test_a_repository_in_the_cache_stays_at_its_commit_and_needs_no_hub(
@@ -306,12 +306,12 @@ def test_a_repository_in_the_cache_stays_at_its_commit_and_needs_no_hub(
 ) -> None:
     monkeypatch.setenv("SVD_CACHE", str(tmp_path))
     hub.pushes = True  # type: ignore[attr-defined]
-    resolve("ann/model", ["config.json"])
+    resolve_weights("ann/model", ["config.json"])
     hub.requests.clear()
-    assert resolve("ann/model", ["config.json"]) == tmp_path / "ann--model"
+    assert resolve_weights("ann/model", ["config.json"]) == tmp_path / "ann--model"
     assert hub.requests == []
-    resolve("ann/model", ["model.safetensors", "config.json"])
+    resolve_weights("ann/model", ["model.safetensors", "config.json"])
     assert all(f"/{COMMIT}/" in path for _, path, _ in hub.requests)
     (tmp_path / "ann--model/config.json").unlink()
-    resolve("ann/model", ["config.json"])
+    resolve_weights("ann/model", ["config.json"])
     assert (tmp_path / "ann--model/config.json").read_bytes() == b"{}"

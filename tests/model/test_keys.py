@@ -10,12 +10,12 @@ import torch
 
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.formats.sgm_names import (
+    autoencoder_sgm_name,
     autoencoder_table,
-    autoencoder_to_sgm,
     invert,
     is_attention_projection,
+    unet_sgm_name,
     unet_table,
-    unet_to_sgm,
 )
 from svd.model.unet import UNet, UNetConfig
 
@@ -96,9 +96,9 @@ def test_image_autoencoder_names() -> None:
 
 def test_names_of_no_model_are_refused() -> None:
     with pytest.raises(ValueError, match=r"nonsense\.weight"):
-        unet_to_sgm("nonsense.weight", RELEASED)
+        unet_sgm_name("nonsense.weight", RELEASED)
     with pytest.raises(ValueError, match=r"encoder\.nonsense\.weight"):
-        autoencoder_to_sgm("encoder.nonsense.weight", 4)
+        autoencoder_sgm_name("encoder.nonsense.weight", 4)
     with pytest.raises(ValueError, match="not a bijection"):
         invert({"a": "x", "b": "x"})
 

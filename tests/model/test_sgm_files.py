@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from svd.core.errors import UserError
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.formats.clip_names import to_open_clip, to_transformers, transformers_config
-from svd.model.formats.convert import convert, expected
+from svd.model.formats.convert import convert_model, expected
 from svd.model.formats.folders import load_autoencoder, load_unet, save_unet
 from svd.model.formats.sgm import (
     SgmParts,
@@ -28,12 +28,20 @@ from svd.model.formats.sgm import (
     load_sgm,
     read_sgm,
     save_sgm,
-    unet_config,
+    unet_config_of_parts,
     unet_from_sgm,
     unet_to_sgm,
     write_sgm,
 )
-from svd.model.safetensors import Lazy, check_fit, of_module, of_tensor, read_metadata, read_tensors, write_tensors
+from svd.model.safetensors import (
+    Lazy,
+    check_fit,
+    of_module,
+    of_tensor,
+    read_header_metadata,
+    read_tensors,
+    write_tensors,
+)
 from svd.model.unet import UNet, UNetConfig
 
 RELEASED = UNetConfig(in_channels=8, ids=3)
@@ -68,17 +76,17 @@ def test_a_single_file_gives_the_networks_that_made_it(tmp_path: Path) -> None:
 
 def test_file_to_folder_to_file_loses_nothing(tmp_path: Path) -> None:
     source = write(tmp_path)
-    report = convert(source, tmp_path / "folder", "diffusers")
+    report = convert_model(source, tmp_path / "folder", "diffusers")
     assert report.missing == ()
     names = {path.relative_to(tmp_path / "folder").as_posix() for path in (tmp_path / "folder").rglob("*.json")}
     assert {"model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"} <= names
-    back = convert(tmp_path / "folder", tmp_path / "back.safetensors", "sgm")
+    back = convert_model(tmp_path / "folder", tmp_path / "back.safetensors", "sgm")
     assert back.missing == ()
     assert equal(read_tensors(source), read_tensors(tmp_path / "back.safetensors"))
 
 
 def test_folder_to_file_to_folder_loses_nothing(tmp_path: Path) -> None:
-    convert(write(tmp_path), tmp_path / "a", "diffusers")
+    convert_model(write(tmp_path), tmp_path / "a", "diffusers")
     for path in ("image_vae", "sgm_rest.safetensors"):
         target = tmp_path / "a" / path
         if target.is_dir():
@@ -87,8 +95,8 @@ def test_folder_to_file_to_folder_loses_nothing(tmp_path: Path) -> None:
             target.rmdir()
         else:
             target.unlink()
-    convert(tmp_path / "a", tmp_path / "b.safetensors", "sgm")
-    convert(tmp_path / "b.safetensors", tmp_path / "c", "diffusers")
+    convert_model(tmp_path / "a", tmp_path / "b.safetensors", "sgm")
+    convert_model(tmp_path / "b.safetensors", tmp_path / "c", "diffusers")
     for part in ("unet", "vae", "image_encoder"):
         file = next((tmp_path / "a" / part).glob("*.safetensors"))
         assert file.read_bytes() == (tmp_path / "c" / part / file.name).read_bytes()
@@ -119,7 +127,7 @@ def test_the_image_decoder_variant_keeps_its_whole_autoencoder(tmp_path: Path) -
     loaded = load_sgm(tmp_path / "image_decoder.safetensors").autoencoder
     assert not loaded.config.temporal_decoder
     assert equal(of_module(loaded), of_module(image))
-    convert(tmp_path / "image_decoder.safetensors", tmp_path / "folder", "diffusers")
+    convert_model(tmp_path / "image_decoder.safetensors", tmp_path / "folder", "diffusers")
     assert equal(of_module(load_autoencoder(tmp_path / "folder")), of_module(image))
 
 
@@ -135,8 +143,8 @@ def test_an_image_model_of_sd_converts_without_a_pipeline(tmp_path: Path) -> Non
     tensors = read_tensors(tmp_path / "sd.safetensors") | {"betas": of_tensor(torch.rand(4))}
     write_tensors(tmp_path / "sd2.safetensors", tensors)
     with pytest.raises(UserError, match="head_channels"):  # released ones have 64 channels a head, toys haven't
-        unet_config(read_sgm(tmp_path / "sd2.safetensors"))
-    report = convert(tmp_path / "sd.safetensors", tmp_path / "folder", "diffusers")
+        unet_config_of_parts(read_sgm(tmp_path / "sd2.safetensors"))
+    report = convert_model(tmp_path / "sd.safetensors", tmp_path / "folder", "diffusers")
     assert report.missing == ("image_encoder",)
     assert not (tmp_path / "folder" / "model_index.json").exists()
     assert equal(of_module(load_unet(tmp_path / "folder")), of_module(unet))
@@ -148,7 +156,7 @@ def test_released_configurations_are_told_from_shapes() -> None:
             tensors = of_module(UNet(config))
         parts = released_layout()
         parts.config, parts.unet = {}, unet_to_sgm(tensors, config)
-        assert unet_config(parts) == config
+        assert unet_config_of_parts(parts) == config
     for config in (AutoencoderConfig(), AutoencoderConfig(temporal_decoder=False)):
         with torch.device("meta"):
             tensors = autoencoder_to_sgm(of_module(Autoencoder(config)), config)
@@ -179,7 +187,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
     lacking = dict(tensors)
     del lacking["model.diffusion_model.out.0.weight"]
     cases["lacking"] = (lacking, r"1 missing \(conv_norm_out\.weight\)")
-    metadata = {"svd.config": read_metadata(source)["svd.config"]}
+    metadata = {"svd.config": read_header_metadata(source)["svd.config"]}
     for name, (changed, message) in cases.items():
         path = tmp_path / f"{name}.safetensors"
         write_tensors(path, changed, metadata)
@@ -193,24 +201,24 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
 def test_conversion_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     source = write(tmp_path)
     with pytest.raises(UserError, match="in sgm's layout already"):
-        convert(source, tmp_path / "x.safetensors", "sgm")
+        convert_model(source, tmp_path / "x.safetensors", "sgm")
     with pytest.raises(UserError, match="in diffusers' layout already"):
-        convert(tmp_path, tmp_path / "x", "diffusers")
+        convert_model(tmp_path, tmp_path / "x", "diffusers")
     with pytest.raises(UserError, match="exists already"):
-        convert(source, tmp_path, "diffusers")
+        convert_model(source, tmp_path, "diffusers")
     with pytest.raises(UserError, match="no such file or folder"):
-        convert(tmp_path / "nothing", tmp_path / "x", "diffusers")
+        convert_model(tmp_path / "nothing", tmp_path / "x", "diffusers")
 
 
 @pytest.mark.parametrize("kind", [{}, {"learned_mask": True, "in_channels": 9, "mask_size": (4, 4)}])
 def test_a_unet_alone_becomes_a_file_that_can_be_read(tmp_path: Path, kind: dict) -> None:
     unet = toy_unet(**kind)
     save_unet(unet, tmp_path / "unet", frames=9)
-    report = convert(tmp_path / "unet", tmp_path / "x.safetensors", "sgm")
+    report = convert_model(tmp_path / "unet", tmp_path / "x.safetensors", "sgm")
     assert report.missing == ("vae", "image_encoder")
     loaded = load_unet(tmp_path / "x.safetensors")
     assert loaded.config == unet.config and equal(of_module(loaded), of_module(unet))
-    convert(tmp_path / "x.safetensors", tmp_path / "back", "diffusers")
+    convert_model(tmp_path / "x.safetensors", tmp_path / "back", "diffusers")
     config = (tmp_path / "back" / "unet" / "config.json").read_text()
     assert config == (tmp_path / "unet" / "config.json").read_text() and '"num_frames": 9' in config
 
@@ -220,7 +228,7 @@ def test_a_unet_alone_becomes_a_file_that_can_be_read(tmp_path: Path, kind: dict
     [("svd", None, 14), ("svd_xt_1_1", None, 25), ("svd", 21, 21), ("text2video", None, 14)],
 )
 def test_a_released_files_name_tells_its_frames(tmp_path: Path, name: str, given: int | None, frames: int) -> None:
-    convert(write(tmp_path, f"{name}.safetensors"), tmp_path / "folder", "diffusers", frames=given)
+    convert_model(write(tmp_path, f"{name}.safetensors"), tmp_path / "folder", "diffusers", frames=given)
     assert json.loads((tmp_path / "folder" / "unet" / "config.json").read_text())["num_frames"] == frames
 
 
@@ -230,9 +238,9 @@ def test_only_image_to_video_models_get_a_pipelines_index(tmp_path: Path) -> Non
     parts.unet = unet_to_sgm(of_module(unet), unet.config)
     parts.config["unet"] = vars(unet.config)
     write_sgm(tmp_path / "t2v.safetensors", parts)
-    assert convert(tmp_path / "t2v.safetensors", tmp_path / "t2v", "diffusers").missing == ()
+    assert convert_model(tmp_path / "t2v.safetensors", tmp_path / "t2v", "diffusers").missing == ()
     assert not (tmp_path / "t2v" / "model_index.json").exists()
-    convert(write(tmp_path), tmp_path / "i2v", "diffusers")
+    convert_model(write(tmp_path), tmp_path / "i2v", "diffusers")
     processor = json.loads((tmp_path / "i2v" / "feature_extractor" / "preprocessor_config.json").read_text())
     tower = json.loads((tmp_path / "i2v" / "image_encoder" / "config.json").read_text())
     assert processor["crop_size"] == {"height": tower["image_size"], "width": tower["image_size"]}
@@ -254,7 +262,7 @@ def small_file() -> dict[str, Lazy]:
 
 def read_strictly(tensors: dict[str, Lazy]) -> UNetConfig:
     parts = SgmParts(unet=tensors)
-    config = unet_config(parts)
+    config = unet_config_of_parts(parts)
     check_fit(expected(UNet, config), unet_from_sgm(tensors, config), "file")
     return config
 
@@ -299,7 +307,7 @@ def test_a_renamed_tensor_is_told_with_both_names() -> None:
 
 
 def test_conversion_to_half_precision(tmp_path: Path) -> None:
-    convert(write(tmp_path), tmp_path / "half", "diffusers", dtype=torch.float16)
+    convert_model(write(tmp_path), tmp_path / "half", "diffusers", dtype=torch.float16)
     assert {
         t.dtype for t in read_tensors(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors").values()
     } == {torch.float16}

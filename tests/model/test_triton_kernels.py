@@ -37,8 +37,8 @@ for shape, groups, mean in (((2, 7, 5, 64), 32, 1.0), ((1, 3, 20, 96), 32, 1000.
         dy = torch.randn(shape)
         gradients = torch.autograd.grad(expected, exact, dy.double())
         with torch.no_grad():
-            got, *moments = kernels.group_norm(x, weight, bias, groups, 1e-5, silu)
-            back = kernels.group_norm_backward(dy, x, weight, bias, *moments, silu)
+            got, *moments = kernels.launch_group_norm(x, weight, bias, groups, 1e-5, silu)
+            back = kernels.launch_group_norm_backward(dy, x, weight, bias, *moments, silu)
         # torch refuses an operator whose outputs share memory.
         for outputs in ((got, *moments), back):
             assert len({output.untyped_storage().data_ptr() for output in outputs}) == 3
@@ -57,11 +57,11 @@ for frames, heads in ((4, 3), (25, 2)):
     q, k, v = (torch.randn(2, frames, 5, heads * 64) for _ in range(3))
     a, b, c = (x.unflatten(-1, (heads, 64)).permute(0, 2, 3, 1, 4) for x in (q, k, v))
     expected = F.scaled_dot_product_attention(a, b, c).permute(0, 3, 1, 2, 4).flatten(-2)
-    torch.testing.assert_close(kernels.attend_frames(q, k, v, heads), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kernels.launch_attend_frames(q, k, v, heads), expected, atol=1e-5, rtol=1e-5)
 for shape in ((3, 10), (2, 7, 400)):
     x = 3 * torch.randn(shape)
     value, gate = x.chunk(2, dim=-1)
-    torch.testing.assert_close(kernels.gated_gelu(x), value * F.gelu(gate), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kernels.launch_gated_gelu(x), value * F.gelu(gate), atol=1e-5, rtol=1e-5)
 """
 
 

@@ -116,18 +116,18 @@ def test_merge_and_unmerge(adapted: UNet) -> None:
     expected, names = output(adapted), lora.adapters(adapted)
     plain = output(make())
     assert (expected - plain).abs().max() > 0.05
-    lora.merge(adapted)
+    lora.merge_adapters(adapted)
     close(output(adapted), expected)
     with pytest.raises(ValueError, match="unmerge"):
         lora.set_scales(adapted, {"zoom": 0.5})
-    lora.unmerge(adapted)
+    lora.unmerge_adapters(adapted)
     close(output(adapted), expected)
     assert lora.adapters(adapted) == names
 
 
 def test_removing_keeps_what_is_merged(adapted: UNet) -> None:
     expected, keys = output(adapted), set(make().state_dict())
-    lora.merge(adapted)
+    lora.merge_adapters(adapted)
     lora.remove_lora(adapted)
     assert set(adapted.state_dict()) == keys and lora.adapters(adapted) == []
     close(output(adapted), expected)
@@ -167,9 +167,9 @@ def test_several_at_once(adapted: UNet, tmp_path: Path) -> None:
     lora.set_scales(adapted, {"zoom": 1.0, "pan": 0.5})
     both = output(adapted)
     assert min((both - one).abs().max(), (both - two).abs().max()) > 0.01
-    lora.merge(adapted)
+    lora.merge_adapters(adapted)
     close(output(adapted), both)
-    lora.unmerge(adapted)
+    lora.unmerge_adapters(adapted)
     for name in ("zoom", "pan"):
         lora.save_lora(adapted, tmp_path / name, name)
     fresh = make()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from svd.model.autoencoder import Autoencoder, AutoencoderConfig, mean
+from svd.model.autoencoder import Autoencoder, AutoencoderConfig, posterior_mean
 
 TOLERANCE = 1e-5
 
@@ -55,7 +55,7 @@ def test_encoder_and_decoder_equal_diffusers(
     posterior = reference.encode(frames.flatten(0, 1)).latent_dist
     moments = ours.encode(frames).flatten(0, 1)
     assert (moments - torch.cat([posterior.mean, posterior.logvar], dim=1)).abs().max() <= tolerance
-    latents = mean(ours.encode(frames))
+    latents = posterior_mean(ours.encode(frames))
     options = {"num_frames": 3} if temporal else {}
     expected = reference.decode(latents.flatten(0, 1), **options).sample
     assert expected.std() > 0.1

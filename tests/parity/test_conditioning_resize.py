@@ -6,14 +6,14 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 from transformers import CLIPImageProcessor
 
 from svd.model.encoders import ImageEncoder
-from svd.model.formats.clip import build, toy_config
+from svd.model.formats.clip import build_clip, toy_config
 
 
 @pytest.fixture(scope="module")
 def encoder():
     config = toy_config(16, 16)
     config["vision_cfg"] |= {"image_size": 224, "patch_size": 14}
-    return ImageEncoder(build(config, "test").visual)
+    return ImageEncoder(build_clip(config, "test").visual)
 
 
 @pytest.mark.parametrize("size", [(576, 1024), (320, 576), (224, 224), (300, 260)])

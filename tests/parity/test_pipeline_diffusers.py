@@ -11,14 +11,14 @@ from PIL import Image
 
 from svd.config import EncodersConfig, Sampling
 from svd.core.files import write_json
+from svd.generation import image_to_video, load_models
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.formats.clip import build, toy_config
+from svd.model.formats.clip import build_clip, toy_config
 from svd.model.formats.clip_names import to_transformers, transformers_config
 from svd.model.formats.diffusers_configs import image_processor_json, model_index_json, scheduler_json
 from svd.model.formats.folders import save_autoencoder, save_unet
 from svd.model.safetensors import of_module, write_tensors
 from svd.model.unet import UNet, UNetConfig
-from svd.tasks.api import image_to_video, load_models
 
 HEIGHT, WIDTH, FRAMES = 32, 32, 4
 SETTINGS = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "fps": 7, "motion_bucket": 127, "progress": False}
@@ -51,7 +51,7 @@ def write_pipeline(folder, norm_eps: float) -> None:
     save_autoencoder(randomised(autoencoder, 1.0), folder / "vae")
     architecture = toy_config(32, 32)
     architecture["vision_cfg"] |= {"image_size": 224, "patch_size": 32, "layers": 2}
-    visual = of_module(build(architecture, "test").visual)
+    visual = of_module(build_clip(architecture, "test").visual)
     (folder / "image_encoder").mkdir()
     write_tensors(folder / "image_encoder/model.safetensors", to_transformers(visual))
     write_json(folder / "image_encoder/config.json", transformers_config(visual, heads=2))

@@ -9,7 +9,7 @@ from scenedetect.detectors import AdaptiveDetector, ContentDetector, HashDetecto
 
 from svd.config import CutPass
 from svd.curation.cuts.finder import adaptive_ratios
-from svd.curation.cuts.frame_scores import Clock, Scorer, to_bgr
+from svd.curation.cuts.frame_scores import Clock, FrameScorer, to_bgr
 
 
 def _pictures(count: int = 60) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -25,8 +25,8 @@ def _pictures(count: int = 60) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]
     return pictures
 
 
-def _scorer(passes: list[CutPass], pictures: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Scorer:
-    scorer = Scorer(passes, 0.4, 24.0)
+def _scorer(passes: list[CutPass], pictures: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> FrameScorer:
+    scorer = FrameScorer(passes, 0.4, 24.0)
     for i, picture in enumerate(pictures):
         scorer.add(i, i / 24, picture)
     return scorer

@@ -11,7 +11,7 @@ from diffusers import StableVideoDiffusionPipeline
 from toy_models import VISION_HEADS, released_layout, toy_autoencoder, toy_clip, toy_unet
 
 from svd.core.errors import UserError
-from svd.model.formats.convert import convert
+from svd.model.formats.convert import convert_model
 from svd.model.formats.folders import load_autoencoder, load_unet, save_autoencoder, save_pipeline, save_unet
 from svd.model.formats.sgm import write_sgm
 
@@ -101,7 +101,7 @@ def test_a_converted_single_file_is_the_same_pipeline(tmp_path: Path) -> None:
     """The conversion of a single file, and the folder saved from its networks, give the same frames."""
     parts = released_layout()
     write_sgm(tmp_path / "svd.safetensors", parts)
-    convert(tmp_path / "svd.safetensors", tmp_path / "converted", "diffusers")
+    convert_model(tmp_path / "svd.safetensors", tmp_path / "converted", "diffusers")
     unet, autoencoder = load_unet(tmp_path / "converted"), load_autoencoder(tmp_path / "converted")
     save_pipeline(tmp_path / "saved", unet, autoencoder, toy_clip().visual, VISION_HEADS)
     first = sampled(StableVideoDiffusionPipeline.from_pretrained(tmp_path / "converted"))

@@ -17,7 +17,7 @@ from svd import storage
 from svd.core.errors import UserError
 from svd.curation.measuring.fetching import local_file
 from svd.sources.listing import SceneCaption, Source, list_sources
-from svd.sources.stage import gather
+from svd.sources.stage import gather_footage
 
 VIDEO = bytes(range(256)) * 2000  # much more than the headers beside it
 
@@ -44,7 +44,7 @@ def describe(sources: list[Source], base: str = "") -> dict[str, Any]:
 
 def gathered(patterns: list[Any], folder: Path, copied_bytes: int = 0) -> list[Source]:
     """What the stage `curation` sees of what the stage `sources` has gathered."""
-    gather([str(pattern) for pattern in patterns], folder / "footage", copied_bytes)
+    gather_footage([str(pattern) for pattern in patterns], folder / "footage", copied_bytes)
     return list_sources([str(folder / "footage")], folder)
 
 
@@ -220,4 +220,4 @@ def test_named_schemes_are_read_or_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"a")
     assert len(both([f"file://{tmp_path}/a.mp4"], tmp_path / "out")) == 1
     with pytest.raises(UserError, match="gs:// can't be read"):
-        gather(["gs://bucket/a"], tmp_path / "x", 0)
+        gather_footage(["gs://bucket/a"], tmp_path / "x", 0)

@@ -55,16 +55,16 @@ def test_lists_keep_their_columns_and_get_absolute_paths(tmp_path: Path) -> None
     (tmp_path / "list.txt").write_text("clips/a.mp4\n\nhttps://example.org/b.mp4\n")
     for suffix in ("csv", "parquet", "jsonl"):
         target = tmp_path / suffix
-        assert sources.gather([str(tmp_path / f"list.{suffix}")], target, 10**6) == (0, 2)
+        assert sources.gather_footage([str(tmp_path / f"list.{suffix}")], target, 10**6) == (0, 2)
         expected = {"https://example.org/b.mp4": "b", str(tmp_path / "clips/a.mp4"): "a"}
         assert {row["uri"]: row["caption"] for row in rows(target)} == expected
-    assert sources.gather([str(tmp_path / "list.txt")], tmp_path / "txt", 10**6) == (0, 2)
+    assert sources.gather_footage([str(tmp_path / "list.txt")], tmp_path / "txt", 10**6) == (0, 2)
     (tmp_path / "broken.parquet").write_text("no")
     with pytest.raises(UserError, match=r"broken\.parquet"):
-        sources.gather([str(tmp_path / "broken.parquet")], tmp_path / "x", 10**6)
+        sources.gather_footage([str(tmp_path / "broken.parquet")], tmp_path / "x", 10**6)
     (tmp_path / "columns.csv").write_text("colour,size\nred,3\n")
     with pytest.raises(UserError, match=r"columns.csv: row 1 has no address"):
-        sources.gather([str(tmp_path / "columns.csv")], tmp_path / "x", 10**6)
+        sources.gather_footage([str(tmp_path / "columns.csv")], tmp_path / "x", 10**6)
 
 
 def test_hard_names_hidden_files_and_equal_folder_names(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_hard_names_hidden_files_and_equal_folder_names(tmp_path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(folder.encode())
     patterns = [str(tmp_path / "one/videos"), str(tmp_path / "two/videos"), str(tmp_path / "one/*/a*.mp4")]
-    assert sources.gather(patterns, tmp_path / "out", 10**6) == (9, 0)
+    assert sources.gather_footage(patterns, tmp_path / "out", 10**6) == (9, 0)
     for name in (n for n in names if not n.startswith(".")):
         assert (tmp_path / "out/videos" / name).read_bytes() == b"one/videos"
         assert (tmp_path / "out/videos-2" / name).read_bytes() == b"two/videos"
@@ -87,7 +87,7 @@ def test_unreadable_files_are_listed_for_the_catalogue(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "good.mp4").write_bytes(b"x")
     (folder / "dangling.mp4").symlink_to(tmp_path / "gone.mp4")
-    assert sources.gather([str(folder)], tmp_path / "out", 10**6) == (1, 1)
+    assert sources.gather_footage([str(folder)], tmp_path / "out", 10**6) == (1, 1)
     assert rows(tmp_path / "out") == [{"uri": str(folder / "dangling.mp4")}]
 
 
@@ -117,7 +117,7 @@ def test_interrupted_copy_is_finished(tmp_path: Path) -> None:
     target = tmp_path / "out/in/a.mp4"
     target.parent.mkdir(parents=True)
     target.write_bytes(b"full")
-    assert sources.gather([str(folder)], tmp_path / "out", 10**6) == (1, 0)
+    assert sources.gather_footage([str(folder)], tmp_path / "out", 10**6) == (1, 0)
     assert target.read_bytes() == b"full content"
 
 

@@ -221,7 +221,7 @@ def test_write_worlds_goes_on_after_a_kill(tmp_path: Path) -> None:
     kept, lost = tmp_path / "train/train_0000.mp4", tmp_path / "train/train_0001.mp4"
     content, stamp = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
-    (tmp_path / "train/.train_0001.mp4").write_bytes(b"half")
+    (tmp_path / "train/.train_0001.mp4.tmp").write_bytes(b"half")
     write_worlds(tmp_path, SMALL, 7)
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == stamp
     assert not list(tmp_path.rglob(".*"))

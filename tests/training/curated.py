@@ -6,9 +6,9 @@ from pathlib import Path
 
 from svd.catalogue.schema import CLIPS_SCHEMA
 from svd.catalogue.shards import ShardWriter
-from svd.catalogue.tables import write_rows
+from svd.catalogue.tables import write_table_rows
 from svd.media.video import write_mp4
-from svd.synthetic.videos import World, render_clip
+from svd.synthetic.scenes import World, render_clip
 
 
 def write_curation(folder: Path, train: int, test: int, frames: int = 8, height: int = 32, width: int = 48) -> Path:
@@ -42,5 +42,5 @@ def write_curation(folder: Path, train: int, test: int, frames: int = 8, height:
                 )
     target = folder / "catalogue" / "clips.parquet"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(target, rows, CLIPS_SCHEMA)
+    write_table_rows(target, rows, CLIPS_SCHEMA)
     return folder

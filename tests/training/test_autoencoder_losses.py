@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from svd.catalogue.shards import read_clip
+from svd.catalogue.shards import read_clip_bytes
 from svd.catalogue.tables import read_clips
 from svd.core.errors import UserError
 from svd.media.video import write_mp4
 from svd.model.perceptual import Perceptual
-from svd.training.frames import ClipPixels, read_frames, split_rows
+from svd.training.frames import ClipPixels, read_clip_frames, split_rows
 from svd.training.losses import (
     PatchDiscriminator,
     ReconstructionLoss,
@@ -26,7 +26,7 @@ from svd.training.losses import (
     flicker,
     hinge,
     kl_divergence,
-    psnr,
+    reconstruction_psnr,
 )
 from svd.training.muon import ITERATIONS, QUINTIC, Muon, orthogonalised
 
@@ -53,7 +53,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
 
 def test_psnr_and_flicker_of_known_errors() -> None:
     real = torch.zeros(2, 3, 3, 8, 8)
-    assert abs(psnr(real.flatten(0, 1), real.flatten(0, 1) + 0.2) - 20.0) < 1e-3
+    assert abs(reconstruction_psnr(real.flatten(0, 1), real.flatten(0, 1) + 0.2) - 20.0) < 1e-3
     assert flicker(real, real + 0.5) == 0
     fake = real.clone()
     fake[:, 1] += 0.3
@@ -173,12 +173,12 @@ def test_frames_are_scaled_to_cover_and_cropped_at_the_centre(tmp_path: Path) ->
     for third in range(3):
         frames[:, :, third * 64 : third * 64 + 64, third] = 200
     write_mp4(tmp_path / "x.mp4", frames, 8)
-    read = read_frames((tmp_path / "x.mp4").read_bytes(), 4, 32, 32)
+    read = read_clip_frames((tmp_path / "x.mp4").read_bytes(), 4, 32, 32)
     assert read.shape == (4, 3, 32, 32)
     assert read[:, 1, :, 4:28].float().mean() > 180
     assert read[:, 0, :, 4:28].float().mean() < 25
     broken = (tmp_path / "x.mp4").read_bytes()[:200]
-    assert read_frames(broken, 4, 32, 32).shape == (0, 3, 32, 32)
+    assert read_clip_frames(broken, 4, 32, 32).shape == (0, 3, 32, 32)
 
 
 def test_batches_are_a_function_of_seed_and_step_and_run_in_epochs(tmp_path: Path) -> None:
@@ -204,6 +204,6 @@ def test_batches_are_a_function_of_seed_and_step_and_run_in_epochs(tmp_path: Pat
 def test_clips_shorter_than_the_catalogue_says_are_explained(tmp_path: Path) -> None:
     folder = write_curation(tmp_path, train=1, test=1)
     rows = [row | {"frames": 20} for row in read_clips(folder).iter_rows(named=True)]
-    assert read_frames(read_clip(folder, rows[0]), 99, 32, 48).shape[0] == 8
+    assert read_clip_frames(read_clip_bytes(folder, rows[0]), 99, 32, 48).shape[0] == 8
     with pytest.raises(UserError, match="has 8 readable frames instead of 20"):
         ClipPixels(folder, rows, 12, 32, 48).clip(0)

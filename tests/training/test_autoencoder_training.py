@@ -14,10 +14,10 @@ from curated import write_curation
 from PIL import Image
 
 from svd.catalogue.schema import CLIPS_SCHEMA
-from svd.catalogue.tables import read_clips, write_rows
+from svd.catalogue.tables import read_clips, write_table_rows
 from svd.config.load import load_preset
 from svd.core.errors import UserError
-from svd.model.autoencoder import Autoencoder, sample
+from svd.model.autoencoder import Autoencoder, sample_posterior
 from svd.model.formats.folders import load_autoencoder, save_autoencoder
 from svd.stage import NoTracker, StageContext
 from svd.training.autoencoder import initial_autoencoder, run
@@ -94,7 +94,7 @@ def test_the_measured_scaling_factor_gives_unit_variance(finished: Path, curatio
     pixels = ClipPixels(curation, split_rows(curation)[0], 2, 32, 48)
     with torch.no_grad():
         moments = autoencoder.encode(pixels.examples(6)[:, :1])
-    draws = sample(moments, torch.Generator().manual_seed(0)) * autoencoder.config.scaling_factor
+    draws = sample_posterior(moments, torch.Generator().manual_seed(0)) * autoencoder.config.scaling_factor
     assert abs(draws.std() - 1) < 0.02
 
 
@@ -176,6 +176,6 @@ def test_mistakes_are_explained_in_one_line(curation: Path, tmp_path: Path) -> N
 def test_an_empty_curation_is_explained(curation: Path, tmp_path: Path) -> None:
     rows = [row | {"keep": False} for row in read_clips(curation).iter_rows(named=True)]
     (tmp_path / "catalogue").mkdir()
-    write_rows(tmp_path / "catalogue" / "clips.parquet", rows, CLIPS_SCHEMA)
+    write_table_rows(tmp_path / "catalogue" / "clips.parquet", rows, CLIPS_SCHEMA)
     with pytest.raises(UserError, match="kept no clip to train on"):
         run(context(tmp_path, tmp_path))

@@ -11,7 +11,7 @@ import torch
 from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.model.encoders import from_uint8
-from svd.model.formats.clip import build, toy_config
+from svd.model.formats.clip import build_clip, toy_config
 from svd.model.formats.encoders import load_encoders
 from svd.model.safetensors import of_module, write_tensors
 from svd.stage import NoTracker, StageContext
@@ -81,7 +81,7 @@ def test_learns_to_match_unseen_clips_and_captions(tmp_path, monkeypatch):
 
 def test_retrieval_counts_what_it_says():
     torch.manual_seed(0)
-    model = build(toy_config(16, 16), "test")
+    model = build_clip(toy_config(16, 16), "test")
     pairs = encoders.render_pairs(3, "test", 12, frames=1)
     measured = encoders.retrieval(model, pairs)
     images = model.encode_image(encoders.ImageEncoder(model.visual).preprocess(from_uint8(pairs.frames[:, 0])), True)
@@ -114,7 +114,7 @@ def test_worlds_of_training_and_judging_share_no_caption():
 
 def test_released_weights_leave_a_reference(tmp_path, monkeypatch):
     small = toy_config(16, 32)
-    write_tensors(tmp_path / "weights.safetensors", of_module(build(small, "test")))
+    write_tensors(tmp_path / "weights.safetensors", of_module(build_clip(small, "test")))
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: small)
     options = {
         "encoders": {"kind": "open_clip", "model": "ViT-H-14", "weights": str(tmp_path / "weights.safetensors")},

@@ -20,18 +20,18 @@ from svd.latents.loader import Batch, Draws, Examples
 from svd.model.autoencoder import Autoencoder
 from svd.model.formats.folders import load_autoencoder
 from svd.model.unet import UNet, UNetConfig
-from svd.tasks.base import Task, dropped
+from svd.tasks.base import Task
 from svd.tasks.image_to_video import IMAGE_TO_VIDEO
-from svd.tasks.interpolation import FRAME_INTERPOLATION
+from svd.tasks.interpolation import INTERPOLATION
 from svd.tasks.multiview import MULTIVIEW
-from svd.tasks.signals import micro_conditioning, text_ids
+from svd.tasks.signals import dropped, micro_conditioning
 from svd.tasks.text_to_video import IMAGE, TEXT_TO_VIDEO
 from svd.training.ema import Ema
 from svd.training.initialise import carry_over, fresh_unet, unet_config, with_checkpointing
 from svd.training.module import TEMPORAL_PARTS, Diffusion, learning_rate_factor, select_parameters
 from svd.training.samples import Preview
 
-TASKS = (IMAGE, TEXT_TO_VIDEO, IMAGE_TO_VIDEO, FRAME_INTERPOLATION, MULTIVIEW)
+TASKS = (IMAGE, TEXT_TO_VIDEO, IMAGE_TO_VIDEO, INTERPOLATION, MULTIVIEW)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,12 @@ def batch_of(cache: LatentCache, task: Task, **draws: object) -> Batch:
     chosen = Draws(3, 0.0, 1.0, pixels=task.pixels, **draws)  # type: ignore[arg-type]
     examples = Examples(cache, cache.index.sort("sample_id").to_dicts(), frames, chosen)
     return default_collate([examples[k] for k in range(3)])
+
+
+def text_ids(batch: Batch) -> torch.Tensor:
+    ids = micro_conditioning(2, len(batch["fps"]), fps=batch["fps"], motion_bucket=batch["motion_bucket"])
+    assert ids is not None
+    return ids
 
 
 def module_of(task: Task, autoencoder: Autoencoder, **training: object) -> Diffusion:
@@ -149,10 +155,11 @@ def test_ids_are_those_of_generation(parts: tuple[LatentCache, Autoencoder]) -> 
 def test_dropping_zeroes_image_and_latent_and_empties_the_text(parts: tuple[LatentCache, Autoencoder]) -> None:
     cache, autoencoder = parts
     batch = batch_of(cache, IMAGE_TO_VIDEO)
-    condition = IMAGE_TO_VIDEO.condition(dropped(batch, cache.null_text), unet_of(IMAGE_TO_VIDEO), autoencoder)
+    signals = IMAGE_TO_VIDEO.observe(batch, autoencoder)
+    condition = IMAGE_TO_VIDEO.build(dropped(signals, cache.null_text), unet_of(IMAGE_TO_VIDEO))
     assert not condition.context.any()
     assert not condition.concat.any()
-    assert dropped(batch, cache.null_text)["text"].equal(cache.null_text.expand(3, -1, -1))
+    assert dropped(signals, cache.null_text).text.equal(cache.null_text.expand(3, -1, -1))
     kept = IMAGE_TO_VIDEO.condition(batch, unet_of(IMAGE_TO_VIDEO), autoencoder)
     assert kept.concat.shape == batch["latents"].shape
     assert kept.concat[:, 0].equal(kept.concat[:, -1])

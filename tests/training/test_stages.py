@@ -211,9 +211,9 @@ def write_orbits(folder: Path) -> Path:
 
 def test_a_subset_drops_the_named_share() -> None:
     rows = pl.DataFrame({"motion_score": range(100), "similarity": range(100), "text_area": range(100)})
-    kept = stages.select(rows, Subset(min_motion=0.25, max_text_area=0.1))
+    kept = stages.select_subset(rows, Subset(min_motion=0.25, max_text_area=0.1))
     assert kept["motion_score"].min() == 24 and kept["text_area"].max() == 90
-    assert stages.select(rows, Subset()).height == 100
+    assert stages.select_subset(rows, Subset()).height == 100
 
 
 def test_a_missing_predecessor_is_named(tmp_path: Path) -> None:

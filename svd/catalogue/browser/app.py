@@ -1,7 +1,7 @@
-"""The browser page of a catalogue: look at clips, sort and filter by any score, move thresholds and see what they drop.
+"""The page of a catalogue (`svd browse`): look at clips, sort by any score, move thresholds and see what they drop.
 
-`create_app` gives a FastAPI application (`svd browse`). It reads one curation output and writes nothing but, if asked,
-the thresholds of the preset file it was started with; comments and order of that file are kept.
+The application reads one curation output. It writes only when asked to: the thresholds of the preset file that it was
+started with. Comments and order of that file are kept.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
-from svd.catalogue import axes
-from svd.catalogue import tables as catalog
-from svd.catalogue.browser.index import SORTABLE, Clips, Verdicts
-from svd.catalogue.shards import read_clip, read_thumbnail
+from svd.catalogue import tables
+from svd.catalogue.axes import AXES, OPTIONS
+from svd.catalogue.browser.index import SORTABLE, ClipIndex, Verdicts
+from svd.catalogue.shards import read_clip_bytes, read_thumbnail
 from svd.catalogue.statistics import histogram
 from svd.config import FiltersConfig
 from svd.config.load import parse_preset
@@ -37,29 +37,32 @@ from svd.core.errors import UserError
 from svd.core.files import write_text
 from svd.media.orientation import upright_rgb
 
+# Codecs that browsers decode; clips of other codecs are transcoded to H.264.
 PLAYABLE = {"h264", "vp8", "vp9", "av1"}
-PAGE = 48
+PAGE = 48  # clips per request
 CACHED_PREVIEWS = 64
 
 
 class Thresholds(BaseModel):
-    """Absolute threshold by axis name; an axis that is left out is not used."""
+    """Absolute thresholds by axis name; an axis that is left out is not used."""
 
     thresholds: dict[str, float] = {}
 
     def config(self) -> FiltersConfig:
-        """As the preset's section; raises HTTPException for an unknown axis."""
-        options = {axis.name: axis.option for axis in axes.AXES}
-        unknown = sorted(set(self.thresholds) - set(options))
+        """Convert to the preset's section of filters; raises HTTPException for an unknown axis."""
+        unknown = sorted(set(self.thresholds) - set(OPTIONS))
         if unknown:
-            raise HTTPException(422, f"unknown axis {', '.join(unknown)}; known: {', '.join(options)}")
+            raise HTTPException(422, f"unknown axis {', '.join(unknown)}; known: {', '.join(OPTIONS)}")
         return FiltersConfig.model_validate(
-            {options[name]: {"absolute": value} for name, value in self.thresholds.items()}
+            {OPTIONS[name]: {"absolute": value} for name, value in self.thresholds.items()}
         )
 
 
 class ClipsQuery(Thresholds):
-    """Which clips to show: a page of them, sorted by a score."""
+    """A request for one page of clips, sorted by a score.
+
+    show: "all", "kept" or "dropped". search: text in source, camera label or captions. offset: clips before the page.
+    """
 
     sort: str = "source_uri"
     descending: bool = False
@@ -69,7 +72,7 @@ class ClipsQuery(Thresholds):
 
 
 class Previews:
-    """The clips of one curation output as browsers play them; the latest transcoded ones are kept."""
+    """The clips of one curation output as browsers play them, with a cache of transcoded clips."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,22 +80,22 @@ class Previews:
         self._lock = Lock()
 
     def video(self, row: Mapping[str, Any]) -> bytes:
-        """An mp4 that a browser plays: the clip itself, or an H.264 preview of it."""
+        """Return an mp4 that a browser plays: the clip itself, or an H.264 preview of it."""
         if row["codec"] in PLAYABLE:
-            return read_clip(self.folder, row)
+            return read_clip_bytes(self.folder, row)
         name = row["clip_id"]
         with self._lock:
             if name not in self._previews:
-                self._previews[name] = transcode(read_clip(self.folder, row))
+                self._previews[name] = transcode(read_clip_bytes(self.folder, row))
                 if len(self._previews) > CACHED_PREVIEWS:
                     self._previews.popitem(last=False)
             return self._previews[name]
 
 
 def transcode(data: bytes) -> bytes:
-    """An H.264 mp4 (yuv420p, at most 640 wide, moov first) of a clip that browsers can't play."""
+    """Encode a clip that browsers can't play as H.264 mp4: yuv420p, at most 640 wide, index at the front."""
     with contextlib.ExitStack() as stack:
-        # Moving the index to the front needs a file that can be read again.
+        # A file, not a buffer: moving the index to the front needs output that can be read again.
         target = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "preview.mp4"
         source = stack.enter_context(av.open(io.BytesIO(data), "r"))
         out = av.open(str(target), "w", options={"movflags": "faststart"})
@@ -101,8 +104,8 @@ def transcode(data: bytes) -> bytes:
         rate = video.average_rate or Fraction(25)
         stream = out.add_stream("libx264", rate=rate, options={"preset": "veryfast", "bf": "0"})
         stream.pix_fmt = "yuv420p"
-        for number, picture in upright_rgb(source.decode(video)):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for number, image in upright_rgb(source.decode(video)):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if number == 0:
                 scale = min(1.0, 640 / frame.width)
                 stream.width, stream.height = (max(2, int(n * scale) // 2 * 2) for n in (frame.width, frame.height))
@@ -114,8 +117,11 @@ def transcode(data: bytes) -> bytes:
         return target.read_bytes()
 
 
-def partial(data: bytes, header: str | None, kind: str) -> Response:
-    """`data`, or the part of it that a Range header asks for: without it browsers can't seek."""
+def range_response(data: bytes, header: str | None, kind: str) -> Response:
+    """Answer with `data`, or with the part that a Range header asks for: without ranges browsers can't seek.
+
+    header: the value of the Range header. kind: media type. Raises HTTPException 416 for a range outside the data.
+    """
     headers = {"Accept-Ranges": "bytes"}
     if not header or not header.startswith("bytes=") or "," in header:
         return Response(data, media_type=kind, headers=headers)
@@ -132,9 +138,9 @@ def partial(data: bytes, header: str | None, kind: str) -> Response:
 
 
 def save_thresholds(preset: Path, thresholds: Thresholds) -> None:
-    """Write absolute thresholds into `curation.filters` of a preset file, keeping its comments; atomically.
+    """Write absolute thresholds into `curation.filters` of a preset file, atomically; its comments are kept.
 
-    An axis that is not in `thresholds` is taken out. Raises UserError when the result would not be a valid preset.
+    An axis that is not in `thresholds` is removed. Raises UserError when the result would not be a valid preset.
     """
     yaml = YAML()
     yaml.preserve_quotes = True
@@ -142,7 +148,7 @@ def save_thresholds(preset: Path, thresholds: Thresholds) -> None:
     values = yaml.load(preset.read_text())
     section = values.setdefault("curation", CommentedMap()).setdefault("filters", CommentedMap())
     wanted = thresholds.config().model_dump(exclude_none=True)
-    for axis in axes.AXES:
+    for axis in AXES:
         if axis.option in wanted:
             entry = CommentedMap({"absolute": float(f"{wanted[axis.option]['absolute']:.6g}")})
             entry.fa.set_flow_style()
@@ -156,11 +162,11 @@ def save_thresholds(preset: Path, thresholds: Thresholds) -> None:
 
 
 def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
-    """The application for one curation output; with `preset` the page can save thresholds to it.
+    """Make the application for one curation output; with `preset` the page can save thresholds to that file.
 
     Raises UserError when there is no catalogue.
     """
-    data, previews = Clips(folder), Previews(folder)
+    data, previews = ClipIndex(folder), Previews(folder)
     app = FastAPI(title="SVD clip catalogue", docs_url=None, redoc_url=None)
     page = Environment(loader=PackageLoader("svd.catalogue"), autoescape=select_autoescape()).get_template(
         "browse.html"
@@ -180,20 +186,20 @@ def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
 
     @app.post("/api/counts")
     def counts(query: Thresholds) -> dict[str, Any]:
-        return count(data.judge(query.config()))
+        return count_verdicts(data.judge(query.config()))
 
     @app.post("/api/clips")
     def clips(query: ClipsQuery) -> dict[str, Any]:
-        return select(data, query)
+        return clips_page(data, query)
 
     @app.get("/clips/{clip_id}.mp4")
     def video(clip_id: str, request: Request) -> Response:
-        return partial(previews.video(row(clip_id)), request.headers.get("range"), "video/mp4")
+        return range_response(previews.video(row(clip_id)), request.headers.get("range"), "video/mp4")
 
     @app.get("/clips/{clip_id}.jpg")
     def thumbnail(clip_id: str) -> Response:
-        picture = read_thumbnail(folder, row(clip_id))
-        return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
+        jpeg = read_thumbnail(folder, row(clip_id))
+        return Response(jpeg, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 
     @app.post("/api/save")
     def save(thresholds: Thresholds) -> dict[str, str]:
@@ -209,18 +215,24 @@ def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
 
 
 def _axes(folder: Path) -> list[dict[str, Any]]:
-    """Name, column, side, title and histogram of every axis that has scores."""
+    """Describe every axis that has scores for the page: name, column, side, title, unit, histogram."""
     found = []
-    for axis in axes.AXES:
-        every, _, edges = histogram(catalog.scan_clips(folder), axis.column)
+    for axis in AXES:
+        every, _, edges = histogram(tables.scan_clips(folder), axis.column)
         if len(every):
-            shown = {"name": axis.name, "column": axis.column, "side": axis.side, "title": axis.title}
-            found.append({**shown, "counts": every.tolist(), "edges": edges.tolist()})
+            described = {
+                "name": axis.name,
+                "column": axis.column,
+                "side": axis.side,
+                "title": axis.title,
+                "unit": axis.unit,
+            }
+            found.append({**described, "counts": every.tolist(), "edges": edges.tolist()})
     return found
 
 
 def _current(folder: Path) -> dict[str, float]:
-    """Thresholds that the catalogue was judged with, from its funnel."""
+    """Read the thresholds that the catalogue was judged with from its funnel."""
     path = folder / "funnel.json"
     if not path.is_file():
         return {}
@@ -228,15 +240,18 @@ def _current(folder: Path) -> dict[str, float]:
     return thresholds
 
 
-def count(verdicts: Verdicts) -> dict[str, Any]:
-    """How many clips are kept and dropped, and how many each axis drops on its own."""
+def count_verdicts(verdicts: Verdicts) -> dict[str, Any]:
+    """Count the clips that are kept and dropped, and those that each axis drops on its own."""
     kept = int(verdicts.keep.sum())
     axes = {name: {"drops": drops} for name, drops in verdicts.drops.items()}
     return {"kept": kept, "dropped": len(verdicts.keep) - kept, "axes": axes}
 
 
-def select(data: Clips, query: ClipsQuery) -> dict[str, Any]:
-    """A page of clips with the verdicts of the query's thresholds, and what `count` says."""
+def clips_page(data: ClipIndex, query: ClipsQuery) -> dict[str, Any]:
+    """Return a page of clips with the verdicts of the thresholds, and the counts of `count_verdicts`.
+
+    Raises HTTPException for a column that can't be sorted by.
+    """
     if query.sort not in SORTABLE:
         raise HTTPException(422, f"can't sort by '{query.sort}'; known: {', '.join(SORTABLE)}")
     verdicts = data.judge(query.config())
@@ -247,8 +262,9 @@ def select(data: Clips, query: ClipsQuery) -> dict[str, Any]:
         order = order[data.matching(query.search.lower())[order]]
     numbers = [int(number) for number in order[query.offset : query.offset + PAGE]]
     shown = [_public(row) for row in data.page(numbers, verdicts)]
-    return {**count(verdicts), "matching": len(order), "clips": shown}
+    return {**count_verdicts(verdicts), "matching": len(order), "clips": shown}
 
 
 def _public(row: dict[str, Any]) -> dict[str, Any]:
+    """Replace NaN and infinity by null: JSON has neither."""
     return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}

@@ -1,7 +1,7 @@
-"""A catalogue of millions of clips to be looked at: scores in memory, everything else read for the page that is shown.
+"""An index over a catalogue of millions of clips: scores are in memory, everything else is read for the page shown.
 
-In memory are, a clip: a hash of its id, the number of its source, its duration and its scores, about 50 bytes. Captions
-and addresses stay in the file and are read by row group; verdicts are those of `filters` on the scores in memory.
+Memory holds about 50 bytes per clip: a hash of its id, the number of its source, its duration and its scores. Captions
+and addresses stay in the file and are read by row group. Verdicts come from `filters`, on the scores in memory.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from svd.catalogue import axes, filters, schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import filters, schema, tables
+from svd.catalogue.axes import AXES
 from svd.config import FiltersConfig
 
+# Columns of verdicts, and columns from the file, that a page shows of each clip.
 JUDGED = ("verdict", "reason", "keep")
 STORED = (
     "clip_id",
@@ -36,42 +37,37 @@ STORED = (
     "height",
     "codec",
     "method",
-    "motion_score",
     "motion_bucket",
     "camera",
-    "text_area",
-    "aesthetics",
-    "nsfw",
-    "similarity",
-    "duplicate_similarity",
     "captions",
+    *(axis.column for axis in AXES),
 )
-PLACES = ("shard", "offset", "size", "thumbnail_offset", "thumbnail_size")
-SCORES = ("duration", *(axis.column for axis in axes.AXES))
+PLACES = tuple(name for name, _ in schema.MEMBERS)
+SCORES = ("duration", *(axis.column for axis in AXES))
 SORTABLE = ("source_uri", *SCORES)
 CACHED_ROWS = 4096
 CACHED_ORDERS = 4
-BATCH = 1 << 16  # rows read at a time where all are
+BATCH = 1 << 16  # rows per read of the whole file
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What thresholds make of a catalogue. `keep`: (clips,) bool; `drops`: how many clips an axis drops on its own."""
+    """The verdicts of some thresholds. keep: (clips,) bool; drops: how many clips each axis drops on its own."""
 
     thresholds: Mapping[str, float]
     keep: np.ndarray
     drops: Mapping[str, int]
 
 
-class Clips:
-    """The clips of one curation output, by their row number in the catalogue. May be used by several threads.
+class ClipIndex:
+    """The clips of one curation output by row number of the catalogue; safe to use from several threads.
 
-    The file stays open: a catalogue that is replaced meanwhile is not mixed with this one.
+    The file stays open, so a catalogue that is replaced meanwhile is not mixed with this one.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError when there is no catalogue."""
-        self._file = pq.ParquetFile(catalog.clips_path(folder))
+        """Open the catalogue and read its scores; raises UserError when there is none."""
+        self._file = pq.ParquetFile(tables.clips_path(folder))
         groups = [self._file.metadata.row_group(number).num_rows for number in range(self._file.num_row_groups)]
         self._ends = np.cumsum(groups, dtype=np.int64)
         self._lock = Lock()
@@ -85,16 +81,18 @@ class Clips:
         return len(self._hashes)
 
     def _batches(self, *columns: str) -> Iterator[pl.DataFrame]:
-        """All rows of some columns, a batch at a time."""
+        """Yield all rows of some columns in batches; a score that the file lacks is null (see `tables.scan_scores`)."""
         with self._lock:
             for batch in self._file.iter_batches(BATCH, columns=list(columns)):
                 if len(batch):
-                    yield pl.DataFrame(pa.Table.from_batches([batch]))
+                    frame = pl.DataFrame(pa.Table.from_batches([batch]))
+                    absent = (name for name in columns if name not in frame.columns)
+                    yield frame.with_columns(pl.lit(None, pl.Float32).alias(name) for name in absent)
 
     def _narrow(self) -> tuple[pl.DataFrame, np.ndarray]:
-        """Scores with the number of each clip's source under `source_uri`, and the hashes of the clips' ids.
+        """Read what stays in memory: scores, with the number of each clip's source as `source_uri`, and hashes of ids.
 
-        Clips are sorted by source, so its number sorts as its address does.
+        Clips are sorted by source, so the number of a source sorts as its address does.
         """
         parts, hashes, number, last = [], [np.zeros(0, np.uint64)], 0, None
         for batch in self._batches("clip_id", *SORTABLE):
@@ -107,20 +105,20 @@ class Clips:
         return pl.concat(parts, rechunk=True) if parts else empty, np.concatenate(hashes)
 
     def judge(self, config: FiltersConfig) -> Verdicts:
-        """The verdicts of other thresholds, as `svd curate` would reach them."""
-        thresholds = filters.resolve(self._scores.lazy(), config)
+        """Judge all clips by other thresholds, with the same result as `svd refilter`."""
+        thresholds = filters.resolve_thresholds(self._scores.lazy(), config)
         passed = [pl.col(f"pass_{name}") for name in thresholds]
-        judged = filters.judge(self._scores.lazy(), thresholds).select("keep", *passed).collect()
+        judged = filters.judge_clips(self._scores.lazy(), thresholds).select("keep", *passed).collect()
         drops = {name: int((~judged[f"pass_{name}"]).sum() or 0) for name in thresholds}
         return Verdicts(thresholds, judged["keep"].to_numpy(), drops)
 
     def _order(self, column: str, descending: bool) -> np.ndarray:
-        """Row numbers in the order of a column of SORTABLE: without a value last, equal ones as in the catalogue."""
+        """Sort row numbers by a column of SORTABLE; nulls come last, equal values stay in the catalogue's order."""
         place = pl.arg_sort_by(column, descending=descending, nulls_last=True, maintain_order=True)
         return self._scores.select(place).to_series().to_numpy()
 
     def _matching(self, needle: str) -> np.ndarray:
-        """(clips,) bool: whose source, camera or captions contain `needle` (lower case); reads all captions."""
+        """Find clips whose source, camera or captions contain `needle` (lower case), (clips,) bool; reads the file."""
         texts = pl.col("captions").list.eval(pl.element().struct.field("text")).list.join(" ")
         text = pl.concat_str("source_uri", "camera", texts, separator=" ", ignore_nulls=True).str.to_lowercase()
         found = [
@@ -130,7 +128,7 @@ class Clips:
         return np.concatenate([np.zeros(0, bool), *found])
 
     def rows(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """The columns STORED and PLACES of these clips; what was shown lately is not read again."""
+        """Read the columns STORED and PLACES of these clips; recently shown rows come from the cache."""
         with self._lock:
             if missing := sorted({n for n in numbers if n not in self._rows}):
                 self._rows.update(zip(missing, self._read(np.array(missing)), strict=True))
@@ -142,7 +140,7 @@ class Clips:
         return found
 
     def _read(self, numbers: np.ndarray) -> list[dict[str, Any]]:
-        """Rows by ascending numbers, a row group at a time."""
+        """Read rows by ascending numbers, one row group after another."""
         groups = np.searchsorted(self._ends, numbers, side="right")
         starts = np.concatenate([[0], self._ends])
         rows: list[dict[str, Any]] = []
@@ -152,14 +150,14 @@ class Clips:
         return rows
 
     def page(self, numbers: Sequence[int], verdicts: Verdicts) -> list[dict[str, Any]]:
-        """The columns STORED and JUDGED of these clips, with the verdicts of the thresholds."""
+        """Return the columns STORED and JUDGED of these clips, judged by the thresholds of `verdicts`."""
         stored = pa.schema([field for field in schema.SCORES_SCHEMA if field.name in STORED])
         frame = pl.DataFrame(pa.Table.from_pylist(self.rows(numbers), schema=stored))
-        judged = filters.judge(frame.lazy(), verdicts.thresholds)
+        judged = filters.judge_clips(frame.lazy(), verdicts.thresholds)
         return judged.select(*STORED, *JUDGED).collect().to_dicts()
 
     def find(self, clip_id: str) -> dict[str, Any] | None:
-        """The columns STORED and PLACES of a clip; None when there is no such clip."""
+        """Return the columns STORED and PLACES of a clip; None when there is no such clip."""
         value = pl.Series([clip_id]).hash()[0]
         first, last = (
             np.searchsorted(self._hashes, np.uint64(value), side, self._by_hash) for side in ("left", "right")

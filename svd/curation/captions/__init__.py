@@ -1,0 +1,1 @@
+"""Captioners: one module per captioner, named like the captioner."""

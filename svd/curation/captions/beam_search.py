@@ -1,4 +1,7 @@
-"""Beam search over any next-token function: open_clip's own for CoCa needs what transformers 5 has removed."""
+"""Beam search over any next-token function.
+
+open_clip's own beam search for CoCa needs functions that transformers 5 removed.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ Step = Callable[[Tensor], Tensor]
 
 @torch.inference_mode()
 def beam_search(step: Step, start: int, end: int, *, beams: int = 6, longest: int = 30, shortest: int = 5) -> list[int]:
-    """Tokens between `start` and `end` of the sequence with the highest mean log-probability a token.
+    """Return the tokens between `start` and `end` of the sequence with the highest mean log-probability per token.
 
-    step: (K, L) int64 token sequences → (K, V) logits of the next token. A sequence has at most `longest` tokens with
-    `start`, and no `end` before `shortest`. Ties go to the smaller token, so the result is deterministic.
+    step: maps K token sequences (K, L) int64 to the logits of the next token (K, V).
+    longest: tokens of a sequence, `start` included. shortest: tokens before which `end` is not allowed.
+    Ties go to the smaller token, so the result is deterministic.
     """
     sequences, totals = torch.tensor([[start]]), torch.zeros(1)
     finished: list[tuple[float, list[int]]] = []
@@ -35,7 +39,7 @@ def beam_search(step: Step, start: int, end: int, *, beams: int = 6, longest: in
         alive = torch.nonzero(~ends).flatten()[:beams]
         sequences = torch.cat([sequences[parents[alive]], tokens[alive, None]], 1)
         totals = values[alive]
-        # Adding tokens only lowers the sum: no living beam can pass the best finished one any more.
+        # More tokens only lower a sum: once no living beam can pass the best finished one, the search is over.
         if len(finished) >= beams and len(totals) and max(finished)[0] >= float(totals.max()) / (longest - 1):
             break
     finished += [

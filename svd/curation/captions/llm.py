@@ -1,7 +1,8 @@
-"""A language model that merges the captions of frame and clip (§3.1)."""
+"""The captioner `llm`: a language model that merges the captions of frame and clip (§3.1)."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 
 from svd.config import CaptionsConfig
 from svd.core.errors import UserError
-from svd.curation.captions.base import VIDEO, Captioner, CaptionRequest, first_line, import_transformers
-from svd.curation.captions.coca import COCA
+from svd.curation.captions.base import MOTION, SIDECAR, Captioner, CaptionRequest, first_line, import_transformers
 
-LLM = "llm"
-
+# Captions to merge: what a frame shows and what happens over time, the preferred captioner first.
+SPATIAL = ("coca", SIDECAR)
+TEMPORAL = ("video", MOTION)
 
 MERGE_INSTRUCTION = (
     "Two captions describe the same short video: one what a single frame shows, one what happens over time. "
@@ -31,9 +32,12 @@ MERGE_EXAMPLE = (
 
 
 class EndpointLlm:
-    """Merges captions through an OpenAI-compatible server (vLLM, llama.cpp, …): POST <endpoint>/chat/completions."""
+    """Merges captions through an OpenAI-compatible server (vLLM, llama.cpp, …): POST <endpoint>/chat/completions.
 
-    name = LLM
+    A busy or failing server is tried `attempts` times, with waits of `wait` seconds that double each time.
+    """
+
+    name = "llm"
 
     def __init__(
         self, endpoint: str, model: str, *, attempts: int = 5, timeout: float = 60.0, wait: float = 1.0, key: str = ""
@@ -43,10 +47,11 @@ class EndpointLlm:
         self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
 
     def describe(self, requests: Sequence[CaptionRequest]) -> list[str | None]:
-        """One merged caption a clip; None where there is nothing to merge."""
+        """Return one merged caption per clip; None where there is nothing to merge."""
         return [self._merge(texts) if (texts := merge_inputs(request)) else None for request in requests]
 
     def _merge(self, texts: tuple[str, str]) -> str:
+        """Ask the server; raises UserError when it does not answer."""
         body = {"model": self.model, "messages": merge_messages(*texts), "temperature": 0, "max_tokens": 64}
         for attempt in range(self.attempts):
             try:
@@ -61,6 +66,7 @@ class EndpointLlm:
         raise UserError(f"curation.captions.llm_endpoint: {self.url} does not answer ({problem}); is the server up?")
 
     def _text(self, response: httpx.Response) -> str:
+        """Return the text of a completion; raises UserError for any other answer."""
         try:
             response.raise_for_status()
             return str(response.json()["choices"][0]["message"]["content"]).strip()
@@ -73,14 +79,14 @@ class EndpointLlm:
 class TransformersLlm:
     """Merges captions with a local chat model of transformers."""
 
-    name = LLM
+    name = "llm"
 
     def __init__(self, model: Any, tokenizer: Any, device: str) -> None:
         self.model, self.tokenizer, self.device = model.to(device).eval(), tokenizer, device
 
     @classmethod
     def load(cls, name: str, device: str) -> TransformersLlm:
-        """Load by hub id or folder; raises UserError when that fails."""
+        """Load a model by hub id or folder; raises UserError when that fails."""
         transformers = import_transformers("curation.captions.llm_model")
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -91,10 +97,11 @@ class TransformersLlm:
 
     @torch.inference_mode()
     def describe(self, requests: Sequence[CaptionRequest]) -> list[str | None]:
-        """One merged caption a clip; None where there is nothing to merge."""
+        """Return one merged caption per clip; None where there is nothing to merge."""
         return [self._merge(texts) if (texts := merge_inputs(request)) else None for request in requests]
 
     def _merge(self, texts: tuple[str, str]) -> str:
+        """Generate greedily, so that equal captions give equal results."""
         messages = merge_messages(*texts)
         if self.tokenizer.chat_template:
             prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -108,14 +115,15 @@ class TransformersLlm:
 
 
 def merge_inputs(request: CaptionRequest) -> tuple[str, str] | None:
-    """What the LLM merges: the spatial and the temporal caption of a clip, or None when one of them is missing."""
-    spatial = request.captions.get(COCA) or request.captions.get("sidecar")
-    temporal = request.captions.get(VIDEO) or request.captions.get("motion")
+    """Choose the spatial and the temporal caption of a clip; None when one of them is missing."""
+    spatial, temporal = (
+        next((text for name in names if (text := request.captions.get(name))), None) for names in (SPATIAL, TEMPORAL)
+    )
     return (spatial, temporal) if spatial and temporal else None
 
 
 def merge_messages(spatial: str, temporal: str) -> list[dict[str, str]]:
-    """The chat that asks for one merged caption, with one worked example."""
+    """Write the chat that asks for one merged caption, with one worked example."""
     ask = "Frame: {}\nTime: {}".format
     return [
         {"role": "system", "content": MERGE_INSTRUCTION},
@@ -125,11 +133,10 @@ def merge_messages(spatial: str, temporal: str) -> list[dict[str, str]]:
     ]
 
 
-def _make_llm(config: CaptionsConfig, device: str) -> Captioner:
+def make_llm(config: CaptionsConfig, device: str) -> Captioner:
+    """Make the configured LLM, local or behind an endpoint; raises UserError for a missing option or model."""
     if config.llm_model is None:
         raise UserError("curation.captions: captioner 'llm' needs llm_model, and llm_endpoint when a server runs it")
     if config.llm_endpoint:
-        import os
-
         return EndpointLlm(config.llm_endpoint, config.llm_model, key=os.environ.get("OPENAI_API_KEY", ""))
     return TransformersLlm.load(config.llm_model, device)

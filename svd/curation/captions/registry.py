@@ -1,35 +1,28 @@
-"""The captioners of the paper (§3.1): CoCa on the middle frame, a video captioner on the clip, an LLM that merges both.
-
-All run behind `svd.curation.captions.base.Captioner`. Weights come by hub id or path; transformers is the extra
-`captions`.
-"""
+"""Captioners by name: a captioner is the module of its name, imported only when a preset uses it."""
 
 from __future__ import annotations
 
-from svd.config import CaptionsConfig
-from svd.core.errors import UserError
-from svd.curation.captions.base import VIDEO, Captioner
-from svd.curation.captions.coca import COCA, CocaCaptioner
-from svd.curation.captions.llm import LLM, _make_llm
+from importlib import import_module
+from typing import get_args
+
+from svd.config import CaptionerName, CaptionsConfig
+from svd.curation.captions.base import MOTION, SIDECAR, Captioner
+
+WITHOUT_NETWORK = (SIDECAR, MOTION)
+NETWORK_CAPTIONERS: tuple[str, ...] = tuple(name for name in get_args(CaptionerName) if name not in WITHOUT_NETWORK)
 
 
 def make_captioners(config: CaptionsConfig, device: str) -> list[Captioner]:
-    """The configured captioners that need a network, in the order they must run (the LLM last).
+    """Load the configured captioners that need a network.
 
-    Raises UserError that names the option which is missing. `sidecar` and `motion` are known from measuring already.
+    They run in the order of `CaptionerName`, so a captioner that reads others' captions (the LLM) stands after them.
+    Raises UserError that names a missing option or weights that can't be loaded.
     """
-    wanted = set(config.captioners)
-    captioners: list[Captioner] = []
-    if COCA in wanted:
-        captioners.append(CocaCaptioner.load(config.coca_model, config.coca_weights, device))
-    if VIDEO in wanted:
-        from svd.curation.captions.video import load_video_captioner
+    return [_make(name, config, device) for name in NETWORK_CAPTIONERS if name in config.captioners]
 
-        if config.video_model is None:
-            raise UserError(
-                "curation.captions: captioner 'video' needs video_model, such as kpyu/video-blip-opt-2.7b-ego4d"
-            )
-        captioners.append(load_video_captioner(config.video_model, device))
-    if LLM in wanted:
-        captioners.append(_make_llm(config, device))
-    return captioners
+
+def _make(name: str, config: CaptionsConfig, device: str) -> Captioner:
+    """Call `make_<name>` of the module `<name>`."""
+    module = import_module(f"svd.curation.captions.{name}")
+    captioner: Captioner = getattr(module, f"make_{name}")(config, device)
+    return captioner

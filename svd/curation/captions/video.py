@@ -1,7 +1,7 @@
-"""Video captioners from transformers: VideoBLIP as in the paper, and any video-text-to-text model.
+"""The captioner `video`: VideoBLIP as in the paper (§3.1), or any video-text-to-text model of transformers.
 
-VideoBLIP is BLIP-2 whose image encoder sees several frames: their tokens are put one behind the other before the
-Q-Former, so its weights are those of `Blip2ForConditionalGeneration`.
+VideoBLIP is BLIP-2 with several frames: the tokens of all frames are concatenated before the Q-Former. So its weights
+are those of `Blip2ForConditionalGeneration`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from svd.config import CaptionsConfig
 from svd.core.errors import UserError
-from svd.curation.captions.base import VIDEO, Captioner, CaptionRequest, first_line, import_transformers
+from svd.curation.captions.base import Captioner, CaptionRequest, first_line, import_transformers
 from svd.media.orientation import upright_rgb
 
 FRAMES = 8
@@ -32,21 +33,24 @@ BLIP2_TYPES = ("blip-2", "video_blip", "video-blip")
 
 @dataclass(frozen=True)
 class Sampled:
-    """Frames of a clip: pictures (H, W, 3) uint8 RGB, their numbers, how many the clip has, and frames a second."""
+    """Frames of a clip.
 
-    pictures: list[np.ndarray]
+    images: (H, W, 3) uint8 RGB each. numbers: their frame numbers. total: frames of the clip. fps: frames per second.
+    """
+
+    images: list[np.ndarray]
     numbers: list[int]
     total: int
     fps: float
 
     def metadata(self) -> dict[str, Any]:
-        """What transformers' video processors want to know of sampled frames: some models are told their times."""
+        """Return the metadata that video processors of transformers take: some models are given the times of frames."""
         seconds = self.total / self.fps
         return {"total_num_frames": self.total, "fps": self.fps, "duration": seconds, "frames_indices": self.numbers}
 
 
 def sample_frames(video: Path, count: int = FRAMES) -> Sampled:
-    """`count` frames, evenly spaced over a clip; fewer when the clip is shorter."""
+    """Read `count` frames, evenly spaced over a clip; fewer when the clip is shorter."""
     with av.open(str(video), "r") as container:
         stream = container.streams.video[0]
         total = stream.frames or sum(1 for _ in container.decode(stream))
@@ -59,7 +63,7 @@ def sample_frames(video: Path, count: int = FRAMES) -> Sampled:
 class VideoBlipCaptioner:
     """VideoBLIP: frames through BLIP-2's image encoder, joined over time, described by its language model."""
 
-    name = VIDEO
+    name = "video"
 
     def __init__(self, model: Any, processor: Any, device: str, frames: int = FRAMES) -> None:
         self.model, self.processor = model.to(device).eval(), processor
@@ -67,12 +71,12 @@ class VideoBlipCaptioner:
 
     @torch.inference_mode()
     def describe(self, requests: Sequence[CaptionRequest]) -> list[str | None]:
-        """One caption a clip."""
+        """Return one caption per clip."""
         return [self._describe(sample_frames(request.video, self.frames)) for request in requests]
 
     def _describe(self, sampled: Sampled) -> str | None:
-        pictures = [Image.fromarray(picture) for picture in sampled.pictures]
-        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.device)
+        images = [Image.fromarray(image) for image in sampled.images]
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
         queries = self.video_queries(pixels[None])
         tokens = self.processor.tokenizer(PROMPT, return_tensors="pt")["input_ids"].to(self.device)
         words = self.model.get_input_embeddings()(tokens)
@@ -84,7 +88,7 @@ class VideoBlipCaptioner:
         return self.processor.tokenizer.decode(out[0], skip_special_tokens=True).strip() or None
 
     def video_queries(self, pixels: Tensor) -> Tensor:
-        """(B, T, 3, H, W) → (B, Q, D): the Q-Former's answers over the tokens of all frames, in the LLM's width."""
+        """Map frames (B, T, 3, H, W) to the Q-Former's outputs over all of them, in the LLM's width: (B, Q, D)."""
         batch, time = pixels.shape[:2]
         tokens = self.model.vision_model(pixel_values=pixels.flatten(0, 1)).last_hidden_state
         tokens = tokens.unflatten(0, (batch, time)).flatten(1, 2)
@@ -99,7 +103,7 @@ class VideoBlipCaptioner:
 class ChatVideoCaptioner:
     """Any video chat model of transformers (LLaVA-NeXT-Video, Qwen2-VL, …) through its chat template."""
 
-    name = VIDEO
+    name = "video"
 
     def __init__(self, model: Any, processor: Any, device: str, frames: int = FRAMES) -> None:
         self.model, self.processor = model.to(device).eval(), processor
@@ -107,7 +111,7 @@ class ChatVideoCaptioner:
 
     @torch.inference_mode()
     def describe(self, requests: Sequence[CaptionRequest]) -> list[str | None]:
-        """One caption a clip."""
+        """Return one caption per clip."""
         return [self._describe(sample_frames(request.video, self.frames)) for request in requests]
 
     def _describe(self, sampled: Sampled) -> str | None:
@@ -115,7 +119,7 @@ class ChatVideoCaptioner:
         prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = self.processor(
             text=prompt,
-            videos=[np.stack(sampled.pictures)],
+            videos=[np.stack(sampled.images)],
             video_metadata=[sampled.metadata()],
             do_sample_frames=False,
             return_tensors="pt",
@@ -126,7 +130,7 @@ class ChatVideoCaptioner:
 
 
 def load_video_captioner(name: str, device: str) -> Captioner:
-    """Load a captioner by hub id or folder, after its configuration.
+    """Load a captioner by hub id or folder; its class follows from the model's configuration.
 
     Raises UserError when that fails, when weights are missing, and for models that take no video.
     """
@@ -149,3 +153,12 @@ def load_video_captioner(name: str, device: str) -> Captioner:
         if getattr(processor, part, None) is None:
             raise UserError(f"{OPTION}: '{name}' {what}; give a video chat model such as Qwen2-VL, or a VideoBLIP")
     return ChatVideoCaptioner(model, processor, device)
+
+
+def make_video(config: CaptionsConfig, device: str) -> Captioner:
+    """Load the configured video captioner; raises UserError for a missing option or model."""
+    if config.video_model is None:
+        raise UserError(
+            "curation.captions: captioner 'video' needs video_model, such as kpyu/video-blip-opt-2.7b-ego4d"
+        )
+    return load_video_captioner(config.video_model, device)

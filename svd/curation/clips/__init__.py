@@ -1,0 +1,1 @@
+"""Clips: which frames they hold, what is sampled from them, how they are written."""

@@ -1,8 +1,7 @@
 """From cuts to clips (App. C): which frames each clip holds, so that its packets can be copied without re-encoding.
 
-A clip starts at the first keyframe after its cut and ends before its next cut: at the last place where the packets,
-in decoding order, decode to complete, consecutive frames. A shot without a usable keyframe is re-encoded frame by
-frame or dropped.
+A clip starts at the first keyframe after a cut. It ends before the next cut, at the last place where the packets, in
+decoding order, decode to complete and consecutive frames. A shot without a usable keyframe is re-encoded or dropped.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from fractions import Fraction
 import numpy as np
 
 from svd.config import ClipsConfig
+from svd.curation.base.types import ClipSpan, Cut, DroppedSpan
 from svd.curation.decoding.probe import PacketIndex
-from svd.curation.types import ClipSpan, Cut, DroppedSpan
 
 
 @dataclass(frozen=True)
-class Shot:
-    """Frames [start, end) between two cuts; cut indices, None at the ends of the source."""
+class ShotSpan:
+    """The frames [start, end) between two cuts, given by their indices; None at the ends of the source."""
 
     start: int
     end: int
@@ -31,7 +30,7 @@ class Shot:
 class Timeline:
     """Frame numbers, timestamps and packets of a source, and conversions between them.
 
-    pts (N,): timestamp of each decoded frame in display order; end_pts: where the last frame ends.
+    pts: (N,), timestamp of each decoded frame in display order. end_pts: where the last frame ends.
     """
 
     def __init__(self, pts: np.ndarray, end_pts: int, index: PacketIndex, time_base: Fraction) -> None:
@@ -47,15 +46,18 @@ class Timeline:
         self._packet_of = {int(self._numbers[k]): int(k) for k in self._keys}
 
     def at(self, frame: int) -> int:
-        """Timestamp of a frame, or of the end for the frame after the last one."""
+        """Return the timestamp of a frame; of the end for the frame after the last one."""
         return int(self.pts[frame]) if frame < len(self.pts) else self.end_pts
 
     def seconds(self, frame: int) -> float:
-        """Time of a frame on the source's clock."""
+        """Return the time of a frame on the source's clock."""
         return self.at(frame) * self.time_base
 
     def copy_end(self, start: int, end: int) -> int:
-        """The greatest end ≤ `end` so that the packets from keyframe `start` on decode to exactly [start, that end)."""
+        """Return the greatest end ≤ `end` such that the packets from keyframe `start` decode to exactly [start, end).
+
+        Returns `start` when there is none.
+        """
         best = start
         seen: set[int] = set()
         highest = start - 1
@@ -65,7 +67,7 @@ class Timeline:
                 break
             if number < start:
                 if seen and number >= 0:
-                    continue  # a leading picture of an open group: it belongs to the shot before
+                    continue  # a leading frame of an open group of pictures: it belongs to the shot before
                 if number < 0:
                     break  # a packet that decoded to nothing: what follows may refer to it
             seen.add(number)
@@ -75,25 +77,25 @@ class Timeline:
         return best
 
 
-def shots(cuts: list[Cut], frames: int) -> Iterator[Shot]:
-    """The shots between cuts; transitions belong to none."""
+def shots(cuts: list[Cut], frames: int) -> Iterator[ShotSpan]:
+    """Yield the shots between cuts; transitions belong to no shot."""
     start, start_cut = 0, None
     for i, cut in enumerate(cuts):
         if cut.start_frame > start:
-            yield Shot(start, cut.start_frame, start_cut, i)
+            yield ShotSpan(start, cut.start_frame, start_cut, i)
         start, start_cut = max(start, cut.end_frame), i
     if frames > start:
-        yield Shot(start, frames, start_cut, None)
+        yield ShotSpan(start, frames, start_cut, None)
 
 
 class SpanPlanner:
-    """Cuts shots into clips; every frame ends up in a clip or in a DroppedSpan."""
+    """Splits shots into clips; every frame ends up in a clip or in a DroppedSpan."""
 
     def __init__(self, timeline: Timeline, config: ClipsConfig, copyable: bool = True) -> None:
         self.timeline, self.config, self.copyable = timeline, config, copyable
 
-    def plan(self, shot: Shot) -> tuple[list[ClipSpan], list[DroppedSpan]]:
-        """The clips of one shot and what is left of it."""
+    def plan(self, shot: ShotSpan) -> tuple[list[ClipSpan], list[DroppedSpan]]:
+        """Return the clips of one shot and what is left of it."""
         seconds = self._duration(shot.start, shot.end)
         if seconds < self.config.min_seconds - 1e-6 or shot.end - shot.start < 2:
             return [], [self._drop(shot.start, shot.end, f"shorter than {self.config.min_seconds:g} s")]
@@ -105,13 +107,14 @@ class SpanPlanner:
         return spans, list(self._rest(shot, spans))
 
     def _duration(self, start: int, end: int) -> float:
+        """Return the seconds of the frames [start, end)."""
         return (self.timeline.at(end) - self.timeline.at(start)) * self.timeline.time_base
 
     def _drop(self, start: int, end: int, reason: str) -> DroppedSpan:
         t = self.timeline
         return DroppedSpan(start, end, t.at(start), t.at(end), t.seconds(start), t.seconds(end), reason)
 
-    def _span(self, start: int, end: int, shot: Shot, copy: bool) -> ClipSpan:
+    def _span(self, start: int, end: int, shot: ShotSpan, copy: bool) -> ClipSpan:
         t = self.timeline
         return ClipSpan(
             start_frame=start,
@@ -128,8 +131,8 @@ class SpanPlanner:
             end_cut=shot.end_cut,
         )
 
-    def _copies(self, shot: Shot) -> Iterator[ClipSpan]:
-        """Clips from keyframe to packet boundary, none longer than max_seconds."""
+    def _copies(self, shot: ShotSpan) -> Iterator[ClipSpan]:
+        """Yield clips from a keyframe to a packet boundary, none longer than max_seconds."""
         keys = self.timeline.keyframes
         keys = keys[(keys >= shot.start) & (keys < shot.end)]
         spans: list[ClipSpan] = []
@@ -152,8 +155,9 @@ class SpanPlanner:
         return self.timeline.keyframes[self.timeline.keyframes <= frame]
 
     def _target(self, start: int, end: int, keys: np.ndarray | None) -> int:
-        """Where a clip from `start` should end: at `end`, or, in a long shot, after at most max_seconds at a
-        keyframe if possible.
+        """Return where a clip from `start` should end: at `end`, or in a long shot after at most max_seconds.
+
+        A long shot is split at a keyframe if possible. keys: the keyframes; None when frames are re-encoded.
         """
         if self._duration(start, end) <= self.config.max_seconds:
             return end
@@ -167,7 +171,8 @@ class SpanPlanner:
                 return int(usable[-1])
         return max(last, start + 1)
 
-    def _exact(self, shot: Shot) -> Iterator[ClipSpan]:
+    def _exact(self, shot: ShotSpan) -> Iterator[ClipSpan]:
+        """Yield clips that are re-encoded, with ends at any frame."""
         spans: list[ClipSpan] = []
         start = shot.start
         while start < shot.end:
@@ -177,7 +182,8 @@ class SpanPlanner:
             start = end
         yield from _without_inner_cuts(spans)
 
-    def _rest(self, shot: Shot, spans: list[ClipSpan]) -> Iterator[DroppedSpan]:
+    def _rest(self, shot: ShotSpan, spans: list[ClipSpan]) -> Iterator[DroppedSpan]:
+        """Yield the frames of a shot that no clip holds."""
         position = shot.start
         for span in spans:
             if span.start_frame > position:
@@ -188,6 +194,7 @@ class SpanPlanner:
 
 
 def _without_inner_cuts(spans: list[ClipSpan]) -> Iterator[ClipSpan]:
+    """Remove the cuts from the ends at which a shot was only split."""
     for i, span in enumerate(spans):
         yield replace(
             span,

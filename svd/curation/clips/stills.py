@@ -1,4 +1,4 @@
-"""First, middle and last frame of each clip: JPEGs in a measured unit until it is scored, then one thumbnail."""
+"""Stills of each clip: first, middle and last frame as JPEGs in a measured unit, and a thumbnail for the shard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ JPEG_QUALITY = 90
 THUMBNAIL_WIDTH = 192
 
 
-def write_frame(folder: Path, name: str, position: int, frame: np.ndarray) -> None:
+def write_still(folder: Path, name: str, position: int, frame: np.ndarray) -> None:
     """Write one of the three frames (H, W, 3) uint8 RGB of a clip of the unit in `folder`; raises OSError."""
     path = _path(folder, name, position)
     encoded, data = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
@@ -20,26 +20,26 @@ def write_frame(folder: Path, name: str, position: int, frame: np.ndarray) -> No
     path.write_bytes(data.tobytes())
 
 
-def read_frames(folder: Path, name: str) -> np.ndarray:
-    """First, middle and last frame of a clip: (3, H, W, 3) uint8 RGB; raises OSError."""
-    return np.stack([read_frame(folder, name, position) for position in range(3)])
+def read_stills(folder: Path, name: str) -> np.ndarray:
+    """Read the first, middle and last frame of a clip, (3, H, W, 3) uint8 RGB; raises OSError."""
+    return np.stack([read_still(folder, name, position) for position in range(3)])
 
 
-def read_frame(folder: Path, name: str, position: int) -> np.ndarray:
-    """One of the three frames, (H, W, 3) uint8 RGB; raises OSError."""
+def read_still(folder: Path, name: str, position: int) -> np.ndarray:
+    """Read one of the three frames, (H, W, 3) uint8 RGB; raises OSError."""
     path = _path(folder, name, position)
-    picture = cv2.imread(str(path))
-    if picture is None:
+    image = cv2.imread(str(path))
+    if image is None:
         raise OSError(f"{path}: not a picture")
-    return np.ascontiguousarray(picture[..., ::-1])
+    return np.ascontiguousarray(image[..., ::-1])
 
 
 def _path(folder: Path, name: str, position: int) -> Path:
     return folder / "frames" / f"{name}-{position}.jpg"
 
 
-def thumbnail(frame: np.ndarray) -> bytes:
-    """A JPEG at most THUMBNAIL_WIDTH wide of an (H, W, 3) uint8 RGB frame."""
+def encode_thumbnail(frame: np.ndarray) -> bytes:
+    """Encode an (H, W, 3) uint8 RGB frame as JPEG, at most THUMBNAIL_WIDTH wide."""
     height, width = frame.shape[:2]
     scale = min(1.0, THUMBNAIL_WIDTH / width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))

@@ -1,4 +1,4 @@
-"""Writing clips: copying packets where a clip begins with a keyframe, else re-encoding its frames exactly.
+"""Writing clips as MP4: packets are copied where a clip begins with a keyframe, else its frames are re-encoded.
 
 Equal inputs give equal bytes: no time, no encoder name and no thread count enters a file.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,63 +17,84 @@ import av.error
 import av.filter
 
 from svd.core.files import atomic_file
+from svd.curation.base.types import ClipFile, ClipSpan, SourceFacts, SourceFailure
 from svd.curation.decoding.probe import UNTRUSTED, Opened, open_video, packets_from
-from svd.curation.types import ClipFile, ClipSpan, SourceFacts, SourceFailure
 
-# x264's choice of instructions by machine leaves random bytes behind some slices; a fixed set gives equal bytes
-# anywhere.
+# x264 picks vector instructions by machine, and the newest leave random bytes behind some slices. A fixed set gives
+# equal bytes on every machine.
 ENCODER = {"preset": "veryfast", "crf": "17", "x264-params": "asm=SSE4.2", "flags": "+bitexact"}
 
-_LIMITED_RANGE = 1
+_LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
 
 
 def write_clip(source: Path, span: ClipSpan, facts: SourceFacts, target: Path) -> ClipFile:
-    """Write one clip of `source` as an MP4 file without audio; see write_clips."""
+    """Write one clip of `source`, without audio; see write_clips."""
     return write_clips(source, facts, [(span, target)])[0]
 
 
 def write_clips(source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:
     """Write clips of one source; each file appears under its name when it is complete.
 
-    Copied clips keep the source's coding, display matrix and pixel aspect; re-encoded ones are H.264, upright and
+    Copied clips keep the source's coding, display matrix and pixel aspect. Re-encoded clips are H.264, upright and
     unmirrored, progressive, with square pixels. Raises SourceFailure when the source no longer decodes to the frames of
     a span.
     """
-    written = []
     with open_video(source) as opened:
-        for span, target in jobs:
-            try:
-                with atomic_file(target) as temporary:
-                    written.append(_write(source, opened, span, facts, temporary))
-            except (av.error.FFmpegError, ValueError) as error:
-                raise SourceFailure(f"clip at {span.start_seconds:.3f} s can't be written: {error}") from None
-    return written
+        return [_write(source, opened, span, facts, target) for span, target in jobs]
+
+
+def copy_frames(source: Path, span: ClipSpan, target: Path) -> int:
+    """Copy the packets of the frames of `span` into an MP4 file; return the number of frames.
+
+    It needs no facts of the source beyond its packets. Raises SourceFailure as write_clips does.
+    """
+    with open_video(source) as opened, _complete_mp4(span, target) as output:
+        count = _copy(source, opened, span, output)
+        _check_count(span, count)
+    return count
 
 
 def _write(source: Path, opened: Opened, span: ClipSpan, facts: SourceFacts, target: Path) -> ClipFile:
-    copy = span.method == "copy"
+    """Write one clip and say what its file holds."""
+    copied = span.method == "copy"
+    with _complete_mp4(span, target) as output:
+        count = _copy(source, opened, span, output) if copied else _encode(source, span, facts, output)
+        _check_count(span, count)
+    width, height = (facts.width, facts.height) if copied else upright_size(facts)
+    seconds = span.end_seconds - span.start_seconds
+    codec = facts.codec if copied else "h264"
+    return ClipFile(count, target.stat().st_size, span.method, width, height, seconds, codec)
+
+
+@contextmanager
+def _complete_mp4(span: ClipSpan, target: Path) -> Iterator[av.container.OutputContainer]:
+    """Open an MP4 file that appears as `target` when the block ends without an error; raises SourceFailure."""
     options = {"fflags": "+bitexact", "movflags": "+faststart"}
-    with av.open(str(target), "w", format="mp4", options=options) as output:
-        if copy:
-            count, width, height = _copy(source, opened, span, output), facts.width, facts.height
-        else:
-            count = _encode(source, span, facts, output)
-            width, height = upright_size(facts)
+    try:
+        with (
+            atomic_file(target) as temporary,
+            av.open(str(temporary), "w", format="mp4", options=options) as output,
+        ):
+            yield output
+    except (av.error.FFmpegError, ValueError) as error:
+        raise SourceFailure(f"clip at {span.start_seconds:.3f} s can't be written: {error}") from None
+
+
+def _check_count(span: ClipSpan, count: int) -> None:
+    """Raise SourceFailure unless as many frames were written as the span has."""
     if count != span.frames:
         raise SourceFailure(
             f"clip at {span.start_seconds:.3f} s has {count} frames instead of {span.frames}: the source has changed"
         )
-    seconds = span.end_seconds - span.start_seconds
-    codec = facts.codec if copy else "h264"
-    return ClipFile(count, target.stat().st_size, span.method, width, height, seconds, codec)
 
 
 def upright_size(facts: SourceFacts) -> tuple[int, int]:
-    """Width and height of a re-encoded clip: upright, square pixels, even."""
+    """Return width and height of a re-encoded clip: upright, square pixels, even."""
     return max(2, facts.display_width // 2 * 2), max(2, facts.display_height // 2 * 2)
 
 
 def _copy(source: Path, opened: Opened, span: ClipSpan, output: av.container.OutputContainer) -> int:
+    """Copy the packets of a span, with times from 0; return their number."""
     track: av.VideoStream | None = None
     waiting: list[av.Packet] = []
     count = 0
@@ -82,7 +104,7 @@ def _copy(source: Path, opened: Opened, span: ClipSpan, output: av.container.Out
         if packet.pts >= span.end_pts:
             break
         if packet.pts < span.start_pts:
-            continue  # leading pictures of an open group belong to the shot before
+            continue  # leading frames of an open group of pictures belong to the shot before
         if track is None:
             track = output.add_stream_from_template(stream)
             track.time_base = stream.time_base
@@ -98,7 +120,7 @@ def _copy(source: Path, opened: Opened, span: ClipSpan, output: av.container.Out
 def _mux(
     waiting: list[av.Packet], last: int, start: int, track: av.VideoStream, output: av.container.OutputContainer
 ) -> None:
-    """Write the waiting packets; those that came without a decoding time (Matroska's first) get times before `last`."""
+    """Write the waiting packets; those without a decoding time (the first ones of Matroska) get times before `last`."""
     for behind, packet in enumerate(reversed(waiting)):
         step = max(int(packet.duration or 1), 1)
         packet.dts = last - behind * step - start
@@ -110,7 +132,7 @@ def _mux(
 
 
 def _frames(source: Path, span: ClipSpan, facts: SourceFacts) -> Iterator[av.VideoFrame]:
-    """The decoded frames of a span, decoded from the last keyframe before it."""
+    """Yield the frames of a span, decoded from the last keyframe before it."""
     earlier = [k for k in facts.keyframes if k <= span.start_pts]
     for packet, _ in packets_from(source, earlier[-1] if earlier else None):
         for frame in _decoded(packet):
@@ -122,7 +144,7 @@ def _frames(source: Path, span: ClipSpan, facts: SourceFacts) -> Iterator[av.Vid
 
 
 def _counted(source: Path, span: ClipSpan) -> Iterator[av.VideoFrame]:
-    """The decoded frames of a span of a source without usable timestamps: counted from its beginning."""
+    """Yield the frames of a span of a source without usable timestamps, counted from the beginning of the source."""
     number = 0
     for packet, _ in packets_from(source, None):
         for frame in _decoded(packet):
@@ -134,14 +156,15 @@ def _counted(source: Path, span: ClipSpan) -> Iterator[av.VideoFrame]:
 
 
 def _decoded(packet: av.Packet) -> list[av.VideoFrame]:
+    """Decode a packet; a broken one gives no frame."""
     try:
         return list(packet.decode())
     except av.error.InvalidDataError:
-        return []  # the analysis skipped the same broken packet
+        return []  # the decode pass skipped the same broken packet
 
 
 def _chain(frame: av.VideoFrame, facts: SourceFacts) -> av.filter.Graph:
-    """De-interlacing, turning upright and square pixels, in this order."""
+    """Build the filters of a re-encoded clip: de-interlace, turn upright, make pixels square."""
     graph = av.filter.Graph()
     base = frame.time_base or Fraction(1, 1000)
     nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=base)]
@@ -158,6 +181,7 @@ def _chain(frame: av.VideoFrame, facts: SourceFacts) -> av.filter.Graph:
 
 
 def _encode(source: Path, span: ClipSpan, facts: SourceFacts, output: av.container.OutputContainer) -> int:
+    """Re-encode the frames of a span; return their number."""
     ordinal = UNTRUSTED in facts.warnings
     frames = _counted(source, span) if ordinal else _frames(source, span, facts)
     track = output.add_stream("libx264", rate=Fraction(facts.fps).limit_denominator(1001))
@@ -196,6 +220,7 @@ def _drain(
     track: av.VideoStream,
     output: av.container.OutputContainer,
 ) -> int:
+    """Encode the frames that the filters give back; `done` of the span's frames are already written."""
     count = 0
     while True:
         try:

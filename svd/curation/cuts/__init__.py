@@ -1,0 +1,1 @@
+"""Cut detection: the cascade of detectors over one decode."""

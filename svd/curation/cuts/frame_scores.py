@@ -1,8 +1,7 @@
-"""What cut detection sees of each frame: content scores at several frame rates, brightness, and a tiny picture.
+"""Scores of each frame for cut detection: content scores at several frame rates, and tiny images.
 
-The content score is PySceneDetect's (mean absolute difference of hue, saturation and value between two frames,
-weights 1, 1, 1): all passes of the cascade share one HSV picture a frame, so that each further frame rate costs one
-L1 norm.
+The content score is PySceneDetect's: the mean absolute difference of hue, saturation and value between two frames, with
+weights 1, 1, 1. All passes of the cascade share one HSV image per frame, so each further frame rate costs one L1 norm.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from scenedetect.detectors import HashDetector, HistogramDetector, ThresholdDete
 from svd.config import CutPass
 from svd.curation.decoding.decoder import Planes, halve
 
-THUMB_WIDTH = 48
-TRANSNET_SIZE = (48, 27)
-Look = tuple[int, float, Planes]  # number and time of a frame, and its small picture
+TINY_WIDTH = 48
+TRANSNET_SIZE = (48, 27)  # width, height
+Look = tuple[int, float, Planes]  # number and time of a frame, and its small planes
 
 
 @dataclass(frozen=True)
@@ -45,47 +44,50 @@ class Hit:
 
 
 def to_hsv(small: Planes) -> np.ndarray:
-    """Y (h, w), U and V (h/2, w/2) to OpenCV's 8-bit HSV (h, w, 3)."""
+    """Convert Y (h, w), U and V (h/2, w/2) to OpenCV's 8-bit HSV (h, w, 3)."""
     return cv2.cvtColor(to_bgr(small), cv2.COLOR_BGR2HSV)
 
 
 def to_bgr(small: Planes) -> np.ndarray:
-    """Y (h, w), U and V (h/2, w/2) to BGR (h, w, 3), limited range BT.601: scores don't need the exact matrix."""
+    """Convert Y (h, w), U and V (h/2, w/2) to BGR (h, w, 3) as limited BT.601: scores don't need the exact matrix."""
     width = small[0].shape[1]
     packed = np.concatenate([plane.reshape(-1) for plane in small]).reshape(-1, width)
     return cv2.cvtColor(packed, cv2.COLOR_YUV2BGR_I420)
 
 
 def content_score(one: np.ndarray, other: np.ndarray) -> float:
-    """PySceneDetect's ContentDetector score of two HSV pictures (h, w, 3), 0…255."""
+    """Return PySceneDetect's ContentDetector score of two HSV images (h, w, 3), 0…255."""
     return cv2.norm(one, other, cv2.NORM_L1) / one.size
 
 
-def thumbnail(small: Planes) -> np.ndarray:
-    """Y, U and V halved until Y is at most THUMB_WIDTH wide, concatenated into one uint8 vector; Y comes first."""
+def tiny_image(small: Planes) -> np.ndarray:
+    """Halve Y, U and V until Y is at most TINY_WIDTH wide; return them as one uint8 vector, Y first."""
     luma, blue, red = small
-    while luma.shape[1] > THUMB_WIDTH and luma.shape[0] >= 16:
+    while luma.shape[1] > TINY_WIDTH and luma.shape[0] >= 16:
         luma, blue, red = halve(luma), halve(blue), halve(red)
     return np.concatenate([luma.reshape(-1), blue.reshape(-1), red.reshape(-1)])
 
 
-def thumbnail_size(small: Planes) -> tuple[int, int]:
-    """Height and width of the Y part of `thumbnail`."""
+def tiny_size(small: Planes) -> tuple[int, int]:
+    """Return height and width of the Y part of `tiny_image`."""
     height, width = small[0].shape
-    while width > THUMB_WIDTH and height >= 16:
+    while width > TINY_WIDTH and height >= 16:
         height, width = height // 2, width // 2
     return height, width
 
 
 class Clock:
-    """Picks the frames of a slower frame rate by their times: the first frame in each interval of 1 / fps."""
+    """Picks the frames of a slower frame rate by their times: the first frame in each interval of 1 / fps.
+
+    fps: None picks every frame.
+    """
 
     def __init__(self, fps: float | None) -> None:
         self.fps = fps
         self._next = -math.inf
 
     def tick(self, seconds: float) -> bool:
-        """Whether the frame at `seconds` belongs to the slower rate; call once for each frame."""
+        """Say whether the frame at `seconds` belongs to the slower rate; call it once per frame."""
         if self.fps is None:
             return True
         # A thousandth of a step absorbs the rounding of timestamps to milliseconds.
@@ -96,6 +98,8 @@ class Clock:
 
 
 class _ContentPass:
+    """The content detector at one frame rate; `jumps` are its comparisons."""
+
     def __init__(self, fps: float | None) -> None:
         self.clock = Clock(fps)
         self.jumps: list[Jump] = []
@@ -105,19 +109,20 @@ class _ContentPass:
         return self.clock.tick(seconds)
 
     def add(self, frame: int, hsv: np.ndarray, change: float) -> None:
-        """Compare with the last frame; change: the score against the last one that any pass has seen."""
+        """Compare with the last frame; change: the score against the last frame that any pass has seen."""
         if self._last is not None:
             score = change if self.clock.fps is None else content_score(hsv, self._last[1])
             self.jumps.append(Jump(self._last[0], frame, score))
         self._last = frame, hsv
 
     def replace(self, steps: list[Jump]) -> None:
-        """Put the steps from a frame to a later one in place of the one comparison of both."""
+        """Replace the comparison of two frames by the steps between them."""
         place = bisect.bisect_left(self.jumps, steps[-1].after, key=lambda j: j.after)
         self.jumps[place : place + 1] = steps
 
 
 def _library_detector(cut_pass: CutPass, min_seconds: float) -> SceneDetector:
+    """Make the detector of PySceneDetect that a pass names."""
     if cut_pass.detector == "hash":
         return HashDetector(threshold=cut_pass.threshold, min_scene_len=min_seconds)
     if cut_pass.detector == "histogram":
@@ -126,7 +131,7 @@ def _library_detector(cut_pass: CutPass, min_seconds: float) -> SceneDetector:
 
 
 class _LibraryPass:
-    """One of PySceneDetect's other detectors, fed with the small pictures of its frame rate."""
+    """One of PySceneDetect's other detectors, fed with the small images of its frame rate."""
 
     def __init__(self, cut_pass: CutPass, min_seconds: float, fps: float) -> None:
         self.clock = Clock(cut_pass.fps)
@@ -146,6 +151,7 @@ class _LibraryPass:
             self.hits.append(Hit(self._frames[cut.frame_num], self._score(cut)))
 
     def _score(self, cut: FrameTimecode) -> float:
+        """Return the score of the detector at a cut; NaN if it keeps none."""
         key = self._detector.get_metrics()[0]
         manager = self._detector.stats_manager
         found = manager.get_metrics(cut, [key])[0] if manager and manager.metrics_exist(cut, [key]) else None
@@ -157,24 +163,24 @@ class _LibraryPass:
 
 @dataclass
 class Features:
-    """Features of the frames that were looked at, in lists of equal length; numbers: which frames they are."""
+    """Features of the scored frames, in lists of equal length; numbers: their frame numbers."""
 
     numbers: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    thumbs: list[np.ndarray] = field(default_factory=list)
-    changes: list[float] = field(default_factory=list)  # content score against the frame before
-    tiny: list[np.ndarray] = field(default_factory=list)  # TRANSNET_SIZE RGB, only with that detector
-    thumb_size: tuple[int, int] = (0, 0)
+    tiny_images: list[np.ndarray] = field(default_factory=list)
+    changes: list[float] = field(default_factory=list)  # content score against the scored frame before
+    transnet_images: list[np.ndarray] = field(default_factory=list)  # RGB of TRANSNET_SIZE; empty without that detector
+    tiny_size: tuple[int, int] = (0, 0)
 
     def forget(self, frame: int) -> None:
         """Drop everything before `frame`."""
         count = bisect.bisect_left(self.numbers, frame)
-        for values in (self.numbers, self.seconds, self.thumbs, self.changes, self.tiny):
+        for values in (self.numbers, self.seconds, self.tiny_images, self.changes, self.transnet_images):
             del values[:count]
 
 
-class Scorer:
-    """Scores frames for all passes of the cascade; `add` once a frame, in display order."""
+class FrameScorer:
+    """Scores frames for all passes of the cascade; call `add` once per frame, in display order."""
 
     def __init__(self, passes: list[CutPass], min_seconds: float, fps: float) -> None:
         self.features = Features()
@@ -190,44 +196,44 @@ class Scorer:
         self._change: tuple[Planes, np.ndarray, float] | None = None
 
     def change(self, small: Planes) -> float:
-        """Content score of a picture against the last one that was added; 0 for the first."""
+        """Return the content score of an image against the last one that was added; 0 for the first."""
         if self._last is None:
             return 0.0
-        # Asked for twice for most pictures: before and while they are added.
+        # Cached, because it is needed twice for most frames: before and while they are added.
         if self._change is None or self._change[0] is not small or self._change[1] is not self._last:
             self._change = small, self._last, content_score(self._colours(small)[1], self._last)
         return self._change[2]
 
     def _colours(self, small: Planes) -> tuple[np.ndarray, np.ndarray]:
-        """BGR and HSV of a picture, remembered for the call of `add` that follows `change`."""
+        """Return BGR and HSV of an image; cached for the call of `add` that follows `change`."""
         if self._ready is None or self._ready[0] is not small:
             bgr = to_bgr(small)
             self._ready = small, bgr, cv2.cvtColor(bgr, cv2.COLOR_BGR2HSV)
         return self._ready[1:]
 
     def add(self, frame: int, seconds: float, small: Planes) -> None:
-        """Score the frame with this number and time; small: Y (h, w), U and V (h/2, w/2) uint8."""
+        """Score a frame with its number and time; small: Y (h, w), U and V (h/2, w/2) uint8."""
         features, change = self.features, self.change(small)
         features.numbers.append(frame)
         features.seconds.append(seconds)
-        features.thumbs.append(thumbnail(small))
+        features.tiny_images.append(tiny_image(small))
         features.changes.append(change)
-        if not features.thumb_size[0]:
-            features.thumb_size = thumbnail_size(small)
+        if not features.tiny_size[0]:
+            features.tiny_size = tiny_size(small)
         content = [p for p in self.content.values() if p.wants(seconds)]
         library = [p for p in self.library.values() if p.wants(seconds)]
         bgr, self._last = self._colours(small)
         if self._tiny:
-            features.tiny.append(cv2.resize(bgr, TRANSNET_SIZE, interpolation=cv2.INTER_AREA)[:, :, ::-1])
+            features.transnet_images.append(cv2.resize(bgr, TRANSNET_SIZE, interpolation=cv2.INTER_AREA)[:, :, ::-1])
         for other in library:
             other.add(frame, bgr)
         for own in content:
             own.add(frame, self._last, change)
 
     def insert(self, looks: list[Look]) -> None:
-        """Add the frames between two neighbours that were looked at: all from the first to the second.
+        """Insert the frames between two scored neighbours; looks: all frames from the first to the second.
 
-        Only where content is compared; slower passes keep the frames that they have compared.
+        Only the content pass at the source's rate takes them; slower passes keep their comparisons.
         """
         colours = [to_hsv(small) for _, _, small in looks]
         changes = [content_score(other, one) for one, other in itertools.pairwise(colours)]
@@ -237,7 +243,7 @@ class Scorer:
         features.changes[place:place] = changes[:-1]
         features.numbers[place:place] = [number for number, _, _ in looks[1:-1]]
         features.seconds[place:place] = [seconds for _, seconds, _ in looks[1:-1]]
-        features.thumbs[place:place] = [thumbnail(small) for _, _, small in looks[1:-1]]
+        features.tiny_images[place:place] = [tiny_image(small) for _, _, small in looks[1:-1]]
         if None in self.content:
             pairs = itertools.pairwise(number for number, _, _ in looks)
             self.content[None].replace([Jump(*pair, change) for pair, change in zip(pairs, changes, strict=True)])
@@ -249,5 +255,5 @@ class Scorer:
             own.jumps = [j for j in own.jumps if j.after >= frame]
 
     def jumps(self, fps: float | None) -> Iterator[Jump]:
-        """The remembered comparisons at a frame rate."""
+        """Yield the remembered comparisons at a frame rate."""
         yield from self.content[fps].jumps

@@ -1,8 +1,8 @@
-"""Where a transition begins and ends, and whether it is one: tests on the tiny pictures around a candidate.
+"""Tests of a candidate on the tiny images around it: is it a transition, and where does it begin and end?
 
-In a dissolve every frame is a mix (1 − α) A + α B of the shots on both sides; projected on the line from A to B, α
-climbs from 0 to 1 along a ramp and little is left beside the line. Motion within a shot leaves the line by about
-0.87 of its length, a wipe by 0.5, a hard cut steps, and a fade is the same ramp to or from black.
+In a dissolve every frame is a mix (1 − α) A + α B of the shots on both sides. Projected on the line from A to B, α
+rises from 0 to 1 along a ramp, and little is left beside the line. Motion within a shot leaves the line by about 0.87
+of its length, a wipe by 0.5. A hard cut is a step. A fade is the same ramp to or from black.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from typing import Any
 import cv2
 import numpy as np
 
-MAX_RAMP_ERROR = 0.12
-MAX_OFF_LINE = 0.62
+MAX_RAMP_ERROR = 0.12  # root mean square of α against the ramp
+MAX_OFF_LINE = 0.62  # distance from the line, in lengths of the line
 MIN_DISTANCE = 5.0  # grey levels, root mean square
-SAME_SCENE = 0.8  # correlation of two pictures of one shot
-SAME_SCENE_SLOWLY = 0.6  # the same, when the shot had time to move
-MIN_UNEXPLAINED = 0.1
+SAME_SCENE = 0.8  # least correlation of two images of one shot
+SAME_SCENE_SLOWLY = 0.6  # the same, for images far enough apart that the content has moved
+MIN_UNEXPLAINED = 0.1  # share of the change along a transition that motion does not explain
 MAX_FLOW_STEPS = 16
 _NO_FLOW: Any = None
+# A blank image has a standard deviation below this, and a mean beyond one of these levels.
 UNIFORM_SPREAD = 6.0
 BLACK_LEVEL, WHITE_LEVEL = 40.0, 215.0
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """A fitted transition: frames [start, end) are mixes (empty for a step at `end`), counted from the first picture.
+    """A fitted transition: frames [start, end) are mixes, counted from the first image; empty for a step at `end`.
 
-    error: root mean square of α against the ramp; off_line: distance from the line within the ramp, in lengths of
-    the line; distance: grey levels between both ends; similarity: correlation of both ends.
+    error: root mean square of α against the ramp. off_line: distance from the line within the ramp, in lengths of the
+    line. distance: grey levels between both ends. similarity: correlation of both ends.
     """
 
     start: int
@@ -43,7 +44,7 @@ class Ramp:
 
     @property
     def is_transition(self) -> bool:
-        """Whether two different shots are on both sides and the frames between are mixes of them."""
+        """Say whether both sides are different shots and the frames between are mixes of them."""
         return (
             self.distance >= MIN_DISTANCE
             and self.similarity < (SAME_SCENE_SLOWLY if self.end - self.start > 2 else SAME_SCENE)
@@ -53,30 +54,30 @@ class Ramp:
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Pearson correlation of two pictures given as vectors; 0 when one of them is uniform."""
+    """Return the Pearson correlation of two images given as vectors; 0 when one of them is uniform."""
     a, b = one - one.mean(), other - other.mean()
     norm = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / norm if norm > 1e-3 * len(a) else 0.0
 
 
 def same_scene(one: np.ndarray, other: np.ndarray, pixels: int, least: float = SAME_SCENE) -> bool:
-    """Whether two tiny pictures (first `pixels` values: luma) show the same shot; least: correlation asked for."""
+    """Say whether two tiny images (first `pixels` values: luma) show the same shot; least: least correlation."""
     a, b = one.astype(np.float32), other.astype(np.float32)
     if float(np.abs(a - b).mean()) < 3:
         return True
     return correlation(a[:pixels], b[:pixels]) > least and float(np.abs(a[pixels:] - b[pixels:]).mean()) < 8
 
 
-def fit_ramp(pictures: np.ndarray, pixels: int, numbers: np.ndarray | None = None) -> Ramp | None:
-    """Fit the transition between the first and the last of (n, d) pictures; None when n < 4 or both are equal.
+def fit_ramp(images: np.ndarray, pixels: int, numbers: np.ndarray | None = None) -> Ramp | None:
+    """Fit the transition between the first and the last of (n, d) images; None when n < 4 or both are equal.
 
-    numbers: frame number of each picture, ascending; None: 0, 1, 2, …. Between pictures that are denser in some place
-    than in another, steady motion would look like a ramp.
+    numbers: frame number of each image, ascending; None: 0, 1, 2, …. Between unevenly spaced images steady motion would
+    look like a ramp without them.
     """
-    count = len(pictures)
+    count = len(images)
     if count < 4:
         return None
-    x = pictures.astype(np.float32)
+    x = images.astype(np.float32)
     line = x[-1] - x[0]
     length = float(line @ line)
     if length < 1e-6:
@@ -100,10 +101,10 @@ def fit_ramp(pictures: np.ndarray, pixels: int, numbers: np.ndarray | None = Non
 
 
 def unexplained(luma: np.ndarray) -> float:
-    """How much of the change from the first to the last of (n, h, w) pictures no motion explains.
+    """Return which share of the change from the first to the last of (n, h, w) images motion does not explain.
 
-    Each picture is moved onto the next by optical flow; what is left is projected on the whole change. Near 1: the
-    picture was exchanged, as in a dissolve; near 0: it moved.
+    Each image is warped onto the next by optical flow; the rest is projected on the whole change. Near 1 the image was
+    exchanged, as in a dissolve; near 0 it moved.
     """
     count, height, width = luma.shape
     steps = luma[np.unique(np.linspace(0, count - 1, min(count, MAX_FLOW_STEPS + 1)).round().astype(int))]
@@ -118,7 +119,7 @@ def unexplained(luma: np.ndarray) -> float:
 
 
 def _ends(alpha: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
-    """Where α leaves 0 and where it reaches 1, from its crossings of 1/8 and 7/8, in the units of `steps`."""
+    """Return where α leaves 0 and where it reaches 1, from its crossings of 1/8 and 7/8, in the units of `steps`."""
     high = int(np.argmax(alpha >= 0.875))
     low = int(np.flatnonzero(alpha[: high + 1] <= 0.125)[-1])
     if high - low <= 1:
@@ -129,24 +130,25 @@ def _ends(alpha: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
 
 
 def _crossing(alpha: np.ndarray, steps: np.ndarray, index: int, level: float) -> float:
+    """Return where α crosses a level between two images, interpolated linearly."""
     rise, width = float(alpha[index + 1] - alpha[index]), float(steps[index + 1] - steps[index])
     return float(steps[index]) + ((level - float(alpha[index])) / rise * width if rise > 0 else 0.0)
 
 
 def are_blank(luma: np.ndarray) -> np.ndarray:
-    """Which of (n, pixels) uint8 luma pictures are (almost) uniformly black or white, (n,) bool."""
+    """Say which of (n, pixels) uint8 luma images are almost uniformly black or white, (n,) bool."""
     mean = luma.mean(1)
     blank = (mean < BLACK_LEVEL) | (mean > WHITE_LEVEL)
     blank[blank] = luma[blank].std(1) < UNIFORM_SPREAD
     return blank
 
 
-def fade_start(pictures: np.ndarray, pixels: int) -> int:
-    """First frame of a fade to the blank last picture, in (n, d) pictures that begin within the shot; n - 1: no fade.
+def fade_start(images: np.ndarray, pixels: int) -> int:
+    """Return the first frame of a fade to the blank last of (n, d) images that begin within the shot; n - 1: no fade.
 
-    Along a fade contrast falls steadily; going back from the blank frame it climbs until the fade began.
+    Along a fade contrast falls steadily: going back from the blank frame, it rises until the fade began.
     """
-    contrast = pictures[:, :pixels].astype(np.float32).std(1)
+    contrast = images[:, :pixels].astype(np.float32).std(1)
     index = len(contrast) - 1
     while index > 0 and contrast[index - 1] > contrast[index] + max(0.006 * float(contrast[index]), 0.05):
         index -= 1

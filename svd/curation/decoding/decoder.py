@@ -1,7 +1,7 @@
-"""Decoding: frames in display order, their planes halved by area without a conversion at full size.
+"""Decoding: frames in display order, with planes halved by area and no colour conversion at full size.
 
-Deblocking of frames that no other frame refers to is skipped: nothing can drift, and it saves a tenth of the decode.
-Such frames can also be left out altogether (svd/curation/decoding/skipping.py).
+Frames that no other frame refers to are not deblocked: no error can spread, and it saves a tenth of the decode. Such
+frames can also be skipped altogether (svd/curation/decoding/skipping.py).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import av.error
 import cv2
 import numpy as np
 
+from svd.curation.base.types import SourceFailure
 from svd.curation.decoding.probe import open_video, packets_from
-from svd.curation.types import SourceFailure
 from svd.media.orientation import UPRIGHT, Orientation, orientation_of
 
-SCORE_WIDTH = 320  # pictures are halved until they are narrower than this
+SCORE_WIDTH = 320  # images are halved until they are narrower than this
 FRAME_WIDTH = 768  # sampled frames are at most this wide: subtitles of 24 px at 720p stay readable
-MAX_ERROR_SHARE = 0.5
-EARLY_FRAMES = 48  # their majority tells whether a source is interlaced: single frames of telecined film are not
-Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
+MAX_ERROR_SHARE = 0.5  # of packets that can't be decoded
+EARLY_FRAMES = 48  # their majority decides whether a source is interlaced: in telecined film only some frames are
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # Y, U, V
 _PLANAR_420 = ("yuv420p", "yuvj420p")
 
 
-class Picture:
-    """A decoded frame: its planes Y, U, V (uint8) are looked at only when something asks for them.
+class DecodedFrame:
+    """A decoded frame; its planes Y, U, V (uint8) are computed only when they are needed.
 
-    full: as coded, U and V of half size; small: halved to at most SCORE_WIDTH, Y (h, w) with even sides.
+    full: as coded, U and V of half size. small: halved to less than SCORE_WIDTH, Y (h, w) with even sides.
     """
 
     def __init__(self, frame: av.VideoFrame, count: int, size: tuple[int, int] | None) -> None:
@@ -41,12 +41,12 @@ class Picture:
 
     @functools.cached_property
     def full(self) -> Planes:
-        """Planes as coded, views into the decoder's memory."""
+        """Return the planes as coded, as views into the decoder's memory."""
         return _planes(self._frame)
 
     @functools.cached_property
     def small(self) -> Planes:
-        """Planes halved for scoring; of the first picture's size where a stream changes its size midway."""
+        """Return the planes halved for scoring, at the size of the first frame if the stream changes its size."""
         small = _shrink(self.full, self._count)
         if self._size is None or small[0].shape == self._size:
             return small
@@ -57,7 +57,7 @@ class Picture:
 
 @dataclass
 class DecodeFacts:
-    """What only decoding tells; filled while frames are read."""
+    """Facts that only decoding shows; filled while frames are read."""
 
     orientation: Orientation = UPRIGHT
     interlaced: bool = False
@@ -68,26 +68,28 @@ class DecodeFacts:
 
 
 def halve(plane: np.ndarray) -> np.ndarray:
-    """Mean of each 2 × 2 block of an (H, W) uint8 plane; an odd last row or column is left out."""
+    """Average each 2 × 2 block of an (H, W) uint8 plane; an odd last row or column is left out."""
     height, width = plane.shape
     size = (width // 2, height // 2)
     return cv2.resize(plane[: size[1] * 2, : size[0] * 2], size, interpolation=cv2.INTER_AREA)
 
 
 def _plane(frame: av.VideoFrame, index: int) -> np.ndarray:
+    """Return a plane as an (H, W) view without the padding of its rows."""
     plane = frame.planes[index]
     return np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
 
 
 def _planes(frame: av.VideoFrame) -> Planes:
+    """Return Y, U and V of a frame in 8-bit 4:2:0."""
     if frame.format.name not in _PLANAR_420:
-        # Rare formats (10 bit, 4:2:2, RGB, palettes) pay for one conversion by swscale.
+        # Rare formats (10 bit, 4:2:2, RGB, palettes) cost one conversion by swscale.
         frame = frame.reformat(format="yuv420p")
     return _plane(frame, 0), _plane(frame, 1), _plane(frame, 2)
 
 
 def halvings(width: int, height: int) -> int:
-    """How often a picture is halved for scoring, so that it stays at least 32 px high."""
+    """Return how often an image is halved for scoring; it stays at least 32 px high."""
     count = 0
     while width >> count >= SCORE_WIDTH and height >> (count + 1) >= 32:
         count += 1
@@ -95,8 +97,11 @@ def halvings(width: int, height: int) -> int:
 
 
 def _reduce(plane: np.ndarray, count: int) -> np.ndarray:
-    """Halve a plane `count` times. Of large ones every second row is read, of very large ones every fourth: memory is
-    what this costs, the mean of fewer pixels is as good, and of interlaced pictures it is one field."""
+    """Halve a plane `count` times.
+
+    Of large planes every second row is read, of very large ones every fourth. Reading memory dominates the cost, the
+    mean of fewer pixels is as good, and for interlaced frames the rows are those of one field.
+    """
     if count < 2:
         return halve(plane) if count else plane
     rows = min(count - 1, 2)
@@ -104,22 +109,23 @@ def _reduce(plane: np.ndarray, count: int) -> np.ndarray:
     for _ in range(count - rows):
         small = halve(small)
     for _ in range(rows):
-        # Linear interpolation to half the width is the mean of two neighbours, by a faster path than by area.
+        # Linear interpolation to half the width is the mean of two neighbours, and faster than INTER_AREA.
         size = small.shape[1] // 2, small.shape[0]
         small = cv2.resize(small[:, : size[0] * 2], size, interpolation=cv2.INTER_LINEAR)
     return small
 
 
 def _shrink(planes: Planes, count: int) -> Planes:
+    """Halve all planes `count` times and crop them to matching even sizes."""
     luma, blue, red = (_reduce(plane, count) for plane in planes)
     height, width = min(luma.shape[0] // 2, blue.shape[0]), min(luma.shape[1] // 2, blue.shape[1])
     return luma[: height * 2, : width * 2], blue[:height, :width], red[:height, :width]
 
 
-class Decoder:
-    """Iterates over the Pictures of a source in display order; `facts` fills up on the way.
+class FrameDecoder:
+    """Iterates over the frames of a source in display order; `facts` is filled on the way.
 
-    skippable: timestamps of frames that may be left out when no other frame refers to them; may be emptied midway.
+    skippable: timestamps of frames that may be skipped when no other frame refers to them; may be emptied midway.
     Broken packets are counted and skipped. Raises SourceFailure when less than half of the packets decode.
     """
 
@@ -129,9 +135,9 @@ class Decoder:
         self.facts = DecodeFacts()
         self._size: tuple[int, int] | None = None
         self._count = 0
-        self._seen = self._interlaced = 0  # of the early frames
+        self._seen = self._interlaced = 0  # counts over the early frames
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[DecodedFrame]:
         packets = frames = 0
         with open_video(self.path) as (container, stream):
             context = stream.codec_context
@@ -149,14 +155,14 @@ class Decoder:
                 context.skip_frame = "NONREF" if packet.pts in self.skippable else "DEFAULT"
                 for frame in self._decode(packet):
                     frames += 1
-                    yield self._picture(frame, first=frames == 1)
+                    yield self._decoded(frame, first=frames == 1)
         if frames < 2:
             raise SourceFailure("no frame can be decoded" if frames == 0 else "a single frame is no video")
         if self.facts.errors > MAX_ERROR_SHARE * packets:
             raise SourceFailure(f"{self.facts.errors} of {packets} packets can't be decoded")
 
-    def again(self, keyframe: int, wanted: Collection[int]) -> Iterator[Picture]:
-        """The frames with the timestamps `wanted`, decoded once more from the one of a keyframe before them on."""
+    def again(self, keyframe: int, wanted: Collection[int]) -> Iterator[DecodedFrame]:
+        """Decode the frames with the timestamps `wanted` once more; keyframe: timestamp of a keyframe before them."""
         missing, last = set(wanted), max(wanted)
         for packet, stream in packets_from(self.path, keyframe):
             context = stream.codec_context
@@ -166,31 +172,34 @@ class Decoder:
             for frame in self._decode(packet):
                 if frame.pts in missing:
                     missing.remove(frame.pts)
-                    yield Picture(frame, self._count, self._size)
+                    yield DecodedFrame(frame, self._count, self._size)
                 if not missing or (frame.pts or 0) >= last:
                     return
 
     def _decode(self, packet: av.Packet) -> list[av.VideoFrame]:
+        """Decode a packet; a broken one is counted and gives no frame."""
         try:
             return list(packet.decode())
         except (av.error.FFmpegError, ValueError):
             self.facts.errors += 1
             return []
 
-    def _picture(self, frame: av.VideoFrame, first: bool) -> Picture:
+    def _decoded(self, frame: av.VideoFrame, first: bool) -> DecodedFrame:
+        """Wrap a frame and note the facts that it shows."""
         if first:
             self._learn(frame)
         if self._seen < EARLY_FRAMES:
             self._seen += 1
             self._interlaced += bool(frame.interlaced_frame)
             self.facts.interlaced = 2 * self._interlaced > self._seen
-        picture = Picture(frame, self._count, self._size)
+        decoded = DecodedFrame(frame, self._count, self._size)
         if self._size is None:
-            height, width = picture.small[0].shape
+            height, width = decoded.small[0].shape
             self._size = height, width
-        return picture
+        return decoded
 
     def _learn(self, frame: av.VideoFrame) -> None:
+        """Take the facts of the first frame, which hold for the whole source."""
         facts = self.facts
         facts.orientation = orientation_of(frame)
         facts.pixel_format = frame.format.name
@@ -203,7 +212,7 @@ class Decoder:
 
 @functools.cache
 def _tables(bt709: bool, full_range: bool) -> tuple[np.ndarray, ...]:
-    """Contributions of Y to all, V to red, U and V to green, and U to blue, as int16 tables of 256 entries."""
+    """Make int16 tables of 256 entries: what Y adds to all channels, V to red, U and V to green, U to blue."""
     red, blue = (0.2126, 0.0722) if bt709 else (0.299, 0.114)
     green = 1 - red - blue
     luma, colour, black = (1.0, 1.0, 0.0) if full_range else (255 / 219, 255 / 224, 16.0)
@@ -214,7 +223,7 @@ def _tables(bt709: bool, full_range: bool) -> tuple[np.ndarray, ...]:
 
 
 def to_rgb(planes: Planes, facts: DecodeFacts) -> np.ndarray:
-    """Y (h, w), U and V (h/2, w/2) uint8 to RGB (h, w, 3) uint8, by the source's own matrix and range."""
+    """Convert Y (h, w), U and V (h/2, w/2) uint8 to RGB (h, w, 3) uint8 by the matrix and range of the source."""
     luma, blue, red = planes
     size = luma.shape[1], luma.shape[0]
     y, v_red, u_green, v_green, u_blue = _tables(facts.bt709, facts.full_range)

@@ -1,6 +1,6 @@
-"""Opening a source and reading its packets: facts, keyframes and the order of packets, without decoding.
+"""Opening a source and reading its packets without decoding: facts, keyframes, order of packets.
 
-One demuxing pass costs about one percent of a decode and gives what headers only promise: which packets there are,
+One demuxing pass costs about one percent of a decode. It shows what headers only promise: which packets there are,
 their timestamps, and where decoding can start.
 """
 
@@ -19,12 +19,12 @@ import av.container
 import av.error
 import numpy as np
 
-from svd.curation.types import SourceFailure
+from svd.curation.base.types import SourceFailure
 from svd.media.orientation import Orientation
 
-MAX_PIXELS = 1 << 26  # 67 megapixels; a frame of the largest H.264 level has 36
+MAX_PIXELS = 1 << 26  # 67 megapixels; the largest level of H.264 allows 36
 MAX_PACKETS = 20_000_000  # 92 hours at 60 fps
-# Playlists can name other files and hosts, and pictures or text are no videos.
+# Playlists can refer to other files and hosts; images and text are no videos.
 REFUSED_FORMATS = ("hls", "dash", "concat", "tty", "image2", "_pipe", "lavfi", "ffmetadata", "webvtt", "srt", "ass")
 UNTRUSTED = "timestamps are missing, repeated or run backwards; times follow from the frame rate"
 NO_TIMESTAMP = np.iinfo(np.int64).min
@@ -33,10 +33,10 @@ Opened = tuple[av.container.InputContainer, av.VideoStream]
 
 @dataclass(frozen=True)
 class PacketIndex:
-    """The packets of the video stream in decoding order; arrays of one length.
+    """The packets of the video stream in decoding order, as arrays of one length.
 
-    pts and dts are in `time_base` (NO_TIMESTAMP where the container gives none), size in bytes; `keyframe` tells where
-    decoding can start; `trusted` is False when the timestamps are missing, repeated or run backwards.
+    pts, dts: in `time_base`, NO_TIMESTAMP where the container has none. size: bytes. keyframe: decoding can start here.
+    discarded: packets that players don't show. trusted: False when timestamps are missing, repeated or run backwards.
     """
 
     pts: np.ndarray
@@ -50,15 +50,16 @@ class PacketIndex:
     warnings: tuple[str, ...]
 
     def shown(self) -> np.ndarray:
-        """Timestamps of the frames that a player shows, ascending."""
+        """Return the timestamps of the frames that a player shows, ascending."""
         return np.sort(self.pts[~self.discarded])
 
     def without_timestamps(self) -> PacketIndex:
-        """The same packets, their timestamps not to be used."""
+        """Return the same packets with timestamps marked as unusable."""
         return replace(self, trusted=False, warnings=(*self.warnings, UNTRUSTED))
 
 
 def _reason(error: Exception) -> str:
+    """Return an error as one line."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split()) or type(error).__name__
 
@@ -79,13 +80,13 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def open_video(path: Path) -> Iterator[Opened]:
-    """The container and its video stream, one decoding thread, closed at the end.
+    """Yield the container and its video stream, with one decoding thread; closed at the end.
 
     Only local files are opened: a playlist can't lead elsewhere. Raises SourceFailure without a usable video stream.
     """
     check_file(path)
     try:
-        # The "file:" prefix keeps names such as "concat:a|b" or "pipe:0" from being read as protocols.
+        # With the prefix "file:", names such as "concat:a|b" or "pipe:0" are not read as protocols.
         container = av.open(
             f"file:{path.absolute()}", options={"protocol_whitelist": "file"}, metadata_errors="replace"
         )
@@ -103,6 +104,7 @@ def open_video(path: Path) -> Iterator[Opened]:
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """Return the largest video stream that is no cover image; raises SourceFailure when it can't be decoded."""
     candidates = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not candidates:
         raise SourceFailure("no video stream")
@@ -122,7 +124,7 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What the container's header says; width × height are coded pixels."""
+    """Facts from the header of the container; width × height are coded pixels."""
 
     container: str
     codec: str
@@ -132,7 +134,7 @@ class SourceInfo:
     header_rate: Fraction
 
     def fps(self, index: PacketIndex) -> Fraction:
-        """Frames a second: from the timestamps when they can be trusted, else the header's, else 25."""
+        """Return the frames per second: from timestamps when they can be trusted, else from the header, else 25."""
         if index.trusted:
             shown = index.shown()
             seconds = Fraction(int(shown[-1] - shown[0])) * index.time_base
@@ -140,13 +142,13 @@ class SourceInfo:
         return self.header_rate if 1 <= self.header_rate <= 480 else Fraction(25)
 
     def display(self, orientation: Orientation) -> tuple[int, int]:
-        """Width and height of the upright picture with square pixels."""
+        """Return width and height of the upright image with square pixels."""
         width = max(1, round(self.width * self.sample_aspect))
         return (self.height, width) if orientation.sideways else (width, self.height)
 
 
 def read_source(path: Path) -> SourceInfo:
-    """The header's facts; raises SourceFailure when `path` is no readable video."""
+    """Read the facts from the header; raises SourceFailure when `path` is no readable video."""
     with open_video(path) as (container, stream):
         context = stream.codec_context
         aspect = Fraction(stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
@@ -191,6 +193,7 @@ def read_packets(path: Path) -> PacketIndex:
 
 
 def _trusted(pts: np.ndarray, dts: np.ndarray, hidden: np.ndarray, base: Fraction) -> bool:
+    """Say whether timestamps are complete, ascend, and have no gap of an hour."""
     if (pts == NO_TIMESTAMP).any():
         return False
     decoding = dts[dts != NO_TIMESTAMP]
@@ -204,10 +207,10 @@ def _trusted(pts: np.ndarray, dts: np.ndarray, hidden: np.ndarray, base: Fractio
 def packets_from(
     source: Path, keyframe: int | None, opened: Opened | None = None
 ) -> Iterator[tuple[av.Packet, av.VideoStream]]:
-    """The packets in decoding order from the keyframe with this timestamp on; None: from the beginning.
+    """Yield the packets in decoding order, from the keyframe with this timestamp on; None: from the beginning.
 
-    Program and transport streams have no index, and a seek may land behind the wanted packet; they are read from the
-    beginning then. opened: the source, open already; opening costs as much as decoding four frames.
+    Program and transport streams have no index, so a seek may land behind the wanted packet; then the source is read
+    from the beginning. opened: the source if it is already open; opening costs as much as decoding four frames.
     """
     for seeking in (True, False) if keyframe is not None else (False,):
         found = keyframe is None

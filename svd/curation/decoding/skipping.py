@@ -1,9 +1,9 @@
-"""Which frames the decode pass leaves out: pictures that no other picture refers to, as long as enough remain.
+"""Choosing the frames that the decode pass skips: those that no other frame refers to, as long as enough remain.
 
-About half of the frames of a usual H.264 stream are B-frames that nothing depends on; without them decoding costs
-two thirds. Which packets hold them is known before decoding from the order of the timestamps alone. Frames that
-are sampled for motion, text and similarity are never left out, so samples are those of a full decode; where a cut
-may hide between two frames, those between are decoded after all (cuts.CutFinder).
+About half of the frames of a usual H.264 stream are B-frames that nothing depends on; decoding without them costs two
+thirds. The order of the timestamps alone tells before decoding which packets hold them. Frames that are sampled for
+motion, text and similarity are never skipped, so samples equal those of a full decode. Where a cut may hide between two
+decoded frames, the frames between are decoded after all (cuts.finder.CutFinder).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy as np
 
 from svd.curation.decoding.probe import PacketIndex
 
-# Decoders that leave out single pictures without side effects; others decode everything.
+# Codecs whose decoders skip single frames without side effects; sources of other codecs are decoded in full.
 SKIPPING_CODECS = ("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4")
-MAX_SECONDS = 0.17
-# Frames decoded once more may be this share of those before, beyond the first AGAIN_FREE; above it nothing is skipped.
+MAX_SECONDS = 0.17  # between two decoded frames
+# Frames decoded twice may be this share of all frames so far, beyond the first AGAIN_FREE; above it skipping ends.
 AGAIN_SHARE = 0.25
 AGAIN_FREE = 60
 
 
 def skippable(index: PacketIndex, gap: int, sampled: Iterable[int]) -> np.ndarray:
-    """Timestamps of the frames that the decoder may leave out, ascending.
+    """Return the timestamps of the frames that the decoder may skip, ascending.
 
-    Only reordered frames after the first keyframe are left out, none of `sampled` (timestamps), and so that decoded
-    frames are at most `gap` frames and MAX_SECONDS apart. The decoder still decodes those that others refer to.
+    Only reordered frames after the first keyframe are skipped, and none of `sampled` (timestamps). Decoded frames stay
+    at most `gap` frames and MAX_SECONDS apart. The decoder still decodes those that others refer to.
     """
     if gap < 2 or not index.trusted:
         return np.zeros(0, np.int64)
@@ -45,14 +45,14 @@ def skippable(index: PacketIndex, gap: int, sampled: Iterable[int]) -> np.ndarra
 
 
 def _spread(anchors: np.ndarray, gap: int) -> Iterator[int]:
-    """Places between anchors, evenly, so that no two neighbours are more than `gap` apart."""
+    """Yield evenly spaced places between anchors, so that no two neighbours are more than `gap` apart."""
     for low, high in itertools.pairwise(anchors.tolist()):
         pieces = -(-(high - low) // gap)
         yield from (low + (high - low) * i // pieces for i in range(1, pieces))
 
 
 class Numbering:
-    """Numbers decoded frames in display order, counting the frames that were left out before them."""
+    """Numbers decoded frames in display order; skipped frames are counted too."""
 
     def __init__(self, skipped: np.ndarray) -> None:
         self.pts: list[int] = []
@@ -60,7 +60,7 @@ class Numbering:
         self._place = 0
 
     def add(self, pts: int) -> int:
-        """The number of the decoded frame with this timestamp."""
+        """Return the number of the next decoded frame, which has this timestamp."""
         while self._place < len(self._skipped) and self._skipped[self._place] <= pts:
             if self._skipped[self._place] < pts:
                 self.pts.append(self._skipped[self._place])
@@ -69,8 +69,8 @@ class Numbering:
         return len(self.pts) - 1
 
 
-class Debt:
-    """Counts the frames that second looks will decode once more, as steps that need one come up."""
+class DecodedTwice:
+    """Counts the frames that will have to be decoded a second time, to find when skipping no longer pays."""
 
     def __init__(self, keyframes: np.ndarray) -> None:
         self._keyframes = keyframes
@@ -78,7 +78,7 @@ class Debt:
         self._until = 0
 
     def grows_too_large(self, after: int) -> bool:
-        """Note that frames just before `after` are needed; whether leaving frames out no longer pays."""
+        """Note that skipped frames just before `after` are needed; say whether skipping no longer pays."""
         place = int(np.searchsorted(self._keyframes, after - 1, side="right")) - 1
         start = max(int(self._keyframes[place]) if place >= 0 else 0, self._until)
         self._again += max(after - start, 0)

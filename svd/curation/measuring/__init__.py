@@ -1,0 +1,1 @@
+"""Measuring sources: one decode pass per source, in a guarded process."""

@@ -1,8 +1,7 @@
-"""The one decode pass of a source (§3.1, App. C): cuts at several frame rates, motion, camera motion and sampled
-frames.
+"""The one decode pass of a source (§3.1, App. C): cuts at several frame rates, flow, camera motion, sampled frames.
 
 Everything that needs pixels shares this pass. Memory is bounded by CHUNK_SECONDS and the longest clip, not by the
-source.
+length of the source.
 """
 
 from __future__ import annotations
@@ -19,44 +18,47 @@ import cv2
 import numpy as np
 
 from svd.config import CurationConfig
-from svd.curation.clips.samples import Geometry, Sampler, sampled_times
-from svd.curation.clips.spans import Shot, SpanPlanner, Timeline
+from svd.curation.base.types import ClipAnalysis, Cut, DroppedSpan, SourceAnalysis, SourceFacts, SourceFailure
+from svd.curation.clips.samples import DisplayGeometry, Sampler, sampled_times
+from svd.curation.clips.spans import ShotSpan, SpanPlanner, Timeline
 from svd.curation.cuts.decisions import Found
-from svd.curation.cuts.finder import CutFinder, Step, looked_at_stride
+from svd.curation.cuts.finder import CutFinder, Step, scored_stride
 from svd.curation.cuts.frame_scores import Look
-from svd.curation.decoding.decoder import Decoder, Picture
+from svd.curation.decoding.decoder import DecodedFrame, FrameDecoder
 from svd.curation.decoding.probe import PacketIndex, SourceInfo, read_packets, read_source
-from svd.curation.decoding.skipping import SKIPPING_CODECS, Debt, Numbering, skippable
-from svd.curation.types import Analysis, ClipAnalysis, Cut, DroppedSpan, SourceFacts, SourceFailure
+from svd.curation.decoding.skipping import SKIPPING_CODECS, DecodedTwice, Numbering, skippable
 
-CHUNK_SECONDS = 20.0
+CHUNK_SECONDS = 20.0  # cuts are decided, and clips completed, this often
+# Codecs whose packets an MP4 file can hold; clips of other codecs are re-encoded.
 COPY_CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video", "av1", "vp9")
 Taken = Callable[[ClipAnalysis], ClipAnalysis]
-Window = tuple[int, int]  # numbers of frames
+Window = tuple[int, int]  # frame numbers [first, end)
 
 
 def analyse(
     path: Path, config: CurationConfig, taken: Taken = lambda clip: clip, window: Window | None = None
-) -> Analysis:
+) -> SourceAnalysis:
     """Decode `path` once and find its cuts, clips, motion and sampled frames.
 
-    taken: called with each clip once it is complete; the analysis holds what it returns. Frames that it puts elsewhere
-    take no memory, however long the source is. A source that has to be begun again begins again with its first clip.
-    window: frames [first, end) that count: those around them are only looked at, so that a cut at either end is found
-    as in the middle; a cut belongs to the window that holds its start, or that ends there.
-    Raises SourceFailure, with a readable reason, for anything that can't be decoded as video. It trusts the decoder
-    with the file: for untrusted files use worker.analyse_guarded.
+    taken: called with each clip when it is complete; the analysis holds what it returns. A callback that stores the
+    frames elsewhere and returns the clip without them keeps memory small for long sources. When the pass must start
+    over, it is called again from the first clip on.
+    window: the frames that count. Frames around it are decoded too, so that a cut at either end is found as in the
+    middle of a source. A cut belongs to the window that holds its start, or that ends exactly there.
+
+    Raises SourceFailure, with a readable reason, for anything that can't be decoded as video. A hostile file may crash
+    the decoder and with it this process: use `process.analyse_guarded` for untrusted files.
     """
     started = time.process_time()
     threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # one source, one thread: sources run side by side
+    cv2.setNumThreads(1)  # one thread per source: sources are decoded side by side
     try:
         return _analyse(path, config, started, taken, window)
     finally:
         cv2.setNumThreads(threads)
 
 
-def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken, window: Window | None) -> Analysis:
+def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken, window: Window | None) -> SourceAnalysis:
     info, index = read_source(path), read_packets(path)
     demuxed = time.process_time()
     analysis = _decode(path, config, info, index, taken, window)
@@ -66,25 +68,28 @@ def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken, w
 
 def _decode(
     path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, taken: Taken, window: Window | None
-) -> Analysis:
-    """Try the cheapest pass first: without frames that nothing depends on; every frame; without timestamps."""
+) -> SourceAnalysis:
+    """Try the cheapest pass first: without frames that no other refers to; then all frames; then without timestamps."""
     try:
-        return _Pass(path, config, info, index, taken, window, skipping=info.codec in SKIPPING_CODECS).run()
+        return _DecodePass(path, config, info, index, taken, window, skipping=info.codec in SKIPPING_CODECS).run()
     except _UnexpectedError:
         pass
     try:
-        return _Pass(path, config, info, index, taken, window, skipping=False).run()
+        return _DecodePass(path, config, info, index, taken, window, skipping=False).run()
     except _UnexpectedError:
-        return _Pass(path, config, info, index.without_timestamps(), taken, window, skipping=False).run()
+        return _DecodePass(path, config, info, index.without_timestamps(), taken, window, skipping=False).run()
 
 
 class _UnexpectedError(Exception):
-    """Frames leave the decoder in another order than their timestamps say, as with B-frames in AVI, or, while frames
-    are left out, not those that should."""
+    """The decoder gives other frames than expected: the pass must start over in a simpler way.
+
+    Frames may come in another order than their timestamps, as with B-frames in AVI. While frames are skipped, others
+    than those may be missing.
+    """
 
 
-class _Pass:
-    """The state of one decode pass."""
+class _DecodePass:
+    """The state of one decode pass over a source."""
 
     def __init__(
         self,
@@ -98,16 +103,18 @@ class _Pass:
     ) -> None:
         self.config, self.info, self.index, self.taken = config, info, index, taken
         self.rate = info.fps(index)
-        # Without usable timestamps frames are counted: the clock ticks once a frame.
+        # Without usable timestamps frames are counted: the clock ticks once per frame.
         self.base = index.time_base if index.trusted else 1 / self.rate
         self.skipped = self._skippable() if skipping else np.zeros(0, np.int64)
-        self.decoder = Decoder(path, self.skipped.tolist())
+        self.decoder = FrameDecoder(path, self.skipped.tolist())
         self.numbering = Numbering(self.skipped)
         self.keyframes = np.searchsorted(index.shown(), np.sort(index.pts[index.keyframe]))
-        self.debt = Debt(self.keyframes)
+        self.decoded_twice = DecodedTwice(self.keyframes)
         self.finder = CutFinder(config.cuts, float(self.rate), self._look_again, window or ())
         self.sampler: Sampler | None = None
-        self.motion: list[np.ndarray] = []  # (n, 4) between neighbouring frames, from frame 0 on
+        self.motion: list[
+            np.ndarray
+        ] = []  # (n, 4) per chunk: camera motion between neighbouring frames, from frame 0 on
         self.cuts: list[Cut] = []
         self.clips: list[ClipAnalysis] = []
         self.dropped: list[DroppedSpan] = []
@@ -118,32 +125,33 @@ class _Pass:
         self._shot_cut: int | None = None
 
     def _skippable(self) -> np.ndarray:
-        stride = looked_at_stride(self.config.cuts, float(self.rate))
+        """Return the timestamps of the frames that need not be decoded."""
+        stride = scored_stride(self.config.cuts, float(self.rate))
         sampled = sampled_times(self.config.motion, self.index.shown(), float(self.base))
         return skippable(self.index, stride, sampled)
 
-    def run(self) -> Analysis:
-        """Decode the source; shots are closed as soon as their cuts are certain."""
+    def run(self) -> SourceAnalysis:
+        """Decode the source; a shot is closed as soon as the cut at its end is certain."""
         checked = 0.0
-        for picture in self.decoder:
-            number, seconds = self._number(picture)
+        for frame in self.decoder:
+            number, seconds = self._number(frame)
             if self.sampler is None:
                 orientation = self.decoder.facts.orientation
-                geometry = Geometry(orientation, self.info.display(orientation))
+                geometry = DisplayGeometry(orientation, self.info.display(orientation))
                 self.sampler = Sampler(self.config.motion, geometry, self.decoder.facts)
                 checked = seconds
-            if self.finder.add(number, seconds, picture) and self.debt.grows_too_large(number):
+            if self.finder.add(number, seconds, frame) and self.decoded_twice.grows_too_large(number):
                 self.decoder.skippable = frozenset()
-            self.sampler.add(number, seconds, picture)
+            self.sampler.add(number, seconds, frame)
             if seconds - checked >= CHUNK_SECONDS:
                 checked = seconds
                 self._settle()
         return self._finish()
 
-    def _number(self, picture: Picture) -> tuple[int, float]:
-        """Number and time of a decoded frame."""
+    def _number(self, frame: DecodedFrame) -> tuple[int, float]:
+        """Return number and time of a decoded frame."""
         known = self.numbering.pts
-        pts = len(known) if not self.index.trusted else picture.pts
+        pts = len(known) if not self.index.trusted else frame.pts
         if pts is None or (known and pts <= known[-1]) or (len(self.skipped) and self.decoder.facts.errors):
             raise _UnexpectedError
         return self.numbering.add(pts), self._seconds(pts)
@@ -152,7 +160,7 @@ class _Pass:
         return pts * self.base.numerator / self.base.denominator
 
     def _look_again(self, steps: list[Step]) -> Iterator[list[Look]]:
-        """Decode the frames of each step, those after one keyframe in one go."""
+        """Decode all frames of each step; steps after the same keyframe are decoded in one go."""
         pts, keyframes = self.numbering.pts, self._timeline().keyframes
 
         def keyframe(step: Step) -> int:
@@ -161,9 +169,9 @@ class _Pass:
         for place, group in itertools.groupby(steps, key=keyframe):
             together = list(group)
             wanted = {pts[n]: n for before, after in together for n in range(before, after + 1)}
-            pictures = self.decoder.again(pts[keyframes[max(place, 0)]], wanted)
+            frames = self.decoder.again(pts[keyframes[max(place, 0)]], wanted)
             try:
-                looks = {wanted[p.pts]: p.small for p in pictures if p.pts is not None}
+                looks = {wanted[p.pts]: p.small for p in frames if p.pts is not None}
             except (av.error.FFmpegError, OSError):
                 raise _UnexpectedError from None
             if len(looks) < len(wanted):
@@ -172,15 +180,18 @@ class _Pass:
                 yield [(n, self._seconds(pts[n]), looks[n]) for n in range(before, after + 1)]
 
     def _timeline(self) -> Timeline:
+        """Return the timeline of the frames decoded so far."""
         pts = np.array(self.numbering.pts, np.int64)
         return Timeline(pts, self._end(pts), self.index, self.base)
 
     def _end(self, pts: np.ndarray) -> int:
+        """Return the timestamp at which the last frame ends; an implausible duration is replaced by a usual step."""
         step = int(np.median(np.diff(pts))) if len(pts) > 1 else 1
         last = self.index.last_duration if self.index.trusted else 1
         return int(pts[-1]) + (last if 0 < last <= 4 * step else max(step, 1))
 
     def _settle(self, final: bool = False) -> None:
+        """Take the cuts that are certain by now and close the shots before them."""
         timeline = self._timeline()
         cuts, motion = self.finder.settle(final)
         self.motion.append(motion)
@@ -190,18 +201,18 @@ class _Pass:
         self.sampler.thin(self.finder.settled)
 
     def _close(self, found: Found, timeline: Timeline) -> None:
-        """A cut is certain: the shot before it is complete."""
+        """Record a certain cut and complete the shot before it."""
         start, last = max(found.start, self._shot_start), self._last(timeline)
         inherited = 0 < start <= self._first
         known = found.end <= self._shot_start and bool(self.cuts) and not inherited
         if known or start > last or (inherited and self._keyframe_before_first(found.end)):
             return
         if inherited:
-            self.cuts.clear()  # of several before the first frame, the last one counts
+            self.cuts.clear()  # of several cuts before the window only the last one counts
         self._inherited |= inherited
         number = len(self.cuts)
         self.cuts.append(self._cut(found, start, timeline))
-        self._shot(Shot(self._shot_start, start, self._shot_cut, number), timeline)
+        self._shot(ShotSpan(self._shot_start, start, self._shot_cut, number), timeline)
         if min(found.end, last) > start:
             self.dropped.append(self._transition(start, min(found.end, last), found.kind, timeline))
         self._shot_start, self._shot_cut = max(found.end, self._first), number
@@ -209,11 +220,11 @@ class _Pass:
         self.sampler.forget(found.end)
 
     def _keyframe_before_first(self, frame: int) -> bool:
-        """Whether the shot that starts at `frame` has clips before the window."""
+        """Say whether the shot that starts at `frame` may have clips before the window."""
         return bool(((self.keyframes >= frame) & (self.keyframes < self._first)).any())
 
     def _last(self, timeline: Timeline) -> int:
-        """The end of what counts."""
+        """Return the end of the frames that count and are known."""
         known = len(timeline.pts)
         return known if self._end_frame is None else min(self._end_frame, known)
 
@@ -235,7 +246,8 @@ class _Pass:
     def _transition(self, start: int, end: int, kind: str, t: Timeline) -> DroppedSpan:
         return DroppedSpan(start, end, t.at(start), t.at(end), t.seconds(start), t.seconds(end), f"transition: {kind}")
 
-    def _shot(self, shot: Shot, timeline: Timeline) -> None:
+    def _shot(self, shot: ShotSpan, timeline: Timeline) -> None:
+        """Cut a shot into clips with their samples; what is left of it is dropped with a reason."""
         if shot.end <= shot.start:
             return
         assert self.sampler is not None
@@ -260,8 +272,8 @@ class _Pass:
                 continue
             self.clips.append(self.taken(ClipAnalysis(span=span, **vars(samples))))
 
-    def _finish(self) -> Analysis:
-        """Close the last shot and put everything together."""
+    def _finish(self) -> SourceAnalysis:
+        """Close the last shot and return the whole analysis."""
         if len(self.numbering.pts) < 2 or self.sampler is None:
             raise SourceFailure("a single frame is no video")
         timeline = self._timeline()
@@ -270,11 +282,14 @@ class _Pass:
             if not np.array_equal(timeline.pts, shown[shown >= timeline.pts[0]]):
                 raise _UnexpectedError
         self._settle(final=True)
-        self._shot(Shot(self._shot_start, self._last(timeline), self._shot_cut, None), timeline)
+        self._shot(ShotSpan(self._shot_start, self._last(timeline), self._shot_cut, None), timeline)
         self.dropped.sort(key=lambda d: d.start_frame)
-        return Analysis(self._facts(timeline), self.cuts, self.clips, self.dropped, inherited=int(self._inherited))
+        return SourceAnalysis(
+            self._facts(timeline), self.cuts, self.clips, self.dropped, inherited=int(self._inherited)
+        )
 
     def _facts(self, timeline: Timeline) -> SourceFacts:
+        """Return the facts of the source, as far as the decoder got."""
         facts, info = self.decoder.facts, self.info
         steps = np.diff(timeline.pts)
         duration = (timeline.end_pts - int(timeline.pts[0])) * float(self.base)

@@ -1,6 +1,6 @@
-"""Bringing a source here: its local file, for as long as it is needed, whatever the source is.
+"""Providing a local file for any kind of source, for as long as it is needed.
 
-What sources are and how they are listed is in svd/sources/listing.py; `ytdl:` addresses need yt-dlp.
+Kinds of sources and their listing: svd/sources/listing.py. `ytdl:` addresses need yt-dlp.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCK = 4 << 20
 
 @contextlib.contextmanager
 def local_file(source: Source, folder: Path) -> Iterator[Path]:
-    """A local file with the bytes of `source`; a fetched or extracted one lies in `folder` and is removed afterwards.
+    """Yield a local file with the bytes of `source`; a fetched or extracted file lies in `folder` and is removed.
 
     Raises OSError when it can't be read or fetched, UserError when a tool for its kind of address is missing.
     """
@@ -32,7 +32,7 @@ def local_file(source: Source, folder: Path) -> Iterator[Path]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as temporary:
-        # The name in the address is never used as a name on disk: it may hold `../` or be too long.
+        # The file is never named after the address, which may hold `../` or be too long.
         target = Path(temporary) / "source"
         if source.archive is not None:
             _extract(source, target)
@@ -42,7 +42,7 @@ def local_file(source: Source, folder: Path) -> Iterator[Path]:
 
 
 def _extract(source: Source, target: Path) -> None:
-    """Copy a member of a tar, by ranges when the tar is remote."""
+    """Copy a member of a tar to `target`; of a remote tar only the bytes of the member are read."""
     archive = source.path or source.archive or ""
     left = source.size or 0
     with storage.open_read(archive, _BLOCK) as stream, target.open("wb") as file:
@@ -57,8 +57,9 @@ def _extract(source: Source, target: Path) -> None:
 
 
 def _fetch(uri: str, target: Path) -> None:
+    """Download a remote source to `target`, limited in bytes and time."""
     if not uri.startswith(YTDL):
-        # A stream that never ends must not fill the disk.
+        # An endless stream must not fill the disk.
         storage.download(uri, target, min(MAX_BYTES, shutil.disk_usage(target.parent).free / 2), MAX_SECONDS)
         return
     try:

@@ -1,10 +1,9 @@
-"""Long sources are split by time into parts, so that several processes work on one film.
+"""Splitting long sources by time into parts, so that several processes work on one film.
 
-A part begins at a keyframe, its packets are copied into a file of their own as those of a clip are, and what is found
-in it is put back on the clock of the source. The copy holds a few seconds on both sides of the part as well, so that
-cuts near a boundary are found as they are in the whole; a cut is listed by the part that holds its start, and one
-exactly on a boundary by the part that ends there. No clip reaches over a boundary, as none does in a long shot that is
-split.
+A part begins at a keyframe. Its packets are copied into a file of their own, as for a clip, and the results are mapped
+back to the clock of the source. The copy includes a few seconds on both sides of the part, so that cuts near a boundary
+are found as in the whole source. A cut belongs to the part that holds its start; a cut exactly on a boundary belongs to
+the part that ends there. No clip crosses a boundary, just as no clip crosses the point where a long shot is split.
 """
 
 from __future__ import annotations
@@ -16,22 +15,21 @@ import av
 import numpy as np
 
 from svd.config import CurationConfig
+from svd.curation.base.types import ClipSpan, Cut, DroppedSpan, SourceAnalysis, SourceFacts, SourceFailure
 from svd.curation.clips.spans import Timeline
-from svd.curation.clips.writer import write_clip
+from svd.curation.clips.writer import copy_frames
 from svd.curation.cuts.finder import SETTLE_SECONDS
-from svd.curation.decoding.probe import PacketIndex, SourceInfo, open_video, read_packets, read_source
+from svd.curation.decoding.probe import PacketIndex, open_video, read_packets, read_source
 from svd.curation.measuring.decode_pass import COPY_CODECS, Taken, Window, analyse
-from svd.curation.types import Analysis, ClipSpan, Cut, DroppedSpan, SourceFacts, SourceFailure
-from svd.media.orientation import UPRIGHT
 
-MOST_REORDERED = 16  # frames that may be decoded before those shown before them, H.264's limit
-LEAST_RATE = 4000  # bytes a second; what is smaller than a part of this rate is not even looked into
-Part = tuple[int, int]  # number, and of how many
+MOST_REORDERED = 16  # frames by which decoding order may differ from display order, H.264's limit
+LEAST_RATE = 4000  # bytes per second; a file smaller than one part at this rate is not probed for splitting
+Part = tuple[int, int]  # number of the part, number of parts
 WHOLE: Part = (0, 1)
 
 
 def part_starts(timeline: Timeline, seconds: float) -> list[int]:
-    """The keyframes (numbers of frames) with which parts of about `seconds` begin; [0]: not to be split."""
+    """Return the keyframes (frame numbers) at which parts of about `seconds` begin; [0]: one part."""
     keys, pts = timeline.keyframes, timeline.pts
     total = timeline.seconds(len(pts)) - timeline.seconds(0)
     count = max(1, round(total / seconds))
@@ -48,7 +46,7 @@ def _timeline(index: PacketIndex) -> Timeline:
 
 
 def seconds_claimed(path: Path) -> float:
-    """The duration in the header, but no more than the bytes can hold: broken headers promise years.
+    """Return the duration from the header, limited by the size of the file: broken headers promise years.
 
     Raises SourceFailure when it is no readable video.
     """
@@ -57,29 +55,30 @@ def seconds_claimed(path: Path) -> float:
 
 
 def count_parts(path: Path, config: CurationConfig) -> int:
-    """How many parts a source is split into; raises SourceFailure when it is no readable video."""
+    """Return into how many parts a source is split; raises SourceFailure when it is no readable video."""
     if path.stat().st_size < config.part_seconds * LEAST_RATE:
         return 1
     info, index = read_source(path), read_packets(path)
-    # AVI has the timestamps of decoding.
+    # AVI stores the timestamps of decoding, not of display.
     if info.container == "avi" or info.codec not in COPY_CODECS or not index.trusted or index.discarded.any():
         return 1
     return len(part_starts(_timeline(index), config.part_seconds))
 
 
-def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, scratch: Path) -> Analysis:
-    """As analysis.analyse for one part of a source; its packets are copied to `scratch`, which is removed.
+def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, scratch: Path | None) -> SourceAnalysis:
+    """Analyse one part of a source as `decode_pass.analyse` does; its packets are copied to `scratch`, then removed.
 
-    Frame numbers and times are those of the source, and so is `facts.start_pts`; `facts.frames` and `duration` are the
-    part's. A cut that a clip of this part begins with comes first and is counted as `inherited` when the part before
-    lists it. Raises SourceFailure.
+    scratch: may be None for WHOLE, which is analysed in place. Frame numbers, times and `facts.start_pts` are those of
+    the source; `facts.frames` and `facts.duration` are those of the part. The cut at which the first clip of this part
+    begins is counted as `inherited` when the part before lists it. Raises SourceFailure.
     """
     if part == WHOLE:
         return analyse(path, config, taken)
+    assert scratch is not None
     info, index = read_source(path), read_packets(path)
     clock = _Clock(index, config.part_seconds, part[0])
     try:
-        write_clip(path, clock.whole(), _copied(info, index), scratch)
+        copy_frames(path, clock.copied_span(), scratch)
         clock.local = read_packets(scratch).time_base
         analysis = analyse(
             scratch, config, lambda clip: taken(replace(clip, span=clock.span(clip.span))), clock.window()
@@ -97,11 +96,11 @@ def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, s
 
 
 class _Clock:
-    """Turns numbers and times of a part into those of its source."""
+    """Converts frame numbers and times of a part into those of its source."""
 
     def __init__(self, index: PacketIndex, seconds: float, number: int) -> None:
         self.source, self.base = _timeline(index), index.time_base
-        self.local = index.time_base  # of the part's own file
+        self.local = index.time_base  # time base of the part's own file
         bounds = [*part_starts(self.source, seconds), len(self.source.pts)]
         self.first, self.next = bounds[number], bounds[number + 1]
         self.lead = self._keyframe_before()
@@ -111,41 +110,41 @@ class _Clock:
         self.start = self.source.at(self.lead)
 
     def _keyframe_before(self) -> int:
-        """A keyframe some seconds before the part, or the first one."""
+        """Return a keyframe some seconds before the part, or the first one."""
         keys = self.source.keyframes
         early = self.source.pts[keys] <= self.source.at(self.first) - SETTLE_SECONDS / self.source.time_base
         return int(keys[max(int(early.sum()) - 1, 0)])
 
     def _end_behind(self) -> int:
-        """A frame some seconds behind the part, or the end of the source."""
+        """Return a frame some seconds after the part, or the end of the source."""
         limit = self.source.at(self.next) + SETTLE_SECONDS / self.source.time_base
         enough = max(int(np.searchsorted(self.source.pts, limit)), self.next + MOST_REORDERED + 1)
         return min(enough, len(self.source.pts))
 
-    def whole(self) -> ClipSpan:
-        """What is copied, as a clip: the part with what surrounds it."""
+    def copied_span(self) -> ClipSpan:
+        """Return the span that is copied: the part and what surrounds it."""
         at, seconds, frames = self.source.at, self.source.seconds, self.last - self.lead
         ends = at(self.lead), at(self.last), seconds(self.lead), seconds(self.last)
         return ClipSpan(self.lead, self.last, *ends, frames, "copy", self.lead, self.last)
 
     def window(self) -> Window:
-        """The part's own frames in what is copied."""
+        """Return the frames of the copy that belong to the part."""
         return self.first - self.lead, self.next - self.lead
 
     def pts(self, local: int) -> int:
-        """Timestamp in the source of one in the part, whose file begins with 0."""
+        """Convert a timestamp of the copy, which begins with 0, to one of the source."""
         return self.start + int(local * self.local / self.base)
 
     def at(self, frame: int) -> int:
-        """Number in the source of a frame of the part."""
+        """Convert a frame number of the copy to one of the source."""
         return self.lead + frame
 
     def seconds(self, pts: int) -> float:
-        """Time on the source's clock."""
+        """Convert a timestamp of the source to seconds."""
         return pts * self.source.time_base
 
     def span(self, span: ClipSpan) -> ClipSpan:
-        """A clip's span; its cuts stay numbers of the part's cuts."""
+        """Convert the span of a clip; `start_cut` and `end_cut` stay indices into the cuts of the part."""
         start, end = self.pts(span.start_pts), self.pts(span.end_pts)
         return replace(
             span,
@@ -160,7 +159,7 @@ class _Clock:
         )
 
     def cut(self, cut: Cut) -> Cut:
-        """A cut with its transition."""
+        """Convert a cut and its transition."""
         zero = self.seconds(self.start)
         return replace(
             cut,
@@ -174,7 +173,7 @@ class _Clock:
         )
 
     def dropped(self, span: DroppedSpan) -> DroppedSpan:
-        """Frames that no clip holds."""
+        """Convert a span that no clip holds."""
         start, end = self.pts(span.start_pts), self.pts(span.end_pts)
         return DroppedSpan(
             self.at(span.start_frame),
@@ -187,7 +186,7 @@ class _Clock:
         )
 
     def facts(self, facts: SourceFacts, container: str, warnings: tuple[str, ...]) -> SourceFacts:
-        """Facts of the part with the times of the source."""
+        """Convert the facts of the part to the times of the source."""
         duration, frames = self.source.seconds(self.next) - self.source.seconds(self.first), self.next - self.first
         return replace(
             facts,
@@ -201,29 +200,3 @@ class _Clock:
             keyframes=tuple(self.pts(key) for key in facts.keyframes),
             warnings=(*warnings, *facts.warnings),
         )
-
-
-def _copied(info: SourceInfo, index: PacketIndex) -> SourceFacts:
-    """What copying packets needs to know of a source."""
-    return SourceFacts(
-        container=info.container,
-        codec=info.codec,
-        pixel_format="",
-        width=info.width,
-        height=info.height,
-        display_width=info.width,
-        display_height=info.height,
-        orientation=UPRIGHT,
-        sample_aspect=(1, 1),
-        interlaced=False,
-        fps=float(info.fps(index)),
-        variable_frame_rate=False,
-        time_base=index.time_base,
-        start_pts=0,
-        end_pts=0,
-        duration=0.0,
-        frames=len(index.pts),
-        bit_rate=0,
-        b_frames=False,
-        keyframes=(),
-    )

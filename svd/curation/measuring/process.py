@@ -1,17 +1,12 @@
-"""Analysing untrusted sources in a process of their own, with limits on time and memory.
+"""Analysing untrusted sources in a child process with limits on time and memory.
 
-A decoder that hangs, crashes or eats memory takes its process with it; the source gets a reason and the run goes on.
+A decoder that hangs, crashes or eats memory takes only its own process down: the source gets a reason, the run goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
-import os
-import resource
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,142 +16,63 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import av.logging
-import numpy as np
-
 from svd.config import CurationConfig
-from svd.core.device import pick_device
 from svd.core.errors import UserError
 from svd.core.files import discard_temporary
-from svd.curation.clips.writer import write_clips
-from svd.curation.cuts.transnet import transnet_probabilities
+from svd.curation.base.child_process import exit_name
+from svd.curation.base.messages import (
+    Analyse,
+    ClipFound,
+    CountParts,
+    Done,
+    Failed,
+    OutOfMemory,
+    Ready,
+    VideoLength,
+    WriteClips,
+)
+from svd.curation.base.types import ClipAnalysis, ClipFile, ClipSpan, SourceAnalysis, SourceFacts, SourceFailure
+from svd.curation.measuring.child import serve_requests
 from svd.curation.measuring.decode_pass import Taken
-from svd.curation.measuring.parts import analyse_part, count_parts, seconds_claimed
-from svd.curation.motion.flow import flow_function
-from svd.curation.processes import end_with_parent, exit_name
-from svd.curation.text.base import text_areas
-from svd.curation.text.registry import make_detector
-from svd.curation.types import Analysis, ClipAnalysis, ClipFile, ClipSpan, SourceFacts, SourceFailure
+from svd.curation.measuring.parts import WHOLE, Part
 
-DEFAULT_TIMEOUT = 3600.0  # seconds for half an hour of video, and for anything shorter
+DEFAULT_TIMEOUT = 3600.0  # seconds for half an hour of video or less
 TIMED_SECONDS = 1800.0
-DEFAULT_MEMORY = 2 << 30  # bytes that analysing may add to a fresh process
-ATTEMPTS = 2  # a process may be killed for what is no source's fault, as when the machine runs out of memory
+DEFAULT_MEMORY = 2 << 30  # bytes that requests may add to a fresh process
+ATTEMPTS = 2  # a process may be killed without fault of the source, as when the machine runs out of memory
 
-_NO_MEMORY = "more memory needed than allowed"
-_detector = functools.lru_cache(maxsize=1)(make_detector)  # loaded once a process
+Take = Callable[[ClipAnalysis], None]
 
 
 class WorkerError(UserError):
-    """There is no process, whatever the source: it can't start, or the run is being ended."""
+    """No process can be had, whatever the source: it can't start, or the run is being ended."""
 
 
-def limited_resource(device: str) -> tuple[int, int]:
-    """Which resource bounds the memory of a process, and the column of /proc/self/statm that tells how much it has.
+class DecodeProcess:
+    """A child process that analyses sources one at a time and is replaced when it hangs, crashes or needs more memory.
 
-    The address space; but CUDA reserves far more of that than it ever uses, so there what the process may write to.
-    """
-    return (resource.RLIMIT_AS, 0) if device == "cpu" else (resource.RLIMIT_DATA, 5)
+    timeout: seconds for half an hour of video or less; longer videos get more in proportion.
+    memory: bytes that a source may need beyond the empty process.
 
+    A source on which the process dies is tried once more. The child ends when this process does, however that happens.
+    Methods raise SourceFailure for what is wrong with a source, and WorkerError when no process can be had.
 
-def limit_memory(extra: int, device: str) -> None:
-    """Let this process have `extra` bytes more than it has now; `device`: where its networks run."""
-    kind, column = limited_resource(device)
-    pages = int(Path("/proc/self/statm").read_text().split()[column]) if Path("/proc/self/statm").exists() else 0
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-
-
-def load_networks(config: CurationConfig) -> str:
-    """Load every network of analysing into this process and put one small picture through each; returns their device.
-
-    Done before memory is limited: neither their size is a source's fault nor what their libraries, CUDA's above all,
-    load with the first picture. Raises UserError for missing weights.
-    """
-    raft, craft = config.motion.algorithm == "raft", config.text.detector == "craft"
-    transnet = any(cut_pass.detector == "transnetv2" for cut_pass in config.cuts.passes)
-    if raft or craft or transnet:
-        import torch
-
-        torch.set_num_threads(1)  # as in the rest of the analysis: sources run side by side
-    blank = np.zeros((128, 128, 3), np.uint8)  # RAFT takes nothing smaller
-    if raft:
-        flow_function(config.motion)[0](blank, blank)
-    if transnet:
-        transnet_probabilities(np.zeros((1, 27, 48, 3), np.uint8))
-    _detector(config.text).polygons(blank)
-    return pick_device() if raft or craft else "cpu"
-
-
-def _answer(connection: Connection, request: tuple[Any, ...]) -> Any:
-    """What a request leads to: a result, or the reason why there is none.
-
-    Sent before it: how many seconds of video it is about, and clips as soon as they are there.
-    """
-    try:
-        if request[0] == "analyse":
-            _, path, config, part, scratch = request
-            detector = _detector(config.text)
-
-            def taken(clip: ClipAnalysis) -> ClipAnalysis:
-                connection.send(replace(clip, text_areas=tuple(text_areas(list(clip.frames), detector))))
-                return replace(clip, frames=clip.frames[:0].copy())  # a copy: a view would keep the frames
-
-            connection.send(seconds_claimed(path) / part[1])
-            return analyse_part(path, config, taken, part, scratch)
-        if request[0] == "parts":
-            return count_parts(*request[1:])
-        connection.send(float(sum(span.end_seconds - span.start_seconds for span, _ in request[3])))
-        return write_clips(*request[1:])
-    except SourceFailure as failure:
-        return failure.reason
-    except MemoryError:
-        return _NO_MEMORY
-    except Exception as error:  # the child speaks for one hostile file; anything it meets is that file's reason
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _serve(connection: Connection, memory: int, config: CurationConfig | None) -> None:
-    """Child: say that it is ready ("") or why not, then answer requests until the parent hangs up."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    av.logging.set_level(None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        limit_memory(memory, load_networks(config) if config is not None else "cpu")
-    except Exception as error:
-        connection.send(" ".join(str(error).split()) or type(error).__name__)
-        return
-    connection.send("")
-    while True:
-        try:
-            request = connection.recv()
-        except EOFError:
-            return
-        connection.send(_answer(connection, request))
-
-
-class Analyst:
-    """A child process that analyses sources one at a time; it is replaced when it hangs, crashes or runs out of memory.
-
-    timeout: seconds that half an hour of video may take, and anything shorter; a longer source gets more, in
-    proportion. memory: bytes that it may need beyond the empty process. A source on which it dies is tried once more.
-    It ends when this process does, however this process ends. Methods raise WorkerError when no process can be had,
-    which is no source's fault.
+        with DecodeProcess() as decoding:
+            analysis = decoding.analyse(path, config)
     """
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT, memory: int = DEFAULT_MEMORY) -> None:
         self.timeout, self.memory = timeout, memory
-        self._config: CurationConfig | None = None  # of the latest request: whose networks a process must have
-        self._loaded: CurationConfig | None = None  # whose networks the process has
+        self._config: CurationConfig | None = None  # of the latest request: its networks must be loaded
+        self._loaded: CurationConfig | None = None  # whose networks the process has loaded
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._stopped = False
 
     def count_parts(self, path: Path, config: CurationConfig) -> int:
-        """As parts.count_parts, with the same guards as `analyse`."""
+        """Count the parts of a source as `parts.count_parts` does."""
         self._config = config
-        count: int = self._ask(None, "parts", path, config)
+        count: int = self._ask(CountParts(path, config))
         return count
 
     def analyse(
@@ -164,12 +80,12 @@ class Analyst:
         path: Path,
         config: CurationConfig,
         taken: Taken = lambda clip: clip,
-        part: tuple[int, int] = (0, 1),
+        part: Part = WHOLE,
         scratch: Path | None = None,
-    ) -> Analysis:
-        """As parts.analyse_part, and looks for text; a hang, a crash and a lack of memory are SourceFailures too.
+    ) -> SourceAnalysis:
+        """Analyse a source as `parts.analyse_part` does, and detect text and score the measured axes.
 
-        `taken` runs here.
+        `taken` is called in this process.
         """
         self._config = config
         clips: dict[ClipSpan, ClipAnalysis] = {}
@@ -177,39 +93,47 @@ class Analyst:
         def take(clip: ClipAnalysis) -> None:
             clips[clip.span] = taken(clip)
 
-        analysis: Analysis = self._ask(take, "analyse", path, config, part, scratch)
+        analysis: SourceAnalysis = self._ask(Analyse(path, config, part, scratch), take)
         return replace(analysis, clips=[clips[clip.span] for clip in analysis.clips])
 
     def write_clips(self, source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:
-        """As writing.write_clips, with the same guards; unfinished files are removed."""
+        """Write clips as `writer.write_clips` does; unfinished files are removed."""
         try:
-            written: list[ClipFile] = self._ask(None, "write", source, facts, list(jobs))
+            written: list[ClipFile] = self._ask(WriteClips(source, facts, tuple(jobs)))
         finally:
             for _, target in jobs:
                 discard_temporary(target)
         return written
 
-    def _ask(self, take: Callable[[ClipAnalysis], None] | None, *request: Any) -> Any:
+    def _ask(self, request: CountParts | Analyse | WriteClips, take: Take | None = None) -> Any:
+        """Return the result of a request; raises SourceFailure or WorkerError."""
+        match self._try(request, take):
+            case Done(result):
+                return result
+            case Failed(reason):
+                raise SourceFailure(reason)
+            case OutOfMemory():
+                self.close()  # the next source starts with a fresh heap
+                raise SourceFailure("more memory needed than allowed")
+
+    def _try(self, request: CountParts | Analyse | WriteClips, take: Take | None) -> Done | Failed | OutOfMemory:
+        """Send a request to a process, and to a new one when the first dies over it."""
         for attempt in range(ATTEMPTS):
             connection = self._start()
             try:
-                answer = self._exchange(connection, request, take)
-                break
+                return self._exchange(connection, request, take)
             except (EOFError, ConnectionResetError, BrokenPipeError):
                 name = exit_name(self._reap())
                 if self._stopped:
                     raise WorkerError("curation was stopped") from None
                 if attempt + 1 == ATTEMPTS:
                     raise SourceFailure(f"the decoder crashed ({name})") from None
-        if not isinstance(answer, str):
-            return answer
-        if answer == _NO_MEMORY:
-            self.close()  # the next source starts with a fresh heap
-        raise SourceFailure(answer)
+        raise AssertionError("unreachable")
 
     def _exchange(
-        self, connection: Connection, request: tuple[Any, ...], take: Callable[[ClipAnalysis], None] | None
-    ) -> Any:
+        self, connection: Connection, request: CountParts | Analyse | WriteClips, take: Take | None
+    ) -> Done | Failed | OutOfMemory:
+        """Send a request and handle progress until the answer comes; the process ends when it takes too long."""
         limit = left = self.timeout
         try:
             connection.send(request)
@@ -218,21 +142,23 @@ class Analyst:
                 if left <= 0 or not connection.poll(left):
                     raise SourceFailure(f"not finished after {limit:g} s")
                 left -= time.monotonic() - started
-                answer = connection.recv()
-                if isinstance(answer, float):
-                    more = self.timeout * max(0.0, answer / TIMED_SECONDS - 1)
-                    limit, left = limit + more, left + more
-                    continue
-                if take is None or not isinstance(answer, ClipAnalysis):
-                    return answer
-                take(answer)
+                match connection.recv():
+                    case VideoLength(seconds):
+                        more = self.timeout * max(0.0, seconds / TIMED_SECONDS - 1)
+                        limit, left = limit + more, left + more
+                    case ClipFound(clip):
+                        assert take is not None
+                        take(clip)
+                    case answer:
+                        return answer
         except (EOFError, ConnectionResetError, BrokenPipeError):
             raise
         except BaseException:
-            self.close()
+            self.close()  # the child is still busy with the request
             raise
 
     def _start(self) -> Connection:
+        """Return the connection to a living process with the networks of the latest request; raises WorkerError."""
         for _ in range(ATTEMPTS + 1):
             if self._stopped:
                 raise WorkerError("curation was stopped")
@@ -246,23 +172,30 @@ class Analyst:
         return self._process is not None and self._process.is_alive()
 
     def _launch(self) -> str:
-        """Start a process and wait until it is ready; returns how it ended if it did. Raises WorkerError."""
+        """Start a process and wait until it is ready; return how it ended if it died meanwhile.
+
+        Raises WorkerError when the process says why it can't start.
+        """
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.memory, self._config), daemon=True)
+        process = context.Process(target=serve_requests, args=(theirs, self.memory, self._config), daemon=True)
         process.start()
         theirs.close()
         self._process, self._connection, self._loaded = process, ours, self._config
         try:
-            problem = str(ours.recv())
+            message = ours.recv()
         except (EOFError, ConnectionResetError):
             return f"it ended with {exit_name(self._reap())}"
-        if problem:
-            self.close()
-            raise WorkerError(f"a decoding process can't start: {problem}")
-        return ""
+        match message:
+            case Failed(reason):
+                self.close()
+                raise WorkerError(f"a decoding process can't start: {reason}")
+            case Ready():
+                return ""
+        raise AssertionError(f"unexpected message {message}")
 
     def _reap(self) -> int | None:
+        """Wait for a process that ended and return its exit code."""
         assert self._process is not None
         self._process.join(5)
         code = self._process.exitcode
@@ -270,17 +203,17 @@ class Analyst:
         return code
 
     def stop(self) -> None:
-        """End the child process from another thread: a call that waits for it, and every later one, raises WorkerError.
+        """End the child from another thread: the call that waits for it and all later ones raise WorkerError.
 
-        Without this the source at work would be taken for one that crashes the decoder.
+        Without this flag the source at work would be blamed for the crash.
         """
         self._stopped = True
         if (process := self._process) is not None:
-            with contextlib.suppress(ValueError, AttributeError):  # closed in this very moment
+            with contextlib.suppress(ValueError, AttributeError):  # it was closed at this very moment
                 process.kill()
 
     def close(self) -> None:
-        """End the child process."""
+        """End the child process; the next request starts a new one."""
         if self._process is not None:
             if self._process.is_alive():
                 self._process.kill()
@@ -301,7 +234,7 @@ class Analyst:
 
 def analyse_guarded(
     path: Path, config: CurationConfig, *, timeout: float = DEFAULT_TIMEOUT, memory: int = DEFAULT_MEMORY
-) -> Analysis:
-    """Analyse one source in a process of its own; for several, keep one Analyst per worker. Raises SourceFailure."""
-    with Analyst(timeout, memory) as analyst:
-        return analyst.analyse(path, config)
+) -> SourceAnalysis:
+    """Analyse one source in a child process; for several, keep one DecodeProcess per thread. Raises SourceFailure."""
+    with DecodeProcess(timeout, memory) as decoding:
+        return decoding.analyse(path, config)

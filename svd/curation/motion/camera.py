@@ -1,8 +1,8 @@
-"""Camera motion without weights: robust global fits to neighbouring frames and to the flow between samples, and rules.
+"""Camera motion without learned weights: robust global fits, and rules that turn them into a label.
 
-A camera that turns, zooms or rolls moves the whole picture by a similarity: translation, scale and rotation. The
-fit weights each point by how well it follows (iterated, so that moving objects lose their vote), and what it leaves
-is object motion.
+A camera that turns, zooms or rolls moves the whole image by a similarity: translation, scale and rotation. The fit
+weights each point by how well it follows. It is iterated, so that moving objects lose their influence. The residual is
+object motion.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from svd.curation.base.types import CameraLabel, CameraMotion
 from svd.curation.motion.camera_velocity import shake
-from svd.curation.types import CameraLabel, CameraMotion
 
 CAPTIONS: dict[CameraLabel, str] = {
     "static": "the camera is static",
@@ -28,17 +28,21 @@ CAPTIONS: dict[CameraLabel, str] = {
     "object-motion": "the camera is static while things move",
     "unknown": "the camera moves",
 }
-STILL = 0.008  # frame widths a second below which the camera stands
-MOVING = 0.003  # mean flow, frame widths a second, above which something moves before a camera that stands
-STANDS = 0.3  # share of textured points in place, from which the camera stands however much moves before it
-TEXTURE = 0.5
-SLOW = 0.06  # frame widths a second below which flow between samples is more exact than tracking
+STILL = 0.008  # frame widths per second; a slower camera is static
+MOVING = 0.003  # mean flow in frame widths per second; above it something moves in front of a static camera
+STANDS = 0.3  # share of textured points at rest; above it the camera is static, however much moves in front of it
+TEXTURE = 0.5  # trust of a point; above it the point counts as textured
+SLOW = 0.06  # frame widths per second; below it flow between samples is more exact than tracking
 
 
 @dataclass(frozen=True)
 class GlobalFit:
-    """Similarity between two samples, a second: dx and dy of the content in frame widths, log scale, radians clockwise;
-    residual: mean flow left, frame widths; moving: share of points that don't follow."""
+    """The similarity between two samples, per second.
+
+    dx, dy: motion of the content in frame widths. zoom: logarithm of the scale. roll: radians clockwise.
+    residual: mean flow that is left, in frame widths. moving: share of points that don't follow. still: share of
+    textured points at rest.
+    """
 
     dx: float
     dy: float
@@ -50,13 +54,14 @@ class GlobalFit:
 
 
 def camera_caption(label: CameraLabel) -> str:
-    """The words of a camera label, for captions."""
+    """Return the caption of a camera label."""
     return CAPTIONS[label]
 
 
 def fit_similarity(flow: np.ndarray, weight: np.ndarray, seconds: float) -> GlobalFit:
-    """Fit flow (h, w, 2), in pixels over `seconds`, by a similarity around the middle; weight (h, w): trust in each
-    vector.
+    """Fit a similarity around the centre to flow (h, w, 2), in pixels over `seconds`.
+
+    weight: (h, w), trust in each vector, at least 0.
     """
     height, width = flow.shape[:2]
     y, x = np.mgrid[:height, :width].astype(np.float64)
@@ -69,7 +74,7 @@ def fit_similarity(flow: np.ndarray, weight: np.ndarray, seconds: float) -> Glob
         solution = _solve(x, y, u, v, w)
         dx, dy, s, r = solution
         left = np.hypot(u - dx - s * x + r * y, v - dy - s * y - r * x)
-        # The scale shrinks round by round, so that a large object, at first within the crowd, loses its vote as well.
+        # The scale shrinks each round, so that a large object, which at first seems to follow, loses its influence too.
         scale = max(min(1.5 * _median(left, trust), 0.6 * scale), 0.25 / width)
         w = trust / (1 + (left / scale) ** 2) ** 2
     bound = max(0.6 / width, 3 * _median(left, trust))
@@ -86,19 +91,20 @@ def fit_similarity(flow: np.ndarray, weight: np.ndarray, seconds: float) -> Glob
 
 
 def _share(chosen: np.ndarray, trust: np.ndarray) -> float:
-    """Share of the points with texture that are chosen; elsewhere optical flow is near 0 whatever the camera does."""
+    """Return the share of textured points that are chosen; without texture flow is near 0 whatever the camera does."""
     seen = trust > TEXTURE
     return float((chosen & seen).sum() / seen.sum()) if seen.sum() >= 8 else 0.0
 
 
 def _median(values: np.ndarray, weight: np.ndarray) -> float:
+    """Return the weighted median."""
     order = np.argsort(values)
     total = np.cumsum(weight[order])
     return float(values[order][np.searchsorted(total, total[-1] / 2)])
 
 
 def _solve(x: np.ndarray, y: np.ndarray, u: np.ndarray, v: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Weighted least squares of u = dx + s x - r y, v = dy + s y + r x; returns (dx, dy, s, r)."""
+    """Solve u = dx + s x - r y, v = dy + s y + r x by weighted least squares; return (dx, dy, s, r)."""
     total = w.sum()
     mx, my, mu, mv = ((w * a).sum() / total for a in (x, y, u, v))
     x, y, u, v = x - mx, y - my, u - mu, v - mv
@@ -109,10 +115,10 @@ def _solve(x: np.ndarray, y: np.ndarray, u: np.ndarray, v: np.ndarray, w: np.nda
 
 
 def classify(velocity: np.ndarray, rate: float, fits: list[GlobalFit]) -> CameraMotion:
-    """The camera label of a clip.
+    """Classify the camera motion of a clip.
 
-    velocity: (n, 4) of tracking.track between its frames, times `rate` = frames a second; fits: those of its
-    sampled pairs, which are finer where motion is slow and tell what doesn't follow the camera.
+    velocity: (n, 4) from `track_camera` between its frames, times `rate`, the frames per second. fits: of its sampled
+    pairs; they are finer where motion is slow, and they tell what doesn't follow the camera.
     """
     if not len(velocity) and not fits:
         return CameraMotion("unknown", 0.0)
@@ -121,7 +127,7 @@ def classify(velocity: np.ndarray, rate: float, fits: list[GlobalFit]) -> Camera
     typical = np.median(velocity, 0) if len(velocity) else middle[:4]
     use = middle[:4] if fits and max(_strengths(typical).values()) < SLOW else typical
     moving, still = float(middle[5]), float(middle[6])
-    # Something that moves for a quarter of the time counts.
+    # The upper quartile: something that moves for a quarter of the time counts.
     residual = float(np.quantile([row[4] for row in rows], 0.75))
     trembling = shake(velocity[:, :2], rate)
     label, confidence = _label(_strengths(use), trembling, residual, still)
@@ -132,9 +138,7 @@ def classify(velocity: np.ndarray, rate: float, fits: list[GlobalFit]) -> Camera
 
 
 def _strengths(motion: np.ndarray) -> dict[CameraLabel, float]:
-    """Displacement a second that each kind of motion causes, in the middle (pan, tilt) or at the border (zoom,
-    roll).
-    """
+    """Return the displacement per second of each kind of motion: at the centre (pan, tilt) or border (zoom, roll)."""
     dx, dy, zoom, roll = (float(v) for v in motion)
     return {
         "pan-right" if dx < 0 else "pan-left": abs(dx),
@@ -147,7 +151,7 @@ def _strengths(motion: np.ndarray) -> dict[CameraLabel, float]:
 def _label(
     strengths: dict[CameraLabel, float], trembling: float, residual: float, still: float
 ) -> tuple[CameraLabel, float]:
-    """Label and confidence 0…1, the margin of the deciding rule."""
+    """Return the label and its confidence in [0, 1], the margin of the rule that decides."""
     best = max(strengths, key=lambda k: strengths[k])
     strength = max(strengths.values())
     if still > STANDS or max(strength, trembling / 2) < STILL:

@@ -1,8 +1,8 @@
-"""Camera velocity at every frame, by direct alignment of the tiny pictures.
+"""Camera velocity at every frame, by direct alignment of tiny images.
 
-Between samples half a second apart a fast pan over a regular texture can't be told from its opposite; between
-neighbouring frames it can. Each pair is aligned by a similarity (translation, scale, rotation) that follows from
-the pictures' gradients, in closed form; pixels that don't follow lose their weight.
+Over half a second, a fast pan over a regular texture can't be told from its opposite; between neighbouring frames it
+can. Each pair is aligned by a similarity (translation, scale, rotation), computed in closed form from the gradients.
+Pixels that don't follow lose their weight.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ ROUNDS = 3
 _RIDGE = np.diag(np.array([0.01, 0.01, 1.0, 1.0], np.float32))
 
 
-def track(pictures: np.ndarray) -> np.ndarray:
-    """Motion of the content between neighbours of (n, h, w) luma pictures, (n - 1, 4) float32 a frame.
+def track_camera(images: np.ndarray) -> np.ndarray:
+    """Return the motion of the content between neighbours of (n, h, w) luma images, (n - 1, 4) float32 per frame.
 
-    Columns: dx and dy in picture widths, relative growth, rotation in radians (clockwise).
+    Columns: dx and dy in image widths, relative growth, rotation in radians (clockwise).
     """
-    x = pictures.astype(np.float32)
+    x = images.astype(np.float32)
     count, height, width = x.shape
     if count < 2:
         return np.zeros((0, 4), np.float32)
@@ -37,7 +37,7 @@ def track(pictures: np.ndarray) -> np.ndarray:
 
 
 def _jacobian(doubled: np.ndarray, height: int, width: int) -> np.ndarray:
-    """How each inner pixel changes with dx, dy, growth and rotation around the middle, (n, 4, pixels)."""
+    """Return how each inner pixel changes with dx, dy, growth and rotation around the centre, (n, 4, pixels)."""
     count = len(doubled)
     gx = (doubled[:, 1:-1, 2:] - doubled[:, 1:-1, :-2]).reshape(count, -1) * 0.25
     gy = (doubled[:, 2:, 1:-1] - doubled[:, :-2, 1:-1]).reshape(count, -1) * 0.25
@@ -47,8 +47,9 @@ def _jacobian(doubled: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def shake(velocity: np.ndarray, rate: float) -> float:
-    """Root mean square of the part of (n, 2) velocities that changes within half a second, at `rate` values a
-    second.
+    """Return the root mean square of the part of (n, 2) velocities that changes within half a second.
+
+    rate: values per second.
     """
     window = max(3, round(0.5 * rate) | 1)
     if len(velocity) < window:

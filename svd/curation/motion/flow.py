@@ -1,7 +1,6 @@
 """Optical flow between sampled frames (§3.1, App. C): Farnebäck for all data, RAFT for the high-quality set.
 
-Both are a function from two pictures to a flow map of the requested grid; scores use the length of each vector,
-never the signed mean, which would cancel.
+Both map two images to a flow map. Scores use the length of each vector: a signed mean would cancel.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import cv2
 import numpy as np
 
 from svd.config import MotionConfig
-from svd.core.device import pick_device, told_memory
+from svd.core.device import memory_errors, pick_device
 from svd.core.errors import UserError
 
 Flow = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -23,39 +22,38 @@ RAFT_SIZE = (800, 450)  # width, height (App. C)
 RAFT_MULTIPLE = 8
 
 
-def grid(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """(width, height) of a picture scaled to a short side."""
+def grid_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Return (width, height) of an image scaled to a short side."""
     if width <= height:
         return short_side, max(short_side, round(height * short_side / width))
     return max(short_side, round(width * short_side / height)), short_side
 
 
-def stored(flow: np.ndarray, short_side: int) -> np.ndarray:
-    """A flow map (H, W, 2) in its own pixels scaled to a short side: (h, w, 2) float16, vectors in pixels of the
-    new grid.
-    """
+def stored_flow(flow: np.ndarray, short_side: int) -> np.ndarray:
+    """Scale a flow map (H, W, 2) to a short side: (h, w, 2) float16, with vectors in pixels of the new map."""
     height, width = flow.shape[:2]
-    size = grid(width, height, short_side)
+    size = grid_size(width, height, short_side)
     small = cv2.resize(flow, size, interpolation=cv2.INTER_AREA)
     return (small * np.array([size[0] / width, size[1] / height], np.float32)).astype(np.float16)
 
 
 def motion_score(flows: np.ndarray) -> float:
-    """Mean length of the vectors of (P, h, w, 2) flow maps over time and space (§3.1); 0 without a map."""
+    """Return the mean length of the vectors of (P, h, w, 2) flow maps over time and space (§3.1); 0 without a map."""
     if not len(flows):
         return 0.0
     return float(np.sqrt((flows.astype(np.float32) ** 2).sum(-1)).mean())
 
 
 def farneback(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Dense Farnebäck flow between two (h, w) uint8 luma pictures, (h, w, 2) float32 pixels: dx, dy."""
+    """Compute dense Farnebäck flow between two (h, w) uint8 luma images: (h, w, 2) float32, dx and dy in pixels."""
     empty: Any = None
     return cv2.calcOpticalFlowFarneback(one, other, empty, 0.5, 3, 15, 3, 5, 1.2, 0)
 
 
 @functools.cache
 def _raft(weights: str | None) -> Any:
-    import torch
+    """Load RAFT once per process: torchvision's weights from a file, or from the network if None."""
+    import torch  # here: the default flow does without
     from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
 
     network = raft_large()
@@ -73,10 +71,10 @@ def _raft(weights: str | None) -> Any:
 
 
 def raft(one: np.ndarray, other: np.ndarray, weights: str | None) -> np.ndarray:
-    """RAFT flow between two (H, W, 3) RGB uint8 pictures, (H, W, 2) float32 pixels.
+    """Compute RAFT flow between two (H, W, 3) uint8 RGB images: (H, W, 2) float32, dx and dy in pixels.
 
     The network takes sides that are multiples of 8: 800 × 450 is padded to 456 rows and the flow cropped back.
-    Raises MemoryError.
+    Raises MemoryError, and UserError for missing weights.
     """
     import torch
 
@@ -86,14 +84,15 @@ def raft(one: np.ndarray, other: np.ndarray, weights: str | None) -> np.ndarray:
     padding = (0, -width % RAFT_MULTIPLE, 0, -height % RAFT_MULTIPLE)
     pair = torch.from_numpy(np.stack([one, other])).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1
     padded = torch.nn.functional.pad(pair, padding, mode="replicate")
-    with told_memory(), torch.inference_mode():
+    with memory_errors(), torch.inference_mode():
         flow = network(padded[:1], padded[1:])[-1][0]
     return flow[:, :height, :width].permute(1, 2, 0).cpu().numpy()
 
 
 def flow_function(config: MotionConfig) -> tuple[Flow, bool, Callable[[int, int], tuple[int, int]]]:
-    """The configured flow, whether it wants RGB (else luma), and the (width, height) of its pictures for a display
-    size.
+    """Return the configured flow, whether it takes RGB (else luma), and its image size for a display size.
+
+    Sizes are (width, height).
     """
     if config.algorithm == "raft":
 
@@ -101,4 +100,4 @@ def flow_function(config: MotionConfig) -> tuple[Flow, bool, Callable[[int, int]
             return RAFT_SIZE if width >= height else (RAFT_SIZE[1], RAFT_SIZE[0])
 
         return functools.partial(raft, weights=config.raft_weights), True, size
-    return farneback, False, functools.partial(grid, short_side=config.short_side)
+    return farneback, False, functools.partial(grid_size, short_side=config.short_side)

@@ -1,7 +1,7 @@
 """CLIP scores of first, middle and last frame: similarity with every caption, aesthetics, NSFW (§3.1, App. C).
 
-The similarity of a clip and a caption is the mean of the three frames' cosines; the score that clips are filtered by is
-the mean over the captions that describe content (all but `motion`). The paper leaves both open.
+The similarity of a clip and a caption is the mean of the cosines of the three frames. The score that clips are filtered
+by is the mean over the captions that describe content (all but `motion`). The paper leaves both open.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from torch import Tensor, nn
 from svd.core.errors import UserError
 from svd.curation.captions.base import MOTION
 
-LARGE = 1 << 18  # pixels; smaller frames take little memory and are faster shrunk together
+LARGE = 1 << 18  # pixels; smaller frames take little memory and are shrunk faster in a batch
 
 
 class ClipEncoders(Protocol):
-    """What scoring needs of svd.model.encoders.Encoders."""
+    """The part of svd.model.encoders.Encoders that scoring needs."""
 
     def image_features(self, frames: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] → (B, E)."""
+        """Map images (B, 3, H, W) in [-1, 1] to features (B, E)."""
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """B strings → (B, E)."""
+        """Map B strings to features (B, E)."""
 
 
 @runtime_checkable
 class Shrinking(Protocol):
-    """What encoders may have as well: large frames are then in memory one at a time."""
+    """Encoders that can shrink a frame before it is batched, so that one large frame is in memory at a time."""
 
     def shrink(self, frames: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] → (B, C, S, S); the three planes together give the same `image_features`."""
+        """Shrink planes (B, C, H, W) in [-1, 1] to the input size, (B, C, S, S), with the same `image_features`."""
 
 
-def to_tensor(frames: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """(B, H, W, 3) uint8 → (B, 3, H, W) float32 in [-1, 1]."""
+def frames_to_tensor(frames: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Convert frames (B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
     planes = torch.as_tensor(frames).to(device).permute(0, 3, 1, 2).contiguous()
     return planes.float().div_(127.5).sub_(1)
 
 
 @torch.inference_mode()
 def image_embeddings(frames: Iterable[Iterable[np.ndarray]], encoders: ClipEncoders, batch: int, device: str) -> Tensor:
-    """Unit-length embeddings (N, 3, E) float32 of N clips' three frames (H, W, 3) uint8, `batch` frames at a time.
+    """Return the unit-length embeddings (N, 3, E) float32 of the three frames (H, W, 3) uint8 of N clips.
 
-    Frames of one size go through the network together, whichever clips they come from. Large ones are shrunk as they
-    come, where the encoders can do that, and not kept.
+    Frames of one size go through the network together, `batch` at a time, whichever clips they come from. Large frames
+    are shrunk as they come, where the encoders can do that, and not kept.
     """
     shapes: list[tuple[int, ...]] = []
     inputs: list[Tensor] = []
@@ -63,22 +63,22 @@ def image_embeddings(frames: Iterable[Iterable[np.ndarray]], encoders: ClipEncod
     found: dict[int, Tensor] = {}
     for start, stop in _runs([shapes[at] for at in order], batch):
         chosen = torch.stack([inputs[at] for at in order[start:stop]])
-        pixels = chosen if chosen.is_floating_point() else to_tensor(chosen, device)
+        pixels = chosen if chosen.is_floating_point() else frames_to_tensor(chosen, device)
         features = nn.functional.normalize(encoders.image_features(pixels).float(), dim=-1).cpu()
         found.update(zip(order[start:stop], features, strict=True))
     return torch.stack([found[at] for at in range(len(inputs))]).unflatten(0, (-1, 3))
 
 
 def _input(frame: np.ndarray, encoders: ClipEncoders, device: str) -> Tensor:
-    """What is kept of a frame (H, W, 3) uint8 until its batch is full: (3, S, S) in [-1, 1], or the frame itself."""
+    """Return what is kept of a frame (H, W, 3) uint8 until its batch is full: (3, S, S) in [-1, 1], or the frame."""
     if isinstance(encoders, Shrinking) and frame.shape[0] * frame.shape[1] > LARGE:
-        # Plane by plane: blurred together they take many times their own memory.
-        return torch.cat([encoders.shrink(to_tensor(frame[None, ..., [c]], device))[0] for c in range(3)])
+        # Plane by plane: blurring all planes together takes many times their own memory.
+        return torch.cat([encoders.shrink(frames_to_tensor(frame[None, ..., [c]], device))[0] for c in range(3)])
     return torch.from_numpy(frame)
 
 
 def _runs(shapes: Sequence[tuple[int, ...]], batch: int) -> list[tuple[int, int]]:
-    """[start, stop) of runs of equal shapes, at most `batch` long."""
+    """Split into runs [start, stop) of equal shapes, at most `batch` long."""
     runs: list[tuple[int, int]] = []
     start = 0
     for stop in range(1, len(shapes) + 1):
@@ -90,7 +90,7 @@ def _runs(shapes: Sequence[tuple[int, ...]], batch: int) -> list[tuple[int, int]
 
 @torch.inference_mode()
 def text_embeddings(texts: Sequence[str], encoders: ClipEncoders, batch: int) -> dict[str, Tensor]:
-    """Unit-length embedding (E,) of every different text."""
+    """Return the unit-length embedding (E,) of every distinct text."""
     distinct = sorted(set(texts))
     found: dict[str, Tensor] = {}
     for start in range(0, len(distinct), batch):
@@ -101,18 +101,18 @@ def text_embeddings(texts: Sequence[str], encoders: ClipEncoders, batch: int) ->
 
 
 def similarities(images: Tensor, captions: Mapping[str, str], texts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Cosine similarity by captioner of one clip: mean over its frames, images (3, E), rounded to 5 decimals."""
+    """Return the cosine similarity of a clip by captioner: the mean over its frames, images (3, E), to 5 decimals."""
     return {name: round(float((images @ texts[text]).mean()), 5) for name, text in sorted(captions.items())}
 
 
 def similarity_score(by_captioner: Mapping[str, float]) -> float | None:
-    """The score that clips are filtered by: the mean over captions that describe content; None without one."""
+    """Return the score that clips are filtered by: the mean over captions of content; None without such a caption."""
     values = [value for name, value in by_captioner.items() if name != MOTION]
     return round(sum(values) / len(values), 5) if values else None
 
 
 class AestheticsHead(nn.Module):
-    """LAION's aesthetics predictor on unit-length CLIP embeddings: (B, E) → (B,) scores of about 1…10.
+    """LAION's aesthetics predictor: maps unit-length CLIP embeddings (B, E) to scores (B,) of about 1 to 10.
 
     Both published forms load: the single linear layer (`sa_0_4_*_linear`) and the MLP without activations
     (`sac+logos+ava1-l14-linearMSE`, layers 1024-128-64-16-1).
@@ -124,7 +124,7 @@ class AestheticsHead(nn.Module):
         self.width = next(m for m in layers if isinstance(m, nn.Linear)).in_features
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """(B, E) unit-length → (B,)."""
+        """Score unit-length embeddings (B, E): (B,)."""
         return self.layers(embeddings.to(self.layers[0].weight)).squeeze(-1)
 
 
@@ -141,7 +141,7 @@ def load_nsfw(path: Path) -> NsfwScorer:
 
 
 def _linear_layers(path: Path, option: str, published: str) -> list[nn.Linear]:
-    """The linear layers of a file with `….<i>.weight` (out, in) and bias, in the order of their numbers."""
+    """Load the linear layers of a file with `….<i>.weight` (out, in) and bias, in the order of their numbers."""
     if not path.is_file():
         raise UserError(f"{option}: '{path}' does not exist; {published}")
     try:
@@ -168,7 +168,10 @@ def _linear_layers(path: Path, option: str, published: str) -> list[nn.Linear]:
 
 @torch.inference_mode()
 def aesthetics(images: Tensor, head: AestheticsHead) -> Tensor:
-    """Mean score of the three frames: (N, 3, E) unit-length → (N,); raises UserError for a head of another width."""
+    """Return the mean score of the three frames: unit-length (N, 3, E) to (N,).
+
+    Raises UserError for a head of another width.
+    """
     if images.shape[-1] != head.width:
         raise UserError(
             f"encoders.aesthetics_weights: the head wants embeddings of width {head.width}, "
@@ -178,14 +181,14 @@ def aesthetics(images: Tensor, head: AestheticsHead) -> Tensor:
 
 
 class NsfwScorer:
-    """Probability that a clip is not safe for work: linear layers with ReLU between them on unit-length embeddings."""
+    """A head that predicts whether a clip is not safe for work: linear layers with ReLU on unit-length embeddings."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = list(layers)
 
     @torch.inference_mode()
     def scores(self, images: Tensor) -> Tensor:
-        """Highest probability over the three frames: (N, 3, E) unit-length → (N,) in [0, 1].
+        """Return the highest probability of the three frames: unit-length (N, 3, E) to (N,) in [0, 1].
 
         Raises UserError for a head of another width.
         """

@@ -1,12 +1,13 @@
-"""The networks of curation in a process of their own: CLIP, captioners, aesthetics and NSFW heads (§3.1, App. C).
+"""The scoring process: CLIP, captioners, aesthetics and NSFW heads in a child process (§3.1, App. C).
 
-torch and the networks need more memory than everything else of curation together. Beside the run they are loaded once
-for all units and gone with it, and the processes that grow with what is curated stay small.
+torch and the networks need more memory than everything else of curation together. In a process of their own they are
+loaded once for all units and gone with it, and the processes that decode stay small.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import signal
 import threading
@@ -18,57 +19,62 @@ from typing import TYPE_CHECKING
 from svd.config import CurationConfig, EncodersConfig
 from svd.core.device import pick_device
 from svd.core.errors import UserError
-from svd.curation.processes import end_with_parent, exit_name
+from svd.curation.base.child_process import end_with_parent, exit_name
+from svd.curation.base.messages import Done, Raised, Ready, ScoreUnit, Stop
 
-if TYPE_CHECKING:
-    from svd.curation.scoring.unit import Scorer
+if TYPE_CHECKING:  # imports torch, which must stay out of the run's own process
+    from svd.curation.scoring.unit import ClipScorer
 
 START_METHOD = "spawn"  # CUDA does not survive a fork
-PATIENCE = 5.0  # seconds
+PATIENCE = 5.0  # seconds that an idle process has to end by itself
 
 
-class Networks:
-    """A child process that scores units, loaded as soon as this is made; raises UserError for missing weights.
+class ScoringProcess:
+    """A child process that scores units; its networks are loaded when it is made.
 
-    It ends when this process does, however this process ends.
+    Raises UserError for missing weights. The child ends when this process does, however that happens.
     """
 
     def __init__(self, config: CurationConfig, encoders: EncodersConfig, folder: Path) -> None:
         context = multiprocessing.get_context(START_METHOD)
         self._connection, theirs = context.Pipe()
-        # mypy: the classes of the start methods have no common one with Process.
+        # mypy: the contexts of the start methods have no common class with Process.
         self._process = context.Process(target=_serve, args=(theirs, config, encoders, folder), daemon=True)  # type: ignore[attr-defined]
         self._process.start()
         theirs.close()
         try:
-            self._answer()
+            self._wait()
         except BaseException:
             self.close()
             raise
 
     def score_unit(self, measured: Path, folder: Path, shard_bytes: int) -> None:
-        """As Scorer.score_unit; what it raises is raised here. Raises UserError when the process has died."""
-        with contextlib.suppress(BrokenPipeError):  # the answer says how it ended
-            self._connection.send((measured, folder, shard_bytes))
-        self._answer()
+        """Score a unit as `ClipScorer.score_unit` does; its errors are raised here.
 
-    def _answer(self) -> None:
+        Raises UserError when the process has died.
+        """
+        with contextlib.suppress(BrokenPipeError):  # the process has died; the wait says how
+            self._connection.send(ScoreUnit(measured, folder, shard_bytes))
+        self._wait()
+
+    def _wait(self) -> None:
+        """Wait until the child is ready or done with its request; raises its error."""
         try:
-            error = self._connection.recv()
+            message = self._connection.recv()
         except (EOFError, ConnectionResetError):
             self._process.join(PATIENCE)
             raise UserError(
                 f"the process with curation's networks ended with {exit_name(self._process.exitcode)} (SIGKILL: "
                 "probably the machine ran out of memory); run the stage again, it goes on where it was"
             ) from None
-        if error is not None:
-            raise error
+        if isinstance(message, Raised):
+            raise message.error
 
     def close(self) -> None:
-        """End the child process; what it is at work on is lost."""
+        """End the child process; a unit that it is scoring is lost."""
         with contextlib.suppress(BrokenPipeError):
-            self._connection.send(None)
-        self._process.join(PATIENCE)  # one that is idle ends by itself, and tidies up
+            self._connection.send(Stop())
+        self._process.join(PATIENCE)  # an idle process ends by itself and cleans up
         self._process.kill()
         self._process.join()
         self._process.close()
@@ -76,36 +82,41 @@ class Networks:
 
 
 def _serve(connection: Connection, config: CurationConfig, encoders: EncodersConfig, folder: Path) -> None:
-    """Child: load everything, then score units until it is sent None; says None after each, or the error."""
+    """Run the child: load everything, send `Ready`, then score units until `Stop`; an error ends it with `Raised`."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl+C ends
     try:
         scorer = _load(config, encoders, folder)
-        connection.send(None)
-        while request := connection.recv():
-            scorer.score_unit(*request)
-            connection.send(None)
+        connection.send(Ready())
+        while isinstance(request := connection.recv(), ScoreUnit):
+            scorer.score_unit(request.measured, request.folder, request.shard_bytes)
+            connection.send(Done())
     except EOFError:
         return
     except Exception as error:
         error.add_note(traceback.format_exc())  # a traceback itself can't be sent
-        connection.send(error)
+        connection.send(Raised(error))
 
 
-def _load(config: CurationConfig, encoders: EncodersConfig, folder: Path) -> Scorer:
+def _load(config: CurationConfig, encoders: EncodersConfig, folder: Path) -> ClipScorer:
     """Load the networks that the preset names; raises UserError for missing weights."""
+    # Imported in the child: torch must stay out of the run's own process.
     from svd.curation.captions.registry import make_captioners
     from svd.curation.scoring import embeddings
-    from svd.curation.scoring.unit import Scorer
+    from svd.curation.scoring.unit import ClipScorer, Head
     from svd.model.formats.encoders import load_encoders
 
     device = pick_device()
-    head = embeddings.load_aesthetics(Path(encoders.aesthetics_weights)) if encoders.aesthetics_weights else None
-    return Scorer(
+    heads: dict[str, Head] = {}
+    if encoders.aesthetics_weights:
+        head = embeddings.load_aesthetics(Path(encoders.aesthetics_weights))
+        heads["aesthetics"] = functools.partial(embeddings.aesthetics, head=head)
+    if config.nsfw_weights:
+        heads["nsfw"] = embeddings.load_nsfw(Path(config.nsfw_weights)).scores
+    return ClipScorer(
         encoders=load_encoders(folder, encoders, device),
         captioners=make_captioners(config.captions, device),
         used=config.captions.captioners,
-        head=head,
-        nsfw=embeddings.load_nsfw(Path(config.nsfw_weights)) if config.nsfw_weights else None,
+        heads=heads,
         device=device,
     )

@@ -1,15 +1,15 @@
-"""Scoring a measured unit: captions, CLIP similarity and aesthetics, then its clips packed into a shard.
+"""Scoring a measured unit: captions, CLIP similarity and the other axes scored by networks; then packing its clips.
 
-The networks run on the GPU when there is one, batched over all clips of a unit. The scored unit appears by one rename,
-as the measured one does.
+The networks run on the GPU when there is one, batched over the clips of a unit. The scored unit appears by one rename,
+as the measured unit does.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,18 @@ import polars as pl
 import torch
 from safetensors.torch import save_file
 
-from svd.catalogue import schema
-from svd.catalogue import tables as catalog
+from svd.catalogue import schema, tables
+from svd.catalogue.axes import axes_computed
 from svd.catalogue.shards import Member, ShardWriter
 from svd.core.files import atomic_folder
 from svd.curation.captions.base import Captioner, CaptionRequest, describe_all
-from svd.curation.clips.stills import read_frame, read_frames, thumbnail
+from svd.curation.clips.stills import encode_thumbnail, read_still, read_stills
 from svd.curation.scoring import embeddings
 
 GROUP = 32  # clips that are scored together
-DESCRIBED = 16  # clips whose frames are in memory together, for captioners; otherwise one frame is
-BATCH = {"cpu": 8, "cuda": 64}  # frames that go through the image encoder together
-# Kept in the shard's JSON: what is true of the clip whatever the filters say.
+DESCRIBED = 16  # clips whose frames are in memory together for captioners; without captioners it is one frame
+BATCH = {"cpu": 8, "cuda": 64}  # frames or texts per forward pass of an encoder, by device
+# Columns of the JSON in the shard: facts of the clip that no filter changes.
 SAMPLE_COLUMNS = (
     "clip_id",
     "source_id",
@@ -42,34 +42,38 @@ SAMPLE_COLUMNS = (
     "fps",
     "width",
     "height",
-    "motion_score",
     "camera",
-    "text_area",
     "licence",
     "metadata",
+    *(axis.column for axis in axes_computed("measured")),
 )
+# Scores of N clips from the unit-length embeddings (N, 3, E) of their three frames: (N,).
+Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """The networks of scoring. used: names of the captions to keep, in order; head: the aesthetics head, if any."""
+class ClipScorer:
+    """Scores measured units with networks.
+
+    used: names of the captions to keep, in order. heads: by axis name, what scores an axis from image embeddings; an
+    axis without a head is not measured.
+    """
 
     encoders: embeddings.ClipEncoders
     captioners: Sequence[Captioner]
     used: Sequence[str]
-    head: embeddings.AestheticsHead | None = None
-    nsfw: embeddings.NsfwScorer | None = None
+    heads: Mapping[str, Head] = field(default_factory=dict)
     device: str = "cpu"
 
     @property
     def batch(self) -> int:
-        """Frames or texts that go through a network together."""
+        """Return how many frames or texts go through an encoder together."""
         return BATCH[self.device]
 
     def score_unit(self, measured: Path, folder: Path, shard_bytes: int) -> Path:
-        """Score and pack the unit in `measured`; returns `folder`/<unit name>: scores.parquet, embeddings, shards.
+        """Score and pack the unit in `measured`; return `folder`/<unit name> with scores, embeddings and shards.
 
-        The clips and frames of the measured unit are removed afterwards: the shard holds them.
+        The clips and frames of the measured unit are removed afterwards: the shards hold them.
         """
         target = folder / measured.name
         if not target.exists():
@@ -80,12 +84,13 @@ class Scorer:
         return target
 
     def _score(self, measured: Path, folder: Path, shard_bytes: int) -> None:
+        """Write scores.parquet, embeddings.safetensors and the shards of a unit into `folder`."""
         clips = pl.read_parquet(measured / "clips.parquet")
         own: dict[str, dict[str, str]] = json.loads((measured / "captions.json").read_text())
         scores: list[dict[str, Any]] = []
         vectors: dict[str, torch.Tensor] = {}
         with ShardWriter(folder, shard_bytes, measured.name) as writer:
-            # A group bounds memory: a unit may hold a thousand clips.
+            # In groups, which bound memory: a unit may hold a thousand clips.
             for start in range(0, len(clips), GROUP):
                 group = clips[start : start + GROUP].to_dicts()
                 names = [row["clip_id"] for row in group]
@@ -103,28 +108,26 @@ class Scorer:
                     }
                     scores.append(score | _places(writer.add(name, files)))
         save_file(vectors, folder / "embeddings.safetensors")
-        catalog.write_rows(folder / "scores.parquet", scores, schema.SCORED_SCHEMA)
+        tables.write_table_rows(folder / "scores.parquet", scores, schema.SCORED_SCHEMA)
 
     def _scores(
         self, names: Sequence[str], captions: Sequence[Mapping[str, str]], images: torch.Tensor
     ) -> list[dict[str, Any]]:
-        """Scores of a group of clips; captions by captioner, images (N, 3, E) unit-length."""
-        every = [text for own in captions for text in own.values()]
+        """Return the scores of N clips; captions: by captioner, images: unit-length embeddings (N, 3, E)."""
+        every = [text for known in captions for text in known.values()]
         texts = embeddings.text_embeddings(every, self.encoders, self.batch)
-        nothing = [None] * len(names)
-        aesthetics = embeddings.aesthetics(images, self.head).tolist() if self.head else nothing
-        nsfw = self.nsfw.scores(images).tolist() if self.nsfw else nothing
+        by_axis = {axis: head(images).tolist() for axis, head in self.heads.items()}
         scores = []
         for at, name in enumerate(names):
             by_captioner = embeddings.similarities(images[at], captions[at], texts)
+            own = {axis: values[at] for axis, values in by_axis.items()}
+            own["similarity"] = embeddings.similarity_score(by_captioner)
             scores.append(
                 {
                     "clip_id": name,
                     "captions": [{"captioner": n, "text": t} for n, t in captions[at].items()],
                     "similarities": [{"captioner": n, "value": v} for n, v in by_captioner.items()],
-                    "similarity": embeddings.similarity_score(by_captioner),
-                    "aesthetics": aesthetics[at],
-                    "nsfw": nsfw[at],
+                    **{axis.column: own.get(axis.name) for axis in axes_computed("scored")},
                 }
             )
         return scores
@@ -132,14 +135,14 @@ class Scorer:
     def _captions(
         self, measured: Path, names: Sequence[str], own: Mapping[str, Mapping[str, str]]
     ) -> list[dict[str, str]]:
-        """The captions in use of each clip by captioner. own: those known, by clip."""
+        """Return the captions in use of each clip by captioner; own: those known without a network, by clip."""
         found: list[dict[str, str]] = []
         for start in range(0, len(names), DESCRIBED):
             some = names[start : start + DESCRIBED]
             requests = [
-                CaptionRequest(name, read_frames(measured, name), _video(measured, name), own[name])
+                CaptionRequest(name, read_stills(measured, name), _video(measured, name), own[name])
                 for name in some
-                if self.captioners  # frames are large
+                if self.captioners  # without captioners no frame is read: frames are large
             ]
             found += describe_all(requests, [own[name] for name in some], self.captioners)
         return [{name: captions[name] for name in self.used if name in captions} for captions in found]
@@ -150,27 +153,29 @@ def _video(measured: Path, name: str) -> Path:
 
 
 def _look(measured: Path, name: str, thumbnails: dict[str, bytes]) -> Iterator[np.ndarray]:
-    """First, middle and last frame of a clip, none of them kept; a thumbnail of the middle one is."""
+    """Yield the three frames of a clip, of which none is kept; note a thumbnail of the middle one in `thumbnails`."""
     for position in range(3):
-        frame = read_frame(measured, name, position)
+        frame = read_still(measured, name, position)
         if position == 1:
-            thumbnails[name] = thumbnail(frame)
+            thumbnails[name] = encode_thumbnail(frame)
         yield frame
 
 
 def _places(members: Mapping[str, Member]) -> dict[str, Any]:
-    video, picture = members["mp4"], members["jpg"]
+    """Return the columns that say where the clip and its thumbnail lie."""
+    video, thumbnail = members["mp4"], members["jpg"]
     return {
         "shard": video.shard,
         "offset": video.offset,
         "size": video.size,
-        "thumbnail_offset": picture.offset,
-        "thumbnail_size": picture.size,
+        "thumbnail_offset": thumbnail.offset,
+        "thumbnail_size": thumbnail.size,
     }
 
 
 def _sample_json(row: Mapping[str, Any], score: Mapping[str, Any]) -> bytes:
+    """Write the JSON of a clip in its shard."""
     facts = {name: row[name] for name in SAMPLE_COLUMNS}
     facts["captions"] = {c["captioner"]: c["text"] for c in score["captions"]}
-    facts |= {name: score[name] for name in ("similarity", "aesthetics", "nsfw")}
+    facts |= {name: score[name] for name in (axis.column for axis in axes_computed("scored"))}
     return (json.dumps(facts, sort_keys=True) + "\n").encode()

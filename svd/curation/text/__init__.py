@@ -1,0 +1,1 @@
+"""Detection of written text in frames."""

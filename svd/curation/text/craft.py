@@ -1,8 +1,8 @@
 """CRAFT, the text detector of the paper (App. C): Baek et al., "Character Region Awareness for Text Detection" (2019).
 
-A VGG-16 with batch normalisation and a U-shaped decoder gives two maps at half size: the probability that a pixel is
+A VGG-16 with batch normalisation and a U-shaped decoder predicts two maps at half size: the probability that a pixel is
 the centre of a character (region), and that it is the centre of a gap between characters of a word (affinity). Module
-names are those of the published weights (`craft_mlt_25k.pth`), so that they load as they are.
+names are those of the published weights (`craft_mlt_25k.pth`), so these load unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svd.core.device import pick_device, told_memory
+from svd.core.device import memory_errors, pick_device
 from svd.core.errors import UserError
 from svd.curation.text.base import MEAN, MULTIPLE, STD
 
@@ -38,9 +38,9 @@ _SLICES = {
 
 
 def _slice(name: str) -> nn.Sequential:
-    """A part of VGG-16-BN whose children keep torchvision's numbers.
+    """Build a part of VGG-16-BN whose children keep torchvision's numbers.
 
-    CRAFT cuts the network behind a batch normalisation, so slices 2 to 4 start with its activation.
+    CRAFT splits the network after a batch normalisation, so slices 2 to 4 start with its activation.
     """
     first, widths = _SLICES[name]
     part = nn.Sequential()
@@ -62,8 +62,8 @@ def _slice(name: str) -> nn.Sequential:
     return part
 
 
-class Backbone(nn.Module):
-    """VGG-16-BN up to conv5, with the dilated fc6 and fc7 of SSD behind it."""
+class CraftBackbone(nn.Module):
+    """VGG-16-BN up to conv5, followed by the dilated fc6 and fc7 of SSD."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,18 +73,18 @@ class Backbone(nn.Module):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) → features at 1/2, 1/4, 1/8, 1/16 and fc7 at 1/16."""
+        """Map (B, 3, H, W) to features at 1/2, 1/4, 1/8 and 1/16 of the size, and fc7 at 1/16."""
         features = []
         for part in (self.slice1, self.slice2, self.slice3):
             x = part(x)
-            # The published network runs the next slice's activation in place, so its decoder sees activated features.
+            # The published network activates in place in the next slice, so its decoder sees activated features.
             features.append(torch.relu(x))
         x = self.slice4(x)
         return [*features, x, self.slice5(x)]
 
 
 class DoubleConv(nn.Module):
-    """1×1 and 3×3 convolution of the decoder."""
+    """A 1×1 and a 3×3 convolution of the decoder."""
 
     def __init__(self, below: int, middle: int, out: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class DoubleConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, below + middle, H, W) → (B, out, H, W)."""
+        """Map (B, below + middle, H, W) to (B, out, H, W)."""
         return self.conv(x)
 
 
@@ -103,7 +103,7 @@ class Craft(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.basenet = Backbone()
+        self.basenet = CraftBackbone()
         self.upconv1 = DoubleConv(1024, 512, 256)
         self.upconv2 = DoubleConv(512, 256, 128)
         self.upconv3 = DoubleConv(256, 128, 64)
@@ -114,7 +114,7 @@ class Craft(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, H/2, W/2, 2)."""
+        """Map (B, 3, H, W) to (B, H/2, W/2, 2)."""
         half, quarter, eighth, sixteenth, deep = self.basenet(x)
         y = self.upconv1(torch.cat([deep, sixteenth], 1))
         for finer, step in ((eighth, self.upconv2), (quarter, self.upconv3), (half, self.upconv4)):
@@ -132,7 +132,7 @@ def load_craft(path: Path) -> Craft:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
     except Exception as error:
-        # torch.load raises whatever the broken file provokes.
+        # A broken file can make torch.load raise almost anything.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"curation.text.craft_weights: '{path}' is not CRAFT: {reason}") from None
     return model.eval()
@@ -144,13 +144,13 @@ def _shared(path: Path, device: str, _changed: int) -> Craft:
 
 
 def shared_craft(path: Path, device: str) -> Craft:
-    """As `load_craft`, on `device`; loaded once a process for all threads, and again when the file changes."""
+    """Load CRAFT on `device` once per process, for all threads; a changed file is loaded again."""
     with _LOADING:
         return _shared(path, device, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
 class CraftTextDetector:
-    """Words by CRAFT: its maps are thresholded, joined through affinity, and boxed."""
+    """Detects words by CRAFT: its maps are thresholded, joined through affinity, and boxed."""
 
     def __init__(self, weights: Path, long_side: int = 1280, device: str | None = None) -> None:
         self.device = device or pick_device()
@@ -159,7 +159,7 @@ class CraftTextDetector:
 
     @torch.inference_mode()
     def polygons(self, frame: np.ndarray) -> list[np.ndarray]:
-        """Word boxes (4, 2) in pixels of an (H, W, 3) uint8 RGB frame. Raises MemoryError."""
+        """Return word boxes (4, 2) in pixels of an (H, W, 3) uint8 RGB frame. Raises MemoryError."""
         height, width = frame.shape[:2]
         ratio = min(MAGNIFICATION, self.long_side / max(height, width))
         size = [max(1, round(side * ratio)) for side in (height, width)]
@@ -167,14 +167,14 @@ class CraftTextDetector:
         canvas = np.zeros((*padded, 3), np.float32)
         canvas[: size[0], : size[1]] = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR)
         pixels = torch.from_numpy((canvas / 255 - MEAN) / STD).permute(2, 0, 1)[None]
-        with told_memory():
+        with memory_errors():
             maps = self.model(pixels.to(self.device).float())[0].float().cpu().numpy()
         scale = np.array([2 * width / size[1], 2 * height / size[0]])
-        return [box * scale for box in boxes(maps[..., 0], maps[..., 1])]
+        return [box * scale for box in word_boxes(maps[..., 0], maps[..., 1])]
 
 
-def boxes(region: np.ndarray, affinity: np.ndarray) -> list[np.ndarray]:
-    """Rotated boxes (4, 2) of the words in the two maps (h, w), in map pixels: the paper's post-processing."""
+def word_boxes(region: np.ndarray, affinity: np.ndarray) -> list[np.ndarray]:
+    """Return rotated boxes (4, 2) of the words in the two maps (h, w), in map pixels: the paper's post-processing."""
     characters, links = region > LOW_TEXT, affinity > LINK_THRESHOLD
     joined = (characters | links).astype(np.uint8)
     count, labels, facts, _ = cv2.connectedComponentsWithStats(joined, connectivity=4)
@@ -189,7 +189,7 @@ def boxes(region: np.ndarray, affinity: np.ndarray) -> list[np.ndarray]:
 
 
 def _box(word: np.ndarray, facts: Sequence[int]) -> np.ndarray:
-    """The rotated rectangle around a word, grown by what thresholding the region map has shrunk."""
+    """Return the rotated rectangle around a word, grown by what thresholding the region map has removed."""
     _, _, width, height, area = (int(value) for value in facts)
     growth = int(np.sqrt(area * min(width, height) / (width * height)) * 2)
     kernel = cv2.getStructuringElement(cv2.MORPH_RECT, (1 + growth, 1 + growth))

@@ -1,4 +1,4 @@
-"""The text detectors by name."""
+"""Text detectors by name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from svd.curation.text.dbnet import DBTextDetector
 
 
 def make_detector(config: TextConfig) -> TextDetector:
-    """The configured detector; raises UserError when CRAFT is asked for without its weights."""
+    """Make the configured detector; raises UserError when CRAFT is configured without its weights."""
     if config.detector == "craft":
-        from svd.curation.text.craft import CraftTextDetector
+        from svd.curation.text.craft import CraftTextDetector  # here: it imports torch, which the default does without
 
         if config.craft_weights is None:
             raise UserError(

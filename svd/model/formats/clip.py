@@ -22,7 +22,7 @@ from svd.core.errors import UserError
 from svd.core.files import write_json
 from svd.model.formats.clip_names import to_open_clip, transformers_config
 from svd.model.formats.folders import IMAGE_PART, TEXT_PART, weights_file
-from svd.model.formats.sgm import SgmParts, read_sgm, told
+from svd.model.formats.sgm import SgmParts, one_line_errors, read_sgm
 from svd.model.safetensors import Lazy, check_fit, fill, of_module, read_tensors, write_tensors
 
 WEIGHTS = "model.safetensors"
@@ -36,7 +36,7 @@ _TOY_HEAD = 16
 
 
 def toy_config(width: int, embedding: int) -> dict[str, Any]:
-    """open_clip configuration of the toy CLIP: 64 x 64 images in patches of 8, three layers in each tower.
+    """Return open_clip's configuration of the toy CLIP: 64 x 64 images in patches of 8, three layers in each tower.
 
     width: of the image tower. embedding: size of the joint space and width of the text tower, so that text tokens
     and image embeddings both fit a U-Net with this cross-attention width. Raises UserError unless both are multiples
@@ -66,8 +66,11 @@ def toy_config(width: int, embedding: int) -> dict[str, Any]:
     }
 
 
-def build(config: dict[str, Any], source: str) -> open_clip.CLIP:
-    """A CLIP with fresh weights; `source` is named in the UserError for architectures without CLIP's own text tower."""
+def build_clip(config: dict[str, Any], source: str) -> open_clip.CLIP:
+    """Build a CLIP with fresh weights.
+
+    Raises UserError, which begins with `source`, for architectures without CLIP's own text tower.
+    """
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys() or "hf_model_name" in config["text_cfg"]:
         raise UserError(f"{source}: not a CLIP with its own text transformer; use a model such as ViT-H-14 or ViT-L-14")
     try:
@@ -85,9 +88,7 @@ def build(config: dict[str, Any], source: str) -> open_clip.CLIP:
 
 
 def save_toy(clip: open_clip.CLIP, config: dict[str, Any], folder: Path) -> None:
-    """Write a CLIP trained here; open_clip itself loads the folder as `local-dir:<folder>`. Equal weights, equal
-    bytes.
-    """
+    """Write a CLIP trained here; equal weights give equal bytes. open_clip loads the folder as `local-dir:<folder>`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, of_module(clip))
     preprocess = {"mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD)}
@@ -102,8 +103,10 @@ def save_reference(config: EncodersConfig, folder: Path) -> None:
     write_json(folder / REFERENCE, values)
 
 
-def load_clip(folder: Path, config: EncodersConfig, device: torch.device | str = "cpu") -> tuple[open_clip.CLIP, str]:
-    """The CLIP that the `encoders` stage left in `folder`, and its label for reports.
+def load_stored_clip(
+    folder: Path, config: EncodersConfig, device: torch.device | str = "cpu"
+) -> tuple[open_clip.CLIP, str]:
+    """Load the CLIP that the stage `encoders` left in `folder`; return it and its label for reports.
 
     Raises UserError when the folder is no output of that stage, or when released weights can't be had.
     """
@@ -115,14 +118,15 @@ def load_clip(folder: Path, config: EncodersConfig, device: torch.device | str =
     if config.kind == "open_clip":
         return load_released(config, device), f"{config.model}/{config.weights}"
     model_config = _read_json(folder / CONFIG).get("model_cfg", {})
-    clip = build(model_config, str(folder / CONFIG))
+    clip = build_clip(model_config, str(folder / CONFIG))
     fill(clip, read_tensors(folder / WEIGHTS), f"{folder} doesn't fit its {CONFIG}", device)
     return clip.to(device).eval(), "toy-clip"
 
 
 def load_image_tower(path: Path, device: torch.device | str = "cpu") -> VisionTransformer:
-    """open_clip's image tower, float32: from a folder in transformers' layout (CLIPVisionModelWithProjection), or out
-    of a single file in Stability's layout.
+    """Load open_clip's image tower, float32.
+
+    path: a folder in transformers' layout (CLIPVisionModelWithProjection), or a single file in Stability's layout.
 
     Raises UserError for missing, broken and unfitting files.
     """
@@ -140,21 +144,21 @@ def load_image_tower(path: Path, device: torch.device | str = "cpu") -> VisionTr
 
 
 def image_tower_of(parts: SgmParts, what: str) -> tuple[dict[str, Any], dict[str, Lazy]]:
-    """The image tower of a single file: transformers' configuration and open_clip's tensors; both empty without one.
+    """Return the image tower of a file: transformers' configuration and open_clip's tensors; both empty without one.
 
     what: the beginning of messages. Raises UserError for missing, unexpected and misshaped tensors.
     """
     tensors = {n.removeprefix("visual."): t for n, t in parts.clip.items() if n.startswith("visual.")}
     if not tensors:
         return {}, {}
-    with told(what):
+    with one_line_errors(what):
         config = transformers_config(tensors, parts.config.get("clip_heads"))
     check_fit(_shapes(config), tensors, what)
     return config, tensors
 
 
 def image_tower_of_folder(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
-    """As `image_tower_of`, of a folder in transformers' layout (CLIPVisionModelWithProjection)."""
+    """Do as `image_tower_of` for a folder in transformers' layout (CLIPVisionModelWithProjection)."""
     config = tower_config(path, "CLIPVisionModelWithProjection", "image_size", "patch_size", "projection_dim")
     tensors = to_open_clip(read_tensors(weights_file(path, "model")), str(path))
     check_fit(_shapes(config), tensors, f"{path} doesn't fit its config.json")
@@ -166,10 +170,10 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def tower_config(path: Path, kind: str, *names: str) -> dict[str, Any]:
-    """transformers' `config.json` in a folder with a tower of CLIP, whose sizes are there and possible.
+    """Read transformers' `config.json` of a CLIP tower.
 
     kind: transformers' class, for the message. names: sizes that this tower has beside those of both towers. Raises
-    UserError.
+    UserError for sizes that are missing or impossible.
     """
     file = path / "config.json"
     config = _read_json(file, f"give a folder with a {kind}")
@@ -185,7 +189,7 @@ def tower_config(path: Path, kind: str, *names: str) -> dict[str, Any]:
 
 
 def _image_tower(config: Mapping[str, Any]) -> VisionTransformer:
-    """The tower of transformers' configuration, without weights."""
+    """Build the tower of a configuration of transformers, without weights."""
     with torch.device("meta"):
         return VisionTransformer(
             config["image_size"],
@@ -199,7 +203,7 @@ def _image_tower(config: Mapping[str, Any]) -> VisionTransformer:
 
 
 def load_released(config: EncodersConfig, device: torch.device | str = "cpu") -> open_clip.CLIP:
-    """Released open_clip weights: `config.weights` is a local .safetensors file or one of open_clip's names (hub).
+    """Load released open_clip weights: `config.weights` is a local .safetensors file or one of open_clip's names (hub).
 
     Raises UserError for unknown models and names, a wrong sha256, pickled files, and when the hub can't be reached.
     """
@@ -207,7 +211,7 @@ def load_released(config: EncodersConfig, device: torch.device | str = "cpu") ->
     if architecture is None:
         raise UserError(f"encoders.model: open_clip knows no model '{config.model}' (for SVD: ViT-H-14)")
     path = released_file(config)
-    clip = build(architecture, f"encoders.model {config.model}")
+    clip = build_clip(architecture, f"encoders.model {config.model}")
     fill(
         clip, read_tensors(path, config.sha256), f"{path} doesn't fit open_clip's {config.model}", device, torch.float32
     )
@@ -215,9 +219,7 @@ def load_released(config: EncodersConfig, device: torch.device | str = "cpu") ->
 
 
 def released_file(config: EncodersConfig) -> Path:
-    """The weights file, downloaded into the hub's cache when `config.weights` is a name; checks the sha256 when
-    given.
-    """
+    """Return the weights file; a name in `config.weights` is downloaded into the hub's cache."""
     path = Path(config.weights)
     if path.suffix or path.is_file():
         return path

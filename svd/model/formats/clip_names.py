@@ -44,7 +44,7 @@ HEAD_CHANNELS = {1280: 80, 1024: 64, 768: 64, 1664: 104, 1408: 88}  # ViT-H, L, 
 
 
 def to_transformers(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """open_clip's visual tower (without `visual.`) as CLIPVisionModelWithProjection; UserError for other names."""
+    """Convert open_clip's visual tower (without `visual.`) to transformers' names; UserError for other names."""
     found: dict[str, Lazy] = {}
     for name, tensor in tensors.items():
         if name == "proj":
@@ -70,7 +70,7 @@ def _layer_to_transformers(name: str, tensor: Lazy) -> dict[str, Lazy]:
 
 
 def to_open_clip(tensors: Mapping[str, Lazy], what: str) -> dict[str, Lazy]:
-    """CLIPVisionModelWithProjection as open_clip's visual tower; UserError for other names and lone projections.
+    """Convert CLIPVisionModelWithProjection to open_clip's visual tower; UserError for other names, lone projections.
 
     what: the file or folder, the beginning of messages.
     """
@@ -83,7 +83,7 @@ def to_open_clip(tensors: Mapping[str, Lazy], what: str) -> dict[str, Lazy]:
 
 
 def text_to_open_clip(tensors: Mapping[str, Lazy], what: str) -> dict[str, Lazy]:
-    """CLIPTextModel as open_clip's text tower, but for the projection, which it lacks; UserError as `to_open_clip`.
+    """Convert CLIPTextModel to open_clip's text tower without the projection, which it lacks; errors: `to_open_clip`.
 
     Published files have all names under `text_model.`, those that transformers 5 writes have no prefix.
     """
@@ -94,7 +94,7 @@ def text_to_open_clip(tensors: Mapping[str, Lazy], what: str) -> dict[str, Lazy]
 def _to_open_clip(
     tensors: Mapping[str, Lazy], names: Mapping[str, str], prefix: str, kind: str, what: str
 ) -> dict[str, Lazy]:
-    """What both towers share; names: of what stands outside of the layers, whose names begin with `prefix`."""
+    """Convert either tower; names: those outside of the layers, whose names begin with `prefix`."""
     ends = {theirs: ours for ours, theirs in names.items()}
     layers = {theirs: ours for ours, theirs in LAYER.items()}
     found: dict[str, Lazy] = {}
@@ -114,7 +114,7 @@ def _to_open_clip(
 
 
 def _stacked(tensors: Mapping[str, Lazy], name: str, what: str) -> Lazy:
-    """The q, k and v projections below each other; `name` is q's."""
+    """Stack the q, k and v projections below each other; `name` is q's."""
     names = [name.replace("q_proj", projection) for projection in PROJECTIONS]
     if missing := [other for other in names if other not in tensors]:
         raise UserError(f"{what}: '{missing[0]}' is missing beside '{name}'")
@@ -126,7 +126,7 @@ def _stacked(tensors: Mapping[str, Lazy], name: str, what: str) -> Lazy:
 
 
 def transformers_config(tensors: Mapping[str, Lazy], heads: int | None = None) -> dict[str, Any]:
-    """Configuration of CLIPVisionModelWithProjection from the shapes of open_clip's visual tower.
+    """Derive the configuration of CLIPVisionModelWithProjection from the shapes of open_clip's visual tower.
 
     heads: when not given, width over the head size of open_clip's model of that width. Raises KeyError for a missing
     tensor, and ValueError for shapes that no tower has and for an unknown number of heads.

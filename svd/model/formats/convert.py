@@ -48,7 +48,7 @@ from svd.model.formats.sgm import (
     read_sgm,
     split,
     stored_config,
-    unet_config,
+    unet_config_of_parts,
     unet_from_sgm,
     unet_to_sgm,
     write_sgm,
@@ -63,14 +63,14 @@ CLIP_WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written, and the parts that the target doesn't have because the source lacks them."""
+    """The outcome: tensors written, and the parts that the source, and so the target, lacks."""
 
     target: Path
     tensors: int
     missing: tuple[str, ...]
 
 
-def convert(
+def convert_model(
     source: Path,
     target: Path,
     to: Layout,
@@ -109,15 +109,15 @@ def _typed(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
 
 
 def _to_folder(parts: SgmParts, target: Path, dtype: torch.dtype | None, frames: int) -> Conversion:
-    """Written beside the target and renamed, so that a killed conversion leaves no half folder."""
+    """Write beside the target and rename, so that a killed conversion leaves no half folder."""
     with atomic_folder(target) as work:
         count, missing = _write_parts(parts, work, dtype, frames)
     return Conversion(target, count, tuple(missing))
 
 
 def _write_parts(parts: SgmParts, work: Path, dtype: torch.dtype | None, frames: int) -> tuple[int, list[str]]:
-    """Write what the file holds into `work`; returns the number of tensors and the names of the missing parts."""
-    config = unet_config(parts)
+    """Write the parts of the file into `work`; return the number of tensors and the names of the missing parts."""
+    config = unet_config_of_parts(parts)
     unet = unet_from_sgm(parts.unet, config)
     check_fit(expected(UNet, config), unet, f"{parts.source}: U-Net")
     unet, config = learned_mixers(unet, config)
@@ -152,7 +152,7 @@ def _write(
 
 
 def _write_rest(work: Path, parts: SgmParts, dtype: torch.dtype | None) -> int:
-    """What diffusers has no place for: the conditioner's image autoencoder, and tensors that nothing uses."""
+    """Write what diffusers has no place for: the conditioner's image autoencoder, and tensors that nothing uses."""
     count = 0
     whole = any(name.startswith("decoder.") for name in parts.image_autoencoder)
     if whole:
@@ -200,13 +200,13 @@ def _to_file(source: Path, target: Path, dtype: torch.dtype | None, frames: int)
 
 
 def expected(kind: type[UNet] | type[Autoencoder], config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a network's tensors."""
+    """Return names and shapes of a network's tensors."""
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in kind(config).state_dict().items()}
 
 
 def _read_rest(source: Path, parts: SgmParts) -> None:
-    """Put back what `_write_rest` kept."""
+    """Put back what `_write_rest` has written."""
     if (source / "image_vae").is_dir():
         path = source / "image_vae" / "config.json"
         image = autoencoder_from_json(read_config(path), path)

@@ -30,7 +30,7 @@ RUNTIME_FIELDS = frozenset({"checkpointing"})  # how a model is run isn't a prop
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError when it's missing or broken."""
+    """Read a JSON object from a file; raise UserError when it's missing or broken."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; the folder isn't a model in diffusers' layout")
     try:
@@ -43,7 +43,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def autoencoder_to_json(config: AutoencoderConfig, sample_size: int = 768) -> dict[str, Any]:
-    """diffusers' configuration of an autoencoder."""
+    """Return diffusers' configuration of an autoencoder."""
     levels = len(config.block_out_channels)
     value: dict[str, Any] = {
         "_class_name": "AutoencoderKLTemporalDecoder" if config.temporal_decoder else "AutoencoderKL",
@@ -69,7 +69,7 @@ def autoencoder_to_json(config: AutoencoderConfig, sample_size: int = 768) -> di
 
 
 def autoencoder_from_json(value: dict[str, Any], path: Path) -> AutoencoderConfig:
-    """Raises UserError for another class than the two autoencoders and for missing keys."""
+    """Return our configuration; raise UserError for another class than the two autoencoders and for missing keys."""
     if OURS in value:
         return configuration(AutoencoderConfig, value[OURS], str(path))
     kind = value.get("_class_name")
@@ -90,12 +90,12 @@ def autoencoder_from_json(value: dict[str, Any], path: Path) -> AutoencoderConfi
 
 
 def published_frames(path: Path) -> int:
-    """How many frames a released single file was trained on, which its name alone tells: 25 for SVD-XT, 14 for SVD."""
+    """Return the frames that a released single file was trained on, by its name: 25 for SVD-XT, 14 for SVD."""
     return 25 if re.search(r"(?<![a-z])xt(?![a-z])", path.stem.lower()) else 14
 
 
 def unet_to_json(config: UNetConfig, frames: int = 14, sample_size: int = 96) -> dict[str, Any]:
-    """diffusers' configuration of a U-Net: spatio-temporal, or `UNet2DConditionModel` without temporal layers."""
+    """Return diffusers' configuration of a U-Net: spatio-temporal, or of an image model `UNet2DConditionModel`."""
     heads = [channels // config.head_channels for channels in config.block_out_channels]
     value: dict[str, Any] = {
         "_class_name": "UNetSpatioTemporalConditionModel" if config.temporal else "UNet2DConditionModel",
@@ -122,14 +122,14 @@ def unet_to_json(config: UNetConfig, frames: int = 14, sample_size: int = 96) ->
 
 
 def _block_types(attention: tuple[bool, ...], suffix: str) -> tuple[list[str], list[str]]:
-    """Names of the blocks down and up, by whether a level attends."""
+    """Return the names of the blocks down and up, by whether a level attends."""
     names = {True: "CrossAttn", False: ""}
     down = [f"{names[level]}DownBlock{suffix}" for level in attention]
     return down, [f"{names[level]}UpBlock{suffix}" for level in reversed(attention)]
 
 
 def unet_from_json(value: dict[str, Any], path: Path) -> UNetConfig:
-    """Raises UserError for another class than the two U-Nets and for missing keys."""
+    """Return our configuration; raise UserError for another class than the two U-Nets and for missing keys."""
     if OURS in value:
         return configuration(UNetConfig, value[OURS], str(path))
     kind = value.get("_class_name")
@@ -169,7 +169,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def configuration(cls: type[Config], values: Any, what: str) -> Config:
-    """Our configuration from its fields as JSON keeps them. what: the beginning of messages.
+    """Rebuild our configuration from its fields in JSON. what: the beginning of messages.
 
     Raises UserError, in one line, for what isn't an object, unknown fields, and values that are wrong or missing.
     """
@@ -188,7 +188,7 @@ def configuration(cls: type[Config], values: Any, what: str) -> Config:
 
 @contextmanager
 def _readable(path: Path, kind: str) -> Iterator[None]:
-    """Turn what odd values do to the reading of diffusers' keys into one line."""
+    """Turn the errors that odd values cause in reading diffusers' keys into one line."""
     try:
         yield
     except KeyError as error:
@@ -198,8 +198,9 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
 
 
 def learned_mixers(tensors: Mapping[str, Lazy], config: UNetConfig) -> tuple[dict[str, Lazy], UNetConfig]:
-    """A U-Net as released layouts keep it: they know no fixed mixers, so α is written as what a learned one is the
-    sigmoid of. Other U-Nets are given back as they are.
+    """Convert fixed mixers to learned ones, because released layouts know no others: α is stored as its logit.
+
+    Other U-Nets are returned as they are.
     """
     if config.mixer != "fixed":
         return dict(tensors), config
@@ -208,7 +209,7 @@ def learned_mixers(tensors: Mapping[str, Lazy], config: UNetConfig) -> tuple[dic
 
 
 def scheduler_json() -> dict[str, Any]:
-    """diffusers' EulerDiscreteScheduler with the released values (σ from 700 to 0.002, continuous ¼ ln σ)."""
+    """Return diffusers' EulerDiscreteScheduler with the released values (σ from 700 to 0.002, continuous ¼ ln σ)."""
     return {
         "_class_name": "EulerDiscreteScheduler",
         "_diffusers_version": VERSION,
@@ -232,7 +233,7 @@ def scheduler_json() -> dict[str, Any]:
 
 
 def model_index_json(vae: str = "AutoencoderKLTemporalDecoder") -> dict[str, Any]:
-    """The parts of a StableVideoDiffusionPipeline; `vae` is the autoencoder's class."""
+    """Return the parts of a StableVideoDiffusionPipeline; `vae` is the autoencoder's class."""
     return {
         "_class_name": "StableVideoDiffusionPipeline",
         "_diffusers_version": VERSION,
@@ -245,7 +246,7 @@ def model_index_json(vae: str = "AutoencoderKLTemporalDecoder") -> dict[str, Any
 
 
 def image_processor_json(size: int = 224) -> dict[str, Any]:
-    """CLIPImageProcessor with OpenAI's statistics (the pipeline resizes and normalises by itself with them)."""
+    """Return CLIPImageProcessor with OpenAI's statistics (the pipeline resizes and normalises by itself with them)."""
     return {
         "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
@@ -266,7 +267,7 @@ def image_processor_json(size: int = 224) -> dict[str, Any]:
 def image_encoder_json(
     width: int, layers: int, heads: int, mlp: int, patch: int, size: int, projection: int
 ) -> dict[str, Any]:
-    """CLIPVisionModelWithProjection; ViT-H/14: 1280, 32, 16, 5120, 14, 224, 1024."""
+    """Return CLIPVisionModelWithProjection's configuration; ViT-H/14: 1280, 32, 16, 5120, 14, 224, 1024."""
     return {
         "architectures": ["CLIPVisionModelWithProjection"],
         "attention_dropout": 0.0,

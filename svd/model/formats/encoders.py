@@ -11,10 +11,10 @@ import torch
 from svd.config import EncodersConfig
 from svd.core.errors import UserError
 from svd.model.encoders import Encoders, ImageEncoder, TextEncoder
-from svd.model.formats.clip import load_clip, load_image_tower, tower_config
+from svd.model.formats.clip import load_image_tower, load_stored_clip, tower_config
 from svd.model.formats.clip_names import text_to_open_clip
 from svd.model.formats.folders import IMAGE_PART, TEXT_PART, weights_file
-from svd.model.formats.sgm import read_sgm, told
+from svd.model.formats.sgm import one_line_errors, read_sgm
 from svd.model.safetensors import Lazy, fill, read_tensors
 
 VOCABULARY = 49408  # of CLIP's tokenizer
@@ -23,12 +23,12 @@ VOCABULARY = 49408  # of CLIP's tokenizer
 def load_text_encoder(
     tensors: Mapping[str, Lazy], what: str, device: torch.device | str = "cpu", head_channels: int = 64
 ) -> TextEncoder:
-    """SD 2.1's text encoder, frozen, float32: open_clip's whole text tower, as single files hold it.
+    """Build SD 2.1's text encoder, frozen, float32: open_clip's whole text tower, as single files hold it.
 
     tensors: open_clip's names. what: the beginning of messages. head_channels: 64 in all of open_clip's released text
     towers. Raises UserError for missing, unexpected and misshaped tensors.
     """
-    with told(what):
+    with one_line_errors(what):
         length, width = tensors["positional_embedding"].shape
         vocabulary, embedding = tensors["token_embedding.weight"].shape[0], tensors["text_projection"].shape[1]
     layers = len({name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")})
@@ -39,7 +39,7 @@ def load_text_encoder(
 
 
 def load_text_folder(path: Path, device: torch.device | str = "cpu") -> TextEncoder:
-    """SD 2.1's text encoder, frozen, float32, from a folder in transformers' layout (CLIPTextModel).
+    """Load SD 2.1's text encoder, frozen, float32, from a folder in transformers' layout (CLIPTextModel).
 
     Its last layer is the last but one of open_clip's tower, which SD reads: the folder has 23 layers of ViT-H's 24.
     The tokens are those of SD 2.1's `tokenizer/` (CLIP's vocabulary, padded with token 0). Raises UserError for
@@ -67,7 +67,7 @@ def _text_encoder(
     what: str,
     device: torch.device | str,
 ) -> TextEncoder:
-    """The tower, filled; embedding: size of the joint space, None for a tower that isn't whole."""
+    """Build the tower and fill it; embedding: size of the joint space, None for a tower that isn't whole."""
     with torch.device("meta"):
         clip = open_clip.CLIP(embedding or 1, open_clip.CLIPVisionCfg(layers=1, image_size=16), cfg)
         encoder = TextEncoder(clip, embedding is not None)
@@ -78,7 +78,7 @@ def _text_encoder(
 
 
 def load_encoders(folder: Path, config: EncodersConfig, device: torch.device | str = "cpu") -> Encoders:
-    """The encoders that the stage `encoders` left in `folder`, frozen, float32.
+    """Load the encoders that the stage `encoders` left in `folder`, frozen, float32.
 
     A released model is accepted too, as a pipeline in diffusers' layout or as a single file: SVD's holds an image
     encoder, SD 2.1's a text encoder. Raises UserError when the encoders can't be had.
@@ -91,7 +91,7 @@ def load_encoders(folder: Path, config: EncodersConfig, device: torch.device | s
         image = _image_encoder(folder / IMAGE_PART, device) if IMAGE_PART in parts else None
         kinds = " and ".join(part.replace("_", " ") for part in parts)
         return Encoders(text, image, f"{kinds} of {folder.name}")
-    clip, label = load_clip(folder, config, device)
+    clip, label = load_stored_clip(folder, config, device)
     clip.requires_grad_(False)
     return Encoders(TextEncoder(clip).to(device).eval(), ImageEncoder(clip.visual).to(device).eval(), label)
 

@@ -1,4 +1,4 @@
-"""From the outputs of training to what others load: a pipeline folder of diffusers, or one file as Stability's."""
+"""Export the outputs of training for others: as diffusers' pipeline folder, or as a single file like Stability's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from svd.model.formats.sgm import save_sgm
 from svd.model.safetensors import of_module
 
 
-def export(model: Path, target: Path, to: Literal["sgm", "diffusers"], config: EncodersConfig) -> Path:
+def export_networks(model: Path, target: Path, to: Literal["sgm", "diffusers"], config: EncodersConfig) -> Path:
     """Put a trained U-Net, its autoencoder and its image encoder into `target`, a folder or a .safetensors file.
 
     model: output of a training stage, whose neighbours `autoencoder` and `encoders` are taken. Written beside the

@@ -39,7 +39,7 @@ ENCODERS = IMAGE_PART, TEXT_PART = "image_encoder", "text_encoder"  # folders of
 
 
 def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
-    """The weights in a folder: the full file, the index of its shards, or the fp16 variant, in this order.
+    """Return the weights in a folder: the full file, the index of its shards, or the fp16 variant, in this order.
 
     Raises UserError that says what the folder lacks; a pickled `.bin` is named and refused.
     """
@@ -64,10 +64,10 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path) -> None:
 def load_autoencoder(
     folder_or_file: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Autoencoder:
-    """An autoencoder from diffusers' layout (`AutoencoderKL` or `AutoencoderKLTemporalDecoder`) or a single sgm file.
+    """Load an autoencoder from diffusers' layout or a single sgm file.
 
-    A pipeline folder is accepted too (its `vae/` is taken). dtype: None keeps the stored type. Raises UserError for
-    missing, broken and unfitting files.
+    The class is `AutoencoderKL` or `AutoencoderKLTemporalDecoder`; of a pipeline folder, `vae/` is taken. dtype: None
+    keeps the stored type. Raises UserError for missing, broken and unfitting files.
     """
     if Path(folder_or_file).is_file():
         return build_autoencoder(read_sgm(Path(folder_or_file)), Path(folder_or_file), device, dtype)
@@ -81,13 +81,14 @@ def load_autoencoder(
 
 
 def part_of(folder: Path, part: str) -> Path:
-    """`folder/part` when `folder` is a whole pipeline, else `folder`."""
+    """Return `folder/part` when `folder` is a whole pipeline, else `folder`."""
     return folder / part if (folder / part / "config.json").is_file() else folder
 
 
 def is_released(model: Path) -> bool:
-    """Whether this is a model as Stability publishes it: a single file, the folder of a pipeline, or a folder with a
-    U-Net that diffusers has written, not training here.
+    """Return whether this is a released model, not one trained here.
+
+    That is a single file, the folder of a pipeline, or a folder with a U-Net that diffusers has written.
     """
     if model.is_file() or (model / "model_index.json").is_file():
         return True
@@ -97,14 +98,14 @@ def is_released(model: Path) -> bool:
 
 
 def bundled(model: Path | None, *parts: str) -> Path | None:
-    """The model itself when it brings one of these parts: a single file, or a folder that has them."""
+    """Return the model itself when it brings one of these parts: a single file, or a folder that has them."""
     if model is None or not (model.is_file() or any((model / part / "config.json").is_file() for part in parts)):
         return None
     return model
 
 
 def modern_attention_names(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Old autoencoder folders (SD 1 and 2) call the attention's layers query, key, value and proj_attn."""
+    """Rename the attention's layers of old autoencoder folders (SD 1 and 2): query, key, value and proj_attn."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     renamed: dict[str, Lazy] = {}
     for key, tensor in tensors.items():
@@ -118,7 +119,7 @@ def modern_attention_names(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
 
 
 def trained_frames(folder_or_file: Path) -> int | None:
-    """How many frames a U-Net was trained on, None where nothing says so.
+    """Return the frames per clip that a U-Net was trained on, None where nothing says so.
 
     A folder's config.json says it, a single file's metadata when it is ours, else its published name.
     """
@@ -131,7 +132,7 @@ def trained_frames(folder_or_file: Path) -> int | None:
 
 
 def published_clip(model: Path) -> tuple[int, int, int]:
-    """Frames, height and width that a released model was trained at: 576 x 1024, or a square of an image model."""
+    """Return the frames, height and width of a released model's training: 576 x 1024; of an image model a square."""
     frames = trained_frames(model) or 14
     if frames > 1:
         return frames, 576, 1024
@@ -157,9 +158,10 @@ def _write_unet(tensors: Mapping[str, Lazy], config: UNetConfig, folder: Path, f
 
 
 def load_unet(folder_or_file: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> UNet:
-    """A U-Net from diffusers' layout (`UNetSpatioTemporalConditionModel`, `UNet2DConditionModel`) or a single sgm file.
+    """Load a U-Net from diffusers' layout or a single sgm file.
 
-    A pipeline folder is accepted too (its `unet/` is taken). Raises UserError for missing, broken and unfitting files.
+    The class is `UNetSpatioTemporalConditionModel` or `UNet2DConditionModel`; of a pipeline folder, `unet/` is taken.
+    dtype: None keeps the stored type. Raises UserError for missing, broken and unfitting files.
     """
     if Path(folder_or_file).is_file():
         return build_unet(read_sgm(Path(folder_or_file)), Path(folder_or_file), device, dtype)
@@ -173,7 +175,7 @@ def load_unet(folder_or_file: Path, *, device: torch.device | str = "cpu", dtype
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """SHA-256 over the configs and weights of a folder (names and contents), the identity of a model."""
+    """Return the SHA-256 over the configs and weights of a folder (names and contents), the identity of a model."""
     digest = hashlib.sha256()
     files = sorted(p for p in folder.rglob("*") if p.name == "config.json" or p.suffix == ".safetensors")
     if not files:
@@ -184,7 +186,7 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def is_image_to_video(config: UNetConfig) -> bool:
-    """Whether diffusers' StableVideoDiffusionPipeline can drive this U-Net."""
+    """Return whether diffusers' StableVideoDiffusionPipeline can drive this U-Net."""
     return config.in_channels == 2 * config.out_channels and config.ids == 3 and config.temporal
 
 
@@ -219,7 +221,7 @@ def save_pipeline(
 
 
 def write_pipeline_files(folder: Path, vae: str = "AutoencoderKLTemporalDecoder", image_size: int = 224) -> None:
-    """What a pipeline folder has beside its models: `model_index.json`, `scheduler/`, `feature_extractor/`."""
+    """Write a pipeline folder's files beside its models: `model_index.json`, `scheduler/`, `feature_extractor/`."""
     for name in ("scheduler", "feature_extractor"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json())

@@ -1,6 +1,6 @@
-"""Fetching published weights from a hub: resumable, checked against hashes, and never a pickle.
+"""Fetch published weights from a hub: resumable, checked against hashes, and never a pickle.
 
-The transfer is our own: a download that was killed goes on where it stopped, which the hub's library doesn't do.
+The transfer is our own: a killed download goes on where it stopped, which the hub's library doesn't do.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ BACKOFF = 1.0  # seconds before the second attempt; doubles with each
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on a hub. revision: as the user named it. commit: what that was when the first answer came; None
-    before, and for hubs that don't say.
+    """A repository on a hub. revision: as the user named it. commit: what that meant at the first answer; None
+    before it, and for hubs that don't say.
     """
 
     id: str
@@ -60,8 +60,8 @@ class Repository:
 class Remote:
     """A file on a hub: its address there, `key` (names its version; the SHA-256 of large files), size in bytes.
 
-    The hub redirects to signed addresses on other hosts, which expire and which the token is none of the business of:
-    every attempt begins at the hub, and httpx leaves the token out when a redirect goes to another origin.
+    The hub redirects to signed addresses on other hosts. They expire, so every attempt begins at the hub; and they must
+    not see the token, which httpx leaves out when a redirect goes to another origin.
     """
 
     url: str
@@ -72,11 +72,11 @@ class Remote:
 
     @property
     def sha256(self) -> str | None:
-        """The hash that the hub states, if it does."""
+        """Return the hash that the hub states, None where it doesn't."""
         return self.key if re.fullmatch(r"[0-9a-f]{64}", self.key) else None
 
 
-def fetch(
+def fetch_repository(
     repo_id: str,
     target: Path,
     *,
@@ -88,7 +88,7 @@ def fetch(
     resume: bool = True,
     endpoint: str | None = None,
 ) -> list[Path]:
-    """Download files of a hub repository into `target`; gives their paths.
+    """Download files of a hub repository into `target`; return their paths.
 
     All files come from one commit, whatever is pushed meanwhile: the one that `revision` is at the beginning. It is
     kept for every file in `target/fetched.json`. filenames: exact names. include: glob patterns (`*` takes `/`, too),
@@ -120,7 +120,7 @@ def fetch(
 
 
 def _list(repository: Repository) -> tuple[list[str], Repository]:
-    """The names that may be taken, and the repository with its commit."""
+    """Return the names that may be taken, and the repository with its commit."""
     try:
         api = HfApi(endpoint=repository.endpoint, token=repository.token)
         info = api.model_info(repository.id, revision=repository.revision)
@@ -131,7 +131,7 @@ def _list(repository: Repository) -> tuple[list[str], Repository]:
 
 
 def _chosen(names: Sequence[str], patterns: Sequence[str], repo_id: str) -> list[str]:
-    """The names that fit a pattern. Raises UserError when a pattern fits none, and without any safetensors file."""
+    """Return the names that fit a pattern; raise UserError when one fits none, and without any safetensors file."""
     if not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{repo_id}: this repository has no .safetensors file")
     for pattern in patterns:
@@ -141,13 +141,13 @@ def _chosen(names: Sequence[str], patterns: Sequence[str], repo_id: str) -> list
 
 
 def _record(target: Path, repository: Repository, name: str) -> None:
-    """Keep which commit a file is of, beside what an earlier call has fetched into the folder."""
+    """Record the commit of a file, beside those of earlier calls."""
     value = {"repository": repository.id, "commit": repository.commit}
     write_json(target / FETCHED, recorded(target) | {name: value})
 
 
 def recorded(folder: Path) -> dict[str, dict[str, str | None]]:
-    """The `repository` and `commit` of every file that was fetched into a folder."""
+    """Return the `repository` and `commit` of every file that was fetched into a folder."""
     path = folder / FETCHED
     return read_config(path) if path.is_file() else {}
 
@@ -172,7 +172,7 @@ def _download(repository: Repository, name: str, target: Path, resume: bool) -> 
 
 
 def _may_be(path: Path, remote: Remote) -> bool:
-    """Whether a file that is here already has the size and, for small files, of which the hub states it, git's hash."""
+    """Return whether a local file has the size and, where the hub states it (small files), git's hash."""
     if path.stat().st_size != remote.size:
         return False
     if not re.fullmatch(r"[0-9a-f]{40}", remote.key):
@@ -182,7 +182,7 @@ def _may_be(path: Path, remote: Remote) -> bool:
 
 
 def _retried(remote: Remote, path: Path, resume: bool) -> None:
-    """Download with backoff; what a broken attempt (or a killed process) has got is kept for the next one."""
+    """Download with backoff; the next attempt continues what a broken one (or a killed process) has got."""
     part = path.with_name(f".{path.name}.{remote.key[:16]}.part")
     if not resume:
         part.unlink(missing_ok=True)
@@ -199,7 +199,7 @@ def _retried(remote: Remote, path: Path, resume: bool) -> None:
 
 
 def _stream(remote: Remote, part: Path) -> None:
-    """Append what is missing to `part`."""
+    """Append the missing bytes to `part`."""
     have = part.stat().st_size if part.is_file() else 0
     if remote.size and have >= remote.size:
         return
@@ -235,7 +235,7 @@ def _check(path: Path, remote: Remote, sha256: str | None) -> None:
 
 
 def _explain(error: Exception, what: str, repository: Repository) -> Exception:
-    """A UserError in one line for the hub's and the network's errors; any other error is returned as it is."""
+    """Turn an error of the hub or the network into a UserError of one line; return any other error as it is."""
     hub, revision = repository.endpoint or "the hub", repository.revision
     if isinstance(error, GatedRepoError):
         return UserError(f"{what}: gated; accept its licence on {hub} and give a token (--token or HF_TOKEN)")
@@ -257,12 +257,12 @@ def _explain(error: Exception, what: str, repository: Repository) -> Exception:
 
 
 def _is_of_the_network(error: Exception) -> bool:
-    """By name, because the hub's library has moved between three HTTP clients, each with errors of its own."""
+    """Decide by class name: the hub's library has moved between three HTTP clients with errors of their own."""
     return bool({"TransportError", "ConnectionError"} & {kind.__name__ for kind in type(error).__mro__})
 
 
-def resolve(name: str, filenames: Sequence[str] | None = None) -> Path:
-    """A local path for weights: `name` itself, or the folder of the hub's repository of this name, fetched when needed.
+def resolve_weights(name: str, filenames: Sequence[str] | None = None) -> Path:
+    """Return a local path for weights: `name` itself, or the folder of this repository of the hub, fetched if needed.
 
     Repositories are kept under `$SVD_CACHE` (by default `~/.cache/svd`), each at the commit that was `main` when it was
     first asked for: nothing changes between the stages of a run, and what is there needs no network. Raises UserError
@@ -278,5 +278,5 @@ def resolve(name: str, filenames: Sequence[str] | None = None) -> Path:
     if filenames and all(file in record and (folder / file).is_file() for file in filenames):
         return folder
     commit = next((entry["commit"] for entry in record.values()), None)
-    fetch(name, folder, filenames=filenames, revision=commit or "main")
+    fetch_repository(name, folder, filenames=filenames, revision=commit or "main")
     return folder

@@ -22,7 +22,7 @@ from svd.core.errors import UserError
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.formats.diffusers_configs import configuration, learned_mixers
 from svd.model.formats.sgm_names import autoencoder_table, invert, is_attention_projection, unet_table
-from svd.model.safetensors import Lazy, fill, of_module, read_metadata, read_tensors, write_tensors
+from svd.model.safetensors import Lazy, fill, of_module, read_header_metadata, read_tensors, write_tensors
 from svd.model.unet import UNet, UNetConfig
 
 PREFIXES = {
@@ -43,7 +43,7 @@ Tensors = dict[str, Lazy]
 
 @dataclass
 class SgmParts:
-    """The networks of a single file, names without prefix; `config` is ours, stored in files that we wrote.
+    """The networks of a single file, names without prefix; `config` is ours, from files that we wrote.
 
     source: the file, the beginning of messages.
     """
@@ -57,12 +57,12 @@ class SgmParts:
     source: str = "the file"
 
     def joined(self) -> Tensors:
-        """All tensors under their full names."""
+        """Return all tensors under their full names."""
         return {prefix + name: t for part, prefix in PREFIXES.items() for name, t in getattr(self, part).items()}
 
 
 def read_sgm(path: Path, sha256: str | None = None) -> SgmParts:
-    """The parts of a single file, unread. Raises UserError for broken files and for tensors under unknown prefixes."""
+    """Open a single file; return its parts, unread. Raises UserError for broken files and for unknown prefixes."""
     tensors = read_tensors(path, sha256)
     parts, others = split(tensors)
     parts.config, parts.source = stored_facts(path), str(path)
@@ -77,12 +77,12 @@ def read_sgm(path: Path, sha256: str | None = None) -> SgmParts:
 
 
 def stored_facts(path: Path) -> dict[str, Any]:
-    """What a single file of ours says of itself (see `stored_config`); empty for others'.
+    """Return the configuration in the metadata of a file of ours (see `stored_config`); empty for others'.
 
     Raises UserError, in one line, for a broken file and for facts that aren't ours.
     """
     try:
-        facts = json.loads(read_metadata(path).get(METADATA, "{}"))
+        facts = json.loads(read_header_metadata(path).get(METADATA, "{}"))
     except ValueError as error:
         raise UserError(f"{path}: '{METADATA}' in its metadata is not valid JSON: {error}") from None
     if not isinstance(facts, dict):
@@ -94,7 +94,7 @@ def stored_facts(path: Path) -> dict[str, Any]:
 
 
 def split(tensors: Mapping[str, Lazy]) -> tuple[SgmParts, list[str]]:
-    """Tensors by part, and the names that belong to none."""
+    """Sort tensors by part; also return the names that belong to none."""
     parts, others = SgmParts(), []
     for name, tensor in tensors.items():
         part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
@@ -110,20 +110,20 @@ def write_sgm(path: Path, parts: SgmParts) -> None:
     write_tensors(path, parts.joined(), {"format": "pt", METADATA: json.dumps(parts.config, sort_keys=True)})
 
 
-def unet_config(parts: SgmParts) -> UNetConfig:
-    """Configuration of the U-Net: as stored by us, or from its tensors' shapes (64 channels a head, ids of 256).
+def unet_config_of_parts(parts: SgmParts) -> UNetConfig:
+    """Return the U-Net's configuration: as stored by us, or from shapes (64 channels per head, ids of 256).
 
-    Raises UserError when a tensor that says it is missing or has an impossible shape.
+    Raises UserError when a tensor that it follows from is missing or has an impossible shape.
     """
     if "unet" in parts.config:
         return configuration(UNetConfig, parts.config["unet"], f"{parts.source}: '{METADATA}' in its metadata")
-    with told(f"{parts.source}: U-Net"):
+    with one_line_errors(f"{parts.source}: U-Net"):
         return _unet_of_shapes(parts.unet)
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Turn what a damaged file does to the reading of shapes into one line."""
+def one_line_errors(what: str) -> Iterator[None]:
+    """Turn the errors that a damaged file causes in reading shapes into a UserError of one line."""
     try:
         yield
     except KeyError as error:
@@ -163,14 +163,14 @@ def _mask(tensors: Mapping[str, Lazy]) -> dict[str, Any]:
 
 
 def autoencoder_config(tensors: Mapping[str, Lazy], stored: Any = None, source: str = "the file") -> AutoencoderConfig:
-    """Configuration of an autoencoder: as stored by us, or from the shapes of its tensors (SD's scaling factor).
+    """Return an autoencoder's configuration: as stored by us, or from the shapes of its tensors (SD's scaling factor).
 
-    source: the file, the beginning of messages. Raises UserError when a tensor that says it is missing or has an
-    impossible shape.
+    source: the file, the beginning of messages. Raises UserError when a tensor that it follows from is missing or has
+    an impossible shape.
     """
     if stored:
         return configuration(AutoencoderConfig, stored, f"{source}: '{METADATA}' in its metadata")
-    with told(f"{source}: autoencoder"):
+    with one_line_errors(f"{source}: autoencoder"):
         return _autoencoder_of_shapes(tensors)
 
 
@@ -189,12 +189,12 @@ def _autoencoder_of_shapes(tensors: Mapping[str, Lazy]) -> AutoencoderConfig:
 
 
 def first_stage_config(parts: SgmParts) -> AutoencoderConfig:
-    """Configuration of the first stage."""
+    """Return the configuration of the first stage."""
     return autoencoder_config(parts.first_stage, parts.config.get("first_stage"), parts.source)
 
 
 def image_autoencoder_config(parts: SgmParts) -> AutoencoderConfig:
-    """Configuration of the conditioner's autoencoder: the first stage's with an image decoder."""
+    """Return the configuration of the conditioner's autoencoder: the first stage's with an image decoder."""
     if "first_stage" in parts.config:
         return replace(first_stage_config(parts), temporal_decoder=False)
     return autoencoder_config(parts.image_autoencoder, source=parts.source)
@@ -203,7 +203,7 @@ def image_autoencoder_config(parts: SgmParts) -> AutoencoderConfig:
 def stored_config(
     unet: UNetConfig, first_stage: AutoencoderConfig | None = None, frames: int | None = None
 ) -> dict[str, Any]:
-    """What `SgmParts.config` holds, so that a file of ours at any size can be read back."""
+    """Return the value of `SgmParts.config`, by which a file of ours at any size can be read back."""
     stored: dict[str, Any] = {"unet": asdict(unet)}
     if first_stage:
         stored["first_stage"] = asdict(first_stage)
@@ -211,24 +211,22 @@ def stored_config(
 
 
 def rename(tensors: Mapping[str, Lazy], table: Mapping[str, str]) -> Tensors:
-    """Tensors under their new names. A name that the table lacks is marked and kept: `check_fit` tells of it together
-    with what is missing and misshaped.
-    """
+    """Rename tensors; a name that the table lacks is marked and kept, so that `check_fit` reports all at once."""
     return {table.get(name, f"{name} (in the file)"): tensor for name, tensor in tensors.items()}
 
 
 def unet_from_sgm(tensors: Mapping[str, Lazy], config: UNetConfig) -> Tensors:
-    """diffusers' names for a U-Net's tensors."""
+    """Rename a U-Net's tensors to diffusers' names."""
     return rename(tensors, invert(unet_table(config)))
 
 
 def unet_to_sgm(tensors: Mapping[str, Lazy], config: UNetConfig) -> Tensors:
-    """sgm's names for a U-Net's tensors."""
+    """Rename a U-Net's tensors to sgm's names."""
     return rename(tensors, unet_table(config))
 
 
 def autoencoder_from_sgm(tensors: Mapping[str, Lazy], config: AutoencoderConfig) -> Tensors:
-    """diffusers' names (and linear attention) for an autoencoder's tensors."""
+    """Convert an autoencoder's tensors to diffusers' names and linear attention."""
     renamed = rename(tensors, invert(autoencoder_table(config)))
     return {
         name: tensor.map(lambda t: t[:, :, 0, 0])
@@ -239,7 +237,7 @@ def autoencoder_from_sgm(tensors: Mapping[str, Lazy], config: AutoencoderConfig)
 
 
 def autoencoder_to_sgm(tensors: Mapping[str, Lazy], config: AutoencoderConfig) -> Tensors:
-    """sgm's names (and 1×1 convolutions for attention) for an autoencoder's tensors."""
+    """Convert an autoencoder's tensors to sgm's names and 1×1 convolutions for attention."""
     shaped = {
         name: tensor.map(lambda t: t[:, :, None, None]) if is_attention_projection(name) else tensor
         for name, tensor in tensors.items()
@@ -248,10 +246,11 @@ def autoencoder_to_sgm(tensors: Mapping[str, Lazy], config: AutoencoderConfig) -
 
 
 def diffusers_autoencoder(parts: SgmParts) -> tuple[AutoencoderConfig, Tensors]:
-    """The autoencoder that diffusers' folder holds, under diffusers' names.
+    """Return the autoencoder of a diffusers folder, under diffusers' names.
 
     Of a temporal first stage, the encoder and `quant_conv` come as a pair from the conditioner's autoencoder, because
-    the first stage's own encoder has no quant convolution; the decoder is the first stage's. UserError without one.
+    the first stage's own encoder has no quant convolution; the decoder is the first stage's. Raises UserError
+    without one.
     """
     config = first_stage_config(parts)
     tensors = dict(parts.first_stage)
@@ -264,7 +263,7 @@ def diffusers_autoencoder(parts: SgmParts) -> tuple[AutoencoderConfig, Tensors]:
 
 
 def folded_encoder(tensors: Mapping[str, Lazy]) -> Tensors:
-    """The encoder of a first stage: `quant_conv` folded into `encoder.conv_out` (names are sgm's).
+    """Return the encoder of a first stage: `quant_conv` folded into `encoder.conv_out` (names are sgm's).
 
     Exact, because nothing stands between the two: W' = Q·W, b' = Q·b + q.
     """
@@ -286,7 +285,7 @@ def folded_encoder(tensors: Mapping[str, Lazy]) -> Tensors:
 
 @dataclass
 class SgmModels:
-    """What `load_sgm` gives; `clip` and `text` are open_clip tensors (the visual tower under `visual.`), unread."""
+    """The result of `load_sgm`; `clip` and `text` are open_clip tensors (the visual tower under `visual.`), unread."""
 
     unet: UNet
     autoencoder: Autoencoder
@@ -301,7 +300,7 @@ def load_sgm(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> SgmModels:
-    """U-Net and autoencoder of a single file, read tensor by tensor.
+    """Load U-Net and autoencoder of a single file, tensor by tensor.
 
     sha256: expected hash of the file. dtype: None keeps the stored type. Raises UserError, in one line, for a broken
     file, a wrong hash, pickle, and tensors that are missing, unexpected or misshaped.
@@ -312,8 +311,8 @@ def load_sgm(
 
 
 def build_unet(parts: SgmParts, path: Path, device: torch.device | str, dtype: torch.dtype | None) -> UNet:
-    """The U-Net of a single file; `path` is for messages."""
-    config = unet_config(parts)
+    """Build the U-Net of a single file; `path` is for messages."""
+    config = unet_config_of_parts(parts)
     with torch.device("meta"):
         unet = UNet(config)
     fill(unet, unet_from_sgm(parts.unet, config), f"{path}: U-Net", device, dtype)
@@ -323,7 +322,7 @@ def build_unet(parts: SgmParts, path: Path, device: torch.device | str, dtype: t
 def build_autoencoder(
     parts: SgmParts, path: Path, device: torch.device | str, dtype: torch.dtype | None
 ) -> Autoencoder:
-    """The autoencoder of a single file; raises UserError when the file has none."""
+    """Build the autoencoder of a single file; raise UserError when the file has none."""
     if not parts.first_stage:
         raise UserError(f"{path}: no autoencoder ('{PREFIXES['first_stage']}…') in this file")
     config, tensors = diffusers_autoencoder(parts)

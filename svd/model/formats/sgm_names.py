@@ -37,36 +37,36 @@ UNET_ENDS = {
 
 
 def invert(table: dict[str, str]) -> dict[str, str]:
-    """The table the other way round; raises ValueError when two names share a target."""
+    """Invert a table; raise ValueError when two names share a target."""
     inverse = {target: name for name, target in table.items()}
     if len(inverse) != len(table):
         raise ValueError(f"not a bijection: {len(table)} names give {len(inverse)} targets")
     return inverse
 
 
-def table(names: Iterable[str], rule: Callable[[str], str]) -> dict[str, str]:
-    """Name to target for all names; raises ValueError when it isn't a bijection."""
+def bijection(names: Iterable[str], rule: Callable[[str], str]) -> dict[str, str]:
+    """Map all names to their targets; raise ValueError when it isn't a bijection."""
     found = {name: rule(name) for name in names}
     invert(found)
     return found
 
 
 def unet_table(config: UNetConfig) -> dict[str, str]:
-    """diffusers' name to sgm's (without `model.diffusion_model.`) of all tensors of a U-Net."""
+    """Map diffusers' names of all tensors of a U-Net to sgm's (without `model.diffusion_model.`)."""
     with torch.device("meta"):
         names = UNet(config).state_dict().keys()
-    return table(names, lambda name: unet_to_sgm(name, config))
+    return bijection(names, lambda name: unet_sgm_name(name, config))
 
 
 def autoencoder_table(config: AutoencoderConfig) -> dict[str, str]:
-    """diffusers' name to sgm's (without prefix) of all tensors of an autoencoder."""
+    """Map diffusers' names of all tensors of an autoencoder to sgm's (without prefix)."""
     with torch.device("meta"):
         names = Autoencoder(config).state_dict().keys()
-    return table(names, lambda name: autoencoder_to_sgm(name, len(config.block_out_channels)))
+    return bijection(names, lambda name: autoencoder_sgm_name(name, len(config.block_out_channels)))
 
 
-def unet_to_sgm(name: str, config: UNetConfig) -> str:
-    """sgm's name of a U-Net tensor; raises ValueError for a name that no U-Net has.
+def unet_sgm_name(name: str, config: UNetConfig) -> str:
+    """Return sgm's name of a U-Net tensor; raise ValueError for a name that no U-Net has.
 
     The interpolation model's `mask_latent` keeps its name: no released file holds one.
     """
@@ -101,7 +101,7 @@ def _unet_place(side: str, level: int, kind: str, layer: int, config: UNetConfig
 
 
 def _res_block(rest: str) -> str:
-    """`spatial_res_block.norm1.weight`, `temporal_res_block.…`, `time_mixer.…`, or (image model) `norm1.weight`."""
+    """Rename in a block: `spatial_res_block.norm1.weight`, `temporal_res_block.…`, `time_mixer.…`, `norm1.weight`."""
     if rest.startswith("time_mixer."):
         return rest
     prefix = "time_stack." if rest.startswith("temporal_res_block.") else ""
@@ -117,8 +117,8 @@ def _transformer(rest: str) -> str:
     )
 
 
-def autoencoder_to_sgm(name: str, levels: int) -> str:
-    """sgm's name of an autoencoder tensor; raises ValueError for a name that no autoencoder has."""
+def autoencoder_sgm_name(name: str, levels: int) -> str:
+    """Return sgm's name of an autoencoder tensor; raise ValueError for a name that no autoencoder has."""
     side, _, rest = name.partition(".")
     if side in ("quant_conv", "post_quant_conv"):
         return name
@@ -151,5 +151,5 @@ def _decoder_block(inner: str) -> str:
 
 
 def is_attention_projection(name: str) -> bool:
-    """Whether a diffusers name of the autoencoder is a linear weight that sgm stores as a 1×1 convolution."""
+    """Return whether a diffusers name of the autoencoder is a linear weight that sgm stores as a 1×1 convolution."""
     return bool(re.search(r"mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight$", name))

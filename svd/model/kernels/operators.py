@@ -1,6 +1,6 @@
-"""Where the layers of both networks use a kernel of our own: on a GPU, with Triton and a C compiler for it.
+"""The operators for which there are kernels of our own: used on a GPU with Triton and a C compiler.
 
-Everywhere else they are torch's operators. The kernels are operators of torch too, with gradients, so that compilation,
+Everywhere else torch's operators run. The kernels are registered with torch, with gradients, so that compilation,
 checkpointing and sharding take them as they take others.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 def _can_build() -> bool:
-    """Whether Triton, where there is one, can build its launchers, which are C and include Python's headers."""
+    """Return whether Triton is there and can build its launchers, C programs that include Python's headers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h")
     return importlib.util.find_spec("triton") is not None and bool(compiler) and headers.is_file()
@@ -31,14 +31,14 @@ MAX_FRAMES = 64  # of a tile of attention
 
 
 def fits(x: Tensor) -> bool:
-    """Whether our kernels run on this tensor."""
+    """Return whether our kernels run on this tensor."""
     return TRITON and x.is_cuda and x.dtype in TYPES
 
 
 def norm(layer: nn.GroupNorm, x: Tensor, *, silu: bool = False) -> Tensor:
-    """GroupNorm, then SiLU if asked, of tokens (n, a, b, C) over a, b and the channels of a group; contiguous.
+    """Apply GroupNorm, then SiLU if asked, to tokens (n, a, b, C), over a, b and the channels of a group.
 
-    Statistics in float32 or wider.
+    The result is contiguous. Statistics in float32 or wider.
     """
     if fits(x):
         return group_norm(x.contiguous(), layer.weight, layer.bias, layer.num_groups, layer.eps, silu)[0]
@@ -49,7 +49,7 @@ def norm(layer: nn.GroupNorm, x: Tensor, *, silu: bool = False) -> Tensor:
 
 
 def norm_images(layer: nn.GroupNorm, x: Tensor, *, silu: bool = False) -> Tensor:
-    """The same of (n, C, a, b) in channels-last memory."""
+    """Do as `norm` on (n, C, a, b) in channels-last memory."""
     if fits(x):
         return norm(layer, x.permute(0, 2, 3, 1), silu=silu).permute(0, 3, 1, 2)
     y = layer(x)
@@ -57,7 +57,7 @@ def norm_images(layer: nn.GroupNorm, x: Tensor, *, silu: bool = False) -> Tensor
 
 
 def can_attend_frames(q_BTSC: Tensor, heads: int) -> bool:
-    """Whether `attend_frames` computes attention over frames: without gradients, in half precision."""
+    """Return whether `attend_frames` computes attention over frames: without gradients, in half precision."""
     width = q_BTSC.shape[-1] // heads
     return (
         fits(q_BTSC)
@@ -69,7 +69,7 @@ def can_attend_frames(q_BTSC: Tensor, heads: int) -> bool:
 
 
 def gated_gelu(x: Tensor) -> Tensor:
-    """value · GELU(gate) of the halves of (..., 2 C): (..., C)."""
+    """Return value · GELU(gate) of the halves of (..., 2 C): (..., C)."""
     # Compilers fuse this by themselves.
     if fits(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return gated_gelu_kernel(x.contiguous())
@@ -90,10 +90,10 @@ def gated_gelu(x: Tensor) -> Tensor:
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous (n, ..., C) normalised, with the means and 1 / deviations (n, G) that its gradient needs."""
+    """Normalise contiguous (n, ..., C); also return means and 1 / deviations (n, G), which its gradient needs."""
     from svd.model.kernels import triton as triton_kernels
 
-    return triton_kernels.group_norm(x, weight, bias, groups, eps, silu)
+    return triton_kernels.launch_group_norm(x, weight, bias, groups, eps, silu)
 
 
 @torch.library.custom_op(
@@ -105,28 +105,28 @@ def group_norm(
 def group_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias."""
     from svd.model.kernels import triton as triton_kernels
 
-    return triton_kernels.group_norm_backward(dy, x, weight, bias, mean, scale, silu)
+    return triton_kernels.launch_group_norm_backward(dy, x, weight, bias, mean, scale, silu)
 
 
 @torch.library.custom_op(
     "svd::attend_frames", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, int heads) -> Tensor"
 )
 def attend_frames(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attention among the frames at each position of contiguous (B, T, S, C)."""
+    """Attend among the frames at each position of contiguous (B, T, S, C)."""
     from svd.model.kernels import triton as triton_kernels
 
-    return triton_kernels.attend_frames(q, k, v, heads)
+    return triton_kernels.launch_attend_frames(q, k, v, heads)
 
 
 @torch.library.custom_op("svd::gated_gelu", mutates_args=(), schema="(Tensor x) -> Tensor")
 def gated_gelu_kernel(x: Tensor) -> Tensor:
-    """value · GELU(gate) of the halves of contiguous (..., 2 C)."""
+    """Return value · GELU(gate) of the halves of contiguous (..., 2 C)."""
     from svd.model.kernels import triton as triton_kernels
 
-    return triton_kernels.gated_gelu(x)
+    return triton_kernels.launch_gated_gelu(x)
 
 
 @group_norm.register_fake

@@ -182,10 +182,10 @@ def _sizes(x: Tensor) -> tuple[int, int, int, int, int]:
     return n, positions, channels, chunk, min(BLOCK, triton.next_power_of_2(channels))
 
 
-def group_norm(
+def launch_group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupNorm, and SiLU if asked, of contiguous (n, ..., C); also means and 1 / deviations (n, G) float32."""
+    """Launch GroupNorm, and SiLU if asked, on contiguous (n, ..., C); also means and 1 / deviations (n, G) float32."""
     n, positions, channels, chunk, block = _sizes(x)
     chunks, blocks = triton.cdiv(positions, chunk), triton.cdiv(channels, block)
     partial = torch.empty(n, chunks, 2, channels, device=x.device, dtype=torch.float32)
@@ -200,10 +200,10 @@ def group_norm(
     return y, mean, scale
 
 
-def group_norm_backward(
+def launch_group_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias of `group_norm`; dy is contiguous as x is."""
+    """Launch the gradients of x, weight and bias of `launch_group_norm`; dy is contiguous as x is."""
     n, positions, channels, chunk, block = _sizes(x)
     groups = mean.shape[1]
     chunks, blocks = triton.cdiv(positions, chunk), triton.cdiv(channels, block)
@@ -241,8 +241,8 @@ def _attend(q, k, v, out, frames, positions, heads, scale, TILE: tl.constexpr, W
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
-def attend_frames(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attention among the T frames at each position of contiguous (B, T, S, C), at most 64 frames."""
+def launch_attend_frames(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Launch attention among the T frames at each position of contiguous (B, T, S, C), at most 64 frames."""
     clips, frames, positions, channels = q.shape
     out = torch.empty_like(q)
     tile, width = max(16, triton.next_power_of_2(frames)), channels // heads
@@ -263,8 +263,8 @@ def _gate(x, y, total, C, BLOCK: tl.constexpr):
     tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
 
 
-def gated_gelu(x: Tensor) -> Tensor:
-    """value · GELU(gate) of the halves of contiguous (..., 2 C): (..., C)."""
+def launch_gated_gelu(x: Tensor) -> Tensor:
+    """Launch value · GELU(gate) of the halves of contiguous (..., 2 C): (..., C)."""
     y = torch.empty(*x.shape[:-1], x.shape[-1] // 2, device=x.device, dtype=x.dtype)
     _gate[(triton.cdiv(y.numel(), 1024),)](x, y, y.numel(), y.shape[-1], 1024)
     return y

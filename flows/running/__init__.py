@@ -1,0 +1,1 @@
+"""Run one stage: its folders, its MLflow run, what is left of a killed one."""

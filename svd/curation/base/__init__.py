@@ -1,0 +1,1 @@
+"""What all steps of curation share: records of sources and clips, messages between processes."""
