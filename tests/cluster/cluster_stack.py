@@ -121,7 +121,7 @@ class ClusterStack:
         services = {"prefect": 4200, "mlflow": 5151, "s3": 8333}
         for (name, port), local in zip(services.items(), free_ports(len(services)), strict=True):
             command = ["kubectl", "-n", NAMESPACE, "port-forward", f"service/{name}", f"{local}:{port}"]
-            self._forwards.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+            self._forwards.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             self.ports[name] = local
         for name, path in (("prefect", "/api/health"), ("mlflow", "/health"), ("s3", "/healthz")):
             wait_until(lambda url=f"{self.url(name)}{path}": httpx.get(url).is_success, 60)

@@ -139,6 +139,7 @@ def test_both_servers_ask_for_a_password(stack: ClusterStack) -> None:
         assert httpx.get(f"{stack.url(name)}{path}", auth=("svd", "wrong")).status_code == 401, name
 
 
+@pytest.mark.usefixtures("pipeline")
 def test_both_pages_load(stack: ClusterStack, tmp_path: Path) -> None:
     from playwright.sync_api import expect, sync_playwright
 
@@ -156,7 +157,7 @@ def test_both_pages_load(stack: ClusterStack, tmp_path: Path) -> None:
         page.screenshot(path=tmp_path / "prefect.png")
         page = browser.new_context(http_credentials=word, viewport={"width": 1400, "height": 900}).new_page()
         page.goto(f"{stack.url('mlflow')}/#/experiments")
-        expect(page.get_by_text("Experiments").first).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("stable-video-diffusion").first).to_be_visible(timeout=60_000)
         page.screenshot(path=tmp_path / "mlflow.png")
         browser.close()
 
