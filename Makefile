@@ -11,8 +11,12 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 PRESET ?= tiny
+# Where images are built: their name and tag as in infra/kubernetes/image/image.env
+SVD_IMAGES ?= svd-platform
+SVD_IMAGE_TAG ?= dev
+SVD_BUILD_NETWORK ?= default
 
-.PHONY: help setup pipeline test test-slow lint lock up down status ui clean
+.PHONY: help setup pipeline test test-slow test-cluster lint lock images up down status ui clean
 
 help:           ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,12 +40,25 @@ test: setup     ## run the tests
 test-slow: setup ## run the slow tests
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m 'slow and not gpu'
 
+test-cluster: setup ## run the stack on the cluster that KUBECONFIG names
+	pytest -m cluster tests/cluster -s
+
 lint: setup     ## format check, lint, types, layers
 	ruff format --check . && ruff check . && mypy && lint-imports
 
-lock: setup     ## compile requirements.lock from pyproject.toml
+lock: setup     ## compile the locks from pyproject.toml and infra/docker/servers.in
 	uv pip compile -q pyproject.toml --extra test --extra kubernetes --extra captions \
 		--generate-hashes --no-emit-index-url --python-version 3.11 -o requirements.lock
+	uv pip compile -q infra/docker/servers.in --constraint requirements.lock \
+		--generate-hashes --no-emit-index-url --python-version 3.11 -o infra/docker/servers.lock
+
+images:         ## build servers, worker-cpu and worker-gpu (SVD_IMAGES, SVD_IMAGE_TAG, TORCH_INDEX)
+	for target in servers worker-cpu worker-gpu; do \
+		docker build --network $(SVD_BUILD_NETWORK) --target $$target -f infra/docker/Dockerfile \
+			--build-arg GIT_COMMIT=$$(git describe --always --dirty --abbrev=40 --exclude='*') \
+			$(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) \
+			-t $(SVD_IMAGES)/$$target:$(SVD_IMAGE_TAG) . || exit; \
+	done
 
 up: setup       ## start the local stack: Prefect, workers, MLflow, S3
 	svd stack up

@@ -97,13 +97,14 @@ def _read(run: UUID) -> FlowRun:
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """Return what Prefect's server answers; one that is away (a restart) is waited for, up to 15 minutes."""
+    """Return what Prefect's server answers; one that is away or fails itself (status 5xx) is asked for 15 minutes."""
     deadline, warned = time.monotonic() + SERVER_AWAY_SECONDS, False
     while True:
         try:
             return ask()
-        except httpx.TransportError as error:
-            if time.monotonic() > deadline:
+        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+            refused = isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error
+            if refused or time.monotonic() > deadline:
                 raise
             if not warned:
                 logger.warning("Prefect's server does not answer (%s), waiting for it", error)

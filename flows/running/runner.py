@@ -83,7 +83,12 @@ def stage_params(stage: Stage, preset: Preset) -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """Return the commit of the checkout, with `-dirty` when tracked files differ; 'unknown' outside a checkout."""
+    """Return the commit of the code: SVD_GIT_COMMIT, which an image carries, else that of the checkout.
+
+    It ends in `-dirty` when tracked files differ; outside a checkout it is 'unknown'.
+    """
+    if built_from := os.environ.get("SVD_GIT_COMMIT"):
+        return built_from
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"

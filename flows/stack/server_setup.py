@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import json
 import os
@@ -26,11 +27,16 @@ AUTOMATIONS = INFRA / "automations.yaml"
 POOLS = INFRA / "kubernetes-pools.yaml"
 PIPELINES = {"name": "pipelines", "concurrency_limit": 1}
 RESULTS_BLOCK = "results"
+# Which images flow runs use; infra/kubernetes/image/image.env sets them for a cluster.
+IMAGE_DEFAULTS = {"SVD_IMAGES": "svd-platform", "SVD_IMAGE_TAG": "dev", "SVD_IMAGE_PULL_POLICY": "IfNotPresent"}
 
 
 def _send(url: str, value: dict[str, Any], method: str = "POST") -> Any:
     body = json.dumps(value).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method=method)
+    headers = {"Content-Type": "application/json"}
+    if password := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
+    request = urllib.request.Request(url, body, headers, method=method)
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.loads(response.read() or "null")
 
@@ -57,28 +63,52 @@ def limit_pipelines(api: str) -> None:
         _send(f"{queues}/{PIPELINES['name']}", PIPELINES, "PATCH")
 
 
+def make_bucket(bucket: str) -> None:
+    """Create the bucket unless it exists; the store's address and credentials are those of the environment.
+
+    Raises botocore.exceptions.ClientError when the store forbids it.
+    """
+    import boto3
+    from botocore.exceptions import ClientError
+
+    s3 = boto3.client("s3")
+    try:
+        s3.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "404":
+            raise
+        s3.create_bucket(Bucket=bucket)
+
+
 def save_results_block(bucket: str) -> None:
     """Save the block `remote-file-system/results`: results of children must reach parents on other nodes.
 
-    Used when PREFECT_DEFAULT_RESULT_STORAGE_BLOCK=remote-file-system/results.
+    Used when PREFECT_DEFAULT_RESULT_STORAGE_BLOCK=remote-file-system/results. The block holds no credentials, because
+    Prefect's API hands it to everyone: flow runs take them from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and
+    AWS_ENDPOINT_URL.
     """
     from prefect.filesystems import RemoteFileSystem
 
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    settings: dict[str, Any] = {"client_kwargs": {"endpoint_url": endpoint}} if endpoint else {}
-    settings |= {"key": os.environ["AWS_ACCESS_KEY_ID"], "secret": os.environ["AWS_SECRET_ACCESS_KEY"]}
-    RemoteFileSystem(basepath=f"s3://{bucket}/prefect-results", settings=settings).save(RESULTS_BLOCK, overwrite=True)
+    RemoteFileSystem(basepath=f"s3://{bucket}/prefect-results").save(RESULTS_BLOCK, overwrite=True)
 
 
 def kubernetes_pools() -> dict[str, dict[str, Any]]:
-    """Return the pools of infra/prefect/kubernetes-pools.yaml: `concurrency_limit` and whole `base_job_template`."""
+    """Return each pool of infra/prefect/kubernetes-pools.yaml: `concurrency_limit` and the `base_job_template`.
+
+    Images are named by SVD_IMAGES, SVD_IMAGE_TAG and SVD_IMAGE_PULL_POLICY. The file that SVD_POOLS names, if any,
+    overrides limits and defaults of the pools it lists (infra/kubernetes/single-gpu/pools.yaml).
+    """
     described = yaml.safe_load(POOLS.read_text())
+    own = yaml.safe_load(Path(os.environ["SVD_POOLS"]).read_text())["pools"] if os.environ.get("SVD_POOLS") else {}
+    prefix, tag, policy = (os.environ.get(name) or default for name, default in IMAGE_DEFAULTS.items())
     pools = {}
     for name, pool in described["pools"].items():
-        template = copy.deepcopy(described["template"])
-        for variable, value in pool["defaults"].items():
+        template, changed = copy.deepcopy(described["template"]), own.get(name, {})
+        images = {"image": f"{prefix}/{pool['image']}:{tag}", "image_pull_policy": policy}
+        for variable, value in (pool["defaults"] | images | changed.get("defaults", {})).items():
             template["variables"]["properties"][variable]["default"] = value
-        pools[name] = {"concurrency_limit": pool["concurrency_limit"], "base_job_template": template}
+        limit = changed.get("concurrency_limit", pool["concurrency_limit"])
+        pools[name] = {"concurrency_limit": limit, "base_job_template": template}
     return pools
 
 
@@ -104,7 +134,9 @@ def set_up_server() -> None:
         install_kubernetes_pools()
     install_automations(os.environ["PREFECT_API_URL"])
     limit_pipelines(os.environ["PREFECT_API_URL"])
-    save_results_block(split_uri(os.environ["SVD_STORE"])[0])
+    bucket = split_uri(os.environ["SVD_STORE"])[0]
+    make_bucket(bucket)
+    save_results_block(bucket)
 
 
 if __name__ == "__main__":

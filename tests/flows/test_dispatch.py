@@ -61,3 +61,16 @@ def test_a_server_that_is_away_is_waited_for_but_not_forever(monkeypatch: pytest
     monkeypatch.setattr(dispatch, "SERVER_AWAY_SECONDS", 0.05)
     with pytest.raises(httpx.ConnectError, match="refused"):
         dispatch._patiently(refuse)
+
+
+def test_a_server_that_fails_is_asked_again_but_one_that_refuses_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "POLL_SECONDS", 0.01)
+    request = httpx.Request("GET", "http://prefect:4200/api/flow_runs/1")
+    codes = iter([500, 503, 200, 404])
+
+    def ask() -> int:
+        return httpx.Response(next(codes), request=request).raise_for_status().status_code
+
+    assert dispatch._patiently(ask) == 200, "its database was too busy"
+    with pytest.raises(httpx.HTTPStatusError, match="404"):
+        dispatch._patiently(ask)

@@ -1,7 +1,7 @@
-"""Manifests and job templates are what kubectl and Prefect's worker accept. No cluster is here: nothing was run on one.
+"""Manifests and job templates are what kubectl and Prefect's worker accept.
 
 The manifests are rendered by kubectl itself and validated strictly against the schemas of Kubernetes; a Job is built
-from the pool's template by the same class that builds it in Prefect's Kubernetes worker.
+from the pool's template by the same class that builds it in Prefect's Kubernetes worker. tests/cluster runs them.
 """
 
 from __future__ import annotations
@@ -37,15 +37,29 @@ def kubectl_kustomize(folder: Path) -> list[Manifest]:
     return list(yaml.safe_load_all(text))
 
 
+OVERLAYS = ("standalone", "single-gpu", "cluster")
+
+
+def fill_in(folder: Path) -> None:
+    """Make the files that a user makes from *.example.env, with `word` for every secret."""
+    for example in folder.glob("*/*.example.env"):
+        filled = re.sub(r"=$", "=word", example.read_text(), flags=re.MULTILINE)
+        example.with_name(example.name.replace(".example", "")).write_text(re.sub(r"PASSWORD\b(?!=)", "word", filled))
+
+
 @pytest.fixture(scope="module")
-def standalone(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
-    """The rendered manifests of the whole stack, with the credentials a user would have filled in."""
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of infra/kubernetes with the credentials a user would have filled in."""
     folder = tmp_path_factory.mktemp("kubernetes") / "kubernetes"
     shutil.copytree(ROOT / "infra" / "kubernetes", folder)
-    for example in (folder / "standalone").glob("*.example.env"):
-        filled = re.sub(r"=$", "=word", example.read_text(), flags=re.MULTILINE).replace("PASSWORD@", "word@")
-        example.with_name(example.name.replace(".example", "")).write_text(filled)
-    return kubectl_kustomize(folder / "standalone")
+    fill_in(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def standalone(filled: Path) -> list[Manifest]:
+    """The rendered manifests of the whole stack."""
+    return kubectl_kustomize(filled / "standalone")
 
 
 def of_kind(manifests: list[Manifest], *kinds: str) -> dict[str, Manifest]:
@@ -78,10 +92,123 @@ def job(pool: str, **variables: Any) -> Manifest:
 
 
 @pytest.mark.parametrize("release", [OLDEST, NEWEST])
-def test_manifests_are_valid(standalone: list[Manifest], release: str) -> None:
-    assert {m["kind"] for m in standalone} >= {"Namespace", "Role", "Deployment", "StatefulSet", "Service", "Secret"}
-    for manifest in standalone:
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_manifests_are_valid(filled: Path, overlay: str, release: str) -> None:
+    manifests = kubectl_kustomize(filled / overlay)
+    assert {m["kind"] for m in manifests} >= {"Namespace", "Role", "Deployment", "NetworkPolicy", "Service", "Secret"}
+    assert overlay == "cluster" or "StatefulSet" in {m["kind"] for m in manifests}
+    for manifest in manifests:
         kubernetes_validate.validate(manifest, release, strict=True)
+
+
+def test_components_are_valid(filled: Path) -> None:
+    overlay = filled / "all"
+    shutil.copytree(filled / "standalone", overlay)
+    names = sorted(path.parent.name for path in filled.glob("components/*/kustomization.yaml"))
+    kustomization = yaml.safe_load((overlay / "kustomization.yaml").read_text())
+    kustomization["components"] += [f"../components/{name}" for name in names]
+    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    manifests = kubectl_kustomize(overlay)
+    assert {"Ingress", "CronJob", "ResourceQuota"} <= {m["kind"] for m in manifests}
+    accounts = of_kind(manifests, "ServiceAccount").values()
+    assert all(account["imagePullSecrets"] == [{"name": "svd-registry"}] for account in accounts)
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, NEWEST, strict=True)
+
+
+def test_one_setting_names_all_images(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "kubernetes"
+    shutil.copytree(filled, folder)
+    own = {"SVD_IMAGES": "registry.example:5000/team/svd", "SVD_IMAGE_TAG": "7", "SVD_IMAGE_PULL_POLICY": "Always"}
+    (folder / "image" / "image.env").write_text("".join(f"{name}={value}\n" for name, value in own.items()))
+    found = [c for m in of_kind(kubectl_kustomize(folder / "standalone"), "Deployment").values() for c in containers(m)]
+    assert own["SVD_IMAGES"] in found[0]["image"] and len(found) == 9
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    for container in found + containers(job("cpu")) + containers(job("gpu")):
+        assert re.fullmatch(r"registry\.example:5000/team/svd/(servers|worker-cpu|worker-gpu):7", container["image"])
+        assert container["imagePullPolicy"] == "Always"
+
+
+def test_an_overlay_may_change_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = job("gpu")
+    monkeypatch.setenv("SVD_POOLS", str(ROOT / "infra" / "kubernetes" / "single-gpu" / "pools.yaml"))
+    after = job("gpu")
+    assert kubernetes_pools()["gpu"]["concurrency_limit"] == 1
+    assert pod_of(before)["nodeSelector"] and not pod_of(after).get("nodeSelector")
+    assert containers(after)[0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+def test_all_pods_are_restricted(standalone: list[Manifest]) -> None:
+    namespace = of_kind(standalone, "Namespace")["svd"]["metadata"]["labels"]
+    assert namespace["pod-security.kubernetes.io/enforce"] == "restricted"
+    for manifest in [*of_kind(standalone, "Deployment", "StatefulSet").values(), job("cpu"), job("gpu")]:
+        pod = pod_of(manifest)
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"]
+        assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+        assert pod["enableServiceLinks"] is False and pod["priorityClassName"] in of_kind(standalone, "PriorityClass")
+        for container in containers(manifest):
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False and context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_only_what_is_meant_is_reachable(standalone: list[Manifest]) -> None:
+    policies = of_kind(standalone, "NetworkPolicy")
+    assert policies["deny-all"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    labels = {
+        name: m["spec"]["template"]["metadata"]["labels"]
+        for name, m in [*of_kind(standalone, "Deployment", "StatefulSet").items(), ("run", job("gpu"))]
+    }
+
+    def chosen(selector: Manifest) -> set[str]:
+        wanted = [(key, {value}) for key, value in selector.get("matchLabels", {}).items()]
+        wanted += [(e["key"], set(e["values"])) for e in selector.get("matchExpressions", [])]
+        return {name for name, has in labels.items() if all(has.get(key) in values for key, values in wanted)}
+
+    def ways(direction: str, peer: str) -> set[tuple[str, str, int]]:
+        return {
+            (own, other, port["port"]) if direction == "egress" else (other, own, port["port"])
+            for policy in policies.values()
+            for rule in policy["spec"].get(direction, [])
+            for item in rule.get(peer, [])
+            if "podSelector" in item
+            for own in chosen(policy["spec"]["podSelector"])
+            for other in chosen(item["podSelector"])
+            for port in rule["ports"]
+        }
+
+    both = ways("egress", "to") & ways("ingress", "from")
+    clients, databases = ("worker-cpu", "worker-gpu", "run"), ("prefect", "mlflow")
+    assert both == (
+        {(client, "prefect", 4200) for client in clients}
+        | {("run", "mlflow", 5151)}
+        | {(server, "postgres", 5432) for server in databases}
+        | {(client, "s3", 8333) for client in (*clients, "mlflow")}
+    )
+
+
+def test_only_the_gateway_of_the_store_leaves_loopback(standalone: list[Manifest]) -> None:
+    args = containers(of_kind(standalone, "StatefulSet")["s3"])[0]["args"]
+    assert {"-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.ip.bind=0.0.0.0"} <= set(args)
+
+
+def test_outputs_work_and_caches_share_a_mount() -> None:
+    mounts = [
+        m["mountPath"] for m in containers(job("cpu"))[0]["volumeMounts"] if m["mountPath"].startswith("/srv/svd")
+    ]
+    assert mounts == ["/srv/svd"], "a stage publishes by a rename from work/ to outputs/"
+
+
+def test_mlflow_keeps_artifacts_in_the_store_of_the_cluster(standalone: list[Manifest]) -> None:
+    env = {
+        item["name"]: item["valueFrom"]
+        for item in containers(of_kind(standalone, "Deployment")["mlflow"])[-1]["env"]
+        if "valueFrom" in item
+    }
+    for name in ("AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL"):
+        reference = env[name]["configMapKeyRef"]
+        assert of_kind(standalone, "ConfigMap")[reference["name"]]["data"][reference["key"]] == "http://s3:8333"
 
 
 @pytest.mark.parametrize("release", [OLDEST, NEWEST])
@@ -139,12 +266,13 @@ def test_services_reach_pods_and_addresses_reach_services(standalone: list[Manif
         labels = pods[name]["spec"]["template"]["metadata"]["labels"]
         assert service["spec"]["selector"].items() <= labels.items()
         assert service["spec"]["ports"][0]["targetPort"] in {
-            port["name"] for container in containers(pods[name]) for port in container["ports"]
+            port["name"] for container in containers(pods[name]) for port in container.get("ports", [])
         }
     environment = of_kind(standalone, "ConfigMap")["svd-environment"]["data"]
     for host, port in re.findall(r"http://([a-z0-9]+):(\d+)", json.dumps(environment)):
         assert services[host]["spec"]["ports"][0]["port"] == int(port)
-    assert "mlflow:5151" in str(containers(pods["mlflow"])[0]["args"]), "MLflow refuses hosts that it was not told"
+    env = {item["name"]: item.get("value") for item in containers(pods["mlflow"])[-1]["env"]}
+    assert "mlflow:5151" in env["MLFLOW_SERVER_ALLOWED_HOSTS"], "MLflow refuses hosts that it was not told"
 
 
 def test_workers_may_do_what_they_need_and_runs_nothing(standalone: list[Manifest]) -> None:
@@ -176,8 +304,8 @@ def test_seaweedfs_is_the_tested_version(standalone: list[Manifest]) -> None:
 
 
 def test_no_credentials_can_be_committed() -> None:
-    ignored = (ROOT / ".gitignore").read_text().split()
-    unsent = (ROOT / ".dockerignore").read_text().split()
-    for example in (ROOT / "infra" / "kubernetes" / "standalone").glob("*.example.env"):
-        name = f"infra/kubernetes/standalone/{example.name.replace('.example', '')}"
-        assert f"/{name}" in ignored and name in unsent
+    assert "infra/kubernetes" in (ROOT / ".dockerignore").read_text().split()
+    for example in (ROOT / "infra" / "kubernetes").glob("*/*.example.env"):
+        name = example.with_name(example.name.replace(".example", ""))
+        assert subprocess.run(["git", "check-ignore", "--quiet", str(name)], cwd=ROOT, check=False).returncode == 0
+        assert subprocess.run(["git", "check-ignore", "--quiet", str(example)], cwd=ROOT, check=False).returncode == 1
