@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a stage's pod asks for on Kubernetes; a process on a laptop takes what there is.
+    """Requests of a stage's pod on Kubernetes; a process on a laptop takes what there is.
 
     cpu: cores requested; memory and memory_limit: request and limit, as Kubernetes writes them; gpus: whole GPUs.
     """

@@ -1,4 +1,4 @@
-"""What a stage is made of besides its options and inputs, in a file that DVC watches.
+"""The inventory of a stage: code, packages, defaults and outside files that DVC could not see, in a file that it can.
 
 `outputs/<preset>/inventory/<stage>.json` holds for every stage
 

@@ -1,1 +1,1 @@
-"""What every room uses: errors, atomic files and locks, retries, the device. Imports no other room."""
+"""The ground floor: errors, atomic files and locks, retries, the device. Imports no other room."""

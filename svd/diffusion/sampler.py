@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from svd.config import Sampling, Solver
 from svd.diffusion.edm import Denoiser, DiscreteSchedule, Kind
+
+if TYPE_CHECKING:  # the benchmark of a bare GPU machine samples without pydantic
+    from svd.config import Sampling, Solver
 
 Progress = Callable[[int, int], None]
 LevelDenoiser = Callable[[Tensor, Tensor], Tensor]

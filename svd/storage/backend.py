@@ -1,4 +1,4 @@
-"""What a kind of storage must be able to do, and the table of the kinds by scheme.
+"""The protocol of a storage backend, and the table of backends by scheme.
 
 A new kind is one file with a class that has the methods of `Backend`, and one row here:
 
@@ -37,7 +37,7 @@ class Entry:
 
 
 class Truncated(UserError, OSError):
-    """What is stored differs from what was put there: fewer bytes, or another checksum."""
+    """Raised when stored bytes differ from what was put there: fewer bytes, or another checksum."""
 
 
 class Backend(Protocol):

@@ -1,4 +1,4 @@
-"""What can be done with files wherever they lie; svd/storage/backend.py finds the backend of a location.
+"""Operations on files wherever they lie; svd/storage/backend.py finds the backend of a location.
 
 Writes are atomic (temporary name and rename; a multipart upload that is completed or aborted). The SHA-256 of an object
 travels in its metadata and is verified on the way back. Everything around the network is tried again with exponential

@@ -137,7 +137,7 @@ class Messages(Protocol):
 
 @dataclass
 class _Heard:
-    """What ends the listening: the ranks' answer, or an error of the tracker."""
+    """The end of listening: the ranks' answer, or an error of the tracker."""
 
     answer: RankResult | Mistake | None = None
     tracker_error: Exception | None = None

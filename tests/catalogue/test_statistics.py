@@ -156,7 +156,7 @@ def test_the_dry_run_adds_up(tmp_path):
     (tmp_path / "broken.mp4").write_text("nothing")
     (tmp_path / "remote.txt").write_text("s3://bucket/c.mp4\n")
     sources = list_sources([str(tmp_path), str(tmp_path / "remote.txt")])
-    found = plan_curation(sources, tiny().curation, 2, TOY)
+    found = plan_curation(sources, tiny().curation, 2, TOY, workers=2)
     assert (found.sources, found.unknown, found.units) == (4, 2, 2)
     assert found.hours == pytest.approx(3 / 3600, rel=0.05)
     split = plan_curation(sources, tiny(curation__part_seconds=0.5).curation, 2, TOY)

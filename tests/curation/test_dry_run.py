@@ -75,6 +75,6 @@ def test_small_inputs_have_no_zeros_and_networks_have_their_cost(videos: Path) -
     assert "0.000" not in text and "0.00 " not in text and " kB" in text
     assert "CLIP ViT-L-14: about" in text and "CoCa coca_ViT-L-14: up to" in text
     assert "llm captioner: cost not measured" in text
-    frames = found.clips * planning.FRAMES_A_CLIP
+    frames = found.clips * planning.FRAMES_PER_CLIP
     assert found.wall_hours == pytest.approx(frames * planning.EMBEDDING_SECONDS["ViT-L-14"] / 3600)
     assert plan_curation(sources, config, 64, TOY).wall_hours < found.wall_hours

@@ -36,7 +36,7 @@ def test_protocols_disagree_about_the_same_clips(clips: tuple[Path, Path], tmp_p
     assert [row.protocol.split()[0] for row in rows] == [f"tf_original{changed}", f"junyaohu_crop{changed}"]
     assert all(row.metric == "frechet_transnetv2" and row.real == row.generated == 6 for row in rows)
     assert abs(rows[0].value / rows[1].value - 1) > 0.01
-    monkeypatch.setattr(folders, "_pictures", lambda *a: pytest.fail("features were not kept"))
+    monkeypatch.setattr(folders, "_images", lambda *a: pytest.fail("features were not kept"))
     assert score_folders(*clips, wanted, tmp_path) == rows
 
 

@@ -199,7 +199,7 @@ def test_the_stage_and_the_folders_read_the_same_real_frames(tmp_path: Path, mon
     monkeypatch.setattr(EvalProtocol, "real_frames", lambda p, name, *a: names.append(name) or original(p, name, *a))
     seen = read_real(dataset, 0, protocol)
     for folder in (nested, nested / "UCF-101"):
-        other = folders._pictures(path, folders.clip_name(path, folder), protocol.changed(real_steps=()), real=True)
+        other = folders._images(path, folders.clip_name(path, folder), protocol.changed(real_steps=()), real=True)
         assert torch.equal(other[0], seen.float())
     assert names == [f"{label}/{path.name}"] * 3
 

@@ -15,8 +15,8 @@ from svd.model.autoencoder import (
     chunk_starts,
     chunk_weights,
     fresh_autoencoder,
-    mean,
-    sample,
+    posterior_mean,
+    sample_posterior,
 )
 
 
@@ -38,8 +38,8 @@ def test_encoding_in_chunks_is_encoding() -> None:
 
 def test_the_posterior_has_the_moments_it_states() -> None:
     moments = torch.cat([torch.full((1, 1, 2, 64, 64), 3.0), torch.full((1, 1, 2, 64, 64), -2.0)], dim=2)
-    draws = sample(moments, torch.Generator().manual_seed(0))
-    assert torch.equal(mean(moments), torch.full((1, 1, 2, 64, 64), 3.0))
+    draws = sample_posterior(moments, torch.Generator().manual_seed(0))
+    assert torch.equal(posterior_mean(moments), torch.full((1, 1, 2, 64, 64), 3.0))
     assert abs(draws.mean() - 3) < 0.02
     assert abs(draws.std() - torch.tensor(-1.0).exp()) < 0.02
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 NORM = """
 import torch
 import torch.nn.functional as F
-from svd.model import triton_kernels as kernels
+from svd.model.kernels import triton as kernels
 
 torch.manual_seed(0)
 kernels.CHUNK = 32
@@ -50,7 +50,7 @@ for shape, groups, mean in (((2, 7, 5, 64), 32, 1.0), ((1, 3, 20, 96), 32, 1000.
 OTHERS = """
 import torch
 import torch.nn.functional as F
-from svd.model import triton_kernels as kernels
+from svd.model.kernels import triton as kernels
 
 torch.manual_seed(0)
 for frames, heads in ((4, 3), (25, 2)):

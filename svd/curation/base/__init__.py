@@ -1,1 +1,1 @@
-"""What all steps of curation share: records of sources and clips, messages between processes."""
+"""Shared by all steps of curation: records of sources and clips, messages between processes."""
