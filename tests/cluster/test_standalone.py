@@ -101,7 +101,7 @@ def test_every_stage_runs_in_its_own_pod_on_the_right_node(stack: ClusterStack, 
 def test_results_can_be_pulled_and_are_whole(tmp_path: Path) -> None:
     for name in PIPELINE:
         uri = f"s3://svd/results/micro/{name}"
-        results_store.fetch(uri, tmp_path / name)
+        results_store.fetch_folder(uri, tmp_path / name)
         assert hash_folder(tmp_path / name).md5 == results_store.stored_version(uri)
     assert (tmp_path / "report" / "report.html").is_file()
 
@@ -116,8 +116,8 @@ def test_mlflow_knows_runs_commit_and_artifacts(stack: ClusterStack, tmp_path: P
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     commits = {r.data.tags["git.commit"].removesuffix("-dirty") for r in runs}
     assert len(commits) == 1 and len(commits.pop()) == len(commit)
-    (parent,) = [r.info.run_id for r in runs if r.data.tags["stage"] == "full-pipeline"]
-    assert "<html" in Path(client.download_artifacts(parent, "report.html", str(tmp_path))).read_text()
+    (report,) = [r.info.run_id for r in runs if r.data.tags["stage"] == "report"]
+    assert "<html" in Path(client.download_artifacts(report, "report.html", str(tmp_path))).read_text()
 
 
 @pytest.mark.usefixtures("pipeline")
