@@ -139,7 +139,12 @@ class ClusterStack:
             {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
             | {name: self.secret[name] for name in names}
             | {"PREFECT_API_URL": f"{self.url('prefect')}/api", "MLFLOW_TRACKING_URI": self.url("mlflow")}
-            | {"AWS_ENDPOINT_URL": self.url("s3"), "AWS_REGION": "us-east-1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+            | {
+                "AWS_ENDPOINT_URL": self.url("s3"),
+                "AWS_REGION": "us-east-1",
+                "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+            }
+            | {"PATH": f"{BIN}:{os.environ['PATH']}"}
         )
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
