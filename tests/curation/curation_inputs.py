@@ -16,13 +16,15 @@ from svd.model.formats import clip
 from svd.stage import StageContext
 from svd.synthetic.videos import write_worlds
 
+TINY = str(Path(__file__).resolve().parents[2] / "presets" / "tiny.yaml")  # also for tests that run elsewhere
+
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
 
 def tiny(**overrides) -> Preset:
     """The tiny preset with few sources a unit, so that a handful of sources makes several units."""
     values = {"sources.sources_per_shard": 5, "curation.filters.min_motion": {"quantile": 0.25}}
-    return load_preset("tiny", values | {name.replace("__", "."): value for name, value in overrides.items()})
+    return load_preset(TINY, values | {name.replace("__", "."): value for name, value in overrides.items()})
 
 
 def write_sources(folder: Path, train: int = 2, test: int = 1, scenes: int = 4) -> Path:
@@ -34,7 +36,7 @@ def write_sources(folder: Path, train: int = 2, test: int = 1, scenes: int = 4) 
 
 def write_encoders(folder: Path) -> Path:
     """An untrained toy CLIP: every score is there, and means nothing."""
-    preset = load_preset("tiny")
+    preset = load_preset(TINY)
     config = clip.toy_config(preset.encoders.toy_width, preset.model.unet.cross_attention_dim)
     torch.manual_seed(0)
     clip.save_toy(clip.build_clip(config, "toy"), config, folder)

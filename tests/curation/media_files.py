@@ -15,11 +15,13 @@ import numpy as np
 from svd.config import CurationConfig
 from svd.config.load import load_preset
 
+TINY = str(Path(__file__).resolve().parents[2] / "presets" / "tiny.yaml")  # also for tests that run elsewhere
+
 
 def tiny_config(**changes: object) -> CurationConfig:
     """The curation section of the tiny preset; keyword `section__key=value` changes one value."""
     overrides = {f"curation.{key.replace('__', '.')}": value for key, value in changes.items()}
-    return load_preset("tiny", overrides).curation
+    return load_preset(TINY, overrides).curation
 
 
 def scenery(seed: int, height: int, width: int) -> np.ndarray:

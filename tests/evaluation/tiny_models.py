@@ -17,6 +17,8 @@ from svd.model.unet import UNet, UNetConfig
 from svd.stage import StageContext
 from svd.synthetic.scenes import World, render_clip
 
+TINY = str(Path(__file__).resolve().parents[2] / "presets" / "tiny.yaml")  # also for tests that run elsewhere
+
 WIDTH = 32
 CLASSES = ("BlueRingGrowing", "GreenDiscBouncing", "RedStarSpinning", "TealCubeSwinging")
 OVERRIDES: dict[str, Any] = {
@@ -88,7 +90,7 @@ def make_context(folder: Path, output: str = "output", **overrides: Any) -> Stag
         "encoders": "encoders",
         "sources": "sources",
     }
-    preset = load_preset("tiny", {**OVERRIDES, **{_path(k): v for k, v in overrides.items()}})
+    preset = load_preset(TINY, {**OVERRIDES, **{_path(k): v for k, v in overrides.items()}})
     work = folder / "work" / output
     work.mkdir(parents=True, exist_ok=True)
     return StageContext(preset, {k: folder / v for k, v in names.items()}, folder / output, work)
