@@ -237,7 +237,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(folder: Path, 
     """kill -9 as soon as the first generated batch is on disk; the second run samples only the rest."""
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from tiny_models import make_context;"
-        "from evaluation import ucf101; ucf101.run(make_context(Path(sys.argv[2]), sys.argv[3], seeds=2))"
+        "from evaluation.frechet import ucf101; ucf101.run(make_context(Path(sys.argv[2]), sys.argv[3], seeds=2))"
     )
     for name in ("sources", "hq", "autoencoder", "encoders"):
         shutil.copytree(folder / name, tmp_path / name)

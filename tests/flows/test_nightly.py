@@ -118,7 +118,7 @@ def write_real_clips(outputs: Path, preset: Any) -> None:
 
 def write_project(root: Path) -> None:
     """What the flow needs around the outputs: the preset, the stages as DVC sees them without their code, no git."""
-    values = load_preset("tiny", OVERRIDES).model_dump(mode="json")
+    values = load_preset(str(ROOT / "presets" / "tiny.yaml"), OVERRIDES).model_dump(mode="json")
     (root / "presets").mkdir()
     (root / "presets" / "nightly.yaml").write_text(yaml.safe_dump(values))
     (root / "params.yaml").write_text("preset: nightly\n")
