@@ -30,7 +30,15 @@ from svd.config.data import (
     TextConfig,
     Threshold,
 )
-from svd.config.evaluation import CalibrationConfig, EvaluationConfig, MultiviewBenchmark, Ucf101Config
+from svd.config.evaluation import (
+    BranchEvaluation,
+    CalibrationConfig,
+    EvaluationConfig,
+    ImageToVideoEvaluation,
+    MultiviewBenchmark,
+    RecognitionConfig,
+    Ucf101Config,
+)
 from svd.config.generation import GenerationConfig, Ramp, Sampling, Solver, TaskGeneration
 from svd.config.model import AutoencoderSection, ModelConfig, Precision, UNetSection
 from svd.config.preset import Preset
@@ -49,6 +57,7 @@ __all__ = [
     "AutoencoderCompute",
     "AutoencoderSection",
     "AutoencoderTraining",
+    "BranchEvaluation",
     "CalibrationConfig",
     "CaptionerName",
     "CaptionsConfig",
@@ -65,6 +74,7 @@ __all__ = [
     "Fraction",
     "GenerationConfig",
     "Geometry",
+    "ImageToVideoEvaluation",
     "LatentsCompute",
     "LatentsConfig",
     "LoraConfig",
@@ -78,6 +88,7 @@ __all__ = [
     "Precision",
     "Preset",
     "Ramp",
+    "RecognitionConfig",
     "Renderer",
     "Sampling",
     "Section",

@@ -44,8 +44,13 @@ class TrainingCompute(Section):
     checkpointing: Literal["none", "fine", "all"] = Field(
         "none", description="activations recomputed in the backward pass, which saves memory and costs time"
     )
+    damaged_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01,
+        description="share of the samples that may be missing or damaged, one at least; beyond it a training stops",
+    )
     compile: bool = Field(False, description="compile the blocks of the U-Net with torch.compile")
     checkpoint_every: PositiveInt = Field(1000, description="steps between saved states, where a killed run goes on")
+    keep_checkpoints: PositiveInt = Field(2, description="saved states that are kept, in case the newest is damaged")
     validate_every: PositiveInt = Field(1000, description="steps between measurements of the validation loss")
     sample_steps: PositiveInt = Field(25, description="sampling steps of the clips shown during and after training")
 
@@ -80,6 +85,14 @@ class EvaluationCompute(Section):
     ucf101: Ucf101Compute = Ucf101Compute()
 
 
+class Prices(Section):
+    """Prices of an hour: with them, every run also logs what it has cost."""
+
+    currency: str = Field(min_length=1, description="for people, for example EUR")
+    cpu_hour: float = Field(0.0, ge=0, description="of one core at work, not of one that waits")
+    gpu_hour: float = Field(0.0, ge=0, description="of one GPU, at work or not")
+
+
 class ComputeConfig(Section):
     """The section `compute`. A training stage takes from `training` what its own section doesn't set.
 
@@ -101,6 +114,7 @@ class ComputeConfig(Section):
     threshold_calibration: TrainingCompute = TrainingCompute()
     multiview_finetuning: TrainingCompute = TrainingCompute()
     evaluation: EvaluationCompute = EvaluationCompute()
+    prices: Prices | None = Field(None, description="of the machines; none: only hours are logged")
 
     def of(self, stage: str) -> TrainingCompute:
         """Return the settings of a training stage, given its name (`image-to-video`) or its section's."""

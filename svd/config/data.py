@@ -12,6 +12,9 @@ from svd.config.base import Fraction, PositiveInt, Renderer, Section
 class SyntheticWorlds(Section):
     """Rendered, captioned videos whose cuts, motions and defects are known (svd/synthetic/videos.py)."""
 
+    style: Literal["textured", "plain"] = Field(
+        "textured", description="plain: few words, even colours, one motion at a time, which minutes of training learn"
+    )
     train_videos: PositiveInt = 24
     test_videos: PositiveInt = 6
     scenes_per_video: PositiveInt = 10
@@ -100,6 +103,14 @@ class EncodersConfig(Section):
     sha256: str | None = None
     toy_iterations: PositiveInt = 300
     toy_width: PositiveInt = 64
+    toy_tokens: Annotated[int, Field(ge=8)] = Field(
+        77,
+        description="length of a text; a cross-attention that has just begun to learn spreads over all of them alike, "
+        "so that each word of a short caption counts for little among 77",
+    )
+    toy_worlds: list[Literal["textured", "plain"]] = Field(
+        ["textured"], min_length=1, description="styles of the synthetic worlds it learns from, in equal parts"
+    )
     aesthetics_weights: str | None = None
 
 
@@ -114,7 +125,7 @@ class CaptionsConfig(Section):
     """
 
     captioners: list[CaptionerName]
-    probabilities: dict[str, Fraction]
+    probabilities: dict[CaptionerName, Fraction]
     coca_model: str = "coca_ViT-L-14"
     coca_weights: str = "mscoco_finetuned_laion2B-s13B-b90k"
     video_model: str | None = None
@@ -177,6 +188,7 @@ class OrbitsConfig(Section):
 
     objects: PositiveInt = 150_000
     meshes: list[str] = Field([], description="folders or files (GLB, OBJ); empty: procedural textured meshes")
+    style: Literal["patterned", "plain"] = Field("patterned", description="of procedural meshes; plain: even colours")
     up: Literal["y", "z"] = Field("y", description="the upright axis of the mesh files (glTF: y)")
     views: PositiveInt = 21
     size: PositiveInt = 576

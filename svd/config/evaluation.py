@@ -39,6 +39,7 @@ class MultiviewBenchmark(Section):
 
     protocol: Literal["svd_gso_v1", "syncdreamer_gso_v1"] = "svd_gso_v1"
     meshes: list[str] = Field([], description="folders or files of GSO meshes; empty: held-out procedural meshes")
+    style: Literal["patterned", "plain"] = Field("patterned", description="of procedural meshes, as in 'orbits'")
     up: Literal["y", "z"] = Field("z", description="the upright axis of the mesh files (GSO: z; glTF: y)")
     objects: PositiveInt = 50
     views: PositiveInt | None = None
@@ -48,6 +49,38 @@ class MultiviewBenchmark(Section):
     perceptual: Literal["lpips-alex", "lpips-vgg", "stlpips-alex", "stlpips-vgg"] = "lpips-vgg"
     lpips_weights: str | None = Field(None, description="file or folder: torchvision backbone and LPIPS v0.1")
     sampling: Sampling = Sampling(steps=25, guidance=2.5)
+
+
+class RecognitionConfig(Section):
+    """Recognition of what prompts ask for, on the synthetic worlds, whose truth is known.
+
+    Clips have the frames and the size of the last phase of `high_quality_finetuning`.
+    """
+
+    prompts: PositiveInt = Field(64, description="captions of test scenes that are sampled, one clip each")
+    training_clips: PositiveInt = Field(1500, description="real clips of the training worlds that the classifier sees")
+    training_steps: PositiveInt = Field(300, description="batches of 32 clips that it is trained on")
+    fps: float = Field(7, gt=0)
+    motion_bucket: int = 127
+    sampling: Sampling = Sampling()
+
+
+class ImageToVideoEvaluation(Section):
+    """Image-to-video on test clips of the latent cache: the first frame, the others, and the motion bucket."""
+
+    clips: PositiveInt = Field(32, description="test clips whose first frame is animated")
+    motion_clips: PositiveInt = Field(16, description="of them, those that are animated once per motion bucket")
+    buckets: list[int] = Field([0, 64, 127, 191, 255], min_length=2, description="motion buckets, ascending")
+    sampling: Sampling = Sampling(steps=25, guidance=2.5)
+
+
+class BranchEvaluation(Section):
+    """Camera LoRAs and frame interpolation on test clips of the latent cache."""
+
+    lora_clips: PositiveInt = Field(32, description="test clips whose first frame each LoRA animates")
+    lora_sampling: Sampling = Sampling(steps=25, guidance=2.5)
+    interpolation_clips: PositiveInt = Field(32, description="test clips whose middle frames are made anew")
+    interpolation_sampling: Sampling = Sampling(steps=25, guidance=2.5)
 
 
 class CalibrationConfig(TrainingConfig):
@@ -75,3 +108,6 @@ class EvaluationConfig(Section):
 
     ucf101: Ucf101Config
     multiview: MultiviewBenchmark
+    recognition: RecognitionConfig = RecognitionConfig()
+    image_to_video: ImageToVideoEvaluation = ImageToVideoEvaluation()
+    branches: BranchEvaluation = BranchEvaluation()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,27 @@ def _explain(error: Any, source: str) -> str:
         near = difflib.get_close_matches(str(error["loc"][-1]), _valid_names(error["loc"]), n=1, cutoff=0.4)
         hint = f"; did you mean '{near[0]}'?" if near else f"; valid: {', '.join(_valid_names(error['loc']))}"
         return f"{source}: unknown key '{location}'{hint}"
-    return f"{source}: '{location}': {error['msg']} (got {error['input']!r})"
+    if error["type"] == "missing":
+        return f"{source}: '{location}' is missing"
+    if error["loc"][-1:] == ("[key]",):  # of a mapping whose keys are names, such as captioners
+        return f"{source}: unknown key '{location.removesuffix('.[key]')}': {error['msg']}"
+    place = f"'{location}': " if location else ""  # a rule between sections names them itself
+    found = "" if isinstance(error["input"], Mapping) else f" (got {error['input']!r})"
+    return f"{source}: {place}{error['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _lines(errors: Sequence[Any], source: str) -> list[str]:
+    """Return one line per mistake; the same one in several sections, as YAML's aliases repeat it, is told once."""
+    lines: dict[str, str] = {}
+    others: dict[str, list[str]] = {}
+    for error in errors:
+        line, section = _explain(error, source), str(error["loc"][0]) if len(error["loc"]) > 1 else ""
+        same = line.replace(section, "*") if section else line
+        if same in lines:
+            others[same].append(section)
+        else:
+            lines[same], others[same] = line, []
+    return [line + (f"; the same in {', '.join(others[same])}" if others[same] else "") for same, line in lines.items()]
 
 
 def parse_preset(values: dict[str, Any], source: str) -> Preset:
@@ -64,7 +85,7 @@ def parse_preset(values: dict[str, Any], source: str) -> Preset:
     try:
         return Preset.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, source) for e in error.errors())) from None
+        raise ConfigError("\n".join(_lines(error.errors(), source))) from None
 
 
 def load_preset(name_or_path: str, overrides: dict[str, Any] | None = None) -> Preset:
@@ -104,7 +125,11 @@ def preset_path(name_or_path: str) -> Path:
 
 
 def _assign(values: dict[str, Any], parts: list[str], value: Any) -> None:
-    """Set a value inside nested mappings, making those that aren't there."""
+    """Set a value inside nested mappings, making those that aren't there.
+
+    Those on the way are copied, because through a YAML alias the same mapping may stand at other places, too.
+    """
     for part in parts[:-1]:
-        values = values.setdefault(part, {})
+        found = values.get(part)
+        values[part] = values = dict(found) if isinstance(found, Mapping) else {}
     values[parts[-1]] = value

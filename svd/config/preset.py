@@ -37,6 +37,11 @@ class Preset(Section):
     multiview_finetuning: MultiviewTraining
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig
+    licences: dict[str, str] = Field(
+        {},
+        description="of released weights, for model cards: by the name in `pretrained` or `encoders.weights`, for "
+        "files without their folder; a change reruns nothing",
+    )
     compute: ComputeConfig = ComputeConfig()
 
     @model_validator(mode="after")

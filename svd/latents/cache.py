@@ -3,9 +3,9 @@
 A shard holds, for N samples of one geometry: `moments` (N, T, 2C, h, w) bf16 posterior means and log-variances, so
 that the posterior's noise stays fresh in every epoch; `image` (N, T, E) fp16 CLIP embeddings of every frame; `frame`
 (N, 3, H, W) uint8, the clean conditioning frame; `text` (M, S, D) fp16, one entry per distinct caption. The index has
-one row per sample. A shard's name ends with a digest of its samples, and a sample's id is a digest of (clip, frames,
-fps, size, weights): a cache made with another autoencoder or another frame rate has other names and can't be mixed
-in.
+one row per sample; `index.py` reads it. A shard's name ends with a digest of its samples, and a sample's id is a digest
+of (clip, frames, fps, size, weights): a cache made with another autoencoder or another frame rate has other names and
+can't be mixed in.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,6 +29,8 @@ from svd.catalogue.axes import SUBSET_AXES
 from svd.config import Geometry, Phase
 from svd.core.errors import UserError
 from svd.core.files import atomic_file, write_json
+from svd.core.finite import require_finite
+from svd.latents.index import Index, OpenedIndex, Rows
 
 CAPTION = pl.Struct({"captioner": pl.String, "text": pl.String, "row": pl.Int64})
 SCHEMA: dict[str, Any] = {
@@ -44,6 +47,10 @@ SCHEMA: dict[str, Any] = {
     "row": pl.Int64,
     "captions": pl.List(CAPTION),
 }
+
+
+class DamagedSample(UserError):
+    """A sample whose shard is missing or isn't what was written."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,11 @@ def digest(*parts: object) -> str:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a shard atomically; a killed process leaves no half-written file under this name."""
+    """Write a shard atomically; a killed process leaves no half-written file under this name.
+
+    Raises UserError for NaN and infinity, on which a training would stop.
+    """
+    require_finite(tensors, f"{path}")
     with atomic_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
@@ -97,9 +108,23 @@ class LatentCache:
         self.folder = folder
         if not (folder / "latents.json").is_file():
             raise UserError(f"{folder}: no latent cache here (latents.json is missing); run the stage 'latents' first")
-        self.facts: dict[str, Any] = json.loads((folder / "latents.json").read_text())
-        self.index = pl.read_parquet(folder / "index.parquet")
+        try:
+            self.facts: dict[str, Any] = json.loads((folder / "latents.json").read_text())
+            self.index: Index = OpenedIndex(folder / "index.parquet")
+            with safe_open(folder / "null_text.safetensors", "pt"):
+                pass
+        except (OSError, ValueError, pa.ArrowException, SafetensorError) as error:
+            raise UserError(f"{folder}: the latent cache is damaged ({error}); run the stage 'latents' again") from None
         self._handles: dict[str, Any] = {}
+
+    def require_autoencoder(self, weights: str) -> None:
+        """Raise UserError unless the autoencoder whose weights have this hash made the cache."""
+        made_by = self.facts.get("autoencoder")
+        if made_by != weights:
+            raise UserError(
+                f"{self.folder}: these latents are of the autoencoder {str(made_by)[:12]}, not of {weights[:12]}; "
+                "run the stage 'latents' again"
+            )
 
     @property
     def scaling_factor(self) -> float:
@@ -112,50 +137,51 @@ class LatentCache:
         with safe_open(self.folder / "null_text.safetensors", "pt") as file:
             return file.get_tensor("text").float()
 
-    def rows(self, phase: Phase, split: str) -> pl.DataFrame:
-        """Select the samples that can feed a phase, in a fixed order: of its size, with the fewest frames that suffice.
+    def rows(self, phase: Phase, split: str) -> Rows:
+        """Select the samples that can feed a phase, by sample id: of its size, with the fewest frames that suffice.
 
         Raises UserError when there is none.
         """
-        fitting = [g for g in map(_parse_geometry, self.index["geometry"].unique()) if g.serves(phase)]
+        geometries = self.index.values("geometry")
+        fitting = [g for g in map(_parse_geometry, geometries) if g.serves(phase)]
         if fitting:
             name = geometry_name(min(fitting, key=lambda g: g.frames))
-            chosen = self.index.filter((pl.col("geometry") == name) & (pl.col("split") == split))
-            if not chosen.is_empty():
-                return chosen.sort("sample_id")
+            chosen = self.index.rows.where((pl.col("geometry") == name) & (pl.col("split") == split))
+            if chosen:
+                return chosen
         wanted = f"{phase.frames} frames of {phase.height}x{phase.width}"
-        known = ", ".join(sorted(self.index["geometry"].unique())) or "nothing"
         raise UserError(
-            f"{self.folder}: no {split} samples with {wanted} (cached: {known}); "
+            f"{self.folder}: no {split} samples with {wanted} (cached: {', '.join(geometries) or 'nothing'}); "
             "add the size to 'latents.geometries', or curate more and longer clips"
         )
 
     def read(self, row: Mapping[str, Any]) -> Sample:
-        """Load the sample of an index row; raises UserError for a damaged shard."""
-        shard, number = self._open(row["shard"]), row["row"]
-        frame = shard.get_slice("frame")[number].float() / 127.5 - 1
+        """Load the sample of an index row; raises DamagedSample when its shard is missing or can't be read."""
+        path = self.folder / "shards" / row["shard"]
+        try:
+            return self._sample(self._open(path), row)
+        except (OSError, SafetensorError, IndexError) as error:
+            where = f"row {row['row']} of {path} can't be read ({error})"
+            raise DamagedSample(f"{where}; delete the shard and run the stage 'latents' again") from None
+
+    def _sample(self, shard: Any, row: Mapping[str, Any]) -> Sample:
+        number = row["row"]
         text = shard.get_slice("text") if row["captions"] else None
         return Sample(
             shard.get_slice("moments")[number].float(),
             shard.get_slice("image")[number].float(),
-            frame,
+            shard.get_slice("frame")[number].float() / 127.5 - 1,
             tuple((c["captioner"], text[c["row"]].float()) for c in row["captions"]) if text else (),
             row,
         )
 
-    def _open(self, name: str) -> Any:
+    def _open(self, path: Path) -> Any:
         """Open a memory-mapped shard; the last 256 stay open."""
-        if name not in self._handles:
-            path = self.folder / "shards" / name
-            try:
-                self._handles[name] = safe_open(path, "pt")
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"{path}: can't be read ({error}); delete it and run the stage 'latents' again"
-                ) from None
+        if path.name not in self._handles:
+            self._handles[path.name] = safe_open(path, "pt")
             if len(self._handles) > 256:
                 del self._handles[next(iter(self._handles))]
-        return self._handles[name]
+        return self._handles[path.name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}

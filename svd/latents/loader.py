@@ -8,8 +8,9 @@ size, S tokens of width D, E width of an image embedding.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,9 +20,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from svd.core.errors import UserError
 from svd.diffusion.edm import DiscreteSchedule, LogNormal, offset_noise
-from svd.latents.cache import LatentCache, Sample
+from svd.latents.cache import DamagedSample, LatentCache, Sample
 
+logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
+DAMAGED_SHARE = 0.01
+SUBSTITUTES = 1 << 40  # epochs apart from each other and from all that a training reaches: other orders of the samples
 
 
 def generator(seed: int, index: int, stream: str) -> torch.Generator:
@@ -112,32 +116,44 @@ class Examples(Dataset[Batch]):
     Their motion bucket is 0, their fps that of the clip they replace. The paper states neither the images nor their
     ids. One sigma for all T of them is our choice: the network takes one per sample.
 
-    An example: latents (T, C, h, w) scaled; noise, the same shape; sigma (); text (S, D) when there are captions, the
-    empty prompt's when dropped; image (T, E) and keep_image (), keep_concat () in {0, 1}; conditioning_sigma (); fps,
+    An example: latents (T, C, h, w) scaled; noise, the same shape; sigma (); text (S, D), the empty prompt's when
+    dropped or when there is none; image (T, E) and keep_image (), keep_concat () in {0, 1}; conditioning_sigma (); fps,
     motion_bucket, elevation () as numbers; with `draws.pixels` frame and frame_noise (3, H, W), else latent_noise
     (2, C, h, w) for interpolation. In joint training text is (T, S, D), and image_only () tells which samples are
     images.
     """
 
-    def __init__(self, cache: LatentCache, rows: Sequence[Mapping[str, Any]], frames: int, draws: Draws) -> None:
+    def __init__(
+        self,
+        cache: LatentCache,
+        rows: Sequence[Mapping[str, Any]],
+        frames: int,
+        draws: Draws,
+        damaged_share: float = DAMAGED_SHARE,
+    ) -> None:
         if not rows:
             raise UserError(f"{cache.folder}: no samples left to train on after filtering; loosen the selection")
         self.cache = cache
         self.rows = rows
         self.frames = frames
         self.draws = draws
+        self.damaged: set[str] = set()
+        self.allowed_damaged = max(1, int(damaged_share * len(rows)))
 
     def __len__(self) -> int:
         """Return the samples of one epoch; indices go on beyond it."""
         return len(self.rows)
 
-    def row(self, index: int) -> Mapping[str, Any]:
-        """Return the index row of a global sample; validation takes the rows in their order, without shuffling."""
+    def row(self, index: int, turn: int = 0) -> Mapping[str, Any]:
+        """Return the index row of a global sample; validation takes the rows in their order, without shuffling.
+
+        turn: another row each, in place of one that can't be read.
+        """
         count = len(self.rows)
         if self.draws.strata:
-            return self.rows[index % count]
+            return self.rows[(index + turn) % count]
         epoch, position = divmod(index, count)
-        return self.rows[shuffled(position, count, f"{self.draws.seed}/{epoch}")]
+        return self.rows[shuffled(position, count, f"{self.draws.seed}/{epoch + turn * SUBSTITUTES}")]
 
     def __getitem__(self, index: int) -> Batch:
         draws = self.draws
@@ -147,6 +163,7 @@ class Examples(Dataset[Batch]):
         example = {
             "index": torch.tensor(index),
             "latents": latents,
+            "text": text,
             "noise": self._noise(latents.shape, index, images),
             "sigma": draws.sigma(index),
             "scaling_factor": torch.tensor(self.cache.scaling_factor),
@@ -158,8 +175,6 @@ class Examples(Dataset[Batch]):
             "motion_bucket": torch.tensor(float(sample.row["motion_bucket"])),
             "elevation": torch.tensor(float(sample.row["elevation"])),
         }
-        if text is not None:
-            example["text"] = text
         if draws.joint:
             example["image_only"] = torch.tensor(images)
         if draws.pixels:
@@ -170,20 +185,55 @@ class Examples(Dataset[Batch]):
             example["latent_noise"] = torch.randn(shape, generator=generator(draws.seed, index, "ends"))
         return example
 
-    def _clip(self, index: int) -> tuple[Sample, Tensor | None]:
+    def _clip(self, index: int) -> tuple[Sample, Tensor]:
         """Read a sample cut to T frames, and its text: (S, D), in joint training (T, S, D)."""
-        sample = self.cache.read(self.row(index))
+        sample = self._read(self.row(index, turn) for turn in range(len(self.rows)))
         window = self._window(len(sample.moments), index)
-        text = self._text(sample, index) if sample.texts else None
-        if text is not None and self.draws.joint:
+        text = self._text(sample, index)
+        if self.draws.joint:
             text = text.expand(self.frames, -1, -1)
         return replace(sample, moments=sample.moments[window], image=sample.image[window]), text
+
+    def _read(self, candidates: Iterable[Mapping[str, Any]]) -> Sample:
+        """Read the first sample that isn't damaged of `candidates`, which are a function of the index as well.
+
+        Each damaged sample is named in the log once. Raises UserError when there are more than `damaged_share` allows,
+        in this process: workers count for themselves.
+        """
+        for row in candidates:
+            try:
+                return self.cache.read(row)
+            except DamagedSample as error:
+                self._note(row, error)
+        raise UserError(f"{self.cache.folder}: no sample can be read; run the stage 'latents' again")
+
+    def _note(self, row: Mapping[str, Any], error: DamagedSample) -> None:
+        if row["sample_id"] in self.damaged:
+            return
+        self.damaged.add(row["sample_id"])
+        if len(self.damaged) > self.allowed_damaged:
+            raise UserError(
+                f"{self.cache.folder}: {len(self.damaged)} of {len(self.rows)} samples are damaged, which is more than "
+                f"{self.allowed_damaged}; delete the damaged shards and run the stage 'latents' again. Last: {error}"
+            ) from None
+        logger.warning("clip %s is left out: %s (%d damaged so far)", row["clip_id"], error, len(self.damaged))
+
+    def sources(self, index: int) -> list[Mapping[str, Any]]:
+        """Return the index rows that a global sample is read from: of its clip, or of each of its unrelated images."""
+        if self.draws.images(index):
+            return [sample.row for sample in self._drawn(generator(self.draws.seed, index, "images"))]
+        return [self._read(self.row(index, turn) for turn in range(len(self.rows))).row]
+
+    def _drawn(self, source: torch.Generator) -> list[Sample]:
+        """Draw T samples for the images of a global sample."""
+        count = len(self.rows)
+        chosen = torch.randint(count, (self.frames,), generator=source).tolist()
+        return [self._read(self.rows[(number + turn) % count] for turn in range(count)) for number in chosen]
 
     def _images(self, index: int) -> tuple[Sample, Tensor]:
         """Draw T frames, each of a sample of its own, in place of a clip, and their texts (T, S, D)."""
         source = generator(self.draws.seed, index, "images")
-        chosen = torch.randint(len(self.rows), (self.frames,), generator=source).tolist()
-        samples = [self.cache.read(self.rows[number]) for number in chosen]
+        samples = self._drawn(source)
         frames = [int(torch.randint(len(sample.moments), (), generator=source)) for sample in samples]
         moments, image = (
             torch.stack([getattr(sample, name)[frame] for sample, frame in zip(samples, frames, strict=True)])

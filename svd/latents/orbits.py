@@ -45,8 +45,7 @@ def cache_orbits(context: StageContext, folder: Path) -> Path:
     if len(rows) < 2:
         raise UserError(f"{orbits}: {len(rows)} orbits are too few to train and validate on; raise 'orbits.objects'")
     split = [{**row, "split": "test" if k % TEST_SHARE == 0 else "train"} for k, row in enumerate(rows)]
-    facts = {"weights": encoder.identity, "scaling_factor": encoder.scaling_factor, "samples": len(rows)}
-    write_index(folder, split, facts, encoder.texts([""])[0])
+    write_index(folder, split, encoder.facts() | {"samples": len(rows)}, encoder.texts([""])[0])
     return folder
 
 

@@ -56,8 +56,17 @@ class LatentEncoder:
         self.device = torch.device(pick_device())
         self.autoencoder = load_autoencoder(autoencoder, device=self.device).eval().requires_grad_(False)
         self.encoders = load_encoders(encoders, context.preset.encoders, self.device)
-        self.identity = digest(checkpoint_hash(autoencoder), checkpoint_hash(encoders))
+        self.autoencoder_hash = checkpoint_hash(autoencoder)
+        self.identity = digest(self.autoencoder_hash, checkpoint_hash(encoders))
         self.scaling_factor = float(self.autoencoder.config.scaling_factor)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a cache says of the networks that made it."""
+        return {
+            "weights": self.identity,
+            "autoencoder": self.autoencoder_hash,
+            "scaling_factor": self.scaling_factor,
+        }
 
     @torch.inference_mode()
     def videos(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,12 +239,7 @@ def assemble(work: Path, rows: Sequence[Mapping[str, Any]], encoder: LatentEncod
     (finished / "shards").mkdir(parents=True)
     for name in sorted({row["shard"] for row in rows}):
         os.link(work / "shards" / name, finished / "shards" / name)
-    facts = {
-        "weights": encoder.identity,
-        "scaling_factor": encoder.scaling_factor,
-        "samples": len(rows),
-        "factor": encoder.autoencoder.factor,
-    }
+    facts = encoder.facts() | {"samples": len(rows), "factor": encoder.autoencoder.factor}
     write_index(finished, rows, facts, encoder.texts([""])[0])
     return finished
 

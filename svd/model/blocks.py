@@ -53,6 +53,7 @@ class BlockOptions(NamedTuple):
     context_channels: int
     head_channels: int
     norm_eps: float
+    norm_groups: int
     mixing: Mixing
     temporal: bool
     checkpoint_resnets: bool
@@ -76,10 +77,10 @@ class SpatialResBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, options: BlockOptions) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(channels_in, options.norm_eps)
+        self.norm1 = GroupNorm(channels_in, options.norm_eps, options.norm_groups)
         self.conv1 = Conv(channels_in, channels_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(options.embedding_channels, channels_out)
-        self.norm2 = GroupNorm(channels_out, options.norm_eps)
+        self.norm2 = GroupNorm(channels_out, options.norm_eps, options.norm_groups)
         self.conv2 = Conv(channels_out, channels_out, 3, padding=1)
         _zero(self.conv2)
         if channels_in != channels_out:
@@ -101,10 +102,10 @@ class TemporalResBlock(nn.Module):
 
     def __init__(self, channels: int, options: BlockOptions) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(channels, options.norm_eps)
+        self.norm1 = GroupNorm(channels, options.norm_eps, options.norm_groups)
         self.conv1 = TemporalConv(channels, channels)
         self.time_emb_proj = nn.Linear(options.embedding_channels, channels)
-        self.norm2 = GroupNorm(channels, options.norm_eps)
+        self.norm2 = GroupNorm(channels, options.norm_eps, options.norm_groups)
         self.conv2 = TemporalConv(channels, channels)
         _zero(self.conv2)
 
@@ -184,7 +185,7 @@ class Transformer(nn.Module):
     def __init__(self, channels: int, options: BlockOptions) -> None:
         super().__init__()
         self.channels = channels
-        self.norm = GroupNorm(channels, TRANSFORMER_EPS)
+        self.norm = GroupNorm(channels, TRANSFORMER_EPS, options.norm_groups)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, options)])
         if options.temporal:

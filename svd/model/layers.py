@@ -80,8 +80,8 @@ class TemporalConv(nn.Conv3d):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation of (n, a, b, C) over a, b and the channels of a group; statistics in float32 or wider."""
 
-    def __init__(self, channels: int, eps: float) -> None:
-        super().__init__(NORM_GROUPS, channels, eps=eps)
+    def __init__(self, channels: int, eps: float, groups: int = NORM_GROUPS) -> None:
+        super().__init__(groups, channels, eps=eps)
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         return fused.norm(self, x, silu=silu)

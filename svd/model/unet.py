@@ -34,6 +34,8 @@ class UNetConfig:
       augmentation), 4 (+ elevation).
     norm_eps: eps of the residual blocks. Stability's code has 1e-5; diffusers has 1e-6 in all blocks but the
       down levels without attention and the middle, and so does this model with 1e-6.
+    norm_groups: groups of every group normalisation. Released models have 32. In a network as narrow as that a group is
+      one channel, and its mean over the frame, a colour for example, is normalised away.
     mixer: how α of spatial and temporal branch is made; only "learned_with_images" takes `image_only_B`.
     temporal: False builds the image model of SD 2.1 under the names of UNet2DConditionModel.
     checkpointing: what is recomputed in the backward pass: "fine" the transformers of the two finest levels, "all"
@@ -51,6 +53,7 @@ class UNetConfig:
     id_embedding_dim: int = 256
     ids: int = 2
     norm_eps: float = 1e-5
+    norm_groups: int = NORM_GROUPS
     mixer: Mixing = "learned_with_images"
     temporal: bool = True
     checkpointing: Literal["none", "fine", "all"] = "none"
@@ -64,9 +67,9 @@ class UNetConfig:
                 f"attention_levels has {len(self.attention_levels)}"
             )
         for channels in self.block_out_channels:
-            if channels % NORM_GROUPS or channels % self.head_channels:
+            if channels % self.norm_groups or channels % self.head_channels:
                 raise ValueError(
-                    f"block_out_channels: {channels} must be a multiple of {NORM_GROUPS} "
+                    f"block_out_channels: {channels} must be a multiple of {self.norm_groups} "
                     f"and of head_channels {self.head_channels}"
                 )
 
@@ -86,7 +89,7 @@ class UNet(nn.Module):
         self.down_blocks = self._encoder()
         self.mid_block = MidLevel(widths[-1], self._options(len(widths) - 1, ORIGINAL_EPS))
         self.up_blocks = self._decoder()
-        self.conv_norm_out = GroupNorm(widths[0], ORIGINAL_EPS)
+        self.conv_norm_out = GroupNorm(widths[0], ORIGINAL_EPS, config.norm_groups)
         self.conv_out = Conv(widths[0], config.out_channels, 3, padding=1)
         for parameter in self.conv_out.parameters():
             nn.init.zeros_(parameter)
@@ -101,6 +104,7 @@ class UNet(nn.Module):
             context_channels=config.cross_attention_dim,
             head_channels=config.head_channels,
             norm_eps=norm_eps,
+            norm_groups=config.norm_groups,
             mixing=config.mixer,
             temporal=config.temporal,
             checkpoint_resnets=everything,

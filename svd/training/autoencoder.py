@@ -31,8 +31,10 @@ from svd.model.formats.hub import VAE_FILES, resolve_weights
 from svd.model.perceptual import Perceptual
 from svd.stage import Report, StageContext, publish
 from svd.training.autoencoder_phase import COLUMNS, Learner, PhaseName, Run
+from svd.training.card_contents import autoencoder_card
 from svd.training.frames import ClipPixels, split_rows
 from svd.training.losses import ReconstructionLoss, flicker, reconstruction_psnr
+from svd.training.model_card import write_card
 
 PHASES: tuple[PhaseName, PhaseName] = ("image", "temporal")
 HELD_OUT_CLIPS = 32
@@ -65,7 +67,10 @@ def run(context: StageContext) -> Report:
         "held_out_clips": len(state.held_out),
     }
     _write(state)
-    return publish(context.work / "finished", context.output, Report(metrics, _summary(metrics)))
+    finished, report = context.work / "finished", Report(metrics, _summary(metrics))
+    card = autoencoder_card(context, (row["clip_id"] for row in state.training.rows))
+    write_card(finished, card, context, report)
+    return publish(finished, context.output, report)
 
 
 def _summary(metrics: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ and omits nothing.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from tqdm import tqdm
 from svd.core.files import replace_file, replace_folder
 from svd.latents.loader import Examples, Steps
 from svd.stage import Tracker
+from svd.training import checkpoint_files
 from svd.training.module import Diffusion
+from svd.training.speed import Meter
 
 SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
-Row = dict[str, float | None]
+Row = dict[str, Any]
 
 
 class Updates(Callback):
@@ -72,11 +74,12 @@ def validate(
 ) -> tuple[Tensor, Tensor]:
     """Measure the averaged weights on the fixed validation draws; return losses and noise levels, (count,) each.
 
-    The ranks share the work; the last incomplete batch is filled up with further draws so that each does equally much.
+    Both are in the order of the samples' indices. The ranks share the work; the last incomplete batch is filled up with
+    further draws so that each does equally much.
     """
     batch = max(batch // trainer.world_size, 1) * trainer.world_size
     steps = Steps(-(-count // batch), batch, trainer.global_rank, trainer.world_size)
-    losses, sigmas = [], []
+    losses, sigmas, indices = [], [], []
     with module.evaluating(), trainer.precision_plugin.forward_context():
         shown = {"desc": "validation", "unit": "batch", "leave": False, "delay": 2}
         for batch_of_rank in tqdm(
@@ -85,14 +88,19 @@ def validate(
             moved = {key: value.to(module.device) for key, value in batch_of_rank.items()}
             losses.append(module.losses(moved).float())
             sigmas.append(moved["sigma"])
-    gathered = trainer.strategy.all_gather(torch.stack([torch.cat(losses), torch.cat(sigmas)]))
-    loss, sigma = gathered.movedim(-2, 0).flatten(1)
-    return loss, sigma
+            indices.append(moved["index"].float())
+    parts = torch.stack([torch.cat(losses), torch.cat(sigmas), torch.cat(indices)])
+    loss, sigma, index = trainer.strategy.all_gather(parts).movedim(-2, 0).flatten(1)
+    order = index.argsort()
+    return loss[order], sigma[order]
 
 
 @dataclass
 class History:
-    """The loss curve, one row every few steps: step, train_loss, val_loss (None where nothing was validated)."""
+    """The loss curve, one row every few steps: step, train_loss, val_loss (None where nothing was validated).
+
+    The first and the last validation of a phase also keep the loss of each sample: val_losses.
+    """
 
     rows: list[Row] = field(default_factory=list)
 
@@ -117,13 +125,14 @@ class Record(Updates):
         history: History,
         tracker: Tracker,
         validation: Callable[[Diffusion, pl.Trainer], tuple[Tensor, Tensor]],
+        meter: Meter,
         *,
         validate_every: int,
         offset: int,
         total: int,
         label: str,
     ) -> None:
-        self.history, self.tracker, self.validation = history, tracker, validation
+        self.history, self.tracker, self.validation, self.meter = history, tracker, validation, meter
         self.validate_every, self.offset, self.total, self.label = validate_every, offset, total, label
         self.log_every = max(1, min(50, total // 50))
         self.pending: list[float] = []
@@ -146,10 +155,11 @@ class Record(Updates):
         """Validate the initial weights of the stage, once."""
         super().on_train_start(trainer, module)
         self.strategy = trainer.strategy
+        self.meter.start(module.device, trainer.world_size)
         if trainer.is_global_zero:
             self.bar = tqdm(total=self.total, initial=self.offset + trainer.global_step, desc=self.label, unit="step")
         if not self.history.rows:
-            self._add(0, None, self._validate(trainer, module, 0))
+            self._add(0, None, self._validate(trainer, module, 0), whole=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Record the step."""
@@ -157,21 +167,20 @@ class Record(Updates):
         self.levels.append(torch.stack([losses, outputs["sigma"]]).float())
         self.parts.append(losses.mean())
         if not self.stepped(trainer):
+            self.meter.stop()
             return
         # A step counts once, and none that is under way, into however many parts accumulation splits it.
         self.unreduced.append(torch.stack(self.parts).mean())
         self.parts.clear()
         step, last = self.offset + trainer.global_step, trainer.global_step == trainer.max_steps
         validated = last or trainer.global_step % self.validate_every == 0
-        if validated or step % self.log_every == 0:
-            self._reduce()
-            loss = sum(self.pending) / len(self.pending)
-            self.pending.clear()
-            losses, sigma = torch.cat(self.levels, dim=1)
-            bins = sigma_bins(losses, sigma, "train_loss")
-            self.levels.clear()
-            self._log(trainer, module, {"train_loss": loss, **bins}, step)
-            self._add(step, loss, self._validate(trainer, module, step) if validated else None)
+        due = validated or step % self.log_every == 0
+        if due:
+            self._reduce()  # before the meter stops: it waits for the device, whose work belongs to the step
+        self.meter.stop(module.gradient_norm)
+        if due:
+            loss = self._log(trainer, module, step)
+            self._add(step, loss, self._validate(trainer, module, step) if validated else None, whole=last)
         if self.bar is not None:
             self.bar.update()
 
@@ -181,23 +190,32 @@ class Record(Updates):
             self.pending += self.strategy.reduce(torch.stack(self.unreduced).float(), reduce_op="mean").tolist()
             self.unreduced.clear()
 
-    def _add(self, step: int, train: float | None, validation: float | None) -> None:
-        self.history.rows.append({"step": step, "train_loss": train, "val_loss": validation})
+    def _add(self, step: int, train: float | None, losses: Tensor | None, whole: bool) -> None:
+        row: Row = {"step": step, "train_loss": train, "val_loss": None if losses is None else losses.mean().item()}
+        if losses is not None and whole:
+            row["val_losses"] = losses.tolist()
+        self.history.rows.append(row)
         if self.bar is not None and train is not None:
             self.bar.set_postfix(loss=f"{train:.3f}", refresh=False)
 
-    def _log(self, trainer: pl.Trainer, module: Diffusion, values: Mapping[str, float], step: int) -> None:
+    def _log(self, trainer: pl.Trainer, module: Diffusion, step: int) -> float:
+        """Log what was gathered since the last row; return the training loss."""
+        loss = sum(self.pending) / len(self.pending)
+        self.pending.clear()
+        losses, sigma = torch.cat(self.levels, dim=1)
+        self.levels.clear()
+        facts = self.meter.take(module.device)
         if trainer.is_global_zero:
             rate = trainer.optimizers[0].param_groups[0]["lr"]
-            facts = {"learning_rate": rate, "gradient_norm": float(module.gradient_norm)}
-            self.tracker.log_metrics({**values, **facts}, step)
+            values = {"train_loss": loss, **sigma_bins(losses, sigma, "train_loss"), "learning_rate": rate}
+            self.tracker.log_metrics({**values, **facts.metrics()}, step)
+        return loss
 
-    def _validate(self, trainer: pl.Trainer, module: Diffusion, step: int) -> float:
+    def _validate(self, trainer: pl.Trainer, module: Diffusion, step: int) -> Tensor:
         losses, sigma = self.validation(module, trainer)
-        value = losses.mean().item()
         if trainer.is_global_zero:
-            self.tracker.log_metrics({"val_loss": value, **sigma_bins(losses, sigma, "val_loss")}, step)
-        return value
+            self.tracker.log_metrics({"val_loss": losses.mean().item(), **sigma_bins(losses, sigma, "val_loss")}, step)
+        return losses
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Close the bar."""
@@ -225,13 +243,14 @@ class Samples(Updates):
 
 
 class PhaseCheckpoint(ModelCheckpoint):
-    """Keeps the newest state of a phase, `step=<n>.ckpt`, replaced atomically; also written on SIGTERM.
+    """Keeps the newest states of a phase, `step=<n>.ckpt`, each written atomically; also written on SIGTERM.
 
     SIGTERM waits for the end of a step. Other exceptions may fall into the middle of one, and half a step is no state
     to continue from.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
+    def __init__(self, folder: Path, every: int, keep: int) -> None:
+        self.keep = keep
         super().__init__(
             folder,
             "{step}",
@@ -271,15 +290,13 @@ class PhaseCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
         if trainer.is_global_zero:
             (replace_folder if partial.is_dir() else replace_file)(partial, Path(filepath))
+            checkpoint_files.prune(Path(filepath).parent, self.keep)
         trainer.strategy.barrier()
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Leave to `prune` what Lightning would remove: it knows none but the last one of this process."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save when the machine is being taken away."""
         if isinstance(exception, SIGTERMException):
             super().on_exception(trainer, pl_module, exception)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint to resume from, a file or a sharded one's folder, or None."""
-    found = folder.glob("step=*.ckpt")
-    return max(found, key=lambda path: int(path.stem.removeprefix("step=")), default=None)

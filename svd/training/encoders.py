@@ -7,6 +7,7 @@ uses; it is judged on a test world, whose objects and backgrounds are combinatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from svd.model.encoders import ImageEncoder, TextEncoder, from_uint8
 from svd.model.formats.clip import build_clip, released_file, save_reference, save_toy, toy_config
 from svd.model.safetensors import read_tensors
 from svd.stage import Report, StageContext, publish
-from svd.synthetic.scenes import Split, World, render_clip
+from svd.synthetic.scenes import Split, Style, World, render_scene
+from svd.training.card_contents import encoders_card
+from svd.training.model_card import write_card
 
 _SEED_OFFSET = 104_729  # worlds of this stage must not be those that the sources show
 _TRAIN_CLIPS = 2048
@@ -59,14 +62,17 @@ def run(context: StageContext) -> Report:
     metrics = _train_toy(context, finished)
     accuracy, chance = metrics["retrieval_top1"], metrics["retrieval_top1_chance"]
     summary = f"toy-clip finds the caption of {accuracy:.0%} of unseen clips (chance {chance:.1%})"
-    return publish(finished, context.output, Report(metrics, summary))
+    report = Report(metrics, summary)
+    write_card(finished, encoders_card(context, _TRAIN_CLIPS, config.toy_iterations), context, report)
+    return publish(finished, context.output, report)
 
 
 def _train_toy(context: StageContext, finished: Path) -> dict[str, float]:
     preset = context.preset
-    architecture = toy_config(preset.encoders.toy_width, preset.model.unet.cross_attention_dim)
+    config = preset.encoders
+    architecture = toy_config(config.toy_width, preset.model.unet.cross_attention_dim, config.toy_tokens)
     clip = _fresh(architecture, preset.seed)
-    test = render_pairs(preset.seed + _SEED_OFFSET, "test", _TEST_CLIPS, frames=1)
+    test = render_pairs(preset.seed + _SEED_OFFSET, "test", _TEST_CLIPS, frames=1, styles=config.toy_worlds)
     before = retrieval(clip, test)
     train_clip(clip, context)
     after = retrieval(clip, test)
@@ -80,34 +86,42 @@ def _fresh(architecture: dict[str, Any], seed: int) -> open_clip.CLIP:
         return build_clip(architecture, "the toy-clip preset")
 
 
-def render_pairs(seed: int, split: Split, clips: int, frames: int) -> Pairs:
-    """Render the first `clips` scenes of a world whose captions all differ: `frames` frames each, one second apart."""
-    world = World(seed, split)
+def render_pairs(seed: int, split: Split, clips: int, frames: int, styles: Sequence[Style] = ("textured",)) -> Pairs:
+    """Render the first `clips` scenes of worlds of these styles in turn: `frames` frames each, one second apart.
+
+    Captions don't repeat, but those of a plain training world, which has only 432.
+    """
+    worlds = [World(seed, split, style) for style in styles]
     pictures: list[NDArray[np.uint8]] = []
-    captions: dict[str, None] = {}
+    captions: list[str] = []
     index = 0
     with tqdm(total=clips, desc=f"render {split} clips", unit="clip", leave=False) as bar:
         while len(pictures) < clips:
-            clip = render_clip(world, index, frames, _HEIGHT, _WIDTH, fps=1)
+            world = worlds[index % len(worlds)]
+            scene = world.scene(index // len(worlds))
             index += 1
-            if clip.caption in captions:
+            repeats = world.style == "plain" and split == "train"
+            if scene.caption in captions and not repeats:
                 continue
-            captions[clip.caption] = None
-            pictures.append(clip.frames)
+            captions.append(scene.caption)
+            pictures.append(render_scene(scene, frames, _HEIGHT, _WIDTH, fps=1))
             bar.update()
-    return Pairs(np.stack(pictures), list(captions))
+    return Pairs(np.stack(pictures), captions)
 
 
 def train_clip(clip: open_clip.CLIP, context: StageContext) -> None:
     """Train `clip` in place for `encoders.toy_iterations` steps; continue from the checkpoint in `context.work`."""
     preset, path = context.preset, context.work / "toy-clip.pt"
     steps = preset.encoders.toy_iterations
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    keep_context(clip)
+    learned = [parameter for parameter in clip.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     start = _resume(path, clip, optimizer)
     if start == steps:
         return
     text, image = TextEncoder(clip), ImageEncoder(clip.visual)
-    pairs = render_pairs(preset.seed + _SEED_OFFSET, "train", _TRAIN_CLIPS, frames=2)
+    styles = preset.encoders.toy_worlds
+    pairs = render_pairs(preset.seed + _SEED_OFFSET, "train", _TRAIN_CLIPS, frames=2, styles=styles)
     tokens = text.tokens(pairs.captions)
     clip.train()
     for step in tqdm(range(start, steps), desc="train toy-clip", initial=start, total=steps, unit="step"):
@@ -123,6 +137,17 @@ def train_clip(clip: open_clip.CLIP, context: StageContext) -> None:
         if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == steps:
             _checkpoint(path, clip, optimizer, step + 1)
     clip.eval()
+
+
+def keep_context(clip: open_clip.CLIP) -> None:
+    """Let only the text tower's last layer and projection learn: the context that U-Nets read stays as drawn.
+
+    Single frames teach nothing of motion. A tower that learned from them would bring two captions that differ in motion
+    alone to one context (docs/experiments.md); random layers tell all words apart.
+    """
+    for module in (clip.token_embedding, clip.ln_final, *clip.transformer.resblocks[:-1]):
+        module.requires_grad_(False)
+    clip.positional_embedding.requires_grad_(False)
 
 
 def _draw(preset: Preset, step: int, clips: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -31,6 +31,7 @@ def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNe
         cross_attention_dim=sizes.cross_attention_dim,
         id_embedding_dim=sizes.id_embedding_dim,
         norm_eps=sizes.norm_eps,
+        norm_groups=sizes.norm_groups,
         mixer=sizes.mixer,
         in_channels=task.in_channels(channels),
         out_channels=channels,
@@ -41,10 +42,11 @@ def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNe
     )
 
 
-def fresh_unet(config: UNetConfig, seed: int, stage: str) -> UNet:
-    """Make a randomly initialised U-Net, a function of (config, seed, stage).
+def fresh_unet(config: UNetConfig, seed: int, stage: str, position_gain: float = 1.0) -> UNet:
+    """Make a randomly initialised U-Net, a function of its arguments.
 
     The embedding of the conditioning ids starts at zero, so a model that gains them first computes the same as before.
+    position_gain: how many times wider than usual both layers of the embedding of a frame's position start.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(digest("initial weights", seed, stage)[:15], 16))
@@ -52,6 +54,10 @@ def fresh_unet(config: UNetConfig, seed: int, stage: str) -> UNet:
         if config.ids:
             nn.init.zeros_(unet.add_embedding.linear_2.weight)
             nn.init.zeros_(unet.add_embedding.linear_2.bias)
+        with torch.no_grad():
+            for name, parameter in unet.named_parameters():
+                if "time_pos_embed" in name and name.endswith("weight"):
+                    parameter *= position_gain
     return unet
 
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+
+import polars as pl
 
 from svd.config import LoraConfig, Phase
 from svd.core.errors import UserError
-from svd.stage import Report, publish
+from svd.latents.index import Rows
+from svd.stage import Report
+from svd.tasks.camera_motions import CAMERAS
 from svd.training.parallel import first_rank
-from svd.training.runner import Training, collect, measured, run_phases
-
-# "object-motion" is a camera that stands still while things move.
-CAMERAS: Mapping[str, tuple[str, ...]] = {
-    "horizontal": ("pan-left", "pan-right"),
-    "zoom": ("zoom-in", "zoom-out"),
-    "static": ("static", "object-motion"),
-}
+from svd.training.runner import Training, collect, compare, measured, publish_model, run_phases
 
 
 def with_camera(training: Training, motion: str) -> Training:
@@ -27,9 +22,9 @@ def with_camera(training: Training, motion: str) -> Training:
     Raises UserError, when training begins, when no training clip has the motion.
     """
 
-    def rows(phase: Phase, split: str) -> Sequence[Mapping[str, Any]]:
+    def rows(phase: Phase, split: str) -> Rows:
         every = training.rows(phase, split)
-        chosen = [row for row in every if row["camera"] in CAMERAS[motion]]
+        chosen = every.where(pl.col("camera").is_in(CAMERAS[motion]))
         if not chosen and split == "train":
             raise UserError(
                 f"{training.cache.folder}: no training clip has the camera motion '{motion}' "
@@ -41,21 +36,21 @@ def with_camera(training: Training, motion: str) -> Training:
 
 
 def train_loras(training: Training, config: LoraConfig) -> Report:
-    """Train one adapter per motion; publish `<motion>/` with the peft files, `losses.csv` and `samples/`.
+    """Train one adapter per motion; publish `<motion>/`: peft files, `losses.csv`, `validation.csv`, `samples/`.
 
     The metrics are those of every training, with the motion as a suffix.
     """
     metrics: dict[str, float | int | str] = {}
-    results = {}
+    finished = training.work / "finished"
+    if first_rank():
+        shutil.rmtree(finished, ignore_errors=True)
     for motion in config.motions:
         single = replace(with_camera(training, motion), lora=(motion, config.rank, config.alpha))
-        results[motion] = run_phases(single)
-        metrics |= {f"{key}_{motion}": value for key, value in measured(single, results[motion][1]).items()}
-    report = Report(metrics, f"{len(results)} LoRAs of rank {config.rank}: {', '.join(results)}")
-    if not first_rank():
-        return report
-    finished = training.work / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    for motion, (last, history) in results.items():
-        collect(last, history, finished / motion)
-    return publish(finished, training.context.output, report)
+        last, history = run_phases(single)
+        own = measured(single, history)
+        if first_rank():
+            collect(last, history, finished / motion)
+            own |= compare(single, history, finished / motion)
+        metrics |= {f"{key}_{motion}": value for key, value in own.items()}
+    report = Report(metrics, f"{len(config.motions)} LoRAs of rank {config.rank}: {', '.join(config.motions)}")
+    return publish_model(training, finished, report) if first_rank() else report

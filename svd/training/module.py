@@ -21,6 +21,7 @@ from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
 from svd.tasks.base import Task
 from svd.training.ema import Ema
+from svd.training.finite import check_step
 from svd.training.muon import Muon
 from svd.training.parallel import parallelise
 
@@ -89,6 +90,7 @@ class Diffusion(pl.LightningModule):
         self.phase = phase
         self.ema: Ema | None = None
         self.gradient_norm = torch.zeros(())
+        self._parts: list[tuple[Tensor, Tensor]] = []
         self._frozen = (autoencoder,)
         self._choose = choose
         self._compiled = compiled
@@ -124,6 +126,7 @@ class Diffusion(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the mean loss, and the losses and noise levels of the clips for the callbacks."""
         losses = self.losses(batch)
+        self._parts.append((losses.detach(), batch["index"]))
         return {"loss": losses.mean(), "losses": losses.detach(), "sigma": batch["sigma"]}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -141,11 +144,17 @@ class Diffusion(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm here: Lightning refuses to do it for a fused AdamW in mixed precision."""
+        """Clip by norm here: Lightning refuses to do it for a fused AdamW in mixed precision.
+
+        Raises NotFinite instead when a loss of this step, or the norm, isn't finite.
+        """
         limit = self.settings.clip_norm if self.settings.clip_norm is not None else math.inf
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         self.gradient_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        losses, indices = (torch.cat(values) for values in zip(*self._parts, strict=True))
+        self._parts.clear()
+        check_step(losses, indices, self.gradient_norm if self.settings.precision != "16-mixed" else None)
 
     @contextmanager
     def evaluating(self) -> Iterator[UNet]:

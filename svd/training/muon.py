@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Coefficients of the quintic Newton-Schulz iteration: steepest at zero while singular values stay in about [0.7, 1.2].
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -50,10 +51,23 @@ def _product_of_polynomials(gram: Tensor) -> Tensor:
     return total
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather a matrix whose rows lie on several ranks: the orthogonal matrix nearest to a part of it is another one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return this rank's part of `value`, which all ranks hold, as `parameter` is sharded."""
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for weights of two and more dimensions (flattened behind the first), Adam for vectors and `others`.
 
-    lr: step of the matrices, as a share of an orthogonal matrix; adam_lr: step of the rest.
+    lr: step of the matrices, as a share of an orthogonal matrix; adam_lr: step of the rest. A matrix that FSDP2 shards
+    is gathered for its step, which each rank computes.
     """
 
     def __init__(
@@ -90,9 +104,10 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        ahead = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+        ahead = _whole(parameter.grad.lerp(state["momentum"], group["momentum"])).flatten(1)
         scale = max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
-        parameter.add_(orthogonalised(ahead).view_as(parameter), alpha=-group["lr"] * scale)
+        step = orthogonalised(ahead).view(parameter.shape)
+        parameter.add_(_sharded_like(parameter, step), alpha=-group["lr"] * scale)
 
     def _adam(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

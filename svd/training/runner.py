@@ -8,21 +8,25 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from svd.config import Phase, TrainingCompute, TrainingConfig
 from svd.core.errors import UserError
 from svd.core.files import write_json
+from svd.core.finite import require_finite
 from svd.diffusion.edm import KINDS
 from svd.latents.cache import LatentCache, digest
+from svd.latents.index import Rows
 from svd.latents.loader import Draws, Examples, IndexedLoader
 from svd.model.autoencoder import Autoencoder
 from svd.model.formats.folders import load_unet, save_unet
@@ -30,17 +34,23 @@ from svd.model.lora import add_lora, save_lora
 from svd.model.unet import UNet
 from svd.stage import Report, StageContext, publish
 from svd.tasks.base import Task
-from svd.training import callbacks
+from svd.training import callbacks, checkpoint_files, comparisons, speed
 from svd.training.callbacks import History
+from svd.training.card_contents import training_card
+from svd.training.checkpoint_files import newest_checkpoint
+from svd.training.finite import NotFinite, explain
 from svd.training.initialise import with_checkpointing
+from svd.training.model_card import write_card
 from svd.training.module import Diffusion, select_parameters
 from svd.training.parallel import first_rank, full_state, strategy
+from svd.training.profiling import Profiling
+from svd.training.ranks import rank
 from svd.training.samples import Preview, preview_sheet, write_films
 from svd.training.sharded_checkpoints import readable_checkpoint
 
+logger = logging.getLogger(__name__)
 STRATA = 8
 VALIDATION_SEED = 20231125
-Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,8 @@ class Training:
     """The training of a stage: the task, its samples and its first weights.
 
     rows: the training and the test samples of a phase. initial: the U-Net of step 0. lora: train an adapter of this
-    name, rank and alpha instead of the U-Net. work: where the phases keep their state.
+    name, rank and alpha instead of the U-Net. work: where the phases keep their state. source: the trained network
+    that the weights of step 0 come from, a folder or file; None when they are fresh.
     """
 
     name: str
@@ -62,6 +73,7 @@ class Training:
     initial: Callable[[], UNet]
     work: Path
     lora: tuple[str, int, float] | None = None
+    source: Path | None = None
 
     @property
     def seed(self) -> int:
@@ -90,7 +102,24 @@ class Training:
     def validation(self) -> Examples:
         """Return test clips of the last phase with fixed noise at stratified levels: one measure per stage."""
         phase = self.config.phases[-1]
-        return Examples(self.cache, self.rows(phase, "test"), phase.frames, self.draws(phase, VALIDATION_SEED, STRATA))
+        draws = self.draws(phase, VALIDATION_SEED, STRATA)
+        return Examples(self.cache, self.rows(phase, "test"), phase.frames, draws, self.compute.damaged_share)
+
+    @property
+    def validated(self) -> int:
+        """How many samples are validated: whole batches of the preset, so that the same draws are measured however a
+        batch is split to fit into memory."""
+        batch = self.config.phases[-1].batch_size
+        return -(-self.config.validation_samples // batch) * batch
+
+    def comparison(self) -> comparisons.Validation:
+        """Return the validation as a baseline sees it: with the training samples of the last phase."""
+        phase = self.config.phases[-1]
+        draws = replace(self.draws(phase, self.seed), image_dropout=0.0, image_share=0.0)
+        train = Examples(self.cache, self.rows(phase, "train"), phase.frames, draws, self.compute.damaged_share)
+        part = max(1, phase.batch_size // self.compute.gradient_accumulation)
+        kind = KINDS[self.config.objective]
+        return comparisons.Validation(self.task, self.autoencoder, kind, train, self.validation(), self.validated, part)
 
     def choose(self, phase: Phase) -> Callable[[UNet], None]:
         """Return what sets the trainable parameters: a part of the U-Net, or an adapter added to it."""
@@ -154,24 +183,26 @@ def run_phase(training: Training, number: int) -> Path:
     config, compute, phase = training.config, training.compute, training.config.phases[number]
     folder = training.work / f"phase-{number}"
     if (folder / "history.json").exists():
+        checkpoint_files.prune(folder, keep=0)  # a kill may have come just before
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     previous = training.work / f"phase-{number - 1}"
     unet = load_unet(previous / "unet") if number else training.initial()
-    rows = json.loads((previous / "history.json").read_text()) if number else []
-    history = History(rows)
+    history = History(json.loads((previous / "history.json").read_text()) if number else [])
     offset = sum(p.iterations for p in config.phases[:number])
     unet = with_checkpointing(unet, compute.checkpointing)
     choose = training.choose(phase)
     module = Diffusion(unet, training.task, config, phase, training.autoencoder, choose, compute.compile)
-    trainer = make_trainer(training, phase, folder, _hooks(training, number, folder, history, offset))
+    stopwatch = speed.Stopwatch()
+    trainer = make_trainer(training, phase, folder, _hooks(training, number, folder, history, stopwatch))
     if phase.batch_size % (compute.gradient_accumulation * trainer.world_size):
         raise UserError(
             f"{training.name}: a batch of {phase.batch_size} clips can't be shared by {trainer.world_size} ranks "
             f"x {compute.gradient_accumulation} accumulation steps; change 'batch_size'"
         )
     draws = training.draws(phase, int(digest(training.seed, number)[:12], 16))
-    examples = Examples(training.cache, training.rows(phase, "train"), phase.frames, draws)
+    rows = training.rows(phase, "train")
+    examples = Examples(training.cache, rows, phase.frames, draws, compute.damaged_share)
     loader = IndexedLoader(
         examples,
         phase.iterations * compute.gradient_accumulation,
@@ -180,22 +211,33 @@ def run_phase(training: Training, number: int) -> Path:
         trainer.world_size,
         compute.num_workers,
     )
-    checkpoint = readable_checkpoint(callbacks.newest_checkpoint(folder), compute.strategy)
-    trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+    checkpoint = readable_checkpoint(newest_checkpoint(folder), compute.strategy)
+    try:
+        watched = speed.WatchedLoader(loader, stopwatch)
+        trainer.fit(module, watched, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:
+        step = offset + trainer.global_step
+        logger.warning("%s: stopped at step %d by SIGTERM; the same command goes on there", training.name, step)
+        sys.exit(128 + signal.SIGTERM)
+    except NotFinite as error:
+        raise explain(error, examples, offset + trainer.global_step + 1, folder) from None
     _finish_phase(trainer, module, training, folder, history)
     return folder
 
 
-def _hooks(training: Training, number: int, folder: Path, history: History, offset: int) -> list[pl.Callback]:
+def _hooks(
+    training: Training, number: int, folder: Path, history: History, stopwatch: speed.Stopwatch
+) -> list[pl.Callback]:
     config, compute, tracker = training.config, training.compute, training.context.tracker
+    phase, offset = config.phases[number], sum(p.iterations for p in config.phases[:number])
     validation, preview = training.validation(), training.preview()
-    batch = config.phases[-1].batch_size
-    # Whole batches of the preset, so that the same draws are measured however a batch is split to fit into memory.
-    count = -(-config.validation_samples // batch) * batch
-    part = max(1, batch // compute.gradient_accumulation)
+    part = max(1, config.phases[-1].batch_size // compute.gradient_accumulation)
 
     def validate(module: Diffusion, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
-        return callbacks.validate(module, trainer, validation, count, part)
+        losses, sigmas = callbacks.validate(module, trainer, validation, training.validated, part)
+        if bad := (~torch.isfinite(losses)).nonzero().flatten().tolist():
+            raise explain(NotFinite(bad), validation, offset + trainer.global_step, folder)
+        return losses, sigmas
 
     def show(module: Diffusion, step: int, first_rank: bool) -> None:
         sheet = preview_sheet(preview.films(module.unet))
@@ -207,6 +249,9 @@ def _hooks(training: Training, number: int, folder: Path, history: History, offs
         history,
         tracker,
         validate,
+        speed.make_meter(
+            stopwatch, training.context.preset, training.task, config, phase, compute.gradient_accumulation
+        ),
         validate_every=compute.validate_every,
         offset=offset,
         total=sum(p.iterations for p in config.phases[: number + 1]),
@@ -216,14 +261,22 @@ def _hooks(training: Training, number: int, folder: Path, history: History, offs
         callbacks.Averaging(),
         record,
         callbacks.Samples(show, compute.validate_every, offset),
-        callbacks.PhaseCheckpoint(folder, compute.checkpoint_every),
+        *_profiling(training, folder, offset),
+        callbacks.PhaseCheckpoint(folder, compute.checkpoint_every, compute.keep_checkpoints),
     ]
+
+
+def _profiling(training: Training, folder: Path, offset: int) -> list[pl.Callback]:
+    """Return what traces some steps, if that is asked for; the first rank alone does."""
+    wanted, name = training.context.profile, "-".join(folder.relative_to(training.context.work).parts)
+    return [Profiling(wanted.folder, name, wanted.steps, offset)] if wanted and rank() == 0 else []
 
 
 def _finish_phase(trainer: pl.Trainer, module: Diffusion, training: Training, folder: Path, history: History) -> None:
     """Write the averaged weights and samples; `history.json` comes last and marks the phase as done."""
     with module.evaluating(), trainer.precision_plugin.forward_context():
         state = full_state(module.unet)
+        require_finite(state, f"{training.name}: the averaged weights")
         films = training.preview().films(module.unet)
     if trainer.is_global_zero:
         with torch.device("meta"):
@@ -238,8 +291,7 @@ def _finish_phase(trainer: pl.Trainer, module: Diffusion, training: Training, fo
         step = int(history.rows[-1]["step"] or 0)
         training.context.tracker.log_image(f"samples/{training.name}", preview_sheet(films), step)
         write_json(folder / "history.json", history.rows)
-        for checkpoint in folder.glob("step=*.ckpt*"):
-            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+        checkpoint_files.prune(folder, keep=0)
     trainer.strategy.barrier()
 
 
@@ -261,25 +313,54 @@ def collect(last: Path, history: History, finished: Path) -> None:
 
 
 def run_training(training: Training) -> Report:
-    """Run all phases and publish their folder: `unet/` (averaged weights), `losses.csv`, `samples/`.
+    """Run all phases and publish their folder: `unet/` (averaged weights), `losses.csv`, `validation.csv`, `samples/`.
 
-    Metrics: validation_loss_before (initial weights) and validation_loss_after (averaged weights), both on test clips
-    with the noise distribution of the last phase; steps; samples_train, samples_test.
+    Metrics: those of `measured` and `svd.training.comparisons.compared`, on test clips with the noise distribution of
+    the last phase.
     """
     last, history = run_phases(training)
     metrics = measured(training, history)
-    summary = "{steps} steps; loss on test clips {validation_loss_before} -> {validation_loss_after}"
-    report = Report(metrics, summary.format(**metrics))
     if not first_rank():
-        return report
+        return Report(metrics, training.name)
     finished = training.work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     collect(last, history, finished)
-    return publish(finished, training.context.output, report)
+    metrics |= compare(training, history, finished)
+    summary = "{steps} steps; loss on test clips {validation_loss_before} -> {validation_loss_after}"
+    summary += ", of a linear filter {validation_loss_linear}"
+    return publish_model(training, finished, Report(metrics, summary.format(**metrics)))
+
+
+def publish_model(training: Training, finished: Path, report: Report) -> Report:
+    """Publish a finished training with its model card."""
+    context = training.context
+    card = training_card(training.name, training.task, training.config, training.cache, context, training.source)
+    write_card(finished, card, context, report)
+    return publish(finished, context.output, report)
+
+
+def compare(training: Training, history: History, finished: Path) -> dict[str, float | int | str]:
+    """Compute the losses that those of the training are compared with, write `validation.csv`, return the metrics."""
+    validation = training.comparison()
+    columns = {name: torch.tensor(history.rows[k]["val_losses"]) for name, k in (("before", 0), ("after", -1))}
+    columns["linear"] = validation.linear()
+    if training.source is not None:
+        own = validation.losses_of_start(load_unet(training.source))
+        columns["start"] = columns["before"] if own is None else own
+    comparisons.write_table(finished / "validation.csv", columns, validation.sigmas)
+    levels = callbacks.sigma_bins(columns["linear"], validation.sigmas, "val_loss_linear")
+    known = {"val_loss_linear": columns["linear"].mean().item(), **levels}
+    for step in (0, int(history.rows[-1]["step"])):  # two points: a level line beside the curve of val_loss
+        training.context.tracker.log_metrics(known, step)
+    return comparisons.compared(columns, validation.sigmas, validation.clips)
 
 
 def measured(training: Training, history: History) -> dict[str, float | int | str]:
-    """Return the metrics of a training."""
+    """Return the metrics of a training alone.
+
+    validation_loss_before (first weights) and validation_loss_after (averaged last ones); steps; samples_train,
+    samples_test.
+    """
     phase = training.config.phases[-1]
     before, after = (history.rows[k]["val_loss"] for k in (0, -1))
     return {

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from svd.core.files import exclusive
-
-METADATA = "meta.pt"  # Lightning's name for what is neither a weight nor a state of the optimiser
+from svd.core.files import exclusive, replace_file
+from svd.training.checkpoint_files import METADATA, Damaged, require_whole
 
 
 def readable_checkpoint(path: Path | None, strategy: str) -> Path | None:
@@ -25,11 +24,19 @@ def readable_checkpoint(path: Path | None, strategy: str) -> Path | None:
         return path
     whole = path.with_name(f"{path.name}.whole")
     with exclusive(path.with_name(f".{path.name}.lock")):
-        if not whole.exists():
+        if not _is_whole(whole):
             partial = path.with_name(f"{path.name}.part")
             torch.save(_merged(path, partial), partial)
-            partial.replace(whole)
+            replace_file(partial, whole)
     return whole
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        require_whole(checkpoint)
+    except Damaged:
+        return False
+    return True
 
 
 def _merged(path: Path, scratch: Path) -> dict[str, Any]:

@@ -6,9 +6,8 @@ that the camera-motion LoRAs and the multi-view model, and from III frame interp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -17,8 +16,9 @@ from svd.config import Phase, Subset, TrainingConfig
 from svd.core.errors import UserError
 from svd.core.files import exclusive
 from svd.latents.cache import LatentCache
+from svd.latents.index import Rows
 from svd.latents.orbits import cache_orbits
-from svd.model.formats.folders import load_autoencoder, load_unet
+from svd.model.formats.folders import checkpoint_hash, load_autoencoder, load_unet
 from svd.model.formats.hub import UNET_FILES, resolve_weights
 from svd.model.unet import UNet
 from svd.stage import Report, StageContext
@@ -31,8 +31,6 @@ from svd.training.initialise import carry_over, fresh_unet, unet_config
 from svd.training.launch import on_all_ranks
 from svd.training.lora import train_loras
 from svd.training.runner import Training, run_training
-
-Rows = Callable[[Phase, str], Sequence[Mapping[str, Any]]]
 
 
 @on_all_ranks("image_pretraining")
@@ -111,24 +109,24 @@ def run_multiview_finetuning(context: StageContext) -> Report:
     )
 
 
-def select_subset(rows: pl.DataFrame, subset: Subset) -> pl.DataFrame:
+def select_subset(rows: Rows, subset: Subset) -> Rows:
     """Keep the samples on the right side of each axis' quantile over these samples; ties with the threshold stay."""
     kept = rows
     for axis in SUBSET_AXES:
         share: float = getattr(subset, axis.option)
         if share and axis.side == "min":
-            kept = kept.filter(pl.col(axis.column) >= rows[axis.column].quantile(share, "lower"))
+            kept = kept.where(pl.col(axis.column) >= rows.column(axis.column).quantile(share, "lower"))
         elif share:
-            kept = kept.filter(pl.col(axis.column) <= rows[axis.column].quantile(1 - share, "higher"))
+            kept = kept.where(pl.col(axis.column) <= rows.column(axis.column).quantile(1 - share, "higher"))
     return kept
 
 
-def _rows(cache: LatentCache, subset: Subset) -> Rows:
+def _rows(cache: LatentCache, subset: Subset) -> Callable[[Phase, str], Rows]:
     """Make the reader of rows: the training samples of the subset, and all test samples."""
 
-    def rows(phase: Phase, split: str) -> Sequence[Mapping[str, Any]]:
+    def rows(phase: Phase, split: str) -> Rows:
         found = cache.rows(phase, split)
-        return (select_subset(found, subset) if split == "train" else found).to_dicts()
+        return select_subset(found, subset) if split == "train" else found
 
     return rows
 
@@ -144,17 +142,21 @@ def _training(
     """Put a stage's training together; `previous` names the stage whose U-Net it starts from."""
     autoencoder = load_autoencoder(context.inputs["autoencoder"]).requires_grad_(False)
     cache = cache or LatentCache(context.inputs["latents"])
+    cache.require_autoencoder(checkpoint_hash(context.inputs["autoencoder"]))
     phase = config.phases[-1]
     size = phase.height // autoencoder.factor, phase.width // autoencoder.factor
 
+    source = _source(context, previous)
+
     def initial() -> UNet:
-        unet = fresh_unet(unet_config(context.preset, task, size), context.preset.seed, name)
-        source = _source(context, previous)
+        sizes = unet_config(context.preset, task, size)
+        unet = fresh_unet(sizes, context.preset.seed, name, context.preset.model.unet.position_gain)
         return unet if source is None else carry_over(load_unet(source), unet, str(source))
 
     rows = _rows(cache, config.subset)
     compute = context.preset.compute.of(name)
-    return Training(name, context, task, config, compute, cache, autoencoder, rows, initial, context.work)
+    work = context.work
+    return Training(name, context, task, config, compute, cache, autoencoder, rows, initial, work, source=source)
 
 
 def _source(context: StageContext, previous: str | None) -> Path | None:

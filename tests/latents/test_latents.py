@@ -147,15 +147,15 @@ def test_pictures_are_covered_and_cropped_in_the_middle() -> None:
 def test_the_stage_caches_kept_clips_of_sufficient_length(context: StageContext) -> None:
     report = latents.run(context)
     cache = LatentCache(context.output)
-    assert sorted(cache.index["clip_id"].unique()) == ["a", "b", "c"]
-    assert dict(zip(cache.index["clip_id"], cache.index["split"], strict=True)) == {
+    assert cache.index.values("clip_id") == ["a", "b", "c"]
+    assert {row["clip_id"]: row["split"] for row in cache.index.rows} == {
         "a": "train", "b": "test", "c": "train",
     }  # fmt: skip
     assert report.metrics["clips_too_short_or_unreadable"] == 1
     assert report.metrics["samples_test"] == context.preset.latents.windows
     phase = context.preset.video_pretraining.phases[0]
     autoencoder = load_autoencoder(context.inputs["autoencoder"])
-    for found in cache.rows(phase, "train").to_dicts():
+    for found in cache.rows(phase, "train"):
         sample = cache.read(found)
         grey = (sample.image[:, 0] + 1) * 127.5 / LEVELS
         stride = 24 / found["fps"]
@@ -240,4 +240,4 @@ def test_a_damaged_clip_is_left_out(context: StageContext) -> None:
     write_catalogue(curation, [{**clip, "size": 100 if clip["clip_id"] == "c" else clip["size"]} for clip in clips])
     report = latents.run(context)
     assert report.metrics["clips_too_short_or_unreadable"] == 2
-    assert "c" not in LatentCache(context.output).index["clip_id"]
+    assert "c" not in LatentCache(context.output).index.values("clip_id")

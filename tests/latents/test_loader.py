@@ -28,7 +28,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
 
 
 def examples(cache: LatentCache, draws: Draws = DRAWS, frames: int = FRAMES) -> Examples:
-    return Examples(cache, cache.index.sort("sample_id").to_dicts(), frames, draws)
+    return Examples(cache, cache.index.rows, frames, draws)
 
 
 def by_index(batches: list[Batch]) -> dict[int, Batch]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from model_cards import read_card
 from toy_models import toy_autoencoder, toy_unet
 from typer.testing import CliRunner
 
@@ -52,9 +53,16 @@ def test_the_networks_are_the_same(run: Path, to: str) -> None:
 
 def test_diffusers_loads_the_folder(run: Path) -> None:
     export_networks(run / "image-to-video", run / "pipeline", "diffusers", TOY)
+    assert not (run / "pipeline" / "README.md").exists(), "a model of an earlier version has no card"
     pipeline = StableVideoDiffusionPipeline.from_pretrained(run / "pipeline")
     assert pipeline.unet.config.num_frames == 5
     assert json.loads((run / "pipeline" / "feature_extractor" / "preprocessor_config.json").read_text())
+
+
+def test_the_model_card_comes_along(run: Path) -> None:
+    (run / "image-to-video" / "README.md").write_text("---\nlicense: mit\n---\n# x\n")
+    export_networks(run / "image-to-video", run / "pipeline", "diffusers", TOY)
+    assert read_card(run / "pipeline")["license"] == "mit"
 
 
 def inputs() -> tuple[torch.Tensor, ...]:
@@ -91,6 +99,18 @@ def test_fixed_mixers_are_exported_as_learned_ones_of_the_same_weight(run: Path,
         theirs = UNetSpatioTemporalConditionModel.from_pretrained(folder, subfolder="unet").eval()
         torch.testing.assert_close(theirs(x, noise[0], context, ids).sample, expected, atol=1e-5, rtol=1e-5)
     assert load_unet(run / "image-to-video").config.mixer == "fixed"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("to", ["sgm", "diffusers"])
+def test_other_norm_groups_are_kept_here_and_refused_for_others(run: Path, to: str) -> None:
+    """No released layout says how many groups there are: others would compute something else without a word."""
+    unet, folder = toy_unet(norm_groups=8), run / "image-to-video"
+    save_unet(unet, folder / "unet", frames=5)
+    assert torch.equal(load_unet(folder)(*inputs()), unet(*inputs()))
+    assert (unet(*inputs()) - toy_unet()(*inputs())).abs().max() > 1e-3
+    with pytest.raises(UserError, match=r"^released layouts normalise the U-Net in 32 groups, this one has 8; .*: 32'"):
+        export_networks(folder, run / "model", to, TOY)
 
 
 def test_the_presets_fixed_mixers_are_exported_bit_for_bit(run: Path) -> None:

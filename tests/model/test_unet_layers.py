@@ -51,6 +51,17 @@ def test_convolution_keeps_tokens_contiguous(batch: int, height: int, width: int
     torch.testing.assert_close(conv(x), expected.permute(0, 2, 3, 1), atol=1e-5, rtol=1e-5)
 
 
+def test_a_group_of_one_channel_forgets_its_mean_and_a_wider_one_does_not() -> None:
+    """Why a narrow network needs fewer than 32 groups: a colour is a mean over the frame."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 4, 32)
+    coloured = x.clone()
+    coloured[..., 0] += 1
+    change = {groups: (GroupNorm(32, 1e-5, groups)(coloured) - GroupNorm(32, 1e-5, groups)(x)) for groups in (32, 8)}
+    assert change[32].abs().max() < 1e-4
+    assert change[8][..., 0].mean() > 0.3
+
+
 def test_point_convolution_is_a_1x1_convolution() -> None:
     torch.manual_seed(0)
     conv, x = PointConv(32, 64), torch.randn(2, 3, 5, 32)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from curated import write_curation
+from model_cards import read_card
 from PIL import Image
 
 from svd.catalogue.schema import CLIPS_SCHEMA
@@ -87,6 +88,8 @@ def test_the_output_is_a_model_with_losses_and_a_picture(finished: Path) -> None
     adaptive = [float(row.split(",")[8]) for row in rows[7:]]
     assert adaptive[:2] == [0, 0]
     assert all(value > 0 for value in adaptive[2:])
+    card = read_card(finished)
+    assert card["license"] == "apache-2.0" and "pipeline_tag" not in card
 
 
 def test_the_measured_scaling_factor_gives_unit_variance(finished: Path, curation: Path) -> None:

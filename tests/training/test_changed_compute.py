@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,26 @@ def test_half_a_step_that_sigterm_leaves_is_taken_again(folder: Path, monkeypatc
 
 
 class Steps(NoTracker):
-    """A tracker that keeps the steps at which something was measured."""
+    """A tracker that keeps the steps at which a training loss was measured."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self.seen.append(step)
+        if "train_loss" in metrics:
+            self.seen.append(step)
+
+
+@pytest.mark.slow
+def test_the_number_of_devices_may_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes go on where one was killed; `devices` and `strategy` start them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    killed_at(3, folder, "devices", monkeypatch)
+    assert (folder / "work/devices/phase-0/step=2.ckpt").exists()
+    tracker, changed = Steps(), preset(devices=2, strategy="ddp")
+    run_image_pretraining(replace(toy_context(folder, "devices", changed), tracker=tracker))
+    assert min(tracker.seen) == 3 and max(tracker.seen) == STEPS
+    assert_as_undisturbed(folder, "devices", exact=False)
 
 
 @pytest.mark.slow

@@ -7,14 +7,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from model_cards import read_card
 
 from svd.config.load import load_preset
 from svd.core.errors import UserError
-from svd.model.encoders import from_uint8
+from svd.model.encoders import TextEncoder, from_uint8
 from svd.model.formats.clip import build_clip, toy_config
 from svd.model.formats.encoders import load_encoders
 from svd.model.safetensors import of_module, write_tensors
 from svd.stage import NoTracker, StageContext
+from svd.synthetic.scenes import World
 from svd.training import encoders
 
 
@@ -60,13 +62,26 @@ def test_output_loads_and_is_the_same_after_a_kill(tmp_path, small):
     again = Killer(-1)
     encoders.run(context(tmp_path / "b", again))
     assert again.steps == list(range(4, 10))  # continued from the checkpoint after step 4
-    for name in ("model.safetensors", "open_clip_config.json", "reference.json", "metrics.json"):
+    for name in ("model.safetensors", "open_clip_config.json", "reference.json", "metrics.json", "README.md"):
         assert digest(tmp_path / "a/out" / name) == digest(tmp_path / "b/out" / name)
     assert json.loads((tmp_path / "a/out/metrics.json").read_text()) == dict(report.metrics)
     loaded = load_encoders(tmp_path / "a/out", context(tmp_path).preset.encoders)
     assert loaded.label == "toy-clip"
-    assert loaded.text(["a red ball"]).shape == (1, 77, 32)
+    card = read_card(tmp_path / "a/out")
+    assert (card["library_name"], card["license"]) == ("open_clip", "apache-2.0")
+    assert loaded.text(["a red ball"]).shape == (1, 16, 32)  # `encoders.toy_tokens`
     assert loaded.image(torch.zeros(2, 3, 48, 64)).shape == (2, 32)
+
+
+def test_the_context_of_captions_stays_as_drawn(tmp_path, small):
+    """Learned from single frames, it would say nothing of motion."""
+    preset = context(tmp_path).preset
+    drawn = encoders._fresh(toy_config(32, 32, preset.encoders.toy_tokens), preset.seed).eval()
+    encoders.run(context(tmp_path))
+    learned = load_encoders(tmp_path / "out", preset.encoders)
+    captions = ["a red ball moves left", "a red ball moves right"]
+    torch.testing.assert_close(learned.text(captions), TextEncoder(drawn)(captions).detach())
+    assert not torch.allclose(learned.text.features(captions), TextEncoder(drawn).features(captions), atol=0.01)
 
 
 def test_learns_to_match_unseen_clips_and_captions(tmp_path, monkeypatch):
@@ -110,6 +125,15 @@ def test_worlds_of_training_and_judging_share_no_caption():
     assert not set(train.captions) & set(test.captions)
     assert train.frames.shape == (60, 1, 64, 96, 3)
     assert train.frames.dtype == np.uint8
+
+
+def test_worlds_of_two_styles_take_turns():
+    pairs = encoders.render_pairs(3, "train", 12, frames=1, styles=["plain", "textured"])
+    for place, style in enumerate(("plain", "textured")):
+        known = {World(3, "train", style).scene(index).caption for index in range(10)}
+        assert set(pairs.captions[place::2]) <= known
+    # The plain world has 432 captions, so they come again.
+    assert len(set(encoders.render_pairs(3, "train", 500, 1, ["plain"]).captions)) <= 432
 
 
 def test_released_weights_leave_a_reference(tmp_path, monkeypatch):

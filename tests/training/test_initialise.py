@@ -7,8 +7,9 @@ import torch
 from toy_models import toy_unet
 
 from svd.core.errors import UserError
+from svd.model.layers import sinusoids
 from svd.model.unet import UNet, UNetConfig
-from svd.training.initialise import carry_over
+from svd.training.initialise import carry_over, fresh_unet
 
 
 def inputs(channels: int, frames: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,3 +68,16 @@ def test_layers_without_a_counterpart_are_named() -> None:
         carry_over(small, large, "small")
     with pytest.raises(UserError, match=r"large: the preset's model has no place for 'down_blocks\.0\."):
         carry_over(large, small, "large")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("gain", "low", "high"), [(1.0, 0.0, 0.1), (3.0, 0.3, 1.0)])
+def test_the_position_gain_tells_frames_apart_and_leaves_the_rest(gain: float, low: float, high: float) -> None:
+    unet, usual = (fresh_unet(toy_unet(ids=0).config, 0, "test", g) for g in (gain, 1.0))
+    for name, parameter in unet.named_parameters():
+        factor = gain if "time_pos_embed" in name and name.endswith("weight") else 1.0
+        torch.testing.assert_close(parameter, factor * usual.get_parameter(name), msg=name)
+    for block in (m for m in unet.modules() if hasattr(m, "time_pos_embed")):
+        width = block.time_pos_embed.linear_1.in_features
+        embedded = block.time_pos_embed(sinusoids(torch.arange(6.0), width))
+        assert low < float(embedded.std(0).mean()) < high

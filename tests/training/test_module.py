@@ -50,7 +50,7 @@ def unet_of(task: Task, seed: int = 0) -> UNet:
 def batch_of(cache: LatentCache, task: Task, **draws: object) -> Batch:
     frames = 1 if task is IMAGE else 4
     chosen = Draws(3, 0.0, 1.0, pixels=task.pixels, **draws)  # type: ignore[arg-type]
-    examples = Examples(cache, cache.index.sort("sample_id").to_dicts(), frames, chosen)
+    examples = Examples(cache, cache.index.rows, frames, chosen)
     return default_collate([examples[k] for k in range(3)])
 
 
@@ -189,7 +189,7 @@ def test_gradients_are_clipped_by_their_norm(parts: tuple[LatentCache, Autoencod
     module = module_of(TEXT_TO_VIDEO, autoencoder, clip_norm=1e-3)
     module.configure_model()
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
-    (module.losses(batch_of(cache, TEXT_TO_VIDEO)).mean() * 100).backward()
+    (module.training_step(batch_of(cache, TEXT_TO_VIDEO), 0)["loss"] * 100).backward()
     module.configure_gradient_clipping(optimizer)
     clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in module.unet.parameters() if p.grad is not None))
     assert clipped == pytest.approx(1e-3, rel=1e-3)
@@ -258,7 +258,9 @@ def test_the_preset_chooses_the_mixers(mixer: str, parts: tuple[LatentCache, Aut
     source = unet_of(TEXT_TO_VIDEO)
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 1.0)
-    preset = load_preset("tiny", {"model.unet": {**toy_preset().model.unet.model_dump(), "mixer": mixer}})
+    model = toy_preset().model
+    unet = model.unet.model_copy(update={"mixer": mixer})
+    preset = toy_preset().model_copy(update={"model": model.model_copy(update={"unet": unet})})
     config = unet_config(preset, TEXT_TO_VIDEO, (8, 8))
     assert config.mixer == mixer
     target = carry_over(source, fresh_unet(config, 0, "test"), "source")
@@ -312,7 +314,7 @@ def test_previews_of_discrete_models_keep_to_their_levels(parts: tuple[LatentCac
     """Their first level is the schedule's highest, not 700, which the network could not tell from it."""
     cache, autoencoder = parts
     draws = Draws(3, 0.0, 1.0, objective="discrete-v", strata=8)
-    examples = Examples(cache, cache.index.sort("sample_id").to_dicts(), 4, draws)
+    examples = Examples(cache, cache.index.rows, 4, draws)
     unet, levels = unet_of(TEXT_TO_VIDEO), []
     unet.register_forward_pre_hook(lambda module, arguments: levels.append(arguments[1][0].item()))
     films = Preview(TEXT_TO_VIDEO, examples, autoencoder, Sampling(steps=3), "v").films(unet)

@@ -49,8 +49,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settle(folder, patch)
         subprocess.run([BIN / "dvc", "init", "-q", "--no-scm"], check=True)
         write_preset("one", preset(1))
-        inputs = {"latents": write_cache(Path("outputs/one/latents"))}
-        inputs["autoencoder"] = write_toy_autoencoder(Path("outputs/one/autoencoder"))
+        inputs = {"autoencoder": write_toy_autoencoder(Path("outputs/one/autoencoder"))}
+        inputs["latents"] = write_cache(Path("outputs/one/latents"), inputs["autoencoder"])
         Path("outputs/one/encoders").mkdir()
         image = StageContext(preset(1), inputs, Path("outputs/one/image-pretraining"), folder / "image")
         image.work.mkdir()
@@ -200,6 +200,7 @@ def context_of(folder: Path, devices: int, **more: object) -> StageContext:
     return StageContext(preset(devices, **more), {}, folder / "output", folder / "work", Numbers())  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_first_rank_answers_and_reports_outside(tmp_path: Path) -> None:
     context = context_of(tmp_path, 2)
     report = report_place(context, "kept")
@@ -208,6 +209,7 @@ def test_the_first_rank_answers_and_reports_outside(tmp_path: Path) -> None:
     assert context.tracker.seen == [{"rank": 0.0, "step": 1}]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^clips: too few$"):
         fail_on_the_second(context_of(tmp_path, 2), "mistake")
@@ -222,6 +224,7 @@ class Full(Numbers):
         raise OSError("no space left")
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_ends_the_ranks(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space left"):
         report_place(replace(context_of(tmp_path, 2), tracker=Full()), "")  # type: ignore[arg-type]

@@ -12,12 +12,15 @@ import polars as pl
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from model_cards import read_card
 from safetensors.torch import load_file, save_file
 from toy_training import FRAMES, PHASE, SIZE, WIDTH, toy_context, toy_preset
 
 from svd.config import Preset, Subset
 from svd.core.errors import UserError
 from svd.latents import stage as latents
+from svd.latents.cache import LatentCache
+from svd.latents.index import Index
 from svd.model.formats.folders import load_unet
 from svd.model.lora import load_lora
 from svd.stage import StageContext
@@ -78,6 +81,7 @@ def test_image_pretraining_learns_and_leaves_its_curve(chain: Path) -> None:
     assert (output / "samples" / "generated-0.png").stat().st_size > 0
     unet = load_unet(output / "unet")
     assert not unet.config.temporal and unet.config.ids == 0 and unet.config.checkpointing == "none"
+    assert read_card(output)["pipeline_tag"] == "text-to-image"
 
 
 def test_what_is_published_is_the_average_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +108,7 @@ def test_video_pretraining_starts_from_the_image_model(chain: Path) -> None:
     assert 0 < (near - far).abs().max() < 0.02
     assert load_unet(chain / "outputs/video-pretraining/unet").config.ids == 2
     films = sorted(path.name for path in (chain / "outputs/video-pretraining/samples").iterdir())
+    assert read_card(chain / "outputs/video-pretraining")["pipeline_tag"] == "text-to-video"
     assert films == [*(f"{kind}-{k}.mp4" for kind in ("generated", "real") for k in range(3)), "sheet.png"]
 
 
@@ -120,13 +125,50 @@ def test_progress_is_reported(chain: Path) -> None:
     assert sheets == [(1, (6 * SIZE, FRAMES * SIZE, 3)), (2, (6 * SIZE, FRAMES * SIZE, 3))]
 
 
+def losses_of(output: Path) -> tuple[dict[str, Any], pl.DataFrame]:
+    return json.loads((output / "metrics.json").read_text()), pl.read_csv(output / "validation.csv")
+
+
+def test_every_loss_is_compared_on_the_same_samples(chain: Path) -> None:
+    metrics, table = losses_of(chain / "outputs/image-pretraining")
+    assert table.columns == ["sigma", "before", "after", "linear"], "fresh weights started from nothing"
+    assert len(table) == metrics["validation_samples"] == 8 and table["sigma"].n_unique() == 8
+    for name in ("before", "after", "linear"):
+        assert table[name].mean() == pytest.approx(metrics[f"validation_loss_{name}"], abs=1e-5)
+    clips = [
+        row["clip_id"] for row in LatentCache(chain / "latents").rows(short().image_pretraining.phases[-1], "test")
+    ]
+    gain = (table["linear"] - table["after"]).to_numpy()
+    left = gain - gain.mean()  # one sample a level: no strata to speak of
+    sums = [sum(left[i] for i in range(8) if clips[i % len(clips)] == clip) for clip in dict.fromkeys(clips)]
+    count = metrics["validation_clips"]
+    assert count == len(sums) < 8, "few clips are drawn several times"
+    error = (sum(one**2 for one in sums) * count / (count - 1)) ** 0.5 / len(gain)
+    assert metrics["validation_margin_linear"] == pytest.approx(gain.mean() / error, abs=0.01)
+
+
+def test_the_start_is_the_previous_network_as_it_was_trained(chain: Path) -> None:
+    """Finetuning: the first weights themselves. Image to video: the network that reads the caption, not the image."""
+    video = chain / "outputs/video-pretraining"
+    stages.run_high_quality_finetuning(toy_context(chain, "start-hq", short(), video_pretraining=video))
+    stages.run_image_to_video(toy_context(chain, "start-i2v", short(), video_pretraining=video))
+    before, table = losses_of(video)[1], losses_of(chain / "outputs/start-hq")[1]
+    assert np.allclose(table["start"], table["before"]) and np.allclose(table["start"], before["after"], atol=1e-5)
+    other = losses_of(chain / "outputs/start-i2v")[1]
+    assert np.allclose(other["start"], table["start"], atol=1e-5), "the same samples, noise and captions"
+    assert not np.allclose(other["start"], other["before"], atol=1e-5)
+    assert not np.allclose(other["linear"], table["linear"], atol=1e-3), "this filter is given the first frame"
+
+
 def test_image_to_video_and_its_loras(chain: Path) -> None:
     context = toy_context(chain, "image-to-video", short(), video_pretraining=chain / "outputs/video-pretraining")
     stages.run_image_to_video(context)
     folder = context.output / "unet"
     unet = load_unet(folder)
     assert (unet.config.in_channels, unet.config.ids) == (8, 3)
+    assert read_card(context.output)["pipeline_tag"] == "image-to-video"
     result = stages.run_camera_lora(toy_context(chain, "camera-lora", short(), image_to_video=context.output))
+    assert "image-to-video" in read_card(chain / "outputs/camera-lora")["tags"]
     before = load_unet(folder)
     x = torch.randn(1, FRAMES, 8, 8, 8)
     signals = torch.zeros(1), torch.randn(1, 1, WIDTH), torch.rand(1, 3)
@@ -157,6 +199,7 @@ def test_frame_interpolation_learns_its_mask(chain: Path) -> None:
     stages.run_frame_interpolation(context)
     unet = load_unet(context.output / "unet")
     assert unet.config.in_channels == 9
+    assert "interpolation" in " ".join(read_card(context.output)["tags"])
     assert unet.mask_latent.shape == (4, 8, 8) and unet.mask_latent.abs().max() > 0
 
 
@@ -193,6 +236,10 @@ def test_multiview_from_each_initialisation(
     report = stages.run_multiview_finetuning(context)
     unet = load_unet(context.output / "unet")
     assert (unet.config.in_channels, unet.config.ids) == (8, 4)
+    assert "multi-view" in read_card(context.output)["tags"]
+    started = {"image-to-video": "video-pretraining", "image-model": "image-pretraining"}.get(initialisation)
+    text = (context.output / "README.md").read_text()
+    assert ("first weights" in text) == (started is not None) and (started is None or f"`{started}`" in text)
     assert report.metrics["samples_train"] == 8 and report.metrics["samples_test"] == 2
     image = load_unet(chain / "outputs/image-pretraining/unet").state_dict()
     name = "down_blocks.0.resnets.0.{}conv1.weight"
@@ -210,10 +257,12 @@ def write_orbits(folder: Path) -> Path:
 
 
 def test_a_subset_drops_the_named_share() -> None:
-    rows = pl.DataFrame({"motion_score": range(100), "similarity": range(100), "text_area": range(100)})
+    scores = {"motion_score": range(100), "similarity": range(100), "text_area": range(100)}
+    table = pl.DataFrame({"sample_id": [f"{n:03}" for n in range(100)], **scores}).to_arrow()
+    rows = Index(table).rows
     kept = stages.select_subset(rows, Subset(min_motion=0.25, max_text_area=0.1))
-    assert kept["motion_score"].min() == 24 and kept["text_area"].max() == 90
-    assert stages.select_subset(rows, Subset()).height == 100
+    assert kept.column("motion_score").min() == 24 and kept.column("text_area").max() == 90
+    assert len(stages.select_subset(rows, Subset())) == 100
 
 
 def test_a_missing_predecessor_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from svd.config import Preset, TrainingCompute
 from svd.config.load import load_preset
 from svd.latents.cache import digest, write_index, write_shard
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
-from svd.model.formats.folders import save_autoencoder
+from svd.model.formats.folders import checkpoint_hash, save_autoencoder
 from svd.stage import StageContext
 
 TINY = str(Path(__file__).resolve().parents[2] / "presets" / "tiny.yaml")  # also for tests that run elsewhere
@@ -38,8 +38,11 @@ STAGES = (
 )
 
 
-def toy_preset(**training: Any) -> Preset:
-    """The tiny preset at toy size; `training` overrides keys of every training stage or of `compute.training`."""
+def toy_preset(size: int = SIZE, **training: Any) -> Preset:
+    """The tiny preset at toy size, with clips of size x size pixels.
+
+    `training` overrides keys of every training stage or of `compute.training`.
+    """
     overrides: dict[str, Any] = {
         "model.unet": {
             "block_out_channels": [32, 32],
@@ -49,22 +52,33 @@ def toy_preset(**training: Any) -> Preset:
             "cross_attention_dim": WIDTH,
             "id_embedding_dim": 8,
         },
-        "latents.geometries": [{"frames": FRAMES, "height": SIZE, "width": SIZE}],
+        "model.autoencoder.latent_channels": 4,
+        "latents.geometries": [{"frames": FRAMES, "height": size, "width": size}],
+        "latents.min_fps": 4,
+        "latents.max_fps": 12,
     }
     compute = {"validate_every": 3, "checkpoint_every": 2, "sample_steps": 2}
     compute |= {key: training.pop(key) for key in TrainingCompute.model_fields.keys() & training.keys()}
     overrides |= {f"compute.training.{key}": value for key, value in compute.items()}
     for stage in STAGES:
         frames = {"image_pretraining": 1, "frame_interpolation": FRAMES}.get(stage, FRAMES)
-        values = {"phases": [{**PHASE, "frames": frames}], "subset": {}, "validation_samples": 8, **training}
+        values = {
+            "phases": [{**PHASE, "frames": frames, "height": size, "width": size}],
+            "subset": {},
+            "validation_samples": 8,
+            **training,
+        }
         if stage == "camera_lora":
             values["phases"] = values["phases"][:1]
         overrides |= {f"{stage}.{key}": value for key, value in values.items()}
     return load_preset(TINY, overrides)
 
 
-def write_cache(folder: Path, clips: int = 12, orbit: bool = False) -> Path:
-    """A latent cache of random clips whose latents follow their first caption, a quarter of them for testing."""
+def write_cache(folder: Path, autoencoder: Path | None = None, clips: int = 12, orbit: bool = False) -> Path:
+    """A latent cache of random clips whose latents follow their first caption, a quarter of them for testing.
+
+    autoencoder: the one that is said to have made it.
+    """
     draw = torch.Generator().manual_seed(0)
     size = SIZE // 2
     texts = torch.randn(4, TOKENS, WIDTH, generator=draw)
@@ -82,6 +96,7 @@ def write_cache(folder: Path, clips: int = 12, orbit: bool = False) -> Path:
     write_shard(folder / "shards" / "toy.safetensors", tensors)
     rows = [_row(k, orbit) for k in range(clips)]
     facts = {"weights": "toy", "scaling_factor": 0.5, "samples": clips}
+    facts |= {"autoencoder": checkpoint_hash(autoencoder)} if autoencoder else {}
     write_index(folder, rows, facts, torch.zeros(TOKENS, WIDTH))
     return folder
 
@@ -120,8 +135,7 @@ def write_toy_autoencoder(folder: Path) -> Path:
 def toy_context(folder: Path, stage: str, preset: Preset | None = None, **inputs: Path) -> StageContext:
     """A context whose latents and autoencoder are made on first use in `folder`; `inputs` with _ for -."""
     if not (folder / "latents").exists():
-        write_cache(folder / "latents")
-        write_toy_autoencoder(folder / "autoencoder")
+        write_cache(folder / "latents", write_toy_autoencoder(folder / "autoencoder"))
     given = {"latents": folder / "latents", "autoencoder": folder / "autoencoder"}
     given |= {name.replace("_", "-"): path for name, path in inputs.items()}
     work = folder / "work" / stage

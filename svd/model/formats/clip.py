@@ -35,12 +35,12 @@ _TOY_LAYERS = 3
 _TOY_HEAD = 16
 
 
-def toy_config(width: int, embedding: int) -> dict[str, Any]:
+def toy_config(width: int, embedding: int, tokens: int = 77) -> dict[str, Any]:
     """Return open_clip's configuration of the toy CLIP: 64 x 64 images in patches of 8, three layers in each tower.
 
     width: of the image tower. embedding: size of the joint space and width of the text tower, so that text tokens
-    and image embeddings both fit a U-Net with this cross-attention width. Raises UserError unless both are multiples
-    of 16.
+    and image embeddings both fit a U-Net with this cross-attention width. tokens: length of a text, start and end
+    included; longer ones are cut. Raises UserError unless both widths are multiples of 16.
     """
     if width % _TOY_HEAD or embedding % _TOY_HEAD:
         raise UserError(
@@ -57,7 +57,7 @@ def toy_config(width: int, embedding: int) -> dict[str, Any]:
             "patch_size": _TOY_PATCH,
         },
         "text_cfg": {
-            "context_length": 77,
+            "context_length": tokens,
             "vocab_size": 49408,
             "width": embedding,
             "heads": embedding // _TOY_HEAD,

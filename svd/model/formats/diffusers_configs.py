@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from svd.core.errors import UserError
 from svd.model.autoencoder import AutoencoderConfig
+from svd.model.layers import NORM_GROUPS
 from svd.model.safetensors import Lazy
 from svd.model.unet import UNetConfig
 
@@ -111,7 +112,8 @@ def unet_to_json(config: UNetConfig, frames: int = 14, sample_size: int = 96) ->
     down, up = _block_types(config.attention_levels, "SpatioTemporal" if config.temporal else "2D")
     value |= {"down_block_types": down, "up_block_types": up}
     if not config.temporal:
-        return value | {"attention_head_dim": heads, "use_linear_projection": True, "norm_eps": config.norm_eps}
+        norms = {"norm_eps": config.norm_eps, "norm_num_groups": config.norm_groups}
+        return value | {"attention_head_dim": heads, "use_linear_projection": True} | norms
     return value | {
         "addition_time_embed_dim": config.id_embedding_dim,
         "num_attention_heads": heads,
@@ -200,8 +202,14 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
 def learned_mixers(tensors: Mapping[str, Lazy], config: UNetConfig) -> tuple[dict[str, Lazy], UNetConfig]:
     """Convert fixed mixers to learned ones, because released layouts know no others: α is stored as its logit.
 
-    Other U-Nets are returned as they are.
+    Other U-Nets are returned as they are. Raises UserError for one that normalises in other than 32 groups: nothing in
+    a released layout would say so.
     """
+    if config.norm_groups != NORM_GROUPS:
+        raise UserError(
+            f"released layouts normalise the U-Net in {NORM_GROUPS} groups, this one has {config.norm_groups}; train "
+            "with 'model.unet.norm_groups: 32' what others shall read"
+        )
     if config.mixer != "fixed":
         return dict(tensors), config
     logit = {name: tensor.map(torch.logit) for name, tensor in tensors.items() if name.endswith("mix_factor")}

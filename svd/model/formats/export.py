@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,8 @@ def export_networks(model: Path, target: Path, to: Literal["sgm", "diffusers"], 
     """Put a trained U-Net, its autoencoder and its image encoder into `target`, a folder or a .safetensors file.
 
     model: output of a training stage, whose neighbours `autoencoder` and `encoders` are taken. Written beside the
-    target and renamed. Raises UserError for missing parts, an existing target, and what diffusers has no pipeline for.
+    target and renamed; a folder gets the model card, too. Raises UserError for missing parts, an existing target, and
+    what diffusers has no pipeline for.
     """
     if target.exists():
         raise UserError(f"{target}: exists already; choose another name or delete it")
@@ -33,4 +35,6 @@ def export_networks(model: Path, target: Path, to: Literal["sgm", "diffusers"], 
     else:
         with atomic_folder(target) as work:
             save_pipeline(work, unet, autoencoder, visual, heads, frames)
+            if (model / "README.md").is_file():  # models of earlier versions have none
+                shutil.copyfile(model / "README.md", work / "README.md")
     return target

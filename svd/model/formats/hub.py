@@ -29,13 +29,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
+from svd.core.environment import cache_folder
 from svd.core.errors import UserError
 from svd.core.files import replace_file, write_json
 from svd.model.formats.diffusers_configs import read_config
 from svd.model.safetensors import PICKLES, check_hash, read_header, some
 
 WANTED = (".safetensors", ".json", ".txt", ".model")
-CACHE = "SVD_CACHE"
 FETCHED = "fetched.json"
 UNET_FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")
 VAE_FILES = ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
@@ -264,7 +264,7 @@ def _is_of_the_network(error: Exception) -> bool:
 def resolve_weights(name: str, filenames: Sequence[str] | None = None) -> Path:
     """Return a local path for weights: `name` itself, or the folder of this repository of the hub, fetched if needed.
 
-    Repositories are kept under `$SVD_CACHE` (by default `~/.cache/svd`), each at the commit that was `main` when it was
+    Repositories are kept in `cache_folder()`, each at the commit that was `main` when it was
     first asked for: nothing changes between the stages of a run, and what is there needs no network. Raises UserError
     when it's neither.
     """
@@ -273,7 +273,7 @@ def resolve_weights(name: str, filenames: Sequence[str] | None = None) -> Path:
         return path
     if name.count("/") != 1 or name.startswith((".", "~", "/")) or path.suffix == ".safetensors":
         raise UserError(f"{name}: no such file or folder, and not a hub repository (owner/name)")
-    folder = Path(os.environ.get(CACHE, "~/.cache/svd")).expanduser() / name.replace("/", "--")
+    folder = cache_folder() / name.replace("/", "--")
     record = recorded(folder)
     if filenames and all(file in record and (folder / file).is_file() for file in filenames):
         return folder

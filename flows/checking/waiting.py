@@ -1,0 +1,35 @@
+"""Why a pod doesn't start, in the state of its flow run.
+
+infra/prefect/pod-automations.yaml puts a run whose pod finds no node or no image into a state of that name. What each
+node lacks, or which image it is, stands only in the run's log, where the worker's observer writes it.
+"""
+
+from __future__ import annotations
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import LogSort
+from prefect.states import Pending
+
+PENDING = "InfrastructurePending"
+CAUSES = {
+    "Image pull failed": "ImagePullError",
+    "Pod is unschedulable": "Unschedulable",
+}  # as the observer's lines begin
+OBSERVER = "prefect.flow_runs.observer"
+
+
+def say_why_it_waits(client: SyncPrefectClient, run: FlowRun) -> None:
+    """Make the observer's last line about the pod of a waiting `run` the message of its state, unless it is.
+
+    The name of the state as well: in the same second the observer may overwrite the one that an automation has set.
+    """
+    if run.state is None or run.state.name not in (PENDING, *CAUSES.values()):
+        return
+    wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+    logs = client.read_logs(wanted, limit=200, sort=LogSort.TIMESTAMP_DESC)
+    said = next((log.message for log in logs if log.name == OBSERVER), "")
+    name = next((name for begin, name in CAUSES.items() if said.startswith(begin)), None)
+    if name and (name, said) != (run.state.name, run.state.message):
+        client.set_flow_run_state(run.id, Pending(name=name, message=said), force=True)

@@ -1,0 +1,153 @@
+"""What a stage's validation loss is compared with, on the same samples, noise and levels: a linear filter, its start.
+
+`validation.csv` of a stage has a row per validation sample: `sigma`, and its loss under `before` (the first weights),
+`after` (the averaged last ones), `linear` (svd/training/linear_filter.py) and, when the stage started from a trained
+network, `start`: that network conditioned as it was trained. Where the task changes it differs from `before`: an
+image-to-video network starts from one that reads the caption. Elsewhere the two are alike, unless the stage lost its
+start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from svd.core.device import pick_device
+from svd.core.errors import UserError
+from svd.core.margins import margin
+from svd.diffusion import edm
+from svd.diffusion.edm import Kind
+from svd.diffusion.guidance import conditioned
+from svd.latents.loader import Batch, Examples, Steps
+from svd.model.autoencoder import Autoencoder
+from svd.model.unet import UNet
+from svd.tasks.base import Task
+from svd.tasks.registry import TASKS
+from svd.tasks.text_to_video import IMAGE
+from svd.training.linear_filter import LinearFilter, Pair, fit
+
+FITTED = 2048  # training samples at most; their covariances cost memory, and more of them change little
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation of a stage: `count` samples of `test`, and the samples of `train` that a baseline may learn from.
+
+    train: without dropout and unrelated images. batch: samples computed at once.
+    """
+
+    task: Task
+    autoencoder: Autoencoder
+    kind: Kind
+    train: Examples
+    test: Examples
+    count: int
+    batch: int
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The noise level of each sample, (count,)."""
+        return torch.stack([self.test.draws.sigma(index) for index in range(self.count)])
+
+    @property
+    def clips(self) -> list[str]:
+        """The clip of each sample; few test clips are drawn several times, and windows of one are not independent."""
+        return [str(self.test.row(index)["clip_id"]) for index in range(self.count)]
+
+    def linear(self) -> Tensor:
+        """Return the losses of the linear filter that is fitted to the training samples, (count,).
+
+        Raises UserError for NaN in a training sample, which the training itself need not have drawn.
+        """
+        fitted = fit(self._finite_pair(batch) for batch in self._batches(self.train, min(len(self.train), FITTED)))
+        return torch.cat([self._filtered(fitted, batch) for batch in self._batches(self.test, self.count)])
+
+    def _filtered(self, fitted: LinearFilter, batch: Batch) -> Tensor:
+        latents, given = self._pair(batch)
+        return fitted.losses(latents, batch["sigma"], batch["noise"], given, self.kind)
+
+    def _finite_pair(self, batch: Batch) -> Pair:
+        fine = torch.isfinite(batch["latents"]).flatten(1).all(1)
+        if bad := batch["index"][~fine].tolist():
+            (row, *_), folder = self.train.sources(bad[0]), self.train.cache.folder
+            raise UserError(
+                f"{folder}: the latents of clip {row['clip_id']} hold NaN (row {row['row']} of shards/{row['shard']}); "
+                "delete the shard and run the stage 'latents' again"
+            )
+        return self._pair(batch)
+
+    def _pair(self, batch: Batch) -> Pair:
+        """Return latents and conditioning latents on one scale, (B, T, C, h, w) and (B, N, C, h, w) or None."""
+        device = torch.device(pick_device())
+        moved = {name: value.to(device) for name, value in batch.items()}
+        given = self.task.observe(moved, self.autoencoder.to(device)).latents
+        scale = edm.expand(batch["scaling_factor"], batch["latents"])
+        return batch["latents"], None if given is None else given.cpu() * scale
+
+    def losses_of_start(self, unet: UNet) -> Tensor | None:
+        """Return the losses, (count,), of the network that the training started from, conditioned as it was trained.
+
+        Between two tasks with a conditioning frame that is this task's conditioning, as far as the network has inputs
+        for it; clips without captions have the empty prompt. None for a network that belongs to no task.
+        """
+        task = trained_task(unet)
+        if task is None:
+            return None
+        return self.losses(unet, self.task if task.pixels and self.task.pixels else task)
+
+    @torch.no_grad()
+    def losses(self, unet: UNet, task: Task) -> Tensor:
+        """Return the losses of a network that was trained for `task`, conditioned as `task` does, (count,)."""
+        device = torch.device(pick_device())
+        unet, autoencoder = unet.to(device).eval(), self.autoencoder.to(device)
+        found = []
+        for batch in self._batches(self.test, self.count):
+            moved = {name: value.to(device) for name, value in batch.items()}
+            network = conditioned(unet, task.condition(moved, unet, autoencoder))
+            loss = edm.loss(network, moved["latents"], moved["sigma"], moved["noise"], self.kind)
+            found.append(loss.float().cpu())
+        return torch.cat(found)
+
+    def _batches(self, examples: Examples, count: int) -> Iterator[Batch]:
+        """Yield samples 0 … count - 1 in batches."""
+        size = min(self.batch, count)
+        for batch in DataLoader(examples, batch_sampler=Steps(-(-count // size), size, 0, 1)):
+            yield {name: value[: count - int(batch["index"][0])] for name, value in batch.items()}
+
+
+def trained_task(unet: UNet) -> Task | None:
+    """Return the task that a network of this shape was trained for; None when no task has it."""
+    channels, config = unet.config.out_channels, unet.config
+    wanted = (config.temporal, config.in_channels, config.ids)
+    return next((t for t in (IMAGE, *TASKS) if (t.temporal, t.in_channels(channels), t.ids) == wanted), None)
+
+
+def compared(columns: Mapping[str, Tensor], sigmas: Tensor, clips: Sequence[str]) -> dict[str, float | int | str]:
+    """Return the metrics of a stage's `columns` of losses, (N,) each, of the samples' noise levels and clips.
+
+    `validation_loss_<column>`, and for `linear` and `start` how far the last weights are below them, in standard errors
+    of the paired difference at equal noise levels over independent clips (`validation_margin_<column>`; missing where
+    it isn't known).
+    """
+    metrics: dict[str, float | int | str] = {
+        "validation_samples": len(sigmas),
+        "validation_clips": len(set(clips)),
+    }
+    for name, losses in columns.items():
+        metrics[f"validation_loss_{name}"] = round(losses.mean().item(), 6)
+        if name in ("linear", "start"):
+            found = margin((losses - columns["after"]).tolist(), sigmas.tolist(), clips)
+            metrics |= {} if found is None else {f"validation_margin_{name}": round(found, 3)}
+    return metrics
+
+
+def write_table(path: Path, columns: Mapping[str, Tensor], sigmas: Tensor) -> None:
+    """Write `validation.csv`; equal runs give equal text."""
+    lines = [",".join(["sigma", *columns])]
+    lines += [",".join(f"{value:.6g}" for value in row) for row in zip(sigmas, *columns.values(), strict=True)]
+    path.write_text("\n".join(lines) + "\n")

@@ -1,0 +1,196 @@
+"""What a training logs of itself by step beside its losses: speed, use of the device, memory, gradient norm.
+
+All of it is for people and goes to the tracker alone: no weight depends on it, and nothing of it is published. Between
+two logged points the host only reads its own clock, the device is never waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import psutil
+import torch
+from torch import Tensor
+
+from svd.config import Phase, Precision, Preset, TrainingConfig
+from svd.latents.loader import Batch, IndexedLoader
+from svd.tasks.base import Task
+from svd.training.planning.step import Shape, trace_step
+
+GIGA = 1e9
+HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+SMALLEST, LARGEST_ON_CPU = 256, 1024  # rows of the matrices whose product measures the peak
+LARGEST = {"cuda": 8192}  # as large as a GPU needs to be busy
+PEAK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """The metrics of the steps since the last logged point, by the names under which they are logged.
+
+    samples_per_second: clips or images over all ranks, by the time from fetching a batch to the end of its step;
+    validation, previews and checkpoints aren't counted. data_wait_share: 0 to 1, of that time, waiting for the batch.
+    memory_gb: 1e9 bytes; on a GPU the most that tensors took since the last point, validation and previews included,
+    else what the process holds now (RSS). gradient_norm: mean before clipping, without steps where it was infinite.
+    mfu: model FLOPs utilisation, operations of a step without recomputation (arXiv 2204.02311, App. B) over its time
+    and the peak. peak_tflops: of one device, measured when the phase began (`measure_peak`), 1e12 operations a second.
+    All but samples_per_second are those of the first rank. None: unknown, not logged.
+    """
+
+    samples_per_second: float
+    data_wait_share: float
+    memory_gb: float
+    gradient_norm: float | None
+    mfu: float
+    peak_tflops: float
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class Stopwatch:
+    """The seconds in which batches were fetched and trained on, and of these the seconds of waiting for a batch."""
+
+    def __init__(self) -> None:
+        self.busy = self.waited = 0.0
+        self._began = time.perf_counter()
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches; the time of a step begins when its batch is asked for."""
+        while True:
+            self._began = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - self._began
+            if batch is None:
+                return
+            yield batch
+
+    def stop(self) -> None:
+        """End the time of a batch; the next one begins with its fetching."""
+        self.busy += time.perf_counter() - self._began
+
+    def reset(self) -> None:
+        """Begin at zero."""
+        self.busy = self.waited = 0.0
+
+
+class WatchedLoader:
+    """An IndexedLoader whose waiting is measured; batches and state are its own."""
+
+    def __init__(self, loader: IndexedLoader, stopwatch: Stopwatch) -> None:
+        self.loader, self.stopwatch = loader, stopwatch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.stopwatch.watch(iter(self.loader))
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the state of the loader."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Set the state of the loader."""
+        self.loader.load_state_dict(state)
+
+
+class Meter:
+    """Gathers the facts of the steps between two logged points.
+
+    batch_size: samples of a step, over all ranks. count: given the number of ranks, counts the operations of a step on
+    one device.
+    """
+
+    def __init__(
+        self, stopwatch: Stopwatch, batch_size: int, precision: Precision, count: Callable[[int], int]
+    ) -> None:
+        self.stopwatch, self.batch_size, self.precision, self.count = stopwatch, batch_size, precision, count
+        self.norms: list[Tensor] = []
+
+    def start(self, device: torch.device, ranks: int) -> None:
+        """Count the operations of a step, and measure the device's peak."""
+        self.operations = self.count(ranks)
+        self.peak = measure_peak(device, self.precision)
+        take_memory(device)
+
+    def stop(self, gradient_norm: Tensor | None = None) -> None:
+        """Count a batch that ends now, and the step that it completes; the norm (None: none) stays on its device."""
+        self.stopwatch.stop()
+        if gradient_norm is not None:
+            self.norms.append(gradient_norm)
+
+    def take(self, device: torch.device) -> StepFacts:
+        """Return the facts since the last call, and begin anew. The host waits for the device here."""
+        seconds, steps = self.stopwatch.busy, len(self.norms)
+        norms = torch.stack(self.norms).float()
+        finite = norms[torch.isfinite(norms)]
+        facts = StepFacts(
+            samples_per_second=self.batch_size * steps / seconds,
+            data_wait_share=self.stopwatch.waited / seconds,
+            memory_gb=take_memory(device),
+            gradient_norm=finite.mean().item() if len(finite) else None,
+            mfu=self.operations * steps / (seconds * self.peak),
+            peak_tflops=self.peak / 1e12,
+        )
+        self.norms.clear()
+        self.stopwatch.reset()
+        return facts
+
+
+def make_meter(
+    stopwatch: Stopwatch, preset: Preset, task: Task, config: TrainingConfig, phase: Phase, passes: int
+) -> Meter:
+    """Return the meter of a phase whose steps take so many forward passes on each device."""
+
+    def count(ranks: int) -> int:
+        shape = Shape(phase.batch_size // (ranks * passes), gpu=False)
+        return passes * trace_step(preset, task, config, phase, shape).flops
+
+    return Meter(stopwatch, phase.batch_size, config.precision, count)
+
+
+def take_memory(device: torch.device) -> float:
+    """Return the GB (1e9 bytes) that tensors took at most since the last call; without a GPU, of the process now."""
+    if device.type != "cuda":
+        return float(psutil.Process().memory_info().rss) / GIGA
+    most = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return most / GIGA
+
+
+@cache
+def measure_peak(device: torch.device, precision: Precision) -> float:
+    """Return the FLOP/s of the fastest of some products of two square matrices in a training's precision.
+
+    Measured once a process, in well under a second. Matrices in float32 are multiplied as the training does it, without
+    TF32. The global random state stays as it is.
+    """
+    dtype, largest = HALF.get(precision, torch.float32), LARGEST.get(device.type, LARGEST_ON_CPU)
+    best, side, until = 0.0, SMALLEST, time.perf_counter() + PEAK_SECONDS
+    while True:  # from small ones on: a CPU without float16 takes ten seconds for the largest
+        best = max(best, 2 * side**3 / _product_seconds(side, dtype, device))
+        if time.perf_counter() > until:
+            return best
+        side = min(2 * side, largest)
+
+
+def _product_seconds(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Time a product of matrices (side, side); one before it loads the kernel."""
+    draw = torch.Generator(device).manual_seed(0)  # of zeros, a GPU multiplies faster than it ever does in a training
+    left, right = (torch.randn(side, side, generator=draw, device=device, dtype=dtype) for _ in range(2))
+    torch.mm(left, right)
+    began = _now(device)
+    torch.mm(left, right)
+    return _now(device) - began
+
+
+def _now(device: torch.device) -> float:
+    """Return the time when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,78 @@
+"""Which clips a training has used: told from its preset and its latent cache alone, as exactly as the loader draws.
+
+The loader's order is a function of (seed, index), so also for a training that ended within its first epoch it is known
+which samples it has drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import polars as pl
+
+from svd.config import Phase, Preset, TrainingConfig
+from svd.latents.cache import LatentCache, digest
+from svd.latents.index import Rows
+from svd.latents.loader import shuffled
+from svd.tasks.camera_motions import CAMERAS
+from svd.training.stages import select_subset
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Clip ids: `trained` were drawn for sure, `perhaps` may have been, `validated` measured the loss only."""
+
+    trained: frozenset[str] = frozenset()
+    perhaps: frozenset[str] = frozenset()
+    validated: frozenset[str] = frozenset()
+
+    def __or__(self, other: Usage) -> Usage:
+        """Return the use by either; a clip that one has trained on is in `trained`."""
+        trained = self.trained | other.trained
+        perhaps = (self.perhaps | other.perhaps) - trained
+        return Usage(trained, perhaps, (self.validated | other.validated) - trained - perhaps)
+
+
+def training_usage(cache: LatentCache, preset: Preset, stage: str) -> Usage:
+    """Return which clips a finished training has used; `stage` is its name, for example `image-to-video`.
+
+    Raises UserError when the cache has nothing that the preset's phases could have used.
+    """
+    config: TrainingConfig = getattr(preset, stage.replace("-", "_"))
+    motions = getattr(config, "motions", [None])
+    return _union(
+        _phase_usage(cache, preset, stage, motion, number) for motion in motions for number in range(len(config.phases))
+    )
+
+
+def _union(usages: Iterable[Usage]) -> Usage:
+    whole = Usage()
+    for usage in usages:
+        whole |= usage
+    return whole
+
+
+def _phase_usage(cache: LatentCache, preset: Preset, stage: str, motion: str | None, number: int) -> Usage:
+    config: TrainingConfig = getattr(preset, stage.replace("-", "_"))
+    phase = config.phases[number]
+    rows = select_subset(cache.rows(phase, "train"), config.subset)
+    test = cache.rows(phase, "test")
+    if motion is not None:
+        rows = rows.where(pl.col("camera").is_in(CAMERAS[motion]))
+    name = stage if motion is None else f"{stage}/{motion}"
+    seed = int(digest(int(digest(preset.seed, name)[:12], 16), number)[:12], 16)
+    validated = frozenset(test.column("clip_id"))
+    if phase.image_share:  # images are drawn from all rows, and some clips are replaced by them
+        perhaps = frozenset(rows.column("clip_id"))
+        return Usage(perhaps=perhaps, validated=validated - perhaps)
+    trained = frozenset(drawn(rows, phase, seed).column("clip_id"))
+    return Usage(trained, validated=validated - trained)
+
+
+def drawn(rows: Rows, phase: Phase, seed: int) -> Rows:
+    """Return the rows that a phase has drawn: all of them after one epoch, else the first of the loader's order."""
+    draws, count = phase.iterations * phase.batch_size, len(rows)
+    if draws >= count:
+        return rows
+    return rows.take(sorted(shuffled(i, count, f"{seed}/0") for i in range(draws)))
