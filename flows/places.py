@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.stages import STAGES, find_stage
-from svd import storage
 from svd.core.errors import UserError
 
 OUTPUTS = Path("outputs")
 WORK = Path("work")
+PROFILES = Path(".local") / "profiles"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class Place:
         return WORK / self.preset / f".{self.stage}.lock"
 
     @property
+    def profiles(self) -> Path:
+        """Return the folder of the traces of `svd stage --profile`: .local/profiles/<preset>/<stage>."""
+        return PROFILES / self.preset / self.stage
+
+    @property
     def run_key(self) -> Path:
         """Return the file with the MLflow key of a pipeline's run; a stage has one per work folder (`run_key_of`)."""
         return WORK / self.preset / f".{self.stage}.run"
@@ -74,10 +79,6 @@ class Place:
     def work(self, digest: str) -> Path:
         """Return the folder for work in progress on exactly the options and inputs that `digest` names."""
         return self.works / digest
-
-    def uri(self, store: str) -> str:
-        """Return its address in a store: <store>/<preset>/<stage>."""
-        return storage.join(store, self.preset, self.stage)
 
 
 def run_key_of(work: Path) -> Path:

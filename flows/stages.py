@@ -10,12 +10,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from svd.core.errors import UserError
 
 if TYPE_CHECKING:
     from svd.stage import Report, StageContext
+
+
+Pool = Literal["cpu", "gpu"]
+POOLS = get_args(Pool)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Stage:
     nightly: `nightly-evaluation` runs it.
     losses: it writes losses.csv, which `dvc plots` draws.
     keep: its output is not deleted before it runs again, because people add to it between two runs.
+    reads: patterns of `<input>/<file>` (`*` stands for slashes, too), when it reads only these files of its inputs: a
+        machine that lacks an input brings nothing else of it. An input that no pattern names is read whole.
     """
 
     name: str
@@ -62,7 +69,7 @@ class Stage:
     hours: int
     inputs: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
-    pool: Literal["cpu", "gpu"] = "gpu"
+    pool: Pool = "gpu"
     resources: Resources | None = None
     model: str | None = None
     base: str | None = None
@@ -72,6 +79,7 @@ class Stage:
     nightly: bool = False
     losses: bool = False
     keep: bool = False
+    reads: tuple[str, ...] = ()
 
     def load(self) -> Callable[[StageContext], Report]:
         """Import and return the stage's function. Imported late, because some stages import torch."""
@@ -82,6 +90,14 @@ class Stage:
     def pod(self) -> Resources:
         """Return the resources of its pod: those of its pool where the row says nothing."""
         return self.resources or (GPU_POD if self.pool == "gpu" else CPU_POD)
+
+    def reads_part_of(self, name: str) -> bool:
+        """Return whether it reads only some files of the input `name`."""
+        return any(pattern.startswith((f"{name}/", "*")) for pattern in self.reads)
+
+    def reads_file(self, name: str, relative: str) -> bool:
+        """Return whether it reads the file `relative` of the input `name`."""
+        return not self.reads_part_of(name) or any(fnmatchcase(f"{name}/{relative}", p) for p in self.reads)
 
 
 _NETWORKS = ("autoencoder", "encoders")
@@ -209,6 +225,24 @@ _LIST = (
         options=("seed", "evaluation.ucf101"),
         external=True,
         nightly=True,
+        reads=("sources/metrics.json", "sources/ucf101_fixture/*"),
+    ),
+    Stage(
+        "recognition-evaluation",
+        "Is what the prompt says in the clip? Judged by classifiers, beside controls.",
+        "evaluation.recognition.text_to_video:run",
+        hours=24,
+        inputs=("sources", *_NETWORKS, "video-pretraining", "high-quality-finetuning"),
+        options=("seed", "high_quality_finetuning.phases", "evaluation.recognition"),
+        reads=("sources/metrics.json", "sources/truth.json", "sources/train/*.mp4", "sources/test/*.mp4"),
+    ),
+    Stage(
+        "image-to-video-evaluation",
+        "First frame, later frames and motion bucket of the image-to-video model (§4.2).",
+        "evaluation.recognition.image_to_video:run",
+        hours=24,
+        inputs=("latents", *_NETWORKS, "image-to-video"),
+        options=("seed", "image_to_video.phases", "evaluation.image_to_video"),
     ),
     Stage(
         "multiview-benchmark",
@@ -236,11 +270,14 @@ _LIST = (
             "image-to-video",
             "multiview-finetuning",
             "ucf101-evaluation",
+            "recognition-evaluation",
+            "image-to-video-evaluation",
             "multiview-benchmark",
         ),
         options=("name",),
         pool="cpu",
         nightly=True,
+        reads=("*.json", "*.csv", "*.png", "*.jpg", "*.gif", "*/samples/*.mp4"),
     ),
     Stage(
         "camera-lora",
@@ -266,6 +303,15 @@ _LIST = (
         branch=True,
     ),
     Stage(
+        "branch-evaluation",
+        "Camera LoRAs and frame interpolation on test clips (§4.3.1, §4.4).",
+        "evaluation.recognition.branches:run",
+        hours=24,
+        inputs=("latents", *_NETWORKS, "image-to-video", "camera-lora", "frame-interpolation"),
+        options=("seed", "camera_lora", "frame_interpolation.phases", "evaluation.branches"),
+        branch=True,
+    ),
+    Stage(
         "threshold-calibration",
         "Choose the filters' thresholds by preference between small models (§3.3, E.2.2).",
         "evaluation.calibration.stage:run",
@@ -284,6 +330,15 @@ BRANCHES = tuple(stage.name for stage in _LIST if stage.branch)
 NIGHTLY = tuple(stage.name for stage in _LIST if stage.nightly)
 EXTERNAL = tuple(stage.name for stage in _LIST if stage.external)
 OPTIONAL_INPUTS = ("report",)  # stages that make do with the inputs that are there
+
+
+def require_training(name: str) -> None:
+    """Raise UserError, which lists the trainings that can be profiled, unless the stage `name` is one of them."""
+    if not find_stage(name).distributed:
+        trainings = ", ".join(stage.name for stage in _LIST if stage.distributed)
+        raise UserError(
+            f"stage '{name}' trains no diffusion model, so it can't be profiled; those that do: {trainings}"
+        )
 
 
 def find_stage(name: str) -> Stage:

@@ -17,6 +17,8 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from svd.config import Preset
+from svd.core.addresses import public_address
+from svd.core.device import pick_device
 
 State = Literal["ok", "note", "fail"]
 
@@ -49,7 +51,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torch", "fail", str(error).splitlines()[0], advice)
         return
     yield Finding("torch", "ok", f"torch {torch.__version__}, torchvision {vision}")
-    if torch.cuda.is_available():
+    if pick_device() == "cuda":
         from svd.model.kernels.operators import TRITON
 
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -103,7 +105,7 @@ def _service(variable: str, purpose: str) -> Finding:
     address = os.environ.get(variable, "")
     if not address:
         return Finding(variable, "note", "not set", f"{purpose} uses its embedded default; `make up` starts a server")
-    parts = urlsplit(address)
+    parts, address = urlsplit(address), public_address(address)
     if parts.scheme not in ("http", "https"):
         return Finding(variable, "ok", address)
     try:

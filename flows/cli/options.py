@@ -11,7 +11,11 @@ from rich.console import Console
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help="Name of a preset in presets/, or a YAML file.")]
 StoreOption = Annotated[
     str | None,
-    typer.Option("--store", envvar="SVD_STORE", help="s3://bucket/prefix to fetch inputs from and publish outputs to."),
+    typer.Option(
+        "--store",
+        envvar="SVD_STORE",
+        help="s3://bucket/prefix or a shared folder to pull inputs from and push outputs to.",
+    ),
 ]
 PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port of the page, on this machine only.")]
 console = Console(stderr=True)

@@ -151,7 +151,10 @@ def export_model(
     to: Annotated[Literal["sgm", "diffusers"], typer.Option(help="Layout of the target.")] = "diffusers",
     preset: PresetOption = "tiny",
 ) -> None:
-    """Put a trained model, its autoencoder and its image encoder into one folder or file that others can load."""
+    """Put a trained model, its autoencoder and its image encoder into one folder or file that others can load.
+
+    A folder has the model card, too.
+    """
     from svd.config.load import load_preset
     from svd.model.formats.export import export_networks
 

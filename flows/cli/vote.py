@@ -94,6 +94,10 @@ def serve_vote(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: the whole network may vote.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the page.")] = 8123,
     database: DatabaseOption = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name by which raters reach the page, if not this machine's; repeat for more."),
+    ] = None,
 ) -> None:
     """Serve the voting page."""
     from evaluation.preference.app import serve
@@ -102,7 +106,7 @@ def serve_vote(
     load_study(folder)
     check_port(port, "the page", "--port")
     out.print(f"http://{host}:{port}   (Ctrl+C ends it)")
-    serve(folder, host, port, database)
+    serve(folder, host, port, database, name or [])
 
 
 @vote_app.command("results")

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import Image
+import httpx
+from PIL import Image  # not cv2: it makes bytes of a file, and no array is needed
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
 from flows.places import Place
 from svd.config import Preset
 
 LARGEST_SIDE = 1280  # pixels
+logger = logging.getLogger(__name__)
 
 
 def publish_artifacts(stage: str, preset: Preset, metrics: Mapping[str, float | int | str], summary: str) -> None:
-    """Create the artifacts of one stage run; keys are `<stage>-summary`, `<stage>-metrics`, `<stage>-<image>`."""
+    """Create the artifacts of one stage run; keys are `<stage>-summary`, `<stage>-metrics`, `<stage>-<image>`.
+
+    A server that is away costs the artifacts, not the stage, whose work is done.
+    """
+    try:
+        _publish(stage, preset, metrics, summary)
+    except httpx.HTTPError as error:
+        logger.warning("the artifacts of '%s' are left out, Prefect's server does not answer (%s)", stage, error)
+
+
+def _publish(stage: str, preset: Preset, metrics: Mapping[str, float | int | str], summary: str) -> None:
     folder = Place(preset.name, stage).output
     create_markdown_artifact(
         f"## {stage}\n\n{summary}\n\npreset `{preset.name}`, output `{folder}`", key=f"{stage}-summary"

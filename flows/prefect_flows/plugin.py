@@ -2,7 +2,8 @@
 
 Prefect calls the hook at import when `[tool.prefect.plugins] enabled = true` stands in the working folder's
 pyproject.toml. The wrapped method lies in a module that Prefect calls private: when a new version moves it, the plugin
-does nothing and `full-pipeline/full-pipeline`, which needs no plugin, still works.
+does nothing and `full-pipeline/full-pipeline`, which needs no plugin, still works. The hook also binds a temporary
+server to the life of its pipeline (temporary_server.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from prefect.plugins import HookContext, SetupResult, register_hook
+
+from flows.prefect_flows import temporary_server
 
 _MODULE, _CLASS, _METHOD = (
     "prefect.client.orchestration._deployments.client",
@@ -46,6 +49,8 @@ def accept_bare_names(read_by_name: Callable[..., Awaitable[Any]]) -> Callable[.
 @register_hook
 def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     """Prefect's plugin hook; installs the wrapper once."""
+    if temporary_server.is_temporary():
+        temporary_server.end_with_parent()
     client = getattr(importlib.import_module(_MODULE), _CLASS, None)
     method = getattr(client, _METHOD, None)
     if method is not None and not hasattr(method, "__wrapped__"):

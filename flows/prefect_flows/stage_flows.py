@@ -8,27 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 
-from flows.places import Place
+from flows.places import OUTPUTS, WORK, Place
 from flows.prefect_flows import artifacts
 from flows.prefect_flows.logs import shorten_mistakes
+from flows.prefect_flows.output import leave_worker_pipe
 from flows.recording import dvc as versioning
-from flows.recording.results_store import fetch_inputs, store_root
-from flows.recording.work import clear_work
+from flows.recording.results_store import store_root
+from flows.recording.work import clear_work, delivered_work
 from flows.running.runner import RunLink, run_stage
 from flows.stages import STAGES, Stage
+from flows.tracking.cost import read_cost
 from flows.tracking.runs import Lineage
 from svd.config.load import load_preset
+from svd.core.disk import full_disk_in_one_line
 from svd.core.errors import UserError
 from svd.core.retries import Unreachable
 
 StageFlow = Callable[..., dict[str, Any]]
 HOUR = 3600
+DVC_CACHE = Path(".dvc") / "cache"
+leave_worker_pipe()
 shorten_mistakes()
 
 
@@ -38,18 +45,24 @@ def _worth_retrying(task: Any, run: TaskRun, state: State) -> bool:
     return not isinstance(cause, UserError) or isinstance(cause, Unreachable)
 
 
-@task(
-    name="stage",
-    task_run_name="{stage}",
-    retries=2,
-    retry_delay_seconds=[5, 30],
-    retry_condition_fn=_worth_retrying,
-    persist_result=False,
+_retried_task = partial(
+    task, retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=_worth_retrying, persist_result=False
 )
-def _stage_task(stage: str, preset: str, parent: str | None, store: str | None) -> dict[str, Any]:
+
+
+@_retried_task(name="stage", task_run_name="{stage}")
+def _stage_task(
+    stage: str, preset: str, parent: str | None, store: str | None, inputs: Sequence[Lineage]
+) -> dict[str, Any]:
     link = RunLink(parent=parent, flow_run=flow_run.get_id())
-    report = run_stage(stage, preset, link, store, keep=True)
+    report = run_stage(stage, preset, link, store, parent is not None or store_root(store) is None, inputs)
     return {"metrics": dict(report.metrics), "summary": report.summary}
+
+
+@_retried_task(name="push", task_run_name="push {stage}")
+def _push_task(stage: str, outputs: list[Lineage]) -> None:
+    """Push to the project's own DVC remote; a store has the outputs already."""
+    versioning.push(outputs)
 
 
 def run_stage_flow(
@@ -61,30 +74,22 @@ def run_stage_flow(
 ) -> dict[str, Any]:
     """Do what a stage's flow does.
 
-    parent: MLflow key of the pipeline's run; inputs: DVC hashes of the input folders, which are fetched from the store
-    or pulled when this machine lacks them; store: `s3://bucket/prefix` for inputs and outputs (default: `SVD_STORE`).
-    Returns the stage's metrics, summary and the hashes of its outputs, which are pushed when a DVC remote is set.
+    parent: MLflow key of the pipeline's run; inputs: DVC hashes of the input folders, which are pulled when this
+    machine lacks them; store: `s3://bucket/prefix` or a shared folder for inputs and outputs (default: `SVD_STORE`).
+    Returns the stage's metrics, summary, cost and the hashes of its outputs, which are pushed to the store or else to
+    the project's DVC remote, if there is one.
     Raises UserError for a mistake in the preset or a missing input.
     """
-    _bring_inputs(stage, preset, [Lineage(**item) for item in inputs or []], store_root(store))
-    result = _stage_task(stage, preset, parent, store)
+    result = _stage_task(stage, preset, parent, store, [Lineage(**item) for item in inputs or []])
     chosen = load_preset(preset)
     outputs = versioning.save_outputs(stage, chosen.name)
-    if versioning.has_remote():
-        versioning.push(outputs)
+    if store_root(store) is None and versioning.has_remote():
+        _push_task(stage, outputs)
+    cost = asdict(read_cost(delivered_work(Place(chosen.name, stage))))
     artifacts.publish_artifacts(stage, chosen, result["metrics"], result["summary"])
     if parent is None:  # else the parent does it, when it has recorded the output
         clear_work(chosen, stage)
-    return {"stage": stage, **result, "outputs": [asdict(item) for item in outputs]}
-
-
-def _bring_inputs(stage: str, preset: str, wanted: list[Lineage], store: str | None) -> None:
-    """Fetch from the store first, then let DVC bring whatever is still missing or has another hash."""
-    if store:
-        chosen = load_preset(preset)
-        fetch_inputs(store, chosen.name, Place(chosen.name, stage).inputs)
-    if wanted:
-        versioning.pull(wanted)
+    return {"stage": stage, **result, "cost": cost, "outputs": [asdict(item) for item in outputs]}
 
 
 def attribute(stage: Stage) -> str:
@@ -101,7 +106,8 @@ def _make_flow(stage: Stage) -> StageFlow:
         inputs: list[dict[str, Any]] | None = None,
         store: str | None = None,
     ) -> dict[str, Any]:
-        return run_stage_flow(stage.name, preset, parent, inputs, store)
+        with full_disk_in_one_line(OUTPUTS, WORK, DVC_CACHE):
+            return run_stage_flow(stage.name, preset, parent, inputs, store)
 
     run.__name__ = run.__qualname__ = attribute(stage)
     run.__doc__ = f"""{stage.description}

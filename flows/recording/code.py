@@ -14,11 +14,13 @@ import ast
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from flows.stages import Stage
+from flows.stages import STAGES, Stage
+from svd.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # of the code that runs, which may be another folder than the project's
 PACKAGES = ("svd", "evaluation")
@@ -29,8 +31,12 @@ WITHOUT_EFFECT = {
     "svd.storage": "brings bytes from and to where they lie; what was read is checked by size and hash",
     "svd.stage": "the contract between stages and their runner; publishing renames folders",
     "svd.training.launch": "starts the processes of a training; the result doesn't depend on their number",
+    "svd.training.card_contents": "what a model card says; no weight depends on it",
+    "svd.training.model_card": "how a model card is written; no weight depends on it",
+    "svd.training.profiling": "traces what some steps cost; no weight depends on it",
     "svd.training.ranks": "lets the processes of a launcher wait for one another",
     "svd.training.samples": "previews for people during a training; no weight depends on them",
+    "svd.training.speed": "metrics of speed and memory for the tracker; batches pass through it as they are",
 }
 _MODULE = re.compile(rf"({'|'.join(PACKAGES)})(\.\w+)+(:\w+)?")
 _EVERYTHING = "*"
@@ -230,9 +236,20 @@ class _Uses(ast.NodeVisitor):
             self._found.append(Symbol(module, name or _EVERYTHING))
 
 
+def _parse(text: str) -> ast.Module:
+    """Parse a source file; again when another thread parsed one meanwhile, which CPython 3.11 takes for an error.
+
+    Its check of the recursion depth is shared by all threads (gh-106905), and Prefect runs several.
+    """
+    for _ in range(9):
+        with suppress(SystemError):
+            return ast.parse(text)
+    return ast.parse(text)
+
+
 @cache
 def _parsed(text: str) -> Parsed:
-    tree = _without_docstrings(ast.parse(text))
+    tree = _without_docstrings(_parse(text))
     constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
     return Parsed(tree, frozenset(c for c in constants if isinstance(c, str)), "".join(_dump(tree)).encode())
 
@@ -286,6 +303,17 @@ def _installed() -> Code:
 def code_digest(stage: Stage) -> str:
     """Return the digest of the code that makes the output of `stage`, as it lies beside this module."""
     return _installed().digest(stage.function)
+
+
+def stages_reaching(file: Path, root: Path = ROOT) -> list[Stage]:
+    """Return the stages whose digest counts `file`, as a whole; raises UserError for no file of the code."""
+    code = Code(root)
+    path = file.resolve()
+    if not (path.is_file() and path.is_relative_to(root) and path.relative_to(root).parts[0] in PACKAGES):
+        raise UserError(f"{file}: no file of {' or '.join(f'{root / package}' for package in PACKAGES)}")
+    name = path.relative_to(root).as_posix()
+    reached = ((stage, code.reach(stage.function)) for stage in STAGES.values())
+    return [stage for stage, files in reached if name in files | code.data_files(files)]
 
 
 def packages_digest(root: Path = ROOT) -> str | None:

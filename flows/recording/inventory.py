@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.places import Place
+from flows.project import option
 from flows.recording.code import code_digest, packages_digest
 from flows.stages import STAGES, Stage
 from svd import storage
@@ -59,14 +60,6 @@ def take_and_record(preset: Preset) -> None:
 
     take(preset)
     versioning.record("inventory", preset.name, versioning.save_outputs("inventory", preset.name), {})
-
-
-def option(values: Mapping[str, Any], dotted: str) -> Any:
-    """Return the value at a dotted path of nested mappings; None where there is none."""
-    found: Any = values
-    for name in dotted.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
 
 
 def _defaults(stage: Stage, preset: Preset) -> dict[str, Any]:

@@ -1,7 +1,14 @@
-"""Results of stages in a store: `s3://bucket/prefix/<preset>/<stage>/`, or the same layout in a shared folder.
+"""The store of results: `<store>/dvc` holds all versions of all outputs, by hash; a pointer names the newest.
 
-A folder there is whole when its `manifest.json` is: it holds the SHA-256 and the size of every file, is removed before
-anything changes, and written last; it also names the DVC hash of the folder. Only what differs travels, both ways.
+A store is `s3://bucket/prefix` or a folder that machines share. Its parts:
+
+* `dvc/` is a DVC remote (flows/recording/dvc.py);
+* `<preset>/dvc.lock` and `<preset>/branches/dvc.lock` are the pointer: the entries of stages as DVC wrote them when
+  their outputs were recorded;
+* `work/` holds work in progress (flows/recording/work_store.py), `leases/` who executes what (flows/running/lease.py).
+
+The pointer changes by conditional writes only. Its first line holds the highest token of each lease that may write it:
+an executor whose lease was taken over can't publish, however late it wakes up.
 """
 
 from __future__ import annotations
@@ -9,29 +16,59 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
+import yaml
 
 from flows.places import Place
+from flows.recording import dvc as versioning
 from flows.rendering.dvc_yaml import BRANCH, MAIN
-from flows.stages import Stage
+from flows.stages import BRANCHES, Stage, find_stage
+from flows.tracking.runs import Lineage
 from svd import storage
-from svd.config import Preset
 from svd.core.errors import UserError
-from svd.core.files import exclusive, recover, replace_folder
-from svd.core.retries import Transient, Unreachable, retrying
+from svd.core.files import write_text
+from svd.core.retries import Unreachable
 
 logger = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
 LOCKS = (MAIN.with_suffix(".lock"), BRANCH.with_suffix(".lock"))
-PUBLISH_ATTEMPTS = 4
-CACHE = Path(".cache") / "s3"
-VERSIONS = Path(".cache") / "s3-versions"
-Files = dict[str, dict[str, Any]]
+HEADER = "# leases: "
+ATTEMPTS = 50
+
+
+class LeaseLost(UserError):
+    """Another executor has taken over, or may have: this one stops and publishes nothing."""
+
+
+class LeaseExpired(LeaseLost):
+    """The lease was not renewed in time: the store was away, or this process stood still. A new try may get it."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """The right to write the pointer: a lease's name and its token, which grows whenever the lease changes hands."""
+
+    lease: str
+    token: int
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """A stored lock file: its tokens by lease, its content, and its version (None: not stored)."""
+
+    tokens: dict[str, int]
+    content: dict[str, Any]
+    version: str | None = None
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        return self.content.get("stages") or {}
+
+    def text(self) -> str:
+        return HEADER + json.dumps(self.tokens, sort_keys=True) + "\n" + yaml.safe_dump(self.content, sort_keys=False)
 
 
 def store_root(option: str | None) -> str | None:
@@ -39,223 +76,127 @@ def store_root(option: str | None) -> str | None:
     return option or os.environ.get("SVD_STORE") or None
 
 
-def _describe(folder: Path) -> Files:
-    """Return SHA-256 and size of each file by its relative path."""
-    return {
-        entry.relative: {"sha256": storage.sha256(Path(entry.location)), "size": entry.size}
-        for entry in storage.list_files(folder)
-    }
+def _lock_of(stage: str) -> Path:
+    return LOCKS[stage in BRANCHES]
 
 
-def _read_manifest(uri: str) -> dict[str, Any]:
-    """Return the manifest at `uri`; an empty one when nothing whole is there."""
-    location = storage.join(uri, MANIFEST)
+def _read(root: str, preset: str, lock: Path) -> _Pointer:
+    location = storage.join(root, preset, lock.as_posix())
     try:
-        content: dict[str, Any] = json.loads(storage.read_bytes(location))
+        version = storage.version(location)
+        text = storage.read_bytes(location).decode()
+        first, _, _ = text.partition("\n")
+        tokens = json.loads(first.removeprefix(HEADER)) if first.startswith(HEADER) else {}
+        return _Pointer(tokens, yaml.safe_load(text) or {}, version)
     except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise UserError(f"{location}: not a manifest; delete the folder and publish the stage again") from None
-    return content
+        return _Pointer({}, {"schema": "2.0", "stages": {}})
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{location}: not a lock file of DVC ({error}); delete it and run the pipeline again") from None
 
 
-def read_manifest(uri: str) -> Files | None:
-    """Return the files stored at `uri`; None when nothing whole is there."""
-    return _read_manifest(uri).get("files")
-
-
-def stored_version(uri: str) -> str | None:
-    """Return the version (DVC hash) that was published at `uri`; None when nothing whole is there, or it has none."""
-    return _read_manifest(uri).get("version")
-
-
-def publish_folder(folder: Path, uri: str, version: str | None = None) -> int:
-    """Make `uri` hold exactly the files of `folder`, named `version`; return the bytes that were sent.
-
-    A kill leaves a folder without manifest, which no reader takes; publishing again goes on with what is missing. Two
-    runs that publish there at once can mix their files, so what is stored is looked at again at the end. Raises
-    svd.core.retries.Unreachable when another run keeps changing it.
-    """
-    manifest: dict[str, Any] = {"files": _describe(folder), "version": version}
-    wanted, sent = manifest["files"], 0
-    for _ in range(PUBLISH_ATTEMPTS):
-        if _read_manifest(uri) != manifest:
-            sent += _send(folder, uri, manifest)
-        elif not sent:
-            return 0
-        stored = {entry.relative: entry for entry in storage.list_files(uri)}
-        if _read_manifest(uri) == manifest and all(_same_object(stored.get(name), wanted[name]) for name in wanted):
-            return sent
-        storage.delete(storage.join(uri, MANIFEST))
-    raise Unreachable(f"{uri}: another run publishes there at the same time; let one of them finish first")
-
-
-def _send(folder: Path, uri: str, manifest: dict[str, Any]) -> int:
-    """Do one pass of `publish_folder`: withdraw the manifest, send what differs, write the manifest."""
-    wanted, stored = manifest["files"], _read_manifest(uri).get("files") or {}
-    present = {entry.relative: entry for entry in storage.list_files(uri)}
-    storage.delete(storage.join(uri, MANIFEST))
-    sent = 0
-    for relative, about in _with_progress(wanted, f"to {uri}"):
-        known = relative in present and stored.get(relative) == about
-        if not (known or _same_object(present.get(relative), about)):
-            storage.upload(folder / relative, storage.join(uri, relative))
-            sent += about["size"]
-    for relative in present.keys() - wanted.keys() - {MANIFEST}:
-        storage.delete(present[relative].location)
-    storage.write_bytes(storage.join(uri, MANIFEST), json.dumps(manifest, indent=1, sort_keys=True).encode())
-    return sent
-
-
-def _same_object(entry: storage.Entry | None, about: Mapping[str, Any]) -> bool:
-    """Return whether an object of an interrupted `publish_folder` is the wanted one, by size and checksum."""
-    return (
-        entry is not None and entry.size == about["size"] and storage.stored_sha256(entry.location) == about["sha256"]
-    )
-
-
-def fetch_folder(uri: str, folder: Path) -> int:
-    """Bring `folder` to exactly what is stored at `uri`, in one rename; return the bytes that were fetched.
-
-    A fetch that was interrupted goes on; of several processes that want the folder one fetches. What is published anew
-    meanwhile is fetched again. Raises UserError when nothing whole is stored there, svd.storage.Truncated when a file
-    isn't what the manifest says.
-    """
-    if read_manifest(uri) is None:
-        raise UserError(f"{uri}: nothing whole is stored there ({MANIFEST} is missing); run the stage that makes it")
-    recover(folder)
-    with exclusive(folder.with_name(f".{folder.name}.fetching.lock")):
-        return retrying(lambda: _fetch(uri, folder), uri)
-
-
-def _fetch(uri: str, folder: Path) -> int:
-    files = read_manifest(uri)
-    if files is None:
-        raise Transient("is being published anew")
-    if folder.is_dir() and _describe(folder) == files:
-        return 0
-    staging = folder.with_name(f".{folder.name}.fetching")
-    fetched = 0
-    for relative, about in _with_progress(files, f"from {uri}"):
-        target = staging / relative
-        if _matches(target, about):
-            continue
-        if _matches(folder / relative, about):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / relative, target)
-            continue
-        _fetch_file(uri, relative, target, files)
-        fetched += about["size"]
-    staging.mkdir(parents=True, exist_ok=True)
-    for entry in list(storage.list_files(staging)):
-        if entry.relative not in files:
-            Path(entry.location).unlink()
-    replace_folder(staging, folder)
-    return fetched
-
-
-def _fetch_file(uri: str, relative: str, target: Path, files: Files) -> None:
-    """Fetch one file; raises Transient when it isn't the manifest's because another one is or was being published."""
-    location = storage.join(uri, relative)
-    try:
-        storage.download(location, target)
-        if _matches(target, files[relative]):
+def _update(root: str, preset: str, lock: Path, fence: Fence, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the stages of a stored lock file under `fence`; several writers do it one after the other."""
+    location = storage.join(root, preset, lock.as_posix())
+    for _ in range(ATTEMPTS):
+        found = _read(root, preset, lock)
+        if found.tokens.get(fence.lease, 0) > fence.token:
+            raise LeaseLost(f"the lease '{fence.lease}' of preset '{preset}' was lost; nothing is published")
+        stages = dict(found.stages)
+        change(stages)
+        tokens = found.tokens | {fence.lease: fence.token}
+        if found.version and stages == found.stages and tokens == found.tokens:
             return
-        target.unlink()
-    except FileNotFoundError:
-        pass
-    if read_manifest(uri) != files:
-        raise Transient("is being published anew")
-    raise storage.Truncated(f"{location}: not the file of {MANIFEST}; publish the stage again")
+        new = _Pointer(tokens, found.content | {"stages": stages})
+        try:
+            storage.replace(location, new.text().encode(), found.version)
+            return
+        except storage.Conflict:
+            continue
+    raise Unreachable(f"{location}: other runs keep changing it; let one of them finish first")
 
 
-def _matches(path: Path, about: Mapping[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == about["size"] and storage.sha256(path) == about["sha256"]
+def fence_off(root: str, preset: str, fence: Fence, stages: Iterable[Stage]) -> None:
+    """Note the token of a new holder in the pointer, before it works: earlier holders can't write it from now on."""
+    for lock in sorted({_lock_of(stage.name) for stage in stages}):
+        _update(root, preset, lock, fence, lambda stages: None)
 
 
-def _with_progress(files: Files, title: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    with Progress(transient=True) as progress:
-        task = progress.add_task(title, total=sum(about["size"] for about in files.values()))
-        for relative, about in files.items():
-            yield relative, about
-            progress.advance(task, about["size"])
+def highest_token(root: str, preset: str, lease: str) -> int:
+    """Return the highest token of a lease in the pointer: somebody may have deleted the lease, which counts from it."""
+    return max(_read(root, preset, lock).tokens.get(lease, 0) for lock in LOCKS)
 
 
-def fetch_inputs(root: str, preset: str, folders: Mapping[str, Path]) -> None:
-    """Bring the folders of input stages from the store; one that is not stored there stays as it is here."""
-    for stage, folder in folders.items():
-        uri = Place(preset, stage).uri(root)
-        if read_manifest(uri) is None:
-            logger.info("%s is not in the store, the local folder is used", uri)
-        elif moved := fetch_folder(uri, folder):
-            logger.info("%s: %.1f MB fetched", uri, moved / 1e6)
+def keep_entry(root: str, preset: str, stage: str, fence: Fence) -> None:
+    """Point the store at the outputs that this machine's dvc.lock has for `stage`; raises LeaseLost."""
+    lock = _lock_of(stage)
+    entry = _local(lock)["stages"][stage]
+    _update(root, preset, lock, fence, lambda stages: stages.update({stage: entry}))
+
+
+def _local(lock: Path) -> dict[str, Any]:
+    found = yaml.safe_load(lock.read_text()) if lock.exists() else None
+    return {"schema": "2.0"} | (found or {}) | {"stages": (found or {}).get("stages") or {}}
 
 
 def fetch_locks(root: str, preset: str) -> None:
-    """Take over DVC's lock files that the last pipeline kept in the store, where there are none (a fresh pod)."""
+    """Take over the pointer as DVC's lock files where there are none (a fresh pod)."""
     if any(lock.exists() for lock in LOCKS):
         return
+    adopt_locks(root, preset)
+
+
+def adopt_locks(root: str, preset: str, only: str | None = None) -> None:
+    """Take over the pointer's entries (of the stage `only`) into DVC's lock files here, over what they say."""
     for lock in LOCKS:
-        stored = storage.join(root, preset, lock.as_posix())
-        if storage.exists(stored):
-            storage.download(stored, lock)
+        stored = _read(root, preset, lock).stages
+        entries = {name: entry for name, entry in stored.items() if only in (None, name)}
+        if entries:
+            here = _local(lock)
+            write_text(lock, yaml.safe_dump(here | {"stages": here["stages"] | entries}, sort_keys=False))
 
 
-def keep_locks(root: str, preset: str) -> None:
-    """Keep DVC's lock files in the store, so that the next pipeline knows what is unchanged, on whatever machine."""
-    for lock in LOCKS:
-        if lock.exists():
-            storage.upload(lock, storage.join(root, preset, lock.as_posix()))
+def stored_output(root: str, preset: str, stage: str) -> Lineage | None:
+    """Return the output of a stage that the pointer names; None when there is none."""
+    entry = _read(root, preset, _lock_of(stage)).stages.get(stage)
+    if not entry or not entry.get("outs"):
+        return None
+    out = entry["outs"][0]
+    path = Place(preset, stage).output
+    return Lineage(stage, str(path), out["md5"], out.get("size"), out.get("nfiles"))
 
 
-def localise(preset: Preset, stage: Stage) -> Preset:
-    """Return the preset with the `s3://` paths that `stage` reads replaced by local copies: every path may be remote.
-
-    Addresses of sources stay: curation reads those one at a time.
-    """
-    values = preset.model_dump(mode="json")
-    for section in stage.options:
-        *parents, last = section.split(".")
-        place = values
-        for name in parents:
-            place = place[name]
-        if section != "sources":
-            place[last] = _local_copies(place[last])
-    return Preset.model_validate(values)
+def stored_outputs(root: str, preset: str, stages: Iterable[str]) -> list[Lineage]:
+    """Return the outputs of stages as the pointer names them, without those that it doesn't name."""
+    found = {stage: stored_output(root, preset, stage) for stage in stages}
+    for stage in (name for name, output in found.items() if output is None):
+        logger.info("%s/%s is not in the store, the local folder is used", preset, stage)
+    return [output for output in found.values() if output]
 
 
-def _local_copies(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _local_copies(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_local_copies(item) for item in value]
-    return str(local_copy(value)) if isinstance(value, str) and storage.is_remote(value) else value
+def fetch_inputs(root: str, preset: str, stages: Iterable[str]) -> None:
+    """Bring the outputs of stages as the pointer names them; one that it doesn't name stays as it is here."""
+    versioning.pull(stored_outputs(root, preset, stages), root)
 
 
-def local_copy(uri: str) -> Path:
-    """Return the copy of `uri` under .cache/s3; it is fetched when it is missing or another version is stored.
-
-    Raises UserError when there is neither an object nor a prefix of that name.
-    """
-    bucket, key = storage.split_uri(uri)
-    target = CACHE / bucket / key
-    if storage.exists(uri):
-        _bring(uri, storage.version(uri), target)
-        return target
-    entries = list(storage.list_files(uri))
-    if not entries:
-        raise UserError(f"{uri}: no such object or folder; correct the preset or put it there")
-    for entry in entries:
-        _bring(entry.location, entry.version, target / entry.relative)
-    return target
+def stored_files(root: str, output: Lineage) -> list[dict[str, str]]:
+    """Return the files of a stored folder: `relpath` and `md5` of each."""
+    files: list[dict[str, str]] = json.loads(storage.read_bytes(versioning.stored_object(root, output.md5)))
+    return files
 
 
-def _bring(uri: str, version: str, target: Path) -> None:
-    """Download an object unless `target` is this version of it, which is noted under .cache/s3-versions."""
-    note = VERSIONS / target.relative_to(CACHE)
-    with exclusive(note.with_name(f".{note.name}.lock")):
-        if target.is_file() and note.is_file() and note.read_text() == version:
-            return
-        note.unlink(missing_ok=True)
-        storage.download(uri, target)
-        note.write_text(version)
+def stored_file(root: str, preset: str, stage: str, relative: str) -> str:
+    """Return the location of one file of a stage's newest output; raises FileNotFoundError when it isn't stored."""
+    output = stored_output(root, preset, find_stage(stage).name)
+    if output is None:
+        raise FileNotFoundError(f"{root}: the output of '{stage}' of preset '{preset}' is not stored")
+    for item in stored_files(root, output):
+        if item["relpath"] == relative:
+            return versioning.stored_object(root, item["md5"])
+    raise FileNotFoundError(f"{output.path} in {root} has no {relative}")
+
+
+def ensure_stored(root: str, output: Lineage) -> None:
+    """Push an output of an earlier run that the store lacks, from this machine or the user's own DVC remote."""
+    if not storage.exists(versioning.stored_object(root, output.md5)):
+        versioning.pull([output])
+        versioning.push([output], root)

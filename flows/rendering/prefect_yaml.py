@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flows.rendering.yaml_text import file_text
-from flows.stages import STAGES, Stage
+from flows.stages import POOLS, STAGES, Stage
 
 NIGHTLY_PRESET = "tiny"
 NIGHTLY_CRON = "0 2 * * *"  # UTC
@@ -26,7 +26,12 @@ def render_deployments() -> str:
         "build": None,
         "push": None,
         "pull": [{"prefect.deployments.steps.set_working_directory": {"directory": "{{ $SVD_HOME }}"}}],
-        "deployments": [_pipeline(), _nightly(), *(_stage(stage) for stage in STAGES.values())],
+        "deployments": [
+            _pipeline(),
+            _nightly(),
+            *(_check(pool) for pool in POOLS),
+            *(_stage(stage) for stage in STAGES.values()),
+        ],
     }
     return file_text(_HEAD, content)
 
@@ -54,6 +59,17 @@ def _nightly() -> dict[str, Any]:
         "tags": ["svd", "nightly"],
         "work_pool": _pool("cpu", "pipelines"),
         "schedules": [{"cron": NIGHTLY_CRON, "timezone": "UTC", "active": True}],
+    }
+
+
+def _check(pool: str) -> dict[str, Any]:
+    return {
+        "name": f"check-{pool}",
+        "entrypoint": "flows/prefect_flows/platform_check.py:platform_check",
+        "description": f"Whether the stages of the pool {pool} find what they need (`svd platform check`)",
+        "parameters": {"pool": pool},
+        "tags": ["svd", "check"],
+        "work_pool": _pool(pool, variables={"cpu_request": "100m", "memory_request": "512Mi", "memory_limit": "4Gi"}),
     }
 
 

@@ -50,18 +50,19 @@ class VideoModel(mlflow.pyfunc.PythonModel):
     def _load(self, folders: Mapping[str, Path]) -> Models:
         import torch
 
+        from svd.core.device import pick_device
         from svd.diffusion.edm import KINDS
         from svd.generation import load_models
         from svd.model.lora import load_lora
 
-        gpu = torch.cuda.is_available()
+        device = pick_device()
         models = load_models(
             folders.get("base", folders["model"]) / "unet",
             folders["autoencoder"],
             folders["encoders"],
             self._preset.encoders,
-            "cuda" if gpu else "cpu",
-            dtype=torch.bfloat16 if gpu else torch.float32,
+            device,
+            dtype=torch.float32 if device == "cpu" else torch.bfloat16,
             kind=KINDS[self._config.objective],
         )
         if self._stage == "camera-lora":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ from svd.core.files import write_text
 PATIENCE = 240
 GRACE = 15
 MARK = "SVD_STACK"
+FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # set by Prefect's worker
+PART = "SVD_STACK_PART"  # which of the stack's processes one belongs to
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Processes:
         """Start a command in a session of its own."""
         (self.folder / "log").mkdir(parents=True, exist_ok=True)
         (self.folder / "run").mkdir(parents=True, exist_ok=True)
-        environment = os.environ | env | {MARK: self._mark}
+        environment = os.environ | env | {MARK: self._mark, PART: name}
         with (self.folder / "log" / f"{name}.log").open("ab") as log:
             child = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -97,19 +100,42 @@ class Processes:
 
     def stop_orphans(self) -> int:
         """Stop marked processes whose parents are gone; return how many there were."""
-        orphans = list(self._marked())
-        for orphan in orphans:
-            orphan.terminate()
-        _kill(psutil.wait_procs(orphans, timeout=GRACE)[1])
-        return len(orphans)
+        return _terminate([process for process, _ in self._marked()])
 
-    def _marked(self) -> Iterator[psutil.Process]:
+    def stop_rest_of(self, name: str) -> int:
+        """Stop what a dead process called `name` left behind and what may hold its port; return how many there were."""
+        return _terminate([process for process, env in self._marked() if env.get(PART) == name])
+
+    def flow_runs(self) -> set[str]:
+        """Return the ids of the Prefect flow runs that live, whether or not their worker does.
+
+        A flow run leads a process group; what only its children keep alive is no run any more.
+        """
+        marked = ((process.pid, env.get(FLOW_RUN)) for process, env in self._marked())
+        return {run for pid, run in marked if run and os.getpgid(pid) == pid}
+
+    def _marked(self) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+        """Yield the living processes of this stack with their environments."""
         for process in psutil.process_iter():
             try:
-                if process.pid != os.getpid() and process.environ().get(MARK) == self._mark:
-                    yield process
+                env = process.environ()
+                if process.pid != os.getpid() and env.get(MARK) == self._mark and _lives(process):
+                    yield process, env
             except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
+
+
+def _lives(process: psutil.Process) -> bool:
+    return bool(process.status() != psutil.STATUS_ZOMBIE)
+
+
+def _terminate(processes: list[psutil.Process]) -> int:
+    """Terminate processes, kill what is left after 15 s; return how many there were."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _kill(psutil.wait_procs(processes, timeout=GRACE)[1])
+    return len(processes)
 
 
 def _kill(processes: list[psutil.Process]) -> None:
@@ -125,7 +151,7 @@ def is_alive(process: Process) -> bool:
     """Return whether this very process lives: same pid, same start."""
     try:
         found = psutil.Process(process.pid)
-        return abs(found.create_time() - process.started) < 1 and found.status() != psutil.STATUS_ZOMBIE
+        return abs(found.create_time() - process.started) < 1 and _lives(found)
     except psutil.NoSuchProcess:
         return False
 

@@ -22,14 +22,16 @@ from botocore.exceptions import ClientError
 from rich.console import Console
 
 from flows.stack.env_file import ENV_FILE, read_env
+from flows.stack.lost_runs import schedule_lost_runs
 from flows.stack.processes import Process, Processes, check_port
 from flows.stack.server_setup import install_automations, limit_pipelines
+from flows.stages import POOLS, Pool
 from svd.core.errors import UserError
 from svd.core.files import atomic_file
 
 LOCAL = Path(".local")
 BUCKET = "svd"
-POOLS = {"cpu": 4, "gpu": 1}  # flow runs at a time: one GPU stage; parents wait for their children in `cpu`
+RUNS_AT_A_TIME: dict[Pool, int] = {"cpu": 4, "gpu": 1}  # one GPU stage; parents wait for their children in `cpu`
 console = Console(stderr=True)
 
 
@@ -127,7 +129,7 @@ def _start_mlflow(ports: Ports, env: dict[str, str]) -> Process:
     command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
     extra = {"MLFLOW_S3_ENDPOINT_URL": env["AWS_ENDPOINT_URL"], "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     own = {k: v for k, v in env.items() if k != "MLFLOW_TRACKING_URI"}
-    return _processes().spawn("mlflow", command, own | extra | {"MLFLOW_DISABLE_TELEMETRY": "true"}, ports.mlflow)
+    return _processes().spawn("mlflow", command, own | extra, ports.mlflow)
 
 
 def _start_prefect(ports: Ports) -> Process:
@@ -135,15 +137,15 @@ def _start_prefect(ports: Ports) -> Process:
     folder.mkdir(parents=True, exist_ok=True)
     env = {
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{folder / 'prefect.db'}",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_API_URL": f"http://127.0.0.1:{ports.prefect}/api",
     }
     command = [_tool("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(ports.prefect)]
     return _processes().spawn("prefect", command, env, ports.prefect)
 
 
-def _start_worker(pool: str, env: dict[str, str]) -> Process:
-    command = [_tool("prefect"), "worker", "start", "--pool", pool, "--type", "process", "--limit", str(POOLS[pool])]
+def _start_worker(pool: Pool, env: dict[str, str]) -> Process:
+    command = [_tool("prefect"), "worker", "start", "--pool", pool, "--type", "process"]
+    command += ["--limit", str(RUNS_AT_A_TIME[pool])]
     extra = {
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
@@ -225,6 +227,8 @@ def up(ports: Ports) -> dict[str, str]:
     doesn't come up; what was started is then stopped again.
     """
     alive = {process.name for process in running()}
+    for name in {"s3", "prefect", "mlflow"} - alive:
+        _processes().stop_rest_of(name)  # MLflow's and Prefect's children outlive their parents and hold the ports
     ports = _select_ports(ports, alive)
     env = stack_environment(ports)
     try:
@@ -257,6 +261,7 @@ def _start_missing(ports: Ports, env: dict[str, str], alive: set[str], say: Call
         deployed.write_text(described)
     for pool in POOLS:
         if f"worker-{pool}" not in alive:
+            schedule_lost_runs(env["PREFECT_API_URL"], pool, processes.flow_runs())
             _start_worker(pool, env)
     if mlflow:
         say("waiting for MLflow")

@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from svd.core.addresses import public_text
 from svd.core.files import atomic_file, write_text
 
 logger = logging.getLogger(__name__)
 REQUEST_SECONDS = 25
-UPLOAD_PATIENCE = 600.0  # for a server that does not answer, while weights wait that may be gone with this machine
+UPLOAD_PATIENCE = 120.0  # seconds for a model, and for each 2 MB of it one more
+UPLOAD_RATE = 2e6
 Deliver = Callable[[dict[str, Any], Path], None]
 
 
@@ -103,6 +105,7 @@ class Courier:
         self._waits = (first_wait, longest)
         self._failure: str | None = None
         self._stop = threading.Event()
+        self._deadline = 0.0
         # in the caller's context, so that Prefect knows which flow run the warnings belong to
         run = contextvars.copy_context().run
         self._thread = threading.Thread(target=run, args=(self._run,), name="mlflow-courier", daemon=True)
@@ -123,32 +126,33 @@ class Courier:
         return True
 
     def _reason(self, error: Exception) -> str:
-        lines = str(error).splitlines()
+        lines = public_text(str(error)).splitlines()
         return f"{self._describe} can't be reached ({type(error).__name__}: {lines[0][:160] if lines else ''})"
 
     def _run(self) -> None:
         wait = self._waits[0]
         while not self._stop.wait(wait):
             wait = self._waits[0] if self._attempt() else min(2 * wait, self._waits[1])
+        while not self._attempt() and time.monotonic() + self._waits[0] < self._deadline:
+            time.sleep(self._waits[0])
 
-    def close(self, patience: float = 20, upload_patience: float = UPLOAD_PATIENCE) -> bool:
+    def close(self, patience: float = 20, upload_patience: float | None = None) -> bool:
         """Stop; try for `patience` seconds to deliver what is left. Returns whether everything was delivered.
 
         A delivery that hangs in a slow server is not waited for longer than that (but for one request's time at
-        least); what it may still deliver is recognised when the journal is sent again. A model is waited for as long
-        as its upload goes on, and for `upload_patience` seconds when the server is away: it names weights that lie on
-        this machine, which may be a pod.
+        least); what it may still deliver is recognised when the journal is sent again. A model is waited for longer,
+        `upload_patience` seconds in all (default: by its size), because it names weights that lie on this machine,
+        which may be a pod; unless `patience` is 0, also for a server that is away.
         """
-        start = time.monotonic()
+        upload = 0.0
+        if self.journal.waiting("model"):
+            upload = self._upload_seconds() if upload_patience is None else upload_patience
+        self._deadline = time.monotonic() + (max(patience, upload) if patience else 0)
         self._stop.set()
-        self._thread.join(max(patience, REQUEST_SECONDS))
-        while self._thread.is_alive() and self.journal.waiting("model"):
-            self._thread.join(REQUEST_SECONDS)
-        if self._thread.is_alive():
-            return False
-        while not self._attempt():
-            allowed = max(patience, upload_patience) if patience and self.journal.waiting("model") else patience
-            if time.monotonic() - start + self._waits[0] > allowed:
-                return False
-            time.sleep(self._waits[0])
-        return True
+        self._thread.join(max(patience, REQUEST_SECONDS, upload))
+        return not self._thread.is_alive() and not self.journal.pending()
+
+    def _upload_seconds(self) -> float:
+        folders = {folder for entry in self.journal.entries("model") for folder in entry.get("folders", {}).values()}
+        files = (path for folder in folders for path in Path(folder).rglob("*") if path.is_file())
+        return UPLOAD_PATIENCE + sum(path.stat().st_size for path in files) / UPLOAD_RATE

@@ -39,16 +39,37 @@ def checkpoint_digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
+def bound_requests() -> None:
+    """Let MLflow's client give up early, unless the environment says otherwise."""
+    for name, value in CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def find_experiment(client: mlflow.MlflowClient, uri: str, name: str) -> str:
+    """Return the id of an experiment, which is made if need be; with SQLite its artifacts lie beside the database."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts").as_uri()
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException:  # another run made it in between
+        return str(client.get_experiment_by_name(name).experiment_id)
+
+
 class Delivery:
     """The sender of one run's journal entries to the MLflow server at `uri`."""
 
     def __init__(self, uri: str, experiment: str) -> None:
-        for name, value in CLIENT_SETTINGS.items():
-            os.environ.setdefault(name, value)
+        bound_requests()
         self._uri = uri
         self._experiment = experiment
         self._client: mlflow.MlflowClient | None = None
         self._run_id = ""
+        self._continued = False
+        self._logged: dict[str, dict[int, float]] = {}
         self._lock = Path()
 
     def __call__(self, entry: dict[str, Any], files: Path) -> None:
@@ -70,6 +91,7 @@ class Delivery:
         {
             "start": lambda: self._start(entry),
             "metrics": lambda: self._metrics(entry["items"]),
+            "cost": lambda: self._cost(entry),
             "tags": lambda: self._tags(entry["tags"]),
             "file": lambda: self._file(files / entry["name"], entry["folder"]),
             "lineage": lambda: self._lineage(entry),
@@ -90,16 +112,7 @@ class Delivery:
         return first
 
     def _experiment_id(self) -> str:
-        found = self.client.get_experiment_by_name(self._experiment)
-        if found is not None:
-            return str(found.experiment_id)
-        location = None
-        if self._uri.startswith("sqlite:///"):
-            location = (Path(self._uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts").as_uri()
-        try:
-            return str(self.client.create_experiment(self._experiment, artifact_location=location))
-        except MlflowException:  # another run made it in between
-            return str(self.client.get_experiment_by_name(self._experiment).experiment_id)
+        return find_experiment(self.client, self._uri, self._experiment)
 
     def find_run(self, key: str) -> str | None:
         """Return the id of the run that carries `key`, if MLflow has it."""
@@ -120,7 +133,7 @@ class Delivery:
             if found is None:
                 self._run_id = self._create(entry["key"], entry["name"], entry["time"], entry["tags"], entry["parent"])
         if found:
-            self._run_id = found
+            self._run_id, self._continued = found, True
             self.client.update_run(found, status="RUNNING")
             self._tags(entry["tags"])
         params = [Param(name, str(value)[:6000]) for name, value in entry["params"].items()]
@@ -128,9 +141,39 @@ class Delivery:
             self.client.log_batch(self._run_id, params=params[i : i + 100])
 
     def _metrics(self, items: list[list[Any]]) -> None:
-        for i in range(0, len(items), BATCH):
-            batch = [Metric(name, value, stamp, step) for name, value, stamp, step in items[i : i + BATCH]]
-            self.client.log_batch(self._run_id, metrics=batch)
+        new = [Metric(*item) for item in items if not self._is_logged(item[0], item[1], item[3])]
+        for i in range(0, len(new), BATCH):
+            self.client.log_batch(self._run_id, metrics=new[i : i + BATCH])
+
+    def _is_logged(self, name: str, value: float, step: int) -> bool:
+        """Return whether the run had this step of a metric when this process found it.
+
+        A stage that goes on on another machine has no journal of what it logged there, and does the steps since its
+        last snapshot again. Step 0 is also that of results, which may be new ones.
+        """
+        if not self._continued:
+            return False
+        if name not in self._logged:
+            history = self.client.get_metric_history(self._run_id, name)
+            self._logged[name] = {metric.step: metric.value for metric in history}
+        return step in self._logged[name] and (step > 0 or self._logged[name][0] == value)
+
+    def _cost(self, entry: dict[str, Any]) -> None:
+        """Log a stage's hours to its pipeline's run, and their sums with those of the stages that MLflow knows of."""
+        known = self.client.get_run(self._run_id).data.metrics
+        new = {f"{entry['stage']}/cost_{kind}": value for kind, value in entry["hours"].items()}
+        sums = {
+            kind: sum(v for n, v in (known | new).items() if n.endswith(f"/cost_{kind}")) for kind in entry["hours"]
+        }
+        new |= {f"cost/{kind}": value for kind, value in sums.items()}
+        if prices := entry["prices"]:
+            new["cost/total"] = sum(sums[kind] * price for kind, price in prices.items())
+        changed = {name: value for name, value in new.items() if known.get(name) != value}
+        metrics = [Metric(name, value, entry["time"], self._next_step(name)) for name, value in changed.items()]
+        self.client.log_batch(self._run_id, metrics=metrics)
+
+    def _next_step(self, name: str) -> int:
+        return max((metric.step + 1 for metric in self.client.get_metric_history(self._run_id, name)), default=0)
 
     def _tags(self, tags: Mapping[str, str]) -> None:
         self.client.log_batch(self._run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
@@ -153,7 +196,13 @@ class Delivery:
             return
         if version is None:
             version = self._register(name, folders, settings)
+        self._describe(name, version, str(settings.get("description", "")))
         self.client.set_registered_model_alias(name, "candidate", version)
+
+    def _describe(self, name: str, version: str, text: str) -> None:
+        """Describe a version, unless it has a description, which may be a person's."""
+        if text and not self.client.get_model_version(name, version).description:
+            self.client.update_model_version(name, version, text)
 
     def _registered(self, name: str, digest: str) -> str | None:
         """Return the version of `name` that was made from the same checkpoint, if there is one."""
@@ -186,12 +235,15 @@ class Delivery:
         """
         with tempfile.TemporaryDirectory() as temporary:
             kept = Path(temporary) / "settings.json"
-            write_json(kept, {key: value for key, value in settings.items() if key != "signature"})
-            described = settings.get("signature")  # journals of an earlier version have none
+            beside = ("signature", "card", "description")  # journals of an earlier version lack some of them
+            write_json(kept, {key: value for key, value in settings.items() if key not in beside})
+            card = Path(temporary) / "README.md"
+            card.write_text(str(settings.get("card", "")))
+            described = settings.get("signature")
             info = mlflow.pyfunc.log_model(
                 name=name,
                 python_model=str(Path(__file__).parent.parent / "serving" / "model.py"),
-                artifacts={**folders, "settings": str(kept)},
+                artifacts={**folders, "settings": str(kept), "card": str(card)},
                 signature=ModelSignature.from_dict(described) if described else None,
                 metadata=dict(tags),
                 tags=dict(tags),

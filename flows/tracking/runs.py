@@ -12,29 +12,47 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
-import psutil
 from PIL import Image
 
 from flows.tracking.journal import Courier, Journal
 from flows.tracking.mlflow_delivery import Delivery
+from svd.core.addresses import public_address, public_values
+from svd.core.files import Held, exclusive
 
 EXPERIMENT = "stable-video-diffusion"
 SPOOL = Path("work") / "tracking"
+SEND_SECONDS = 120
 
 
 def tracking_uri() -> str:
-    """Return MLflow's address: `MLFLOW_TRACKING_URI`, or the SQLite file of the embedded default."""
+    """Return MLflow's address: `MLFLOW_TRACKING_URI`, or the SQLite file of the embedded default.
+
+    User and password in the address of a server move to the variables that MLflow has for them: MLflow prints the
+    address. Those of a database stay, so print `public_address` of what this returns.
+    """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
+        return _without_login(uri)
     folder = Path(".local").absolute()
     folder.mkdir(exist_ok=True)
     return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def _without_login(uri: str) -> str:
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and "@" in parts.netloc:
+        login, _, host = parts.netloc.rpartition("@")
+        user, _, password = login.partition(":")
+        uri = parts._replace(netloc=host).geturl()
+        os.environ |= {"MLFLOW_TRACKING_USERNAME": unquote(user), "MLFLOW_TRACKING_PASSWORD": unquote(password)}
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+    return uri
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,15 @@ class MlflowTracker:
         if items:
             self._journal.append({"op": "metrics", "items": items})
 
+    def log_cost(self, stage: str, hours: Mapping[str, float], prices: Mapping[str, float] | None) -> None:
+        """Log what a stage of this pipeline has cost, by kind of hours; the sums over its stages follow from it."""
+        entry = {"op": "cost", "stage": stage, "hours": dict(hours), "prices": dict(prices) if prices else None}
+        self._journal.append(entry | {"time": milliseconds()})
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        self._journal.append({"op": "tags", "tags": dict(tags)})
+
     def log_image(self, key: str, image: np.ndarray, step: int) -> None:
         """Log an (H, W, 3) uint8 image; equal keys of different runs share a step slider in MLflow's charts."""
         if not self._first_time(key, step):
@@ -126,10 +153,11 @@ class MlflowTracker:
 
         folders: `model` (what was trained), and for serving `autoencoder`, `encoders` and for adapters `base`.
         settings: `checkpoint` (flows.tracking.mlflow_delivery.checkpoint_digest), and for serving `task`
-        (the stage), `preset` and `signature` (flows/serving/signature.py). Everything is read when it is delivered.
+        (the stage), `preset` and `signature` (flows/serving/signature.py); `card` and `description`
+        (flows/running/registered_card.py). Everything is read when it is delivered.
         """
         paths = {key: str(path.absolute()) for key, path in folders.items()}
-        self._journal.append({"op": "model", "name": name, "folders": paths, "settings": dict(settings)})
+        self._journal.append({"op": "model", "name": name, "folders": paths, "settings": public_values(settings)})
 
 
 def flat_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -150,48 +178,66 @@ def _folder(spool: Path, key: str) -> Path:
     return spool / re.sub(r"[^\w.-]", "_", key)
 
 
+def _lock(folder: Path) -> Path:
+    """Return the lock of whoever writes or sends a journal; it ends with its process."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextmanager
 def tracked_run(info: RunInfo, *, spool: Path = SPOOL, patience: float = 20) -> Iterator[MlflowTracker]:
     """Open the run `info.key` (a second time: continue it), yield its tracker, end it as FINISHED, FAILED or KILLED."""
-    journal = Journal(_folder(spool, info.key))
-    start = {"op": "start", "key": info.key, "name": info.name, "parent": info.parent, "time": milliseconds()}
-    journal.append(
-        start | {"pid": os.getpid()} | {"tags": dict(info.tags or {}), "params": flat_params(info.params or {})}
-    )
-    courier = Courier(journal, Delivery(tracking_uri(), EXPERIMENT), f"MLflow at {tracking_uri()}")
-    status = "FAILED"
-    try:
-        yield MlflowTracker(journal)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        journal.append({"op": "end", "status": status, "time": milliseconds()})
-        if courier.close(patience):
-            _forget(journal, status)
+    folder = _folder(spool, info.key)
+    with exclusive(_lock(folder)):
+        journal = Journal(folder)
+        start = {"op": "start", "key": info.key, "name": info.name, "parent": info.parent, "time": milliseconds()}
+        params = flat_params(public_values(info.params or {}))
+        journal.append(start | {"tags": dict(info.tags or {}), "params": params})
+        courier = _courier(journal)
+        status = "FAILED"
+        try:
+            yield MlflowTracker(journal)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            journal.append({"op": "end", "status": status, "time": milliseconds()})
+            if courier.close(patience):
+                _forget(journal, status)
+
+
+def _courier(journal: Journal) -> Courier:
+    return Courier(journal, Delivery(tracking_uri(), EXPERIMENT), f"MLflow at {public_address(tracking_uri())}")
 
 
 def _forget(journal: Journal, status: str) -> None:
     """Remove a delivered journal, but for what a run that may be continued must know: what it has logged."""
-    shutil.rmtree(journal.folder if status == "FINISHED" else journal.folder / "files")
+    if status != "FINISHED":
+        shutil.rmtree(journal.folder / "files")
+        return
+    shutil.rmtree(journal.folder)
+    _lock(journal.folder).unlink(missing_ok=True)
 
 
 def send_pending(spool: Path = SPOOL) -> tuple[int, int]:
-    """Deliver what earlier runs left behind; journals that a living process still writes are left alone.
+    """Deliver what earlier runs left behind; journals that a living process still writes or sends are left alone.
 
-    Returns how many journals were delivered and how many still wait.
+    After two minutes in all the rest keeps waiting: a server that hangs must not hold up the next pipeline. Returns how
+    many journals were delivered and how many still wait.
     """
-    done = waiting = 0
+    outcomes = []
+    deadline = time.monotonic() + SEND_SECONDS
     for folder in sorted(spool.glob("*/")):
-        journal = Journal(folder)
-        starts, ends = list(journal.entries("start")), list(journal.entries("end"))
-        ended = bool(ends) and ends[-1]["time"] >= starts[-1]["time"]
-        if not journal.pending() or (not ended and starts and psutil.pid_exists(starts[-1]["pid"])):
-            continue
-        courier = Courier(journal, Delivery(tracking_uri(), EXPERIMENT), f"MLflow at {tracking_uri()}")
-        delivered = courier.close(patience=0)
-        done, waiting = done + delivered, waiting + (not delivered)
-        if delivered and ended:
-            _forget(journal, ends[-1]["status"])
-    return done, waiting
+        with suppress(Held), exclusive(_lock(folder), wait=False):
+            if folder.is_dir() and (journal := Journal(folder)).pending():
+                outcomes.append(time.monotonic() < deadline and _send(journal))
+    return sum(outcomes), len(outcomes) - sum(outcomes)
+
+
+def _send(journal: Journal) -> bool:
+    """Deliver a journal that nobody else has; return whether all of it arrived."""
+    starts, ends = list(journal.entries("start")), list(journal.entries("end"))
+    delivered = _courier(journal).close(patience=0)
+    if delivered and ends and ends[-1]["time"] >= starts[-1]["time"]:
+        _forget(journal, ends[-1]["status"])
+    return delivered

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import cv2
+import cv2  # not PIL: thumbnails are arrays here, as in all of curation
 import numpy as np
 import polars as pl
 

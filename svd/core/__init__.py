@@ -1,1 +1,1 @@
-"""The ground floor: errors, atomic files and locks, retries, the device. Imports no other room."""
+"""The lowest layer: errors, atomic files and locks, retries, the device. Imports no other package of ours."""

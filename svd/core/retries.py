@@ -24,17 +24,19 @@ class Unreachable(UserError, OSError):
     """A server that did not answer in all attempts. Unlike after a user's mistake, a later try may work."""
 
 
-def retrying(action: Callable[[], T], what: str) -> T:
+def retrying(action: Callable[[], T], what: str, attempts: int | None = None) -> T:
     """Call `action` until it raises no `Transient`; return its result.
 
-    The wait after attempt n is random, up to 0.25 s * 2^n and at most 15 s (full jitter). Raises Unreachable that names
-    `what` when the attempts are used up. All other exceptions pass through.
+    attempts: how often it is tried (default: ATTEMPTS). The wait after attempt n is random, up to 0.25 s * 2^n and at
+    most 15 s (full jitter). Raises Unreachable that names `what` when the attempts are used up. All other exceptions
+    pass through.
     """
-    for attempt in range(ATTEMPTS):
+    attempts = attempts or ATTEMPTS
+    for attempt in range(attempts):
         try:
             return action()
         except Transient as error:
             last = error
-        if attempt + 1 < ATTEMPTS:
+        if attempt + 1 < attempts:
             time.sleep(random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2**attempt)))
-    raise Unreachable(f"{what}: {last} ({ATTEMPTS} attempts)") from last
+    raise Unreachable(f"{what}: {last} ({attempts} attempts)") from last

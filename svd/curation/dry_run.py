@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import av
 from rich.console import Console
@@ -14,7 +14,9 @@ from rich.progress import track
 from svd import storage
 from svd.config import CurationConfig, EncodersConfig
 from svd.core.errors import UserError
+from svd.curation.base.types import SourceFailure
 from svd.curation.captions.registry import NETWORK_CAPTIONERS
+from svd.curation.decoding.probe import open_stream, open_video
 from svd.sources.listing import Source
 
 # CPU seconds per second of video, measured with benchmarks/curation and benchmarks/text on one core of an EPYC (Zen 3):
@@ -179,20 +181,22 @@ def _probe(source: Source) -> HeaderFacts | None:
     """Read the header of a source; None when it can't be read."""
     try:
         if source.path is not None and source.archive is None:
-            return _header(str(source.path), source.path.stat().st_size)
-        where = source.path or source.archive or source.uri
-        with storage.open_read(where, PROBE_BLOCK) as stream:
-            return _header(_Window(stream, source.offset or 0, source.size or 0), source.size or 0)
-    except (av.FFmpegError, OSError, IndexError, UserError):
+            with open_video(source.path) as opened:
+                return _header(*opened, source.path.stat().st_size)
+        offset, size = source.offset or 0, source.size or 0
+        with (
+            storage.open_read(source.origin, PROBE_BLOCK) as stream,
+            open_stream(_Window(stream, offset, size)) as opened,
+        ):
+            return _header(*opened, size)
+    except (SourceFailure, av.FFmpegError, OSError, UserError):
         return None
 
 
-def _header(file: Any, size: int) -> HeaderFacts | None:
-    with av.open(file, "r") as container:
-        video = container.streams.video[0]
-        if container.duration is None:
-            return None
-        return HeaderFacts(container.duration / av.time_base, video.width * video.height / 1e6, size)
+def _header(container: av.container.InputContainer, video: av.VideoStream, size: int) -> HeaderFacts | None:
+    if container.duration is None:
+        return None
+    return HeaderFacts(container.duration / av.time_base, video.width * video.height / 1e6, size)
 
 
 class _Window:

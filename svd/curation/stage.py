@@ -33,7 +33,7 @@ from svd.curation.measuring.unit import Identified, Unit, identify, measure_unit
 from svd.curation.merge import Merged, merge_units
 from svd.curation.metrics import curation_metrics, curation_summary
 from svd.curation.scoring.process import ScoringProcess
-from svd.sources.listing import Source, list_sources
+from svd.sources.listing import Source, list_sources, with_addresses
 from svd.stage import Report, StageContext, publish
 
 SPLITS = ("train", "test", "footage")
@@ -49,6 +49,7 @@ def run(context: StageContext) -> Report:
     sources = list_sources([str(folder / split) for split in SPLITS if (folder / split).is_dir()], folder)
     if not sources:
         raise UserError(f"{folder}: no videos in {', '.join(SPLITS)}; set sources.paths or sources.synthetic")
+    sources = with_addresses(sources, context.preset.sources.paths)
     context.work.mkdir(parents=True, exist_ok=True)
     workers = context.preset.compute.curation.workers
     identified = split_long(find_duplicates(sources, workers), config, context.work / "fetched")

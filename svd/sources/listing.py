@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from svd import storage
+from svd.core.addresses import public_address, public_values
 from svd.core.errors import UserError
 from svd.sources.rows import LISTS, read_rows
 from svd.sources.tars import VIDEOS, parse, read_index, refuse_compressed
@@ -35,6 +37,8 @@ LISTS_IN_FOLDERS = (".csv", ".jsonl", ".parquet")  # a .txt there is more often 
 URI_NAMES = ("uri", "url", "path", "video", "video_path", "video_url", "contentUrl", "file")
 CAPTION_NAMES = ("caption", "text", "description", "name", "title")
 LICENCE_NAMES = ("licence", "license")
+PRIVATE = "credentials_left_out"  # the column of a gathered list that says so
+log = logging.getLogger(__name__)
 _READERS = 16  # small objects read at a time
 
 
@@ -52,7 +56,8 @@ class Source:
     """One raw video. `uri` names it in the catalogue; `path` is where it (or its tar) lies when that is local.
 
     archive, offset: the tar that holds it, a path or address, and where in it; header: by which a tar is noticed that
-    became another one (svd.sources.tars.header_hash); size: its bytes, where they are known.
+    became another one (svd.sources.tars.header_hash); size: its bytes, where they are known. private: credentials were
+    left out of uri and archive (svd/core/addresses.py); address: the full address to fetch from, where that is known.
     """
 
     uri: str
@@ -65,6 +70,13 @@ class Source:
     size: int | None = None
     archive: str | None = None
     header: str | None = None
+    private: bool = False
+    address: str | None = field(default=None, repr=False)
+
+    @property
+    def origin(self) -> Path | str:
+        """Return where its bytes, or the tar with them, are read from; credentials included, so for reading alone."""
+        return self.path or self.address or self.archive or self.uri
 
     @property
     def remote(self) -> bool:
@@ -82,17 +94,55 @@ def list_sources(patterns: Iterable[str], root: Path | None = None) -> list[Sour
 
     Of several entries for one place, the first with a caption, licence or metadata is taken. root: local files below it
     get uris relative to it, and their first folder as `split`. Raises UserError that names the pattern when a path does
-    not exist, or when a list or tar can't be read. For example:
+    not exist, or when a list or tar can't be read. Addresses that only what is left out of them tells apart
+    (svd/core/addresses.py) are one place; the log says how many. For example:
 
         list_sources(["videos", "s3://bucket/raw/", "https://example.org/clip.mp4", "more.csv"])
     """
     found: dict[tuple[str, int | None], Source] = {}
-    for source in itertools.chain.from_iterable(_expand(pattern, root) for pattern in patterns):
+    merged: list[str] = []
+    for source in map(_public, itertools.chain.from_iterable(_expand(pattern, root) for pattern in patterns)):
         place = source.uri if source.path is None else os.path.abspath(source.path)
         known = found.setdefault((place, source.offset), source)
+        merged += [source.uri] * (known.address != source.address)
         if source.described and not known.described:
             found[place, source.offset] = source
+    if merged:
+        log.warning(
+            "%d addresses differ from others in credentials alone, as far as their parameters' names tell (%s); each "
+            "video is taken once",
+            len(merged),
+            merged[0],
+        )
     return sorted((replace(one, uri=printable(one.uri)) for one in found.values()), key=lambda one: one.uri)
+
+
+def with_addresses(sources: list[Source], patterns: list[str]) -> list[Source]:
+    """Return `sources` with the addresses that were left out, as what the user names in `patterns` tells them today.
+
+    Nothing is read when none was left out. Raises UserError when one isn't named any more.
+    """
+    missing = {source.uri for source in sources if source.private and source.address is None}
+    if not missing:
+        return sources
+    known = {source.uri: str(source.origin) for source in list_sources(patterns) if source.remote}
+    if gone := sorted(missing - known.keys()):
+        raise UserError(
+            f"sources.paths: no list there names '{gone[0]}' any more, whose address holds credentials and so is kept "
+            f"in your list alone ({len(gone)} such); put it back or run the stage `sources` again"
+        )
+    return [replace(one, address=known[one.uri]) if one.uri in missing else one for one in sources]
+
+
+def _public(source: Source) -> Source:
+    """Take the credentials out of what is written down of a source; a renewed signature leaves it the same source."""
+    if not source.remote:
+        return source
+    full = source.archive or source.uri
+    if (shown := public_address(full)) == full:
+        return source
+    archive = shown if source.archive else None
+    return replace(source, uri=public_address(source.uri), archive=archive, private=True, address=full)
 
 
 def printable(text: str) -> str:
@@ -102,7 +152,7 @@ def printable(text: str) -> str:
 
 def as_row(source: Source) -> dict[str, Any]:
     """Return `source` as a row of a list that means the same wherever the list lies: local paths become absolute."""
-    row = {**source.metadata, "uri": source.uri}
+    row = {**source.metadata, "uri": source.uri} | ({PRIVATE: True} if source.private else {})
     if source.archive is not None:
         archive = source.archive if source.path is None else str(source.path.absolute())
         row |= {"archive": archive, "offset": source.offset, "size": source.size, "header": source.header}
@@ -319,13 +369,14 @@ def _beside(location: str, uri: str) -> str:
 def _listed_remote(uri: str, values: dict[str, Any], split: str) -> Iterator[Source]:
     """Yield the sources that a row names by address: a tar's, a prefix's (ends with `/`), or else one video."""
     refuse_compressed(uri, storage.file_name(uri))
+    private = values.pop(PRIVATE, False) is True
     if member := _take_member(values):
         found: Iterable[Source] = [Source(uri, **member)]
     elif storage.is_remote(uri) and uri.endswith("/"):
         found = _prefix(uri)
     else:
         found = _tar(uri, Source(uri)) if suffix_of(uri) == ".tar" else [Source(uri)]
-    yield from (with_sidecar(replace(source, split=split), values) for source in found)
+    yield from (with_sidecar(replace(source, split=split, private=private), values) for source in found)
 
 
 def with_sidecar(source: Source, values: Mapping[str, Any]) -> Source:
@@ -338,11 +389,12 @@ def with_sidecar(source: Source, values: Mapping[str, Any]) -> Source:
             captions.append(SceneCaption(printable(str(text)), *(_seconds(scene, side) for side in ("start", "end"))))
     licence = _take(values, LICENCE_NAMES)
     named = {*URI_NAMES, *CAPTION_NAMES, *LICENCE_NAMES}  # an empty one says nothing
+    known = public_values(values)
     return replace(
         source,
         captions=(*source.captions, *captions),
         licence=printable(str(licence)) if licence else source.licence,
-        metadata={**source.metadata, **{k: v for k, v in values.items() if v or (v is not None and k not in named)}},
+        metadata={**source.metadata, **{k: v for k, v in known.items() if v or (v is not None and k not in named)}},
     )
 
 

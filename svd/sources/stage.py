@@ -4,7 +4,8 @@
 what `sources.paths` names. Local folders and files are copied there, so that a run is reproducible from its cache
 alone. When they are larger than `sources.copied_bytes` together, and for addresses (s3:, https:, ytdl:) and lists,
 `footage/sources.jsonl` holds what svd/sources/listing.py finds there instead: one JSON object per video, with `uri`,
-captions, licence, other columns, and for a member of a tar its place.
+captions, licence, other columns, and for a member of a tar its place. Credentials of addresses are left out; whoever
+fetches looks them up in the user's list (`with_addresses`).
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _to_be_listed(path: Path) -> bool:
-    """Whether `path` is a list, or a folder with a list that names something outside it: a copy would name nothing.
+    """Whether `path` is a list, or a folder with a list that a copy would break or give away.
 
     Raises UserError for a list that can't be read.
     """
@@ -109,8 +110,12 @@ def _to_be_listed(path: Path) -> bool:
         return path.suffix.lower() in LISTS
     inside = os.path.normpath(path) + os.sep
     lists = [str(file) for file, _ in _files(path, set()) if file.suffix.lower() in LISTS_IN_FOLDERS]
-    local = (source.path for source in list_sources(lists) if source.path is not None)
-    return any(not os.path.normpath(file).startswith(inside) for file in local)
+    return any(_not_to_be_copied(source, inside) for source in list_sources(lists))
+
+
+def _not_to_be_copied(source: Source, inside: str) -> bool:
+    """Whether a list that names `source` stays where it is: for what lies elsewhere, or credentials in the list."""
+    return source.private or (source.path is not None and not os.path.normpath(source.path).startswith(inside))
 
 
 def _files(path: Path, taken: set[str]) -> Iterator[tuple[Path, str]]:

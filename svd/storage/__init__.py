@@ -13,6 +13,7 @@ Another kind of storage is one file and one row of a table; see svd/storage/back
 """
 
 from svd.core.files import sha256 as sha256
+from svd.storage.backend import Conflict as Conflict
 from svd.storage.backend import Entry as Entry
 from svd.storage.backend import Location as Location
 from svd.storage.backend import Truncated as Truncated
@@ -32,6 +33,7 @@ from svd.storage.files import list_files as list_files
 from svd.storage.files import open_read as open_read
 from svd.storage.files import read_bytes as read_bytes
 from svd.storage.files import read_range as read_range
+from svd.storage.files import replace as replace
 from svd.storage.files import sibling as sibling
 from svd.storage.files import size as size
 from svd.storage.files import stored_sha256 as stored_sha256

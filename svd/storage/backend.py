@@ -40,6 +40,10 @@ class Truncated(UserError, OSError):
     """Raised when stored bytes differ from what was put there: fewer bytes, or another checksum."""
 
 
+class Conflict(Exception):
+    """Raised by a conditional write whose condition doesn't hold: another writer was there before."""
+
+
 class Backend(Protocol):
     """A kind of storage. Locations keep their scheme; the parent folders of a written file come into being by it.
 
@@ -83,6 +87,13 @@ class Backend(Protocol):
 
     def write(self, location: str, data: bytes) -> None:
         """Store bytes, all or nothing."""
+
+    def replace(self, location: str, data: bytes, expected: str | None) -> str:
+        """Store bytes only if the file's `version` is `expected` (None: it must not exist), and return the new version.
+
+        Of several writers that expect the same version exactly one succeeds; the others get Conflict. `data` must
+        differ from all that was stored there before: a writer whose answer was lost finds its success by them.
+        """
 
     def copy_within(self, source: str, target: str) -> None:
         """Copy between two locations of this backend, without a detour over this machine if possible."""

@@ -165,6 +165,15 @@ def write_bytes(location: Location, data: bytes) -> None:
     backend_of(location).write(str(location), data)
 
 
+def replace(location: Location, data: bytes, expected: str | None) -> str:
+    """Put small `data` at `location` if its `version` is `expected` (None: nothing is there); return the new version.
+
+    This is an atomic compare-and-swap for leases and pointers: of several writers exactly one succeeds. Raises
+    svd.storage.Conflict when another version is there, UserError where writing is impossible.
+    """
+    return backend_of(location).replace(str(location), data, expected)
+
+
 def copy(source: Location, target: Location) -> None:
     """Copy a file: within one kind of storage directly, else across through this machine."""
     here, there = backend_of(source), backend_of(target)
@@ -184,10 +193,10 @@ def delete(location: Location) -> None:
     backend_of(location).remove(str(location))
 
 
-def link(location: Location, seconds: int = 24 * 3600) -> str:
+def link(location: Location, seconds: int = 24 * 3600, name: str = "") -> str:
     """Return an address that a browser opens: `file://`, or for an object a signed one, valid for `seconds`.
 
-    Raises FileNotFoundError.
+    name: the file's name where the location doesn't end in it; it tells browsers the type. Raises FileNotFoundError.
     """
-    kind = mimetypes.guess_type(str(location))[0] or "application/octet-stream"
+    kind = mimetypes.guess_type(name or str(location))[0] or "application/octet-stream"
     return backend_of(location).share(str(location), seconds, kind)

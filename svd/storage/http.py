@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import logging
 import math
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +16,16 @@ from typing import BinaryIO, NoReturn
 
 import httpx
 
+from svd.core.addresses import public_address
 from svd.core.errors import UserError
 from svd.core.retries import Transient, retrying
+from svd.storage import redirects
 from svd.storage.backend import Entry, Kind
 
 _PATIENCE = 60
 _PASSING = (408, 425, 429)
 _BLOCK = 1 << 20
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every full address, with its signature
 
 
 class Web:
@@ -71,6 +77,10 @@ class Web:
         """Raise UserError."""
         _refuse_writing(location)
 
+    def replace(self, location: str, data: bytes, expected: str | None) -> str:
+        """Raise UserError."""
+        _refuse_writing(location)
+
     def copy_within(self, source: str, target: str) -> None:
         """Raise UserError."""
         _refuse_writing(target)
@@ -99,24 +109,40 @@ def download_address(address: str, path: Path, most: float = math.inf, seconds: 
     path.unlink(missing_ok=True)
     validator: list[str] = []
     limits = most, time.monotonic() + seconds
-    retrying(lambda: _continue(address, path, validator, limits), address)
+    retrying(lambda: _continue(address, path, validator, limits), public_address(address))
 
 
 def _continue(address: str, path: Path, validator: list[str], limits: tuple[float, float]) -> None:
     """One try; `validator` remembers the version (ETag or date) that the bytes in `path` belong to."""
     have = path.stat().st_size if path.exists() and validator else 0
-    request = urllib.request.Request(address, headers={"User-Agent": "svd-platform"})
+    request = _request(address)
     if have:
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", validator[0])
     try:
-        with urllib.request.urlopen(request, timeout=_PATIENCE) as response:
+        with redirects.opener().open(request, timeout=_PATIENCE) as response:
             _receive(response, path, have, validator, limits)
     except urllib.error.HTTPError as error:
         raise _refusal(error.code, error.reason, address) from None
+    except http.client.InvalidURL:  # its text is the whole address
+        raise UserError(f"{public_address(address)}: no valid address; are there spaces in it?") from None
     except (http.client.HTTPException, OSError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise Transient(str(reason) or type(error).__name__) from error
+
+
+def _request(address: str) -> urllib.request.Request:
+    """A request for `address`, whose user and password, which urllib takes for a part of the host, become a header.
+
+    The header isn't sent on to where the server redirects to.
+    """
+    parts = urllib.parse.urlsplit(address)
+    login, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"User-Agent": "svd-platform"})
+    if at:
+        encoded = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {encoded}")
+    return request
 
 
 def _receive(
@@ -137,16 +163,17 @@ def _receive(
 
 def _copy(response: http.client.HTTPResponse, stream: BinaryIO, limits: tuple[float, float]) -> None:
     """Copy until the server ends; raises UserError once it has sent too much or for too long."""
-    most, end = limits
+    (most, end), shown = limits, public_address(response.url)
     while block := response.read1(_BLOCK):
         stream.write(block)
         if stream.tell() > most:
-            raise UserError(f"{response.url}: more than {most / 1e6:,.0f} MB; the transfer was given up")
+            raise UserError(f"{shown}: more than {most / 1e6:,.0f} MB; the transfer was given up")
         if time.monotonic() > end:
-            raise UserError(f"{response.url}: does not come to an end; the transfer was given up")
+            raise UserError(f"{shown}: does not come to an end; the transfer was given up")
 
 
 def _refusal(code: int, reason: str, address: str) -> Exception:
+    address = public_address(address)
     if code >= 500 or code in _PASSING:
         return Transient(f"the server answers {code} {reason}")
     if code in (404, 410):
@@ -156,16 +183,17 @@ def _refusal(code: int, reason: str, address: str) -> Exception:
 
 def _open_ranges(address: str) -> tuple[Callable[[int, int], bytes], int, str]:
     """A reader of (start, length) of the file at `address`, its size in bytes, and its version (ETag or date)."""
-    client = httpx.Client(follow_redirects=True, timeout=_PATIENCE, headers={"User-Agent": "svd-platform"})
-    _, headers = retrying(lambda: _get_range(client, address, 0, 1), address)
+    shown = public_address(address)
+    client = redirects.client(address, _PATIENCE)
+    _, headers = retrying(lambda: _get_range(client, address, 0, 1), shown)
     total = headers.get("Content-Range", "").rpartition("/")[2]
     if not total.isdigit():
-        raise UserError(f"{address}: the server does not tell the size of the file; download it first")
+        raise UserError(f"{shown}: the server does not tell the size of the file; download it first")
     strong = headers.get("ETag", "")
     validator = strong if strong and not strong.startswith("W/") else headers.get("Last-Modified", "")
 
     def read(start: int, length: int) -> bytes:
-        return retrying(lambda: _get_range(client, address, start, length, validator), address)[0]
+        return retrying(lambda: _get_range(client, address, start, length, validator), shown)[0]
 
     return read, int(total), validator
 
@@ -179,12 +207,12 @@ def _get_range(
         with client.stream("GET", address, headers=headers) as response:
             if response.status_code == httpx.codes.OK:
                 change = "the file became another one while it was read" if validator else "the server ignores ranges"
-                raise UserError(f"{address}: {change}; download it first")
+                raise UserError(f"{public_address(address)}: {change}; download it first")
             if response.status_code != httpx.codes.PARTIAL_CONTENT:
                 raise _refusal(response.status_code, response.reason_phrase, address)
             data = b"".join(response.iter_raw())
     except httpx.InvalidURL as error:
-        raise UserError(f"{address}: {error}") from None
+        raise UserError(f"{public_address(address)}: {error}") from None
     except httpx.HTTPError as error:
         raise Transient(str(error) or type(error).__name__) from error
     if len(data) != length:

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from svd.core.files import atomic_file, sha256
-from svd.storage.backend import Entry, Kind, Location
+from svd.core.files import atomic_file, exclusive, sha256
+from svd.storage.backend import Conflict, Entry, Kind, Location
 
 
 def local_path(location: Location) -> Path:
@@ -66,6 +66,19 @@ class Local:
         """Write a file, atomically."""
         with atomic_file(local_path(location)) as temporary:
             temporary.write_bytes(data)
+
+    def replace(self, location: str, data: bytes, expected: str | None) -> str:
+        """Write a file if its version is `expected`, under a lock file beside it (NFS: version 4, with locks)."""
+        path = local_path(location)
+        with exclusive(path.with_name(f".{path.name}.lock")):
+            if (self.version(location) if path.is_file() else None) != expected:
+                raise Conflict(f"{location}: another version is stored there")
+            before = path.stat().st_mtime_ns if path.is_file() else 0
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(data)
+                if temporary.stat().st_mtime_ns <= before:  # clocks of files are coarse: two writes, one time
+                    os.utime(temporary, ns=(before + 1, before + 1))
+            return self.version(location)
 
     def copy_within(self, source: str, target: str) -> None:
         """Copy a file, atomically."""

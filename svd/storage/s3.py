@@ -33,7 +33,7 @@ from botocore.exceptions import (
 from svd.core.errors import UserError
 from svd.core.files import sha256
 from svd.core.retries import Transient, Unreachable, retrying
-from svd.storage.backend import Entry, Kind, split_uri
+from svd.storage.backend import Conflict, Entry, Kind, split_uri
 
 T = TypeVar("T")
 PART = 8 << 20  # as boto3's transfer manager; an upload holds PART * THREADS in memory, a download CHUNK * THREADS
@@ -42,7 +42,14 @@ CHUNK = 1 << 20  # larger blocks go back to the system when they are freed, and 
 MOST_PARTS = 10_000
 PAGE = 1000
 LARGEST_COPY = 5 << 30
-_PASSING_CODES = ("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "Throttling")
+_PASSING_CODES = (
+    "InternalError",
+    "ServiceUnavailable",
+    "SlowDown",
+    "RequestTimeout",
+    "Throttling",
+    "ConditionalRequestConflict",
+)
 _DAMAGED_CODES = ("BadDigest", "XAmzContentSHA256Mismatch")  # what arrived is not what was sent
 _PASSING = (ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError)
 _SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
@@ -178,6 +185,26 @@ def put_bytes(address: Address, data: bytes) -> None:
     """Store `data`, all or nothing."""
     marks = {"sha256": hashlib.sha256(data).hexdigest()}
     call(lambda: client().put_object(**address.arguments(), Body=data, Metadata=marks), str(address))
+
+
+def put_if(address: Address, data: bytes, expected: str | None) -> str:
+    """Store `data` if the object's ETag is `expected` (None: if there is no object); return the new ETag.
+
+    Raises Conflict otherwise. When the answer to a first try was lost, the second one is refused; then what is stored
+    tells whether the first one had been done. What servers really do with the two conditions: docs/stores.md.
+    """
+    condition = {"IfMatch": expected} if expected else {"IfNoneMatch": "*"}
+    digest = hashlib.sha256(data).hexdigest()
+    arguments = {**address.arguments(), "Body": data, "Metadata": {"sha256": digest}, **condition}
+    try:
+        answer = call(lambda: client().put_object(**arguments), str(address))
+    except (Replaced, FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):
+            about = head(address)
+            if _stored_digest(about) == digest:
+                return str(about["ETag"])
+        raise Conflict(f"{address}: another version is stored there") from None
+    return str(answer["ETag"])
 
 
 def _parts(size: int) -> list[tuple[int, int]]:
@@ -347,6 +374,10 @@ class S3:
     def write(self, location: str, data: bytes) -> None:
         """Store bytes with their SHA-256."""
         put_bytes(address_of(location), data)
+
+    def replace(self, location: str, data: bytes, expected: str | None) -> str:
+        """Store bytes if the ETag is `expected`."""
+        return put_if(address_of(location), data, expected)
 
     def copy_within(self, source: str, target: str) -> None:
         """Copy on the server's side with the metadata, which a copy in parts would lose otherwise."""

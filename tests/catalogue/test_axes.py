@@ -55,7 +55,7 @@ def test_an_axis_that_a_catalogue_lacks_is_unused(older):
 
 
 def test_the_page_shows_a_catalogue_that_lacks_an_axis(older):
-    client = TestClient(create_app(older))
+    client = TestClient(create_app(older), base_url="http://127.0.0.1")
     found = client.post("/api/clips", json={"sort": "text_area", "thresholds": {"motion": 0.35}}).json()
     assert found["kept"] == 8 and len(found["clips"]) == 12
     assert all(clip["text_area"] is None for clip in found["clips"])

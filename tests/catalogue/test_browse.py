@@ -38,7 +38,7 @@ def preset(tmp_path):
 
 @pytest.fixture
 def client(folder, preset):
-    return TestClient(create_app(folder, preset))
+    return TestClient(create_app(folder, preset), base_url="http://127.0.0.1")
 
 
 def ask(client, **query):
@@ -126,10 +126,19 @@ def test_mistakes_are_explained(client, folder, preset, tmp_path):
     assert "can't sort by 'colour'" in client.post("/api/clips", json={"sort": "colour"}).text
     assert client.post("/api/save", json={"thresholds": {"speed": 1}}).status_code == 422
     assert preset.read_text() == before
-    answer = TestClient(create_app(folder)).post("/api/save", json={"thresholds": {}})
+    answer = TestClient(create_app(folder), base_url="http://127.0.0.1").post("/api/save", json={"thresholds": {}})
     assert answer.status_code == 409 and "--preset" in answer.text
     with pytest.raises(UserError, match="no clip catalogue"):
         create_app(tmp_path)
+
+
+@contextlib.contextmanager
+def test_another_site_cannot_read_or_write_under_its_own_name(client):
+    for answer in (
+        client.get("/", headers={"Host": "evil.example"}),
+        client.post("/api/save", json={"thresholds": {}}, headers={"Host": "evil.example"}),
+    ):
+        assert answer.status_code == 421
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def judged(clips: pl.DataFrame, thresholds: dict[str, float]) -> pl.DataFrame:
 @pytest.mark.parametrize("seed", range(12))
 def test_the_answer_to_a_drag_is_the_verdict_of_the_filters(tmp_path, seed):
     folder = write_random(tmp_path / "out", seed)
-    clips, client = tables.read_clips(folder), TestClient(create_app(folder))
+    clips, client = tables.read_clips(folder), TestClient(create_app(folder), base_url="http://127.0.0.1")
     for number in range(5):
         thresholds = random_thresholds(clips, 100 * seed + number)
         truth = judged(clips, thresholds)
@@ -82,7 +82,7 @@ def test_the_answer_to_a_drag_is_the_verdict_of_the_filters(tmp_path, seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_pages_hold_the_clips_and_verdicts_of_the_whole_catalogue(tmp_path, seed):
     folder, random = write_random(tmp_path / "out", seed), np.random.default_rng(seed)
-    clips, client = tables.read_clips(folder), TestClient(create_app(folder))
+    clips, client = tables.read_clips(folder), TestClient(create_app(folder), base_url="http://127.0.0.1")
     for column in SORTABLE:
         thresholds, descending = random_thresholds(clips, seed), bool(random.integers(2))
         show, search = (
@@ -129,7 +129,7 @@ def test_a_catalogue_without_clips_is_shown(tmp_path):
     folder = write_random(tmp_path / "out", 0)
     tables.write_table(folder / "catalogue" / "clips.parquet", schema.SCORES_SCHEMA.empty_table())
     filters.write_verdicts(folder, FiltersConfig())
-    client = TestClient(create_app(folder))
+    client = TestClient(create_app(folder), base_url="http://127.0.0.1")
     assert client.get("/").status_code == 200
     for query in ({}, {"search": "x"}, {"thresholds": {"motion": 1.0}, "show": "kept", "sort": "motion_score"}):
         answer = client.post("/api/clips", json=query)

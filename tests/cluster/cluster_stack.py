@@ -28,6 +28,9 @@ import yaml
 from micro_project import ROOT, micro_preset
 from servers import BIN, free_ports
 
+from flows.recording import results_store
+from flows.recording.dvc import hash_folder
+
 NAMESPACE = "svd"
 TARGETS = ("servers", "worker-cpu", "worker-gpu")
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -101,14 +104,12 @@ class ClusterStack:
         image = self.folder / "image" / "image.env"
         image.write_text(re.sub(r"(?m)^SVD_IMAGE_TAG=.*$", f"SVD_IMAGE_TAG={self.tag}", image.read_text()))
         with (overlay / "environment.env").open("a") as stream:
-            stream.write("SVD_PRESET=micro\n")
+            stream.write("SVD_PRESET=micro\nSVD_SNAPSHOT_SECONDS=2\n")
 
     def apply(self) -> None:
         """Install the stack with the preset `micro`, and wait until all of it is ready."""
-        preset = self.folder / "micro.yaml"
-        preset.write_text(yaml.safe_dump(micro_preset(), sort_keys=False))
         kubectl("apply", "--kustomize", str(self.folder / "standalone"))
-        kubectl("create", "configmap", "svd-presets", f"--from-file={preset}")
+        self.set_preset()
         for name in ("statefulset/postgres", "statefulset/s3", "deployment/prefect", "deployment/mlflow"):
             kubectl("rollout", "status", name, "--timeout=300s")
             say(f"{name} is ready")
@@ -116,15 +117,43 @@ class ClusterStack:
             kubectl("rollout", "status", name, "--timeout=300s")
             say(f"{name} is ready")
 
+    def set_preset(self, **changes: Any) -> None:
+        """Make the preset `micro`, with changes, the one that pods started from now on find."""
+        preset = self.folder / "micro.yaml"
+        preset.write_text(yaml.safe_dump(micro_preset(**changes), sort_keys=False))
+        made = kubectl("create", "configmap", "svd-presets", f"--from-file={preset}", "--dry-run=client", "-o", "yaml")
+        kubectl("apply", "--filename", "-", text=made)
+
+    def empty_clone(self, folder: Path) -> Path:
+        """Return a clone of this commit that has no results and uses the preset `micro`."""
+        subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+        shutil.copy(self.folder / "micro.yaml", folder / "presets")
+        (folder / "params.yaml").write_text("preset: micro\n")
+        return folder
+
+    def pod_of(self, run: str) -> str:
+        """Return the name of the newest pod of a flow run; empty when it has none."""
+        pods = objects("pods", f"--selector=prefect.io/flow-run-id={run}")
+        return str(max(pods, key=lambda p: p["metadata"]["creationTimestamp"])["metadata"]["name"]) if pods else ""
+
     def forward(self) -> None:
         """Open local ports to Prefect, MLflow and S3 by `kubectl port-forward`."""
         services = {"prefect": 4200, "mlflow": 5151, "s3": 8333}
-        for (name, port), local in zip(services.items(), free_ports(len(services)), strict=True):
+        ports = list(self.ports.values()) or free_ports(len(services))
+        for (name, port), local in zip(services.items(), ports, strict=True):
             command = ["kubectl", "-n", NAMESPACE, "port-forward", f"service/{name}", f"{local}:{port}"]
             self._forwards.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             self.ports[name] = local
         for name, path in (("prefect", "/api/health"), ("mlflow", "/health"), ("s3", "/healthz")):
             wait_until(lambda url=f"{self.url(name)}{path}": httpx.get(url).is_success, 60)
+
+    def reopen(self) -> None:
+        """Open the local ports again: a forward ends with its pod."""
+        for process in self._forwards:
+            process.terminate()
+            process.wait()
+        self._forwards.clear()
+        self.forward()
 
     def url(self, name: str) -> str:
         """Return the local address of a server."""
@@ -153,15 +182,48 @@ class ClusterStack:
         response = httpx.request(
             method, f"{self.url('prefect')}/api{path}", json=body, auth=(user, password), timeout=60
         )
-        return response.raise_for_status().json()
+        return response.raise_for_status().json() if response.content else None
 
-    def start_pipeline(self) -> str:
-        """Run the literal command and return the id of the flow run."""
-        command = ["prefect", "deployment", "run", "full-pipeline"]
-        said = subprocess.run(command, cwd=ROOT, env=self.environment(), capture_output=True, text=True, check=False)
-        found = re.search(r"UUID: ([0-9a-f-]{36})", said.stdout)
-        assert found, said.stdout + said.stderr
+    def run(self, *command: str, folder: Path = ROOT) -> str:
+        """Run a command in a folder as a person with the local ports would, and return what it said."""
+        env = self.environment()
+        result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{shlex.join(command)}:\n{result.stdout}{result.stderr}"
+        return result.stdout
+
+    def start_pipeline(self, *parameters: str) -> str:
+        """Run the literal command, with parameters if any, and return the id of the flow run."""
+        words = [word for parameter in parameters for word in ("-p", parameter)]
+        said = self.run("prefect", "deployment", "run", "full-pipeline", *words)
+        found = re.search(r"UUID: ([0-9a-f-]{36})", said)
+        assert found, said
         return found.group(1)
+
+    def start(self, name: str, parameters: dict[str, Any] | None = None, **job_variables: Any) -> str:
+        """Start the deployment `name` (flow/deployment) with changes to its pod, and return the id of the flow run."""
+        found = self.ask("GET", f"/deployments/name/{name}")
+        deployment, given = found["id"], found["parameters"] | (parameters or {})
+        body = {"parameters": given, "job_variables": job_variables, "state": {"type": "SCHEDULED"}}
+        return str(self.ask("POST", f"/deployments/{deployment}/create_flow_run", body)["id"])
+
+    def await_state(self, run: str, name: str, seconds: float) -> dict[str, Any]:
+        """Return the state `name` (as Prefect's page shows it) of a flow run once it has it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                state = dict(self.ask("GET", f"/flow_runs/{run}")["state"])
+                if state["name"] == name:
+                    return state
+            assert time.monotonic() < deadline, f"not {name} after {seconds:.0f} s:\n{self.story(run)}"
+            time.sleep(1)
+
+    def hasten(self, automation: str, seconds: int) -> None:
+        """Let an automation that waits act after `seconds`."""
+        wanted = {"automations": {"name": {"any_": [automation]}}}
+        (found,) = self.ask("POST", "/automations/filter", wanted)
+        changed = {name: found[name] for name in ("name", "description", "enabled", "trigger", "actions")}
+        changed["trigger"] |= {"within": seconds}
+        self.ask("PUT", f"/automations/{found['id']}", changed)
 
     def wait(self, run: str, seconds: float) -> dict[str, Any]:
         """Return the flow run once it has ended; each of its stages is told as it ends."""
@@ -212,6 +274,23 @@ class ClusterStack:
                 "--timeout=180s",
                 check=False,
             )
+
+
+STORE = "s3://svd/results"
+
+
+def pull_all() -> None:
+    """Bring all results of the preset `micro` from the store into the clone that is the working folder, by hash."""
+    results_store.fetch_locks(STORE, "micro")
+    remote = ["remote", "add", "--local", "--default", "results", f"{STORE}/dvc"]
+    for command in (remote, ["pull", "--quiet", "--allow-missing"]):
+        subprocess.run([str(BIN / "dvc"), *command], check=True)
+
+
+def assert_as_stored(stage: str) -> None:
+    """The output of the stage in the working folder has the hash that the store names."""
+    stored = results_store.stored_output(STORE, "micro", stage)
+    assert stored is not None and hash_folder(Path(stored.path)).md5 == stored.md5, stage
 
 
 def wait_until(what: Callable[[], Any], seconds: float) -> Any:

@@ -1,29 +1,31 @@
 """The standalone overlay runs the whole pipeline on a real cluster; `make test-cluster`.
 
-The tests build on one another in this order: one installation serves all of them, and the last fixture removes it.
+The tests build on one another in this order.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import mlflow
 import pytest
-from cluster_stack import NAMESPACE, ClusterStack, installed, kubectl, objects, say, wait_until
+from cluster_stack import NAMESPACE, STORE, ClusterStack, assert_as_stored, kubectl, objects, pull_all, say, wait_until
 from micro_project import ROOT
 
-from flows.recording import results_store
-from flows.recording.dvc import hash_folder
 from flows.stages import PIPELINE, STAGES
+from svd import storage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2700)]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROBE = """
-import socket, sys
+import socket, sys, time
+time.sleep(15)  # policies reach a new pod some seconds after its start
 for address in sys.argv[1:]:
     host, port = address.split(":")
     try:
@@ -32,31 +34,6 @@ for address in sys.argv[1:]:
     except OSError as error:
         print(address, "closed")
 """
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterStack]:
-    with installed(tmp_path_factory.mktemp("cluster") / "kubernetes") as stack:
-        yield stack
-
-
-@pytest.fixture
-def environment(stack: ClusterStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set the variables of a person who works with the stack in this process, too."""
-    for name, value in stack.environment().items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(scope="module")
-def pipeline(stack: ClusterStack) -> str:
-    """Run the literal command once and return the id of its flow run."""
-    say("prefect deployment run full-pipeline")
-    begun = time.monotonic()
-    run = stack.start_pipeline()
-    done = stack.wait(run, 2400)
-    assert done["state_type"] == "COMPLETED", stack.story(run)
-    say(f"the pipeline took {time.monotonic() - begun:.0f} s")
-    return run
 
 
 def restarts() -> dict[str, int]:
@@ -68,6 +45,11 @@ def restarts() -> dict[str, int]:
 
 def test_everything_starts_at_the_first_try(stack: ClusterStack) -> None:
     assert sum(restarts().values()) == 0, restarts()
+
+
+def test_each_pool_is_checked_from_outside(stack: ClusterStack) -> None:
+    said = stack.run("svd", "platform", "check")
+    assert said.count("passed") == 2 * 5 and "FAILED" not in said, said
 
 
 def test_the_nightly_is_scheduled(stack: ClusterStack) -> None:
@@ -98,12 +80,14 @@ def test_every_stage_runs_in_its_own_pod_on_the_right_node(stack: ClusterStack, 
 
 
 @pytest.mark.usefixtures("environment", "pipeline")
-def test_results_can_be_pulled_and_are_whole(tmp_path: Path) -> None:
+def test_an_empty_clone_pulls_the_results_by_hash(
+    stack: ClusterStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stack.empty_clone(tmp_path / "clone"))
+    pull_all()
     for name in PIPELINE:
-        uri = f"s3://svd/results/micro/{name}"
-        results_store.fetch_folder(uri, tmp_path / name)
-        assert hash_folder(tmp_path / name).md5 == results_store.stored_version(uri)
-    assert (tmp_path / "report" / "report.html").is_file()
+        assert_as_stored(name)
+    assert Path("outputs/micro/report/report.html").is_file()
 
 
 @pytest.mark.usefixtures("environment", "pipeline")
@@ -146,7 +130,7 @@ def test_both_pages_load(stack: ClusterStack, tmp_path: Path) -> None:
     say(f"screenshots in {tmp_path}")
     word = {"username": stack.secret["MLFLOW_TRACKING_USERNAME"], "password": stack.secret["MLFLOW_TRACKING_PASSWORD"]}
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.goto(f"{stack.url('prefect')}/")
         page.locator("input").first.fill(stack.secret["PREFECT_API_AUTH_STRING"])
@@ -212,3 +196,34 @@ def test_run_again_it_skips_what_is_there(stack: ClusterStack, pipeline: str) ->
     assert stack.wait(again, 600)["state_type"] == "COMPLETED", stack.story(again)
     assert stack.children(again) == []
     say(f"run again: {time.monotonic() - begun:.0f} s, no stage ran")
+
+
+def test_lineage_leads_from_a_model_to_its_sources_and_back(stack: ClusterStack, pipeline: str, tmp_path: Path) -> None:
+    clone = stack.empty_clone(tmp_path / "clone")
+    model = "svd-image-to-video/1"
+    command = ("svd", "lineage", "--json", "--store", STORE)
+    origin = json.loads(stack.run(*command, model, folder=clone))
+    assert origin["run"]["stage"] == "image-to-video" and len(origin["run"]["commit"].split("-")[0]) == 40
+    (catalogue,) = origin["catalogues"]
+    source = catalogue["sources"][0][0]
+    back = json.loads(stack.run(*command, "--source", source, folder=clone))
+    assert [one["catalogue"] for one in back["found"]] == [catalogue["md5"]]
+    models = {one["name"].split()[0]: one["relation"] for one in back["models"]}
+    assert models[model] == "trained", models
+
+
+@pytest.mark.usefixtures("environment", "pipeline")
+def test_gc_frees_what_it_says_and_everything_still_pulls(
+    stack: ClusterStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stack.empty_clone(tmp_path / "clone"))
+    unneeded = f"{STORE}/dvc/files/md5/00/{'0' * 30}"
+    storage.write_bytes(unneeded, b"x" * 1000)
+    gc = ("svd", "gc", "--older-than", "0", "--store", STORE)
+    (can,) = re.findall(r"([\d,]+) bytes can be freed", stack.run(*gc, folder=Path.cwd()))
+    (freed,) = re.findall(r"([\d,]+) bytes freed", stack.run(*gc, "--delete", folder=Path.cwd()))
+    assert can == freed and int(freed.replace(",", "")) >= 1000 and not storage.exists(unneeded)
+    say(f"garbage: {freed} bytes freed, as said")
+    pull_all()
+    for name in PIPELINE:
+        assert_as_stored(name)

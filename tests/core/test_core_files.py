@@ -299,8 +299,8 @@ def test_a_lock_ends_with_its_process_though_a_fork_of_it_lives_on(tmp_path: Pat
         "import os, sys, time\nfrom pathlib import Path\nfrom svd.core.files import exclusive\n"
         f"with exclusive(Path({str(lock)!r})):\n"
         "    child = os.fork()\n"
-        "    if not child: time.sleep(60)\n"
-        "    print(child, flush=True)\n    time.sleep(60)"
+        "    if not child: print(os.getpid(), flush=True)\n"  # it lives, and has closed what it got of the lock
+        "    time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None

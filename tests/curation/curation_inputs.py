@@ -24,6 +24,7 @@ SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 def tiny(**overrides) -> Preset:
     """The tiny preset with few sources a unit, so that a handful of sources makes several units."""
     values = {"sources.sources_per_shard": 5, "curation.filters.min_motion": {"quantile": 0.25}}
+    values |= {"curation.motion.fps": 2}
     return load_preset(TINY, values | {name.replace("__", "."): value for name, value in overrides.items()})
 
 

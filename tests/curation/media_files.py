@@ -19,9 +19,9 @@ TINY = str(Path(__file__).resolve().parents[2] / "presets" / "tiny.yaml")  # als
 
 
 def tiny_config(**changes: object) -> CurationConfig:
-    """The curation section of the tiny preset; keyword `section__key=value` changes one value."""
+    """The curation section of the tiny preset with flow at 2 fps; keyword `section__key=value` changes one value."""
     overrides = {f"curation.{key.replace('__', '.')}": value for key, value in changes.items()}
-    return load_preset(TINY, overrides).curation
+    return load_preset(TINY, {"curation.motion.fps": 2} | overrides).curation
 
 
 def scenery(seed: int, height: int, width: int) -> np.ndarray:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -98,6 +101,29 @@ def test_a_killed_process_is_replaced_and_its_source_tried_again(video):
         again = decoding.analyse(video, tiny_config())
         thread.join()
     assert [c.span for c in again.clips] == [c.span for c in expected.clips]
+
+
+def test_a_process_killed_in_the_middle_of_a_message_is_replaced_too(video, monkeypatch):
+    """A large message is written in pieces; the kernel keeps what was written before the kill."""
+    with DecodeProcess() as decoding:
+        expected = decoding.analyse(video, tiny_config())
+        start, half = decoding._start, []
+
+        def dies_at_work():
+            connection = start()
+            if half:
+                return connection
+            decoding._process.kill()
+            ours, theirs = multiprocessing.Pipe()
+            half.append(theirs)  # stays open: the request was received
+            os.write(theirs.fileno(), struct.pack("!i", 1000) + b"half of it")
+            with socket.socket(fileno=os.dup(theirs.fileno())) as end:
+                end.shutdown(socket.SHUT_WR)
+            return ours
+
+        monkeypatch.setattr(decoding, "_start", dies_at_work)
+        again = decoding.analyse(video, tiny_config())
+    assert half and [c.span for c in again.clips] == [c.span for c in expected.clips]
 
 
 WHAT_FITS = """

@@ -53,6 +53,18 @@ def test_a_part_of_a_prefix_is_probed_and_the_rest_estimated(
     assert "6 (2 probed, 4 estimated from those)" in found.lines()[0] and "estimated by bytes" in found.lines()[2]
 
 
+def test_a_list_of_other_files_is_no_video(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(videos)
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {videos / '2.mp4'}\n")
+    (tmp_path / "near.mp4").write_text("ffconcat version 1.0\nfile 2.mp4\n")
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "lists.tar", "w") as tar:
+        tar.add(tmp_path / "near.mp4", "near.mp4")
+    for place in (tmp_path / "list.mp4", tmp_path / "near.mp4", tmp_path / "tars"):
+        found = plan_curation(list_sources([str(place)]), tiny().curation, 64, TOY)
+        assert (found.sources, found.unknown, found.clips) == (1, 1, 0)
+
+
 def test_sizes_weigh_an_estimate(videos: Path) -> None:
     (known,) = list_sources([str(videos / "2.mp4")])
     size = (videos / "2.mp4").stat().st_size

@@ -150,6 +150,7 @@ def test_what_cannot_be_split_stays_whole(tmp_path):
     assert count_parts(write(tmp_path / "source", frames), tiny_config(part_seconds=60.0)) == 1
 
 
+@pytest.mark.slow
 def test_a_split_source_has_one_row_and_its_clips_those_of_the_whole(tmp_path):
     sources, encoders = write_sources(tmp_path / "sources", train=2, scenes=6), write_encoders(tmp_path / "encoders")
     found = {}

@@ -62,7 +62,7 @@ def micro_preset(**overrides: Any) -> dict[str, Any]:
     values["autoencoder"] |= {"iterations": 4, "temporal_iterations": 2, "batch_size": 4, "discriminator_start": 0}
     values["autoencoder"] |= {"height": 32, "width": 48, "crop": None}
     values["compute"]["autoencoder"] = {"checkpoint_every": 2}
-    values["latents"] |= {"geometries": [{"frames": 4, "height": 32, "width": 48}], "windows": 1}
+    values["latents"] |= {"geometries": [{"frames": 5, "height": 32, "width": 48}], "windows": 1}
     values["orbits"] = {"objects": 2, "views": 3, "size": 32}
     for stage in TRAINED:
         phase = values[stage]["phases"][-1] | {"iterations": 6, "batch_size": 2, "height": 32, "width": 48}
@@ -70,12 +70,19 @@ def micro_preset(**overrides: Any) -> dict[str, Any]:
         square = {"height": 32, "width": 32, "frames": 3} if stage == "multiview_finetuning" else {"frames": frames}
         values[stage] |= {"phases": [phase | square], "warmup": 0, "validation_samples": 2}
     values["compute"]["training"] |= {"sample_steps": 2, "validate_every": 3, "checkpoint_every": 1}
-    for stage in ("camera_lora", "frame_interpolation", "threshold_calibration"):
-        values[stage]["phases"][0] |= {"height": 32, "width": 48, "frames": 4}
+    for stage, frames in (("camera_lora", 4), ("frame_interpolation", 5), ("threshold_calibration", 4)):
+        values[stage]["phases"][0] |= {"height": 32, "width": 48, "frames": frames}
+    values["threshold_calibration"]["prompts"] = 2
     ucf101 = {"samples": 3, "frames": 4, "height": 32, "width": 48, "resized": [32, 48], "cropped": [32, 43]}
     values["evaluation"]["ucf101"] |= ucf101 | {"controls": ["noise"]}
     values["compute"]["evaluation"]["ucf101"]["batch_size"] = 3
     values["evaluation"]["ucf101"]["sampling"]["steps"] = 2
+    judged = {"prompts": 4, "training_clips": 12, "training_steps": 4}
+    values["evaluation"]["recognition"] |= judged
+    values["evaluation"]["image_to_video"] |= {"clips": 2, "motion_clips": 1, "buckets": [0, 255]}
+    values["evaluation"]["branches"] |= {"lora_clips": 2, "interpolation_clips": 2}
+    for stage, key in (("recognition", "sampling"), ("image_to_video", "sampling"), ("branches", "lora_sampling")):
+        values["evaluation"][stage][key]["steps"] = 2
     values["evaluation"]["multiview"] |= {"objects": 1, "views": 3, "size": 32}
     values["evaluation"]["multiview"]["sampling"]["steps"] = 2
     for path, value in overrides.items():
@@ -85,6 +92,11 @@ def micro_preset(**overrides: Any) -> dict[str, Any]:
             place = place[name]
         place[last] = value
     return values
+
+
+def _hear_interrupts() -> None:
+    """Undo what a shell does to what it runs in the background, the tests for example: there Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,7 @@ class Project:
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 command, cwd=self.root, env=self.environment(**env), stdin=subprocess.DEVNULL,
-                stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+                stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_hear_interrupts,
             )  # fmt: skip
         return Running(process, log)
 

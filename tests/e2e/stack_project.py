@@ -19,6 +19,16 @@ from micro_project import ROOT, micro_preset
 from servers import BIN, free_ports
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+DIE_ONCE = """
+import os, pathlib, signal
+plain, order = pathlib.Path.rename, pathlib.Path(__file__).with_name("die-once-renaming")
+def rename(self, target):
+    if order.exists() and order.read_text() == str(target):
+        order.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, target)
+pathlib.Path.rename = rename
+"""
 
 
 class StackProject:
@@ -28,12 +38,14 @@ class StackProject:
         self.folder = folder
         subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
         (folder.parent / "prefect").mkdir()
+        (folder / ".faults").mkdir()
+        (folder / ".faults" / "sitecustomize.py").write_text(DIE_ONCE)
         names = ("prefect", "mlflow", "s3", "master", "volume", "filer", "admin")
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         self.api = httpx.Client(base_url=f"http://127.0.0.1:{self.ports['prefect']}/api", timeout=60)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "AWS_", "SVD_"))}
         self.env = kept | {
-            "PYTHONPATH": str(folder),
+            "PYTHONPATH": f"{folder}{os.pathsep}{folder / '.faults'}",
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "PREFECT_HOME": str(folder.parent / "prefect"),
             "OMP_NUM_THREADS": "1",
@@ -67,12 +79,17 @@ class StackProject:
         return found.group(1)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """What the server answers; 503 means that its SQLite file is busy, and that one may ask again."""
-        deadline = time.monotonic() + 60
-        while (response := self.api.request(method, path, json=body)).status_code == 503:
+        """What the server answers; one that is away, or whose SQLite file is busy (status 503), is asked again."""
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                response = self.api.request(method, path, json=body)
+                if response.status_code != 503:
+                    return response.raise_for_status().json() if response.content else None
+            except httpx.TransportError as error:
+                assert time.monotonic() < deadline, f"{error}\n{self.logs()}"
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.5)
-        return response.raise_for_status().json() if response.content else None
 
     def flow_run(self, run: str) -> dict[str, Any]:
         """A flow run as the server knows it."""
@@ -84,12 +101,11 @@ class StackProject:
         return list(self.ask("POST", "/flow_runs/filter", wanted))
 
     def wait(self, run: str, seconds: float = 400) -> dict[str, Any]:
-        """The flow run once it has ended; a server that is away is waited for."""
+        """The flow run once it has ended."""
         deadline = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(httpx.TransportError):
-                if (found := self.flow_run(run))["state_type"] in FINAL:
-                    return found
+            if (found := self.flow_run(run))["state_type"] in FINAL:
+                return found
             assert time.monotonic() < deadline, self.logs()
             time.sleep(1)
 
@@ -106,21 +122,45 @@ class StackProject:
         wanted = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
         return "\n".join(log["message"] for log in self.ask("POST", "/logs/filter", wanted))
 
-    def silence(self, seconds: int) -> None:
-        """Let runs count as crashed after `seconds` without a heartbeat."""
-        (automation,) = self.ask("POST", "/automations/filter", {})
-        changed = {name: automation[name] for name in ("name", "description", "enabled", "trigger", "actions")}
-        changed["trigger"] |= {"within": seconds}
-        self.ask("PUT", f"/automations/{automation['id']}", changed)
-
     def kill(self, name: str) -> list[int]:
         """SIGKILL a process of the stack with all its descendants, as when a machine dies; returns their pids."""
-        pid = int(yaml.safe_load((self.folder / ".local" / "run" / f"{name}.json").read_text())["pid"])
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        family = [self._process(name), *self._process(name).children(recursive=True)]
         for process in family:
             process.kill()
         psutil.wait_procs(family, timeout=10)
         return [process.pid for process in family]
+
+    def kill_alone(self, name: str) -> None:
+        """SIGKILL a process of the stack; its children live on."""
+        process = self._process(name)
+        process.kill()
+        psutil.wait_procs([process], timeout=10)
+
+    def kill_run(self, run: str) -> None:
+        """SIGKILL the process of a flow run, and its children."""
+        (leader,) = [
+            p for p in self.processes() if p.environ().get("PREFECT__FLOW_RUN_ID") == run and os.getpgid(p.pid) == p.pid
+        ]
+        for process in (leader, *leader.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def die_once_renaming(self, target: str) -> None:
+        """Let the first process that is about to rename something to `target` be killed."""
+        (self.folder / ".faults" / "die-once-renaming").write_text(target)
+
+    def hang(self, name: str, seconds: float) -> None:
+        """Stop a process of the stack with its children for a while: it accepts connections and does not answer."""
+        family = [self._process(name), *self._process(name).children(recursive=True)]
+        for process in family:
+            process.suspend()
+        time.sleep(seconds)
+        for process in family:
+            process.resume()
+
+    def _process(self, name: str) -> psutil.Process:
+        record = self.folder / ".local" / "run" / f"{name}.json"
+        return psutil.Process(yaml.safe_load(record.read_text())["pid"])
 
     def processes(self) -> list[psutil.Process]:
         """Every living process that was started for this stack."""

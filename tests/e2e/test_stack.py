@@ -44,6 +44,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_each_pool_is_checked_from_outside(project: StackProject, stack_env: dict[str, str]) -> None:
+    said = project.run("svd", "platform", "check")
+    assert said.count("passed") == 2 * 5 and "FAILED" not in said, said
+
+
 def test_the_literal_command_runs_the_whole_pipeline_through_the_workers(
     project: StackProject, stack_env: dict[str, str]
 ) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 from pathlib import Path
 
 import pytest
 
-from flows.recording.code import PACKAGES, WITHOUT_EFFECT, Code, packages_digest
+from flows.recording.code import PACKAGES, WITHOUT_EFFECT, Code, _parsed, packages_digest, stages_reaching
 from flows.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,22 @@ def changed(tree: Path, before: Code) -> set[str]:
     """The stages whose digest in `tree` is another one than before."""
     after = Code(tree)
     return {name for name, stage in STAGES.items() if after.digest(stage.function) != before.digest(stage.function)}
+
+
+def test_a_parse_that_another_thread_disturbed_is_done_again(code: Code, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 3.11: `AST constructor recursion depth mismatch`, which once failed a pipeline."""
+    original, calls = ast.parse, []
+
+    def disturbed(text: str) -> ast.Module:
+        calls.append(text)
+        if len(calls) % 2:
+            raise SystemError("AST constructor recursion depth mismatch (before=66, after=75)")
+        return original(text)
+
+    expected = code.digest(IMAGE)
+    _parsed.cache_clear()
+    monkeypatch.setattr(ast, "parse", disturbed)
+    assert Code(ROOT).digest(IMAGE) == expected and len(calls) > 20
 
 
 def test_reach_follows_names_and_not_whole_files(code: Code) -> None:
@@ -75,6 +92,18 @@ def test_comments_docstrings_and_formatting_run_nothing_again(code: Code, tree: 
 def test_a_changed_constant_runs_what_can_reach_it(code: Code, tree: Path) -> None:
     (tree / "svd/training/lora.py").write_text((tree / "svd/training/lora.py").read_text() + "\nEDITED = 1\n")
     assert changed(tree, code) == {"camera-lora"}
+
+
+def test_what_runs_again_after_an_edit_can_be_asked_for(code: Code, tree: Path) -> None:
+    """A file counts as a whole, even where a stage uses one function of it."""
+    for file in ("svd/training/lora.py", "svd/catalogue/axes.py", "evaluation/pages/style.css"):
+        edited = tree / file
+        edited.write_text(edited.read_text() + "\nEDITED = 1\n")
+        assert {stage.name for stage in stages_reaching(edited, tree)} == changed(tree, code), file
+        shutil.copy(ROOT / file, edited)
+    axes = {stage.name for stage in stages_reaching(ROOT / "svd/catalogue/axes.py")}
+    assert {"curation", "latents", *(name for name, stage in STAGES.items() if stage.losses)} <= axes
+    assert "orbits" not in axes and not stages_reaching(ROOT / "svd/core/files.py")
 
 
 def test_a_changed_function_of_curation_runs_curation(code: Code, tree: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,13 @@ from small_project import draw, make_project, refuse, use
 
 from flows.prefect_flows.full_pipeline import full_pipeline, pipeline_key
 from flows.recording import dvc as versioning
+from flows.recording import results_store
+from flows.recording.results_store import LeaseExpired
+from svd import storage
 from svd.config.load import load_preset
 from svd.core.errors import UserError
+from svd.core.retries import Unreachable
+from svd.stage import Report
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,7 @@ def test_what_was_not_recorded_is_not_computed_again(
     shutil.rmtree(project / "outputs")  # what `dvc repro` does before it runs the stage again
     assert full_pipeline(preset="tiny", stages=["orbits"])["ran"] == ["orbits"]
     assert len(calls) == 1
-    assert (project / "outputs/tiny/orbits/orbit.txt").read_text() == "64 objects\n"
+    assert (project / "outputs/tiny/orbits/orbit.txt").read_text() == f"{load_preset('tiny').orbits.objects} objects\n"
     assert not list((project / "work/tiny").glob("orbits*"))
 
 
@@ -75,5 +82,35 @@ def test_only_a_killed_pipeline_is_continued_under_its_key(project: Path) -> Non
             assert other != second
     assert first != second and not path.exists()
     path.write_text(left)  # as SIGKILL leaves it
-    with pipeline_key(preset, ["orbits"], False) as third:
+    with pytest.raises(LeaseExpired), pipeline_key(preset, ["orbits"], False) as third:
         assert third == second
+        raise LeaseExpired("the store was away")
+    with pipeline_key(preset, ["orbits"], False) as fourth:
+        assert fourth == second
+
+
+def test_a_pipeline_outlives_a_store_that_was_away(
+    prefect_server: None, project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its lease expires while a stage is at work; when the store answers again, the stage is run to its end."""
+    monkeypatch.setenv("SVD_LEASE_BEAT", "0.5")
+    replace, away = storage.replace, threading.Event()
+
+    def answer(*given: Any) -> str:
+        if away.is_set():
+            raise Unreachable("does not answer")
+        return replace(*given)
+
+    def outlast(context: Any) -> Report:
+        if not calls[1:]:
+            away.set()
+            threading.Timer(4, away.clear).start()
+            time.sleep(60)
+        return draw(context)
+
+    calls = use(monkeypatch, outlast)
+    monkeypatch.setattr(storage, "replace", answer)
+    done = full_pipeline(preset="tiny", stages=["orbits"], store=str(project / "store"))
+    assert done["ran"] == ["orbits"] and len(calls) == 2
+    assert "not renewed for 2 s" in caplog.text and "goes on when the store answers" in caplog.text
+    assert results_store.stored_output(str(project / "store"), "tiny", "orbits")

@@ -71,3 +71,10 @@ def test_a_configured_service_must_answer(listening: int, monkeypatch: pytest.Mo
     found = findings("tiny")["MLFLOW_TRACKING_URI"]
     assert found.state == "fail" and "make up" in found.advice and "unset MLFLOW_TRACKING_URI" in found.advice
     assert findings("tiny")["PREFECT_API_URL"].state == "note"
+
+
+@pytest.mark.parametrize("address", ["http://user:SECRET@127.0.0.1:9", "postgresql://user:SECRET@127.0.0.1:9/mlflow"])
+def test_an_address_is_shown_without_its_password(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    found = findings("tiny")["MLFLOW_TRACKING_URI"]
+    assert "://127.0.0.1:9" in found.found and "SECRET" not in f"{found}"

@@ -9,17 +9,18 @@ from typing import Any
 
 import mlflow
 import pytest
+import yaml
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 from prefect.testing.utilities import prefect_test_harness
 from small_project import draw, make_project, refuse, use
 
 from flows.prefect_flows import stage_flows as stage_flow
 from flows.prefect_flows.full_pipeline import full_pipeline
-from flows.stack import server_setup
+from flows.recording.dvc import lineage
+from flows.recording.results_store import stored_output
 from flows.tracking.runs import tracking_uri
+from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.core.retries import Unreachable
 
@@ -46,13 +47,14 @@ def test_stages_run_once_and_are_skipped_while_nothing_changes(
     calls = use(monkeypatch, draw)
     first = full_pipeline(preset="tiny", stages=["orbits"])
     assert first["ran"] == ["orbits"] and first["metrics"]["orbits"]["objects"] == 64
-    assert (project / "outputs/tiny/orbits/orbit.txt").read_text() == "64 objects\n"
+    assert (project / "outputs/tiny/orbits/orbit.txt").read_text() == f"{load_preset('tiny').orbits.objects} objects\n"
     assert "outputs/tiny/orbits" in (project / "dvc.lock").read_text()
     assert full_pipeline(preset="tiny", stages=["orbits"])["ran"] == []
     (project / "code.py").write_text("2\n")
     assert full_pipeline(preset="tiny", stages=["orbits"], store=str(project / "store"))["ran"] == ["orbits"]
     assert len(calls) == 2
-    assert (project / "store/tiny/orbits/manifest.json").is_file()
+    assert stored_output(str(project / "store"), "tiny", "orbits") in lineage("orbits", "tiny")[1]
+    assert not list((project / "store/work").rglob("manifest.json"))
     for lost in ("outputs", ".dvc/cache"):  # the stage ran on another machine: its result lies in the store alone
         shutil.rmtree(project / lost)
     assert full_pipeline(preset="tiny", stages=["orbits"], store=str(project / "store"))["ran"] == []
@@ -63,6 +65,13 @@ def test_stages_run_once_and_are_skipped_while_nothing_changes(
     stages = [run for run in runs.values() if run.data.tags["stage"] == "orbits"]
     assert len(stages) == 2
     assert all(runs[run.data.tags["mlflow.parentRunId"]].data.tags["stage"] == "full-pipeline" for run in stages)
+    parents = [runs[run.data.tags["mlflow.parentRunId"]] for run in stages]
+    assert all(
+        p.data.metrics["cost/cpu_hours"] == s.data.metrics["cost/cpu_hours"] > 0
+        for p, s in zip(parents, stages, strict=True)
+    )
+    kept = client.download_artifacts(parents[0].info.run_id, "dvc/dvc.lock", str(project))
+    assert Path(kept).read_text() == (project / "dvc.lock").read_text()
 
 
 def test_a_users_mistake_fails_the_pipeline_without_retries(
@@ -76,14 +85,16 @@ def test_a_users_mistake_fails_the_pipeline_without_retries(
     assert "outputs/tiny/orbits" not in (project / "dvc.lock").read_text()
 
 
-def test_a_server_is_set_up_as_often_as_one_likes(prefect_server: None) -> None:
-    api = str(PREFECT_API_URL.value())
-    with get_client(sync_client=True) as client:
-        client.create_work_pool(WorkPoolCreate(name="cpu", type="process"))
-        for made in (["crash-silent-runs"], []):
-            server_setup.limit_pipelines(api)
-            assert server_setup.install_automations(api) == made
-            assert client.read_work_queue_by_name("pipelines", "cpu").concurrency_limit == 1
+def test_more_nodes_than_a_flow_has_are_refused_before_the_first_stage(
+    prefect_server: None, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = use(monkeypatch, draw)
+    preset = yaml.safe_load((project / "presets/tiny.yaml").read_text())
+    preset.setdefault("compute", {})["image_to_video"] = {"nodes": 2}
+    (project / "presets/tiny.yaml").write_text(yaml.safe_dump(preset))
+    with pytest.raises(UserError, match="stage 'image-to-video' wants 2 nodes"):
+        full_pipeline(preset="tiny", stages=["orbits", "image-to-video"])
+    assert not calls
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def repro() -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_new_videos_run_the_sources_again(project: Path) -> None:
     preset, videos = load_preset("mine.yaml"), project.parent / "videos"
     assert "Running stage 'sources'" in repro()

@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.tracking.journal import Courier, Journal
+from flows.tracking.runs import RunInfo, send_pending, tracked_run
+
+NOTHING: dict[str, dict[str, str]] = {"tags": {}, "params": {}}
 
 
 class FlakyServer:
@@ -124,3 +130,79 @@ def test_which_kinds_of_entries_wait(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError):
         journal.deliver(FlakyServer(down={2}))
     assert not journal.waiting("model") and journal.waiting("metrics")
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """MLflow's address is one that accepts connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        yield
+
+
+def test_a_server_that_hangs_costs_a_run_one_request_not_one_per_entry(
+    hanging: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.tracking.journal.REQUEST_SECONDS", 3)
+    start = time.monotonic()
+    with tracked_run(RunInfo("stage-1", "stage"), patience=2) as tracker:
+        for number in range(20):
+            tracker.log_text("x" * 1000, f"file-{number}.txt")
+    assert time.monotonic() - start < 6
+    (journal,) = (tmp_path / "work/tracking").glob("*/journal.jsonl")
+    assert journal.read_text().count('"op": "file"') == 20
+
+
+def test_many_journals_wait_together_for_a_server_that_hangs(
+    hanging: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.tracking.journal.REQUEST_SECONDS", 1)
+    monkeypatch.setattr("flows.tracking.runs.SEND_SECONDS", 2)
+    for number in range(12):
+        Journal(tmp_path / "work/tracking" / str(number)).append(
+            {"op": "start", "key": str(number), "name": "x", "parent": None, "time": 0, "pid": -1} | NOTHING
+        )
+    start = time.monotonic()
+    assert send_pending() == (0, 12)
+    assert time.monotonic() - start < 6
+
+
+def test_a_journal_that_is_being_written_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even its last line, half of which is there: it isn't torn."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with tracked_run(RunInfo("latents-1", "x"), patience=0):
+        journal = tmp_path / "work/tracking/latents-1/journal.jsonl"
+        with journal.open("ab") as stream:
+            stream.write(b'{"op": "ta')
+            stream.flush()
+            assert send_pending() == (0, 0) and journal.read_bytes().endswith(b'"ta')
+            stream.write(b'gs", "tags": {}}\n')
+    assert [json.loads(line)["op"] for line in journal.read_text().splitlines()] == ["start", "tags", "end"]
+
+
+def test_what_a_process_with_our_number_left_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In containers the same few numbers come again after every start."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    start = {"op": "start", "key": "1", "name": "x", "parent": None, "time": 0, "pid": os.getpid()}
+    Journal(tmp_path / "work/tracking/1").append(start | NOTHING)
+    assert send_pending() == (1, 0)
+
+
+def test_the_time_for_a_model_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.tracking.journal.REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr("flows.tracking.journal.UPLOAD_PATIENCE", 0.5)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "unet.safetensors").write_bytes(bytes(1_000_000))
+    journal = Journal(tmp_path / "journal")
+    journal.append({"op": "model", "folders": {"model": str(weights)}})
+    courier = Courier(journal, SlowServer(60), "server", first_wait=0.01)
+    time.sleep(0.2)
+    start = time.monotonic()
+    assert not courier.close(patience=0.1)
+    assert 0.9 < time.monotonic() - start < 3, "half a second, and as much for a megabyte"

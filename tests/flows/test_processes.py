@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -56,6 +57,35 @@ def test_orphans_of_a_killed_process_are_found_by_their_mark(tmp_path: Path) -> 
     assert gone(child) and not gone(stranger)
     for process in others.running():
         others.stop(process)
+
+
+def test_what_a_killed_server_left_is_stopped_and_nothing_else(tmp_path: Path) -> None:
+    processes = Processes(tmp_path)
+    server, child = start(processes, "mlflow")
+    worker, flow_run = start(processes, "worker-cpu")
+    for dead in (server, worker):
+        os.kill(dead.pid, signal.SIGKILL)
+        os.waitpid(dead.pid, 0)
+    assert processes.stop_rest_of("mlflow") == 1
+    assert gone(child) and not gone(flow_run), "flow runs outlive their worker"
+    assert processes.stop_rest_of("mlflow") == 0
+    assert processes.stop_orphans() == 1
+
+
+def test_flow_runs_are_known_without_their_worker(tmp_path: Path) -> None:
+    processes = Processes(tmp_path)
+    lead = "import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True,"
+    lead += " env=os.environ | {'PREFECT__FLOW_RUN_ID': 'living'});"
+    processes.spawn("worker-cpu", [sys.executable, "-c", lead, FAMILY], {}, None)
+    while "ready" not in (tmp_path / "log" / "worker-cpu.log").read_text():
+        time.sleep(0.05)
+    assert processes.flow_runs() == {"living"}
+    (leader,) = [p for p, _ in processes._marked() if os.getpgid(p.pid) == p.pid]
+    leader.kill()  # its child lives on, which is no run
+    while not gone(leader):
+        time.sleep(0.05)
+    assert processes.flow_runs() == set()
+    assert processes.stop_orphans() == 1
 
 
 def test_a_reused_pid_is_never_stopped(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from project_folder import give_presets
+from project_folder import PRESETS, give_presets
 
 from flows.places import Place, run_key_of
 from flows.prefect_flows import nightly
@@ -27,6 +27,30 @@ def test_a_pipeline_takes_its_preset_from_its_parameter_and_leaves_params_alone(
     assert pipeline_preset(None).name == current_preset() == "tiny"
     assert pipeline_preset("finetune").name == "finetune"
     assert (folder / "params.yaml").read_text() == "preset: tiny\n"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_no_shipped_preset_leaves_open_what_dvc_watches(name: str, folder: Path) -> None:
+    give_presets(folder)
+    assert pipeline_preset(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("\nseed: 0", "", "'seed'"),
+        ("    cross_attention_dim: 64\n", "", "'model.unet.cross_attention_dim'"),
+    ],
+)
+def test_a_preset_that_leaves_open_what_dvc_watches_is_refused(old: str, new: str, said: str, folder: Path) -> None:
+    (folder / "presets").mkdir()
+    text = (PRESETS / "tiny.yaml").read_text()
+    assert text.count(old) == 1
+    (folder / "presets" / "tiny.yaml").write_text(text.replace(old, new))
+    load_preset("tiny")  # a valid preset all the same
+    with pytest.raises(UserError) as error:
+        pipeline_preset(None)
+    assert str(error.value) == f"presets/tiny.yaml leaves {said} to the default, but DVC watches it there; write it out"
 
 
 def test_presets_are_those_of_the_working_folder(folder: Path) -> None:
@@ -53,4 +77,3 @@ def test_a_place_knows_its_paths_both_ways(stage: str) -> None:
     assert all(Place.of_output(path).stage == name for name, path in place.inputs.items())
     assert place.inventory == Path(f"outputs/tiny/inventory/{stage}.json")
     assert run_key_of(place.work("1a2b")) == Path(f"work/tiny/{stage}/1a2b.run")
-    assert place.uri("s3://bucket/results") == f"s3://bucket/results/tiny/{stage}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from project_folder import give_presets
+from small_project import draw, make_project, use
 
 from flows.running import runner
 from flows.stages import find_stage
@@ -13,7 +14,7 @@ from svd import stage as stages
 from svd.config import Preset
 from svd.config.load import load_preset
 from svd.core.files import recover
-from svd.stage import Report, publish
+from svd.stage import Profile, Report, StageContext, publish
 
 TRAINING = find_stage("video-pretraining")
 
@@ -129,3 +130,25 @@ def test_a_stage_brings_its_inputs_and_output_back_first(monkeypatch: pytest.Mon
     with pytest.raises(InterruptedError):
         runner.run_preset_stage("curation", preset)
     assert [p.name for p in sorted(Path("outputs/tiny").glob("[a-z]*"))] == ["curation", "encoders", "sources"]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_stage_is_told_what_to_profile_and_missing_traces_are_told(
+    trains: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, wishes = Path(".local/profiles/tiny/orbits"), []
+
+    def work(context: StageContext) -> Report:
+        wishes.append(context.profile)
+        if trains:
+            (folder / "trace.json.gz").write_bytes(b"new")
+        return draw(context)
+
+    (tmp_path / "project").mkdir()
+    make_project(tmp_path / "project", monkeypatch)
+    folder.mkdir(parents=True)
+    (folder / "trace.json.gz").write_bytes(b"of an earlier run")
+    use(monkeypatch, work)
+    runner.run_preset_stage("orbits", load_preset("tiny"), profile=3)
+    assert wishes == [Profile(3, folder)]
+    assert ("no trace was written" in caplog.text) == (not trains)

@@ -21,8 +21,9 @@ from toy_models import toy_autoencoder, toy_unet
 
 from flows.places import Place
 from flows.running import runner
+from flows.running.runner import git_commit
 from flows.stages import STAGES, Stage
-from flows.tracking.runs import RunInfo, tracked_run, tracking_uri
+from flows.tracking.runs import Lineage, RunInfo, tracked_run, tracking_uri
 from svd.config import Preset
 from svd.config.load import load_preset
 from svd.media.video import Frames, read_frames
@@ -38,6 +39,7 @@ UNETS = {
     "multiview-finetuning": {"in_channels": 8, "ids": 4},
     "frame-interpolation": {"in_channels": 9, "ids": 3, "learned_mask": True},
 }
+OWN_CARD = "---\nlicense: mit\n---\n\n# The card of the output\n"
 REGISTERED = [stage for stage in STAGES.values() if stage.model]
 
 
@@ -98,8 +100,11 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preset]:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
         write_outputs(found)
         for stage in REGISTERED:
+            (Place(found.name, stage.name).output / "README.md").write_text(OWN_CARD)
             with tracked_run(RunInfo(stage.name, stage.name)) as tracker:
-                runner._register(tracker, stage, found, Place(found.name, stage.name).output)
+                output = Place(found.name, stage.name).output
+                made = Lineage(stage.name, str(output), "1" * 32 + ".dir")
+                runner._register(tracker, stage, found, output, [Lineage("latents", "x", "0" * 32 + ".dir"), made])
         yield found
 
 
@@ -214,3 +219,32 @@ def test_a_version_says_what_it_is_and_the_run_has_no_params_of_it(preset: Prese
         version = client.get_model_version_by_alias(stage.model, "candidate")
         assert set(version.tags) >= {"checkpoint", "task"} and version.tags["task"] == stage.name
         assert client.get_run(version.run_id).data.params == {}
+
+
+def test_a_version_and_its_run_have_the_card_with_commit_and_hashes(preset: Preset, tmp_path: Path) -> None:
+    client = mlflow.MlflowClient(tracking_uri())
+    for stage in REGISTERED:
+        version = client.get_model_version_by_alias(stage.model, "candidate")
+        for part in (stage.description, git_commit(), "1" * 32, "licence mit"):
+            assert part in version.description
+        of_run = Path(client.download_artifacts(version.run_id, "README.md", str(tmp_path))).read_text()
+        assert of_run.startswith(OWN_CARD)
+        for part in ("0" * 32, "1" * 32, git_commit()):
+            assert f"{part}" in of_run.removeprefix(OWN_CARD)
+    uri = f"models:/{stage.model}@candidate"
+    folder = Path(
+        mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "model"), tracking_uri=tracking_uri())
+    )
+    assert of_run in [path.read_text() for path in folder.rglob("README.md")]
+
+
+def test_what_people_wrote_of_a_version_stays(preset: Preset) -> None:
+    client, (stage, *_) = mlflow.MlflowClient(tracking_uri()), REGISTERED
+    version = client.get_model_version_by_alias(stage.model, "candidate").version
+    before = client.get_model_version(stage.model, version).description
+    client.update_model_version(stage.model, version, "the one for the talk")
+    output = Place(preset.name, stage.name).output
+    with tracked_run(RunInfo("again", stage.name)) as tracker:
+        runner._register(tracker, stage, preset, output, [Lineage(stage.name, str(output), "2" * 32 + ".dir")])
+    assert client.get_model_version(stage.model, version).description == "the one for the talk"
+    client.update_model_version(stage.model, version, before)

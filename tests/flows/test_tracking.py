@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import tracemalloc
@@ -16,7 +17,7 @@ from flows.running import runner
 from flows.stages import STAGES
 from flows.tracking.journal import Journal
 from flows.tracking.mlflow_delivery import Delivery, checkpoint_digest
-from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, flat_params, send_pending, tracked_run
+from flows.tracking.runs import Lineage, MlflowTracker, RunInfo, flat_params, send_pending, tracked_run, tracking_uri
 from svd.config.load import load_preset
 from svd.stage import Report, StageContext
 
@@ -38,6 +39,29 @@ def find(client: mlflow.MlflowClient, key: str) -> mlflow.entities.Run:
 def test_flat_params_names_nested_options() -> None:
     values = {"a": {"b": 1, "c": [{"d": 2}, {"d": 3}]}, "e": [1, 2]}
     assert flat_params(values) == {"a.b": 1, "a.c.0.d": 2, "a.c.1.d": 3, "e": [1, 2]}
+
+
+def test_a_password_in_the_address_moves_to_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:p%40ss@host:8/mlflow")
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "old")
+    for _ in range(2):
+        assert tracking_uri() == os.environ["MLFLOW_TRACKING_URI"] == "https://host:8/mlflow"
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "user" and os.environ["MLFLOW_TRACKING_PASSWORD"] == "p@ss"
+
+
+def test_what_waits_and_what_is_said_names_no_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 0)  # it would try for 100 s
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:SECRET@127.0.0.1:9/mlflow")
+    params = {"sources": {"paths": ["https://user:SECRET@host/a.mp4?v=1&sig=SECRET"]}}
+    with tracked_run(RunInfo("one", "stage", params=params), patience=0) as tracker:
+        tracker.register_model("model", {}, {"preset": params})
+    written = b"".join(path.read_bytes() for path in (tmp_path / "work").rglob("*") if path.is_file())
+    assert b"https://host/a.mp4?v=1" in written and b"SECRET" not in written
+    assert "MLflow at postgresql://127.0.0.1:9/mlflow can't be reached" in caplog.text and "SECRET" not in caplog.text
 
 
 def test_a_nested_run_with_everything_in_it(client: mlflow.MlflowClient, tmp_path: Path) -> None:
@@ -93,6 +117,18 @@ def test_a_resumed_run_logs_no_step_twice(client: mlflow.MlflowClient) -> None:
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [m.step for m in history] == list(range(10))
     assert run.info.status == "FINISHED"
+
+
+def test_steps_done_again_on_another_machine_are_logged_once(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    """The other machine has the key of the run and its last snapshot, but not the journal."""
+    for machine, steps in (("one", (1, 2, 3)), ("other", (2, 3, 4))):
+        with tracked_run(RunInfo("moved", "stage"), spool=tmp_path / machine) as tracker:
+            for step in steps:
+                tracker.log_metrics({"loss": 1 / step}, step=step)
+            tracker.log_metrics({"clips": 12}, step=0)
+    history = client.get_metric_history(find(client, "moved").info.run_id, "loss")
+    assert sorted((m.step, m.value) for m in history) == [(1, 1.0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]
+    assert find(client, "moved").data.metrics["clips"] == 12
 
 
 def test_what_could_not_be_sent_is_sent_later_once(
@@ -209,6 +245,21 @@ def test_a_stage_logs_the_options_that_it_depends_on(
     assert run.data.params["orbits.objects"] == str(later.orbits.objects)
     kept = client.download_artifacts(run.info.run_id, "config/preset.json", str(project))
     assert json.loads(Path(kept).read_text()) == later.model_dump(mode="json")
+
+
+def test_a_stage_knows_what_its_model_card_says_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_project.make_project(tmp_path, monkeypatch)
+    known: list[StageContext] = []
+
+    def work(context: StageContext) -> Report:
+        known.append(context)
+        return small_project.draw(context)
+
+    small_project.use(monkeypatch, work)
+    preset = load_preset("tiny")
+    runner.run_preset_stage("orbits", preset)
+    assert known[0].description == STAGES["orbits"].description
+    assert known[0].options == {"seed": 0, "orbits": preset.orbits.model_dump(mode="json")}
 
 
 def test_params_of_every_stage_are_named_by_its_sections() -> None:

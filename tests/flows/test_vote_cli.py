@@ -53,7 +53,7 @@ def test_serve_and_results(tmp_path: Path, models: list[str], monkeypatch: pytes
     served: list[tuple] = []
     monkeypatch.setattr(app, "serve", lambda *arguments: served.append(arguments))
     assert RUNNER.invoke(vote_app, ["serve", str(folder), "--host", "0.0.0.0", "--port", "9"]).exit_code == 0
-    assert served == [(folder, "0.0.0.0", 9, None)]
+    assert served == [(folder, "0.0.0.0", 9, None, [])]
     store = open_store(folder)
     for question in store.questions():
         store.answer(question.number, "somebody", question.check or "left", 100)

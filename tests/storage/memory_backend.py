@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from svd.core.errors import UserError
-from svd.storage import Entry, sha256, split_uri
+from svd.storage import Conflict, Entry, sha256, split_uri
 
 
 class Memory:
@@ -56,6 +56,12 @@ class Memory:
     def write(self, location: str, data: bytes) -> None:
         split_uri(location)
         self.objects[location] = data, hashlib.sha256(data).hexdigest()
+
+    def replace(self, location: str, data: bytes, expected: str | None) -> str:
+        if self.objects.get(location, (b"", None))[1] != expected:
+            raise Conflict(location)
+        self.write(location, data)
+        return self.version(location)
 
     def copy_within(self, source: str, target: str) -> None:
         self.objects[target] = self._at(source)

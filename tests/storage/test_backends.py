@@ -39,6 +39,10 @@ def test_a_backend_from_outside_does_everything(memory: str, tmp_path: Path) -> 
     storage.copy(tmp_path / "copy", f"{root}/d.txt")
     assert storage.size(f"{root}/d.txt") == 1000 == (tmp_path / "copy").stat().st_size
     assert storage.exists(f"{root}/a.txt") and not storage.exists(root)
+    first = storage.replace(f"{root}/lease", b"1", None)
+    with pytest.raises(storage.Conflict):
+        storage.replace(f"{root}/lease", b"2", None)
+    assert storage.replace(f"{root}/lease", b"3", first) != first
     storage.delete(f"{root}/a.txt")
     storage.delete(f"{root}/a.txt")
     assert not storage.exists(f"{root}/a.txt")

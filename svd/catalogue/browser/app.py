@@ -35,6 +35,7 @@ from svd.config import FiltersConfig
 from svd.config.load import parse_preset
 from svd.core.errors import UserError
 from svd.core.files import write_text
+from svd.core.hosts import refuse_foreign_hosts
 from svd.media.orientation import upright_rgb
 
 # Codecs that browsers decode; clips of other codecs are transcoded to H.264.
@@ -168,6 +169,7 @@ def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
     """
     data, previews = ClipIndex(folder), Previews(folder)
     app = FastAPI(title="SVD clip catalogue", docs_url=None, redoc_url=None)
+    refuse_foreign_hosts(app)
     page = Environment(loader=PackageLoader("svd.catalogue"), autoescape=select_autoescape()).get_template(
         "browse.html"
     )

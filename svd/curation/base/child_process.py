@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from typing import Any
 
 
 def end_with_parent() -> None:
@@ -24,3 +25,14 @@ def exit_name(code: int | None) -> str:
     if code is None:
         return "no exit status"
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def receive(connection: Connection) -> Any:
+    """Return the next message of another process; raises EOFError when that has ended.
+
+    A process that is killed while it writes a large message leaves half of it: an OSError without a number.
+    """
+    try:
+        return connection.recv()
+    except OSError as error:
+        raise EOFError from error

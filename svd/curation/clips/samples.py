@@ -129,7 +129,7 @@ class Sampler:
         field_ = (flow or self._flow)(one[2], other[2])
         # Samples are uneven unless the frame rate is a multiple of the sample rate: scale vectors to one sample step.
         even = field_ * np.float32(1 / self.config.fps / seconds)
-        fit = fit_similarity(*_for_fit(field_, one[2]), seconds)
+        fit = fit_similarity(*points_for_fit(field_, one[2]), seconds)
         return FlowPair(one[0], other[0], seconds, stored_flow(even, self.config.stored_short_side), fit)
 
     def thin(self, before: int) -> None:
@@ -181,7 +181,7 @@ class Sampler:
         return rgb if rgb.shape[1::-1] == size else cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
 
 
-def _for_fit(flow: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def points_for_fit(flow: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Thin flow to about 24 × 14 points and weight them by gradients of the image: flat areas show no motion."""
     grey = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     dx, dy = cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)

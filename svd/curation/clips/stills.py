@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
+import cv2  # not PIL: frames are arrays here, as in all of curation
 import numpy as np
 
 JPEG_QUALITY = 90

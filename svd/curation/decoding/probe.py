@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import av.container
@@ -93,14 +94,27 @@ def open_video(path: Path) -> Iterator[Opened]:
     except (av.error.FFmpegError, ValueError, OSError, UnicodeError) as error:
         raise SourceFailure(f"not a readable video: {_reason(error)}") from None
     with container:
-        names = container.format.name.split(",")
-        if any(
-            name == refused or (refused[0] == "_" and name.endswith(refused))
-            for name in names
-            for refused in REFUSED_FORMATS
-        ):
-            raise SourceFailure(f"not a video but '{container.format.name}'")
+        check_format(container)
         yield container, _video_stream(container)
+
+
+@contextmanager
+def open_stream(stream: Any) -> Iterator[Opened]:
+    """Do what `open_video` does for an object with `read` and `seek`; it can't lead to any file."""
+    try:
+        container = av.open(stream, "r", options={"protocol_whitelist": "none"}, metadata_errors="replace")
+    except (av.error.FFmpegError, ValueError, OSError, UnicodeError) as error:
+        raise SourceFailure(f"not a readable video: {_reason(error)}") from None
+    with container:
+        check_format(container)
+        yield container, _video_stream(container)
+
+
+def check_format(container: av.container.InputContainer) -> None:
+    """Raise SourceFailure for formats that are no videos, or name other files."""
+    names = container.format.name.split(",")
+    if any(n == refused or (refused[0] == "_" and n.endswith(refused)) for n in names for refused in REFUSED_FORMATS):
+        raise SourceFailure(f"not a video but '{container.format.name}'")
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:

@@ -6,6 +6,7 @@ Kinds of sources and their listing: svd/sources/listing.py. `ytdl:` addresses ne
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from svd.sources.tars import header_hash
 MAX_BYTES = 100 << 30
 MAX_SECONDS = 6 * 3600.0
 _BLOCK = 4 << 20
+_SILENT = logging.getLogger(f"{__name__}.yt_dlp")  # it would print addresses; what fails is raised as well
+_SILENT.setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
@@ -37,7 +40,7 @@ def local_file(source: Source, folder: Path) -> Iterator[Path]:
         if source.archive is not None:
             _extract(source, target)
         else:
-            _fetch(source.uri, target)
+            _fetch(str(source.origin), target)
         yield target
 
 
@@ -45,7 +48,7 @@ def _extract(source: Source, target: Path) -> None:
     """Copy a member of a tar to `target`; of a remote tar only the bytes of the member are read."""
     archive = source.path or source.archive or ""
     left = source.size or 0
-    with storage.open_read(archive, _BLOCK) as stream, target.open("wb") as file:
+    with storage.open_read(source.origin, _BLOCK) as stream, target.open("wb") as file:
         if source.header and header_hash(stream, source.offset or 0) != source.header:
             raise OSError(f"{archive}: it is another tar than the one that was listed; list the sources again")
         stream.seek(source.offset or 0)
@@ -70,7 +73,7 @@ def _fetch(uri: str, target: Path) -> None:
         ) from None
     options = {
         **{"outtmpl": str(target).replace("%", "%%"), "format": "bv*[height<=1080]/b", "max_filesize": MAX_BYTES},
-        **{"quiet": True, "noprogress": True, "no_warnings": True, "noplaylist": True},
+        **{"logger": _SILENT, "quiet": True, "noprogress": True, "no_warnings": True, "noplaylist": True},
     }
     try:
         with yt_dlp.YoutubeDL(options) as downloader:

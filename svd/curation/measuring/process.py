@@ -19,7 +19,7 @@ from typing import Any, Self
 from svd.config import CurationConfig
 from svd.core.errors import UserError
 from svd.core.files import discard_temporary
-from svd.curation.base.child_process import exit_name
+from svd.curation.base.child_process import exit_name, receive
 from svd.curation.base.messages import (
     Analyse,
     ClipFound,
@@ -122,7 +122,7 @@ class DecodeProcess:
             connection = self._start()
             try:
                 return self._exchange(connection, request, take)
-            except (EOFError, ConnectionResetError, BrokenPipeError):
+            except (EOFError, BrokenPipeError):
                 name = exit_name(self._reap())
                 if self._stopped:
                     raise WorkerError("curation was stopped") from None
@@ -142,7 +142,7 @@ class DecodeProcess:
                 if left <= 0 or not connection.poll(left):
                     raise SourceFailure(f"not finished after {limit:g} s")
                 left -= time.monotonic() - started
-                match connection.recv():
+                match receive(connection):
                     case VideoLength(seconds):
                         more = self.timeout * max(0.0, seconds / TIMED_SECONDS - 1)
                         limit, left = limit + more, left + more
@@ -151,7 +151,7 @@ class DecodeProcess:
                         take(clip)
                     case answer:
                         return answer
-        except (EOFError, ConnectionResetError, BrokenPipeError):
+        except (EOFError, BrokenPipeError):
             raise
         except BaseException:
             self.close()  # the child is still busy with the request
@@ -183,8 +183,8 @@ class DecodeProcess:
         theirs.close()
         self._process, self._connection, self._loaded = process, ours, self._config
         try:
-            message = ours.recv()
-        except (EOFError, ConnectionResetError):
+            message = receive(ours)
+        except EOFError:
             return f"it ended with {exit_name(self._reap())}"
         match message:
             case Failed(reason):

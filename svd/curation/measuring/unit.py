@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from svd.catalogue import schema, tables
 from svd.config import CurationConfig
+from svd.core.addresses import public_text
 from svd.core.errors import UserError
 from svd.core.files import atomic_folder
 from svd.curation.base.types import ClipAnalysis, ClipFile, SourceAnalysis, SourceFailure
@@ -159,7 +160,7 @@ class _UnitWork:
             row.update(verdict="failed", reason=f"can't be read: {error.strerror or error}")
         except Exception as error:
             # One hostile file must not end a run over millions. The traceback goes to the log, the reason into the row.
-            log.error("%s: %s", identified.source.uri, traceback.format_exc())
+            log.error("%s: %s", identified.source.uri, public_text(traceback.format_exc()))
             row.update(verdict="failed", reason=f"internal error: {type(error).__name__}: {error}")
         if row["verdict"] == "failed":
             self._check_space()
@@ -237,7 +238,7 @@ class _UnitWork:
     def write(self) -> None:
         """Write all tables; clips are in the order of their sources and times."""
         for row in self.sources:
-            row["reason"] = printable(" ".join(row["reason"].split()))
+            row["reason"] = printable(public_text(" ".join(row["reason"].split())))
         tables.write_table_rows(self.folder / "sources.parquet", self.sources, schema.SOURCES_SCHEMA)
         tables.write_table_rows(self.folder / "clips.parquet", self.clips, schema.MEASURED_SCHEMA)
         tables.write_table_rows(self.folder / "cuts.parquet", self.cuts, schema.CUTS_SCHEMA)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from svd.config import CurationConfig, EncodersConfig
 from svd.core.device import pick_device
 from svd.core.errors import UserError
-from svd.curation.base.child_process import end_with_parent, exit_name
+from svd.curation.base.child_process import end_with_parent, exit_name, receive
 from svd.curation.base.messages import Done, Raised, Ready, ScoreUnit, Stop
 
 if TYPE_CHECKING:  # imports torch, which must stay out of the run's own process
@@ -60,8 +60,8 @@ class ScoringProcess:
     def _wait(self) -> None:
         """Wait until the child is ready or done with its request; raises its error."""
         try:
-            message = self._connection.recv()
-        except (EOFError, ConnectionResetError):
+            message = receive(self._connection)
+        except EOFError:
             self._process.join(PATIENCE)
             raise UserError(
                 f"the process with curation's networks ended with {exit_name(self._process.exitcode)} (SIGKILL: "

@@ -1,0 +1,34 @@
+"""One installation serves all tests here, in the order of their files and lines; it is removed at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from cluster_stack import ClusterStack, installed, say
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterStack]:
+    with installed(tmp_path_factory.mktemp("cluster") / "kubernetes") as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def pipeline(stack: ClusterStack) -> str:
+    """Run the literal command once and return the id of its flow run."""
+    say("prefect deployment run full-pipeline")
+    begun = time.monotonic()
+    run = stack.start_pipeline()
+    done = stack.wait(run, 2400)
+    assert done["state_type"] == "COMPLETED", stack.story(run)
+    say(f"the pipeline took {time.monotonic() - begun:.0f} s")
+    return run
+
+
+@pytest.fixture
+def environment(stack: ClusterStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the variables of a person who works with the stack in this process, too."""
+    for name, value in stack.environment().items():
+        monkeypatch.setenv(name, value)

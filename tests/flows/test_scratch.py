@@ -1,0 +1,91 @@
+"""A stage that outgrows the scratch volume of its pod ends with one line, before the kubelet evicts it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.running import scratch
+from flows.running.scratch import bytes_of, used_bytes, within_scratch
+from svd.core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A volume of 256 KiB."""
+    (tmp_path / "size").write_text("256Ki\n")
+    monkeypatch.setattr(scratch, "SIZE", tmp_path / "size")
+    monkeypatch.setattr(scratch, "CHECK_SECONDS", 0.05)
+    (tmp_path / "volume").mkdir()
+    return tmp_path / "volume"
+
+
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_a_full_volume_ends_the_work_in_one_line(where: str, volume: Path) -> None:
+    said: list[str] = []
+
+    def work() -> None:
+        try:
+            with within_scratch(volume):
+                (volume / "checkpoint").write_bytes(os.urandom(300 << 10))
+                for _ in range(300):
+                    time.sleep(0.1)
+        except UserError as error:
+            said.append(str(error))
+
+    if where == "main":
+        work()
+    else:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(60)
+    assert len(said) == 1 and "scratch volume (256Ki)" in said[0] and "raise `scratch_size`" in said[0]
+
+
+def test_what_fits_is_left_alone(volume: Path) -> None:
+    with within_scratch(volume):
+        (volume / "deep").mkdir()
+        (volume / "deep" / "part").write_bytes(os.urandom(200 << 10))
+        os.link(volume / "deep" / "part", volume / "again")  # as DVC links an output into its cache
+        (volume / "sparse").touch()
+        os.truncate(volume / "sparse", 1 << 30)
+        time.sleep(0.5)
+        assert 200 << 10 <= used_bytes(volume) < 240 << 10
+
+
+def test_outside_a_pod_nothing_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "SIZE", tmp_path / "missing")
+    before = set(threading.enumerate())
+    with within_scratch(tmp_path):
+        assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "scratch"]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("200Gi", 200 << 30), ("0.5Ti", 1 << 39), ("12M", 12_000_000), ("800", 800), ("1k", 1000)]
+)
+def test_quantities_are_kubernetes_own(text: str, count: int) -> None:
+    assert bytes_of(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "Gi", "5 GB", "ten"])
+def test_what_is_no_quantity_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no quantity"):
+        bytes_of(text)
+
+
+def test_a_pod_knows_the_size_of_its_volume() -> None:
+    pools = yaml.safe_load((ROOT / "infra/prefect/kubernetes-pools.yaml").read_text())
+    pod = pools["template"]["job_configuration"]["job_manifest"]["spec"]["template"]
+    (path,) = [mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"] if mount["name"] == "pod"]
+    (volume,) = [volume for volume in pod["spec"]["volumes"] if volume["name"] == "pod"]
+    (item,) = volume["downwardAPI"]["items"]
+    assert Path(path, item["path"]) == scratch.SIZE
+    annotation = item["fieldRef"]["fieldPath"].split("'")[1]
+    assert pod["metadata"]["annotations"][annotation] == "{{ scratch_size }}"
