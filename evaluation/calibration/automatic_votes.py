@@ -50,11 +50,11 @@ def real_clips(cache: LatentCache, autoencoder: Autoencoder, phase: Phase) -> Te
 
     Generated clips come out of the decoder, so real ones must, too. Raises UserError for too few test clips.
     """
-    rows = cache.rows(phase, "test").unique("clip_id", keep="first", maintain_order=True)
+    rows = cache.rows(phase, "test").where(pl.col("clip_id").is_first_distinct())
     if len(rows) < NEAREST:
         raise UserError(f"{cache.folder}: {len(rows)} test clips are too few to judge by; raise 'validation_samples'")
     clips = []
-    for row in rows.to_dicts():
+    for row in rows:
         moments = cache.read(row).moments[None, : phase.frames]
         clips.append((autoencoder.decode(posterior_mean(moments)) / 2 + 0.5).clamp(0, 1)[0] * 255)
     return torch.stack(clips)

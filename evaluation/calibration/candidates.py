@@ -26,6 +26,7 @@ from svd.curation.captions.base import MOTION
 from svd.diffusion.edm import KINDS
 from svd.generation import load_models, text_to_video
 from svd.latents.cache import LatentCache, digest
+from svd.latents.index import Rows
 from svd.latents.stage import LatentEncoder, assemble, encode_clips, with_split
 from svd.media.video import to_uint8, write_mp4
 from svd.model.formats.folders import load_autoencoder, load_unet
@@ -196,12 +197,13 @@ def model_training(context: StageContext, candidate: Candidate, clips: frozenset
     source = resolve_weights(pretrained, UNET_FILES) if pretrained else context.inputs["image-pretraining"] / "unet"
 
     def initial() -> UNet:
-        unet = fresh_unet(unet_config(preset, TEXT_TO_VIDEO, size), preset.seed, NAME)
+        sizes = unet_config(preset, TEXT_TO_VIDEO, size)
+        unet = fresh_unet(sizes, preset.seed, NAME, preset.model.unet.position_gain)
         return carry_over(load_unet(source), unet, str(source))
 
-    def rows(phase: Phase, split: str) -> Sequence[Mapping[str, Any]]:
+    def rows(phase: Phase, split: str) -> Rows:
         found = cache.rows(phase, split)
-        return (found.filter(pl.col("clip_id").is_in(sorted(clips))) if split == "train" else found).to_dicts()
+        return found.where(pl.col("clip_id").is_in(sorted(clips))) if split == "train" else found
 
     work = context.work / "models" / candidate.name
     compute = preset.compute.of(NAME)
@@ -247,7 +249,7 @@ def sample_models(
     phase = config.phases[-1]
     kind = KINDS[config.objective]
     known = cache.rows(phase, "train")
-    fps, motion = (float(statistics.median(known[name].to_list())) for name in ("fps", "motion_bucket"))
+    fps, motion = (float(statistics.median(known.column(name).to_list())) for name in ("fps", "motion_bucket"))
     for name, fact in tqdm(facts.items(), desc="samples", unit="model"):
         missing = [key for key in prompts if not (folder / name / f"{key}.mp4").is_file()]
         if not missing:

@@ -46,6 +46,7 @@ from evaluation.frechet.ucf101_data import (
     spread,
 )
 from evaluation.tables import Row, markdown_table, write_score_rows
+from evaluation.untrained import untrained
 from svd.config import Ucf101Config
 from svd.core.device import pick_device
 from svd.core.errors import UserError
@@ -53,7 +54,6 @@ from svd.core.files import write_json
 from svd.generation import Models, load_models, text_to_video
 from svd.media.video import write_mp4, write_png
 from svd.model.formats.folders import checkpoint_hash
-from svd.model.unet import UNet
 from svd.stage import Report, StageContext, Tracker, publish
 from svd.storage import write_bytes
 
@@ -189,14 +189,6 @@ def mean_frame_state(evaluation: Evaluation, real: FeatureSet) -> MomentState:
     image = torch.from_numpy(real.mean_image()).float()
     clip = image.expand(1, evaluation.config.frames, *image.shape)
     return repeated(evaluation.extractor.features(evaluation.protocol, clip), len(evaluation.items))
-
-
-def untrained(models: Models, seed: int) -> Models:
-    """Return a control: the same models with a U-Net of the same shape and random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = UNet(models.unet.config)
-    return replace(models, unet=unet.to(models.device, models.dtype).eval())
 
 
 def score_all(evaluation: Evaluation, models: Models, real: FeatureSet) -> tuple[list[Score], FeatureSet, list[str]]:

@@ -2,7 +2,8 @@
 
 The model gets one view of each held-out object and generates the whole orbit; each view is compared with the true one.
 The same run scores controls: a copy of the input view and the mean view of all objects, which need no model; the
-untrained network; and the truth passed through the autoencoder, an upper bound for most models.
+untrained network; and the truth passed through the autoencoder, an upper bound for most models. A sampled orbit pays
+for being one of many possible ones, so the one-step estimate, which is near their mean, is scored as well.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import dataclasses
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from evaluation.claims import Claim, paired_claim, write_claims
 from evaluation.multiview.alignment import Alignment, best_alignment
 from evaluation.multiview.figures import azimuth_chart, turntable, views_sheet
 from evaluation.multiview.image_metrics import Perceptor
 from evaluation.multiview.protocol import Truth, ViewProtocol, Views, render_truth, save_array, view_protocol
 from evaluation.multiview.scores import Measures, Scores, published_rows, rows, score
 from evaluation.tables import markdown, write_csv
+from evaluation.untrained import untrained
 from svd.config import Sampling
 from svd.core.device import pick_device
 from svd.core.files import write_json
@@ -30,11 +34,12 @@ from svd.generation import Models, load_models, multiview
 from svd.media.video import write_gif, write_mp4, write_png
 from svd.model.autoencoder import posterior_mean
 from svd.model.formats.folders import checkpoint_hash
-from svd.model.unet import UNet
 from svd.orbits.renderer import open_renderer
 from svd.stage import Report, StageContext, publish
 
-SUBJECTS = ("generated", "copy of the input view", "mean view", "untrained", "autoencoder")
+ONE_STEP = "one-step estimate"
+MODEL_FREE = ("copy of the input view", "mean view")
+SUBJECTS = ("generated", ONE_STEP, *MODEL_FREE, "untrained", "autoencoder")
 _SHOWN = 4
 _PIXELS_AT_ONCE = 300_000
 _TURNS = 2
@@ -76,21 +81,25 @@ def _subjects(
     The views of models are generated here and kept in `context.work`.
     """
     sampling = context.preset.evaluation.multiview.sampling
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = UNet(models.unet.config).to(models.device, models.dtype).eval()
-    random = dataclasses.replace(models, unet=fresh)
+    # The denoised orbit at the highest noise level: close to the mean of all orbits that the input view allows.
+    once = sampling.model_copy(update={"steps": 1, "guidance": 1.0})
     folder = context.work / "views" / protocol.digest
-    generated = generate(folder / "generated", models, truth, protocol, sampling, seed)
-    untrained = generate(folder / "untrained", random, truth, protocol, sampling, seed)
+    made = {
+        "generated": generate(folder / "generated", models, truth, protocol, sampling, seed),
+        ONE_STEP: generate(folder / ONE_STEP, models, truth, protocol, once, seed, at_once=1),
+        "untrained": generate(folder / "untrained", untrained(models, seed), truth, protocol, sampling, seed),
+    }
     average = mean_view(truth)
     return {
-        "generated": lambda i: np.asarray(np.load(generated[i]), np.uint8),
-        "untrained": lambda i: np.asarray(np.load(untrained[i]), np.uint8),
+        **{name: partial(_loaded, files) for name, files in made.items()},
         "copy of the input view": lambda i: truth.views(i)[[-1] * protocol.views],
         "mean view": lambda i: np.stack([average] * protocol.views),
         "autoencoder": lambda i: reconstruct(models, truth.views(i)),
     }
+
+
+def _loaded(files: Sequence[Path], number: int) -> Views:
+    return np.asarray(np.load(files[number]), np.uint8)
 
 
 def object_seed(seed: int, number: int) -> int:
@@ -99,13 +108,22 @@ def object_seed(seed: int, number: int) -> int:
 
 
 def generate(
-    folder: Path, models: Models, truth: Truth, protocol: ViewProtocol, sampling: Sampling, seed: int
+    folder: Path,
+    models: Models,
+    truth: Truth,
+    protocol: ViewProtocol,
+    sampling: Sampling,
+    seed: int,
+    at_once: int | None = None,
 ) -> list[Path]:
-    """Generate an orbit from the last true view of each object, one array file each; finished ones are kept."""
+    """Generate an orbit from the last true view of each object, one array file each; finished ones are kept.
+
+    at_once: objects in a batch; None: as many as keep memory small.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / file.name for file in truth.files]
     missing = [number for number, file in enumerate(files) if not file.exists()]
-    batch = max(1, _PIXELS_AT_ONCE // (protocol.views * protocol.size**2))
+    batch = at_once or max(1, _PIXELS_AT_ONCE // (protocol.views * protocol.size**2))
     for first in tqdm(range(0, len(missing), batch), f"orbits: {folder.name}", unit="batch"):
         numbers = missing[first : first + batch]
         given = torch.stack([torch.from_numpy(truth.views(number)[-1].copy()) for number in numbers])
@@ -159,6 +177,7 @@ def _write(
     write_csv(finished / "results.csv", measured)
     (finished / "comparison.md").write_text(markdown([*measured, *published_rows()]))
     write_csv(finished / "by_view.csv", _by_view(scores, truth, protocol))
+    write_claims(finished, claims_of(scores, protocol, measures))
     write_json(
         finished / "protocol.json",
         {
@@ -194,6 +213,19 @@ def _by_view(scores: Sequence[Scores], truth: Truth, protocol: ViewProtocol) -> 
     ]
 
 
+def claims_of(scores: Sequence[Scores], protocol: ViewProtocol, measures: Measures) -> list[Claim]:
+    """Return the claims: sampled views and one-step estimates against the controls without a model, over objects."""
+    by_name = {one.subject: one for one in scores}
+    claims = []
+    for subject in ("generated", ONE_STEP):
+        for metric, unit, less in (("psnr", "dB", False), (measures.perceptor.name, "perceptual distance", True)):
+            for control in MODEL_FREE:
+                own, theirs = (by_name[name].by_object(metric).tolist() for name in (subject, control))
+                kind = "novel views are nearer to the truth" if subject == "generated" else f"their {ONE_STEP}s are"
+                claims.append(paired_claim(f"{kind} ({unit})", own, control, theirs, unit, less, protocol.digest))
+    return claims
+
+
 def _metrics(
     scores: Sequence[Scores], alignment: Alignment, truth: Truth, protocol: ViewProtocol, measures: Measures
 ) -> dict[str, float | int | str]:
@@ -210,7 +242,7 @@ def _metrics(
         "psnr_with_input_view": float(scores[0].values["psnr"].mean()),
     }
     for one in scores:
-        suffix = "" if one.subject == "generated" else f"_{one.subject.replace(' ', '_')}"
+        suffix = "" if one.subject == "generated" else f"_{one.subject.replace(' ', '_').replace('-', '_')}"
         metrics |= {f"{metric}{suffix}": one.novel(metric) for metric in one.values}
     return metrics
 

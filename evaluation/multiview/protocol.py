@@ -22,7 +22,7 @@ from rich.progress import track
 
 from svd.config import MultiviewBenchmark
 from svd.model.formats.folders import file_hash
-from svd.orbits.meshes import Mesh
+from svd.orbits.meshes import Mesh, mesh_key
 from svd.orbits.render import SUPERSAMPLING, Light, Renderer, on_white, orbit_azimuths, render_orbit, white_light
 from svd.orbits.stage import key, load_object, mesh_name, objects
 from svd.storage import write_bytes
@@ -116,13 +116,13 @@ def render_truth(
     names, files = [], []
     for number, path in enumerate(track(paths, "benchmark objects", console=Console(stderr=True))):
         if path is None:
-            name = content = "procedural-" + "-".join(map(str, key(seed, "test", number, "mesh")))
+            name = content = mesh_key(key(seed, "test", number, "mesh"), config.style)
         else:
             name = mesh_name(path, config.meshes)
             content = f"{name} {config.up} {file_hash(path)}"
         file = folder / f"{number:05d}-{hashlib.sha256(content.encode()).hexdigest()[:12]}.npy"
         if not file.exists():
-            mesh = load_object(path, config.up, seed, "test", number)
+            mesh = load_object(path, config.up, seed, "test", number, config.style)
             save_array(file, _views(mesh, protocol, _heading(path, seed, number), renderer))
         names.append(name)
         files.append(file)

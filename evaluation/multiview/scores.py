@@ -55,6 +55,10 @@ class Scores:
         """Return the mean over the views that the model wasn't given, then over objects."""
         return float(self.values[metric][:, :-1].mean())
 
+    def by_object(self, metric: str) -> NDArray[np.float64]:
+        """Return the mean over the novel views of each object, (objects,)."""
+        return np.asarray(self.values[metric][:, :-1].mean(1))
+
     def by_view(self, metric: str) -> NDArray[np.float64]:
         """Return the mean over objects for each view, (views,)."""
         return self.values[metric].mean(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from evaluation.preference.pairs import QUESTIONS, Question
 from evaluation.preference.store import VoteStore
 from evaluation.preference.study import Study, load_study, open_store, results
 from svd.core.errors import UserError
+from svd.core.hosts import refuse_foreign_hosts
 
 _RATER = re.compile(r"[A-Za-z0-9_-]{6,64}")
 
@@ -27,8 +29,10 @@ def clip_path(study: Study, folder: Path, question: Question, side: Literal["lef
     return folder / "clips" / question.prompt / f"{model}{'-spoiled' if spoiled else ''}.mp4"
 
 
-def build_app(folder: Path, database: str | None = None) -> FastAPI:
+def build_app(folder: Path, database: str | None = None, names: Sequence[str] = ()) -> FastAPI:
     """Make the application for the study in `folder`; raises UserError when there is none.
+
+    names: under which it is reached besides this machine's name and addresses.
 
     A rater is known by a random cookie, or by the parameter `rater` of the page's address (crowd platforms pass the
     worker's id). Addresses of clips hold question and side, never the name of a model.
@@ -37,6 +41,7 @@ def build_app(folder: Path, database: str | None = None) -> FastAPI:
     questions = {question.number: question for question in store.questions()}
     pages = Environment(loader=PackageLoader("evaluation", "pages"), autoescape=select_autoescape(default=True))
     app = FastAPI(title="Video preference study", docs_url=None, redoc_url=None, openapi_url=None)
+    refuse_foreign_hosts(app, names)
 
     @app.get("/", response_class=HTMLResponse)
     def page(rater: str | None = None, known: Annotated[str | None, Cookie(alias="rater")] = None) -> Response:
@@ -132,6 +137,8 @@ def _shown(study: Study, store: VoteStore, question: Question | None, rater: str
     }
 
 
-def serve(folder: Path, host: str = "127.0.0.1", port: int = 8123, database: str | None = None) -> None:
-    """Serve the study until interrupted; raises UserError when there is no study in `folder`."""
-    uvicorn.run(build_app(folder, database), host=host, port=port, log_level="warning")
+def serve(
+    folder: Path, host: str = "127.0.0.1", port: int = 8123, database: str | None = None, names: Sequence[str] = ()
+) -> None:
+    """Serve the study until interrupted, under `names` too; raises UserError when there is no study in `folder`."""
+    uvicorn.run(build_app(folder, database, names), host=host, port=port, log_level="warning")

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image  # not cv2: it tells an image's width without decoding it, and reads and writes bytes
 
 from evaluation.report.charts import Bar, Dot, Series
+from evaluation.report.claims import ClaimGroup, gather_claims
 from svd.catalogue.axes import AXES
 from svd.core.errors import UserError
 
@@ -30,6 +31,8 @@ STAGES = {
     "image-to-video": "Image to video",
     "multiview-finetuning": "Multi-view finetuning",
     "ucf101-evaluation": "UCF-101 evaluation",
+    "recognition-evaluation": "Recognition of prompts",
+    "image-to-video-evaluation": "Image to video, evaluated",
     "multiview-benchmark": "Multi-view benchmark",
 }
 
@@ -81,13 +84,17 @@ class ViewTable:
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one training stage, and a `measure` on held-out clips before and after it."""
+    """The losses of one training stage, and a `measure` on held-out clips before and after it.
+
+    linear: the loss of the best linear filter on the same clips.
+    """
 
     stage: str
     series: tuple[Series, ...]
     measure: str
     before: float | None
     after: float | None
+    linear: float | None = None
 
     @property
     def change(self) -> str:
@@ -112,6 +119,7 @@ class Gathered:
     dots: list[Dot] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     views: ViewTable | None = None
+    claims: list[ClaimGroup] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
 
@@ -172,6 +180,7 @@ def gather_outputs(inputs: Mapping[str, Path], media_budget: int) -> Gathered:
     _curation(inputs.get("curation"), found)
     _ucf101(inputs.get("ucf101-evaluation"), found)
     _views(inputs.get("multiview-benchmark"), found)
+    found.claims = gather_claims(inputs, STAGES, found.metrics, found.evaluation)
     return found
 
 
@@ -200,7 +209,10 @@ def losses(folder: Path, title: str, metrics: Mapping[str, Any]) -> Curve | None
             series.append(Series(name.replace("_", " "), points, "validation" if name.startswith("val") else "train"))
     known = [(n, metrics[b], metrics[a]) for n, b, a in _MEASURES if b in metrics and a in metrics]
     measure, before, after = known[0] if known else ("", None, None)
-    return Curve(title, tuple(series), measure, before, after) if series else None
+    linear = metrics.get("validation_loss_linear")
+    if series and linear is not None and steps[-1:] > steps[:1]:
+        series.append(Series("linear filter", ((steps[0], linear), (steps[-1], linear)), "baseline"))
+    return Curve(title, tuple(series), measure, before, after, linear) if series else None
 
 
 def continued(steps: list[float]) -> list[float]:

@@ -13,7 +13,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from evaluation.claims import NEEDED
 from evaluation.report.charts import Dot, dot_plot, funnel_chart, line_chart
+from evaluation.report.claims import claim_row, verdicts
 from evaluation.report.gather import STAGES, Gathered, gather_outputs
 from evaluation.tables import MEASURED, load_baselines
 from svd.config import Preset
@@ -26,6 +28,10 @@ _SAMPLED = (
     "high-quality-finetuning",
     "image-to-video",
 )
+_JUDGED = {
+    "recognition-evaluation": "Generated clips, each above the real clip of its prompt.",
+    "image-to-video-evaluation": "Pictures of test clips, animated; each above the film as the autoencoder decodes it.",
+}
 MODEL_FREE = ("copy of the input view", "mean view")  # subjects of the multi-view benchmark that need no model
 MEDIA_BUDGET = 350_000  # bytes of samples per stage; keeps the page of a small run below 5 MB
 
@@ -40,7 +46,7 @@ def render_page(preset: Preset, inputs: Mapping[str, Path]) -> tuple[str, Gather
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["figure"] = figure
+    environment.filters |= {"figure": figure, "claim": claim_row}
     page = environment.get_template("report.html.j2").render(
         preset=preset,
         found=found,
@@ -53,6 +59,8 @@ def render_page(preset: Preset, inputs: Mapping[str, Path]) -> tuple[str, Gather
         headline=headline(found),
         planted=planted(found.metrics.get("curation", {})),
         learned=[curve for curve in found.curves if curve.change],
+        needed=NEEDED,
+        judged=_JUDGED,
     )
     return page, found
 
@@ -116,6 +124,11 @@ def planted(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def headline(found: Gathered) -> list[tuple[str, str, str]]:
     """Return the figures at the top: (value, name, remark)."""
     figures = []
+    shown, claims = verdicts(found.claims)
+    if claims:
+        figures.append(
+            (f"{shown} / {claims}", "claims shown", f"better than their control by {NEEDED:g} standard errors")
+        )
     curation = found.metrics.get("curation", {})
     if "clips_kept" in curation:
         remark = f"of {figure(curation['clips'])} cut from {figure(curation['sources'])} videos"

@@ -22,7 +22,7 @@ from svd.media.resize import cover
 from svd.tasks.base import Task
 from svd.tasks.image_to_video import IMAGE_TO_VIDEO, from_images
 from svd.tasks.multiview import MULTIVIEW
-from svd.tasks.signals import ClipSignals
+from svd.tasks.signals import ClipSignals, Values
 from svd.tasks.text_to_video import TEXT_TO_VIDEO, from_prompts
 
 
@@ -70,8 +70,8 @@ def image_to_video(
     frames: int,
     height: int,
     width: int,
-    fps: float,
-    motion_bucket: float,
+    fps: Values,
+    motion_bucket: Values,
     sampling: Sampling,
     seed: int | Sequence[int],
     cond_aug: float = 0.02,
@@ -81,10 +81,11 @@ def image_to_video(
 ) -> Tensor:
     """Generate clips (B, T, 3, H, W) in [0, 1] that begin with `images` (B, 3, h, w) in [0, 1] (§4.2, D.4).
 
-    Images of another size are scaled to cover height x width and cropped in the middle. cond_aug: standard deviation
-    of the noise on the conditioning image (in [-1, 1] units). guidance_range: guidance at the first and the last frame
-    for the linear ramp of D.4.1, at the ends and in the middle for `triangle`; it takes the place of
-    `sampling.guidance`. Raises UserError when model and request don't fit.
+    fps, motion_bucket: one number for all clips, or one per clip. Images of another size are scaled to cover
+    height x width and cropped in the middle. cond_aug: standard deviation of the noise on the conditioning image (in
+    [-1, 1] units). guidance_range: guidance at the first and the last frame for the linear ramp of D.4.1, at the ends
+    and in the middle for `triangle`; it takes the place of `sampling.guidance`. Raises UserError when model and request
+    don't fit.
     """
     check_request(models, IMAGE_TO_VIDEO, frames, height, width)
     sources = clip_generators(seed, len(images))

@@ -21,6 +21,8 @@ from svd.core.errors import UserError
 from svd.synthetic.drawing import COLOURS
 
 Floats = NDArray[np.float32]
+MeshStyle = Literal["patterned", "plain"]
+PLAIN_COLOURS = ("red", "yellow", "green", "blue")
 SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl")
 
 _ROWS, _COLUMNS = 48, 96
@@ -122,9 +124,14 @@ def _texture_grid() -> tuple[Floats, Floats, Floats]:
 
 
 def _texture(generator: np.random.Generator, palette: Sequence[str]) -> NDArray[np.uint8]:
-    """Make a seamless texture, (h, w, 3) uint8: a pattern in two colours, with up to two patches in others."""
+    """Make a seamless texture, (h, w, 3) uint8: a pattern in two colours, with up to two patches in others.
+
+    Of one colour it is even.
+    """
     u, v, directions = _texture_grid()
     colours = [np.array(COLOURS[name], np.float32) for name in palette]
+    if len(colours) == 1:
+        return np.broadcast_to(colours[0], directions.shape).astype(np.uint8)
     kind = int(generator.integers(4))
     n = int(generator.integers(3, 6))
     around, up = 2 * np.pi * n * u, np.pi * n * v
@@ -157,9 +164,32 @@ def _blob(
     return Part(vertices.astype(np.float32), _normals(vertices, faces), uv, faces, _texture(generator, palette))
 
 
-def procedural_mesh(seed: int | Sequence[int]) -> Mesh:
-    """Make a seeded object: a patterned body with two to four differently coloured attachments, no two sides alike."""
+def procedural_mesh(seed: int | Sequence[int], style: MeshStyle = "patterned") -> Mesh:
+    """Make a seeded object whose sides differ.
+
+    patterned: a body with two to four attachments, each in a pattern of several of ten colours. plain: what minutes of
+    training can learn, a body in one of four even colours with a knob in another; it is twice as wide as deep.
+    """
     generator = np.random.default_rng(seed)
+    parts = _plain_parts(generator) if style == "plain" else _patterned_parts(generator)
+    key = [seed] if isinstance(seed, int) else list(seed)
+    return _inside(normalised(Mesh(mesh_key(key, style), tuple(parts))), _BOUNDING_RADIUS)
+
+
+def mesh_key(key: Sequence[int], style: MeshStyle) -> str:
+    """Return the name of the procedural object of a seed."""
+    return "-".join(["procedural", *(["plain"] if style == "plain" else []), *map(str, key)])
+
+
+def _plain_parts(generator: np.random.Generator) -> list[Part]:
+    body, knob = generator.permutation(PLAIN_COLOURS)[:2].tolist()
+    axes = np.array([1.0, generator.uniform(0.6, 1.0), generator.uniform(0.45, 0.55)])
+    angle = generator.uniform(0, 2 * np.pi)
+    place = np.array([np.sin(angle), 0, np.cos(angle)]) * axes * 0.95
+    return [_blob(generator, np.zeros(3), axes, [body]), _blob(generator, place, np.full(3, 0.38), [knob])]
+
+
+def _patterned_parts(generator: np.random.Generator) -> list[Part]:
     names = list(COLOURS)
     axes = generator.uniform(0.45, 1.0, 3)
     parts = [_blob(generator, np.zeros(3), axes, generator.permutation(names)[:4].tolist())]
@@ -170,8 +200,7 @@ def procedural_mesh(seed: int | Sequence[int]) -> Mesh:
         centre = (out + np.array([0, height, 0])) * axes * 0.95
         small = axes.mean() * generator.uniform(0.2, 0.42) * generator.uniform(0.6, 1.4, 3)
         parts.append(_blob(generator, centre, small, generator.permutation(names)[:3].tolist()))
-    key = [seed] if isinstance(seed, int) else list(seed)
-    return _inside(normalised(Mesh("procedural-" + "-".join(str(k) for k in key), tuple(parts))), _BOUNDING_RADIUS)
+    return parts
 
 
 def _inside(mesh: Mesh, radius: float) -> Mesh:

@@ -89,7 +89,7 @@ class _RendererProcess:
         assert self._child.stdout is not None
         try:
             return pickle.load(self._child.stdout)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # it ended before an answer, or in the middle of one
             code = self._child.wait()
             self._messages.seek(0)
             lines = self._messages.read().decode(errors="replace").split("\n")

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from svd.config import OrbitsConfig
 from svd.core.errors import UserError
 from svd.core.files import atomic_file, write_json
-from svd.orbits.meshes import Mesh, load_mesh, mesh_files, procedural_mesh
+from svd.orbits.meshes import Mesh, MeshStyle, load_mesh, mesh_files, procedural_mesh
 from svd.orbits.render import Light, Renderer, hdr_light, on_white, orbit_azimuths, render_orbit, sky_light
 from svd.orbits.renderer import open_renderer
 from svd.stage import Report, StageContext, publish
@@ -74,9 +74,11 @@ def mesh_name(path: Path, meshes: Sequence[str]) -> str:
     return path.name
 
 
-def load_object(path: Path | None, up: Literal["y", "z"], seed: int, split: Split, number: int) -> Mesh:
-    """Load a mesh file, or make the procedural object of that number."""
-    return load_mesh(path, up) if path is not None else procedural_mesh(key(seed, split, number, "mesh"))
+def load_object(
+    path: Path | None, up: Literal["y", "z"], seed: int, split: Split, number: int, style: MeshStyle = "patterned"
+) -> Mesh:
+    """Load a mesh file, or make the procedural object of that number and style."""
+    return load_mesh(path, up) if path is not None else procedural_mesh(key(seed, split, number, "mesh"), style)
 
 
 def training_light(files: Sequence[Path], seed: int, split: Split, number: int) -> Light:
@@ -126,7 +128,7 @@ def run(context: StageContext) -> Report:
     with open_renderer(config.renderer) as renderer:
 
         def render(number: int) -> Orbit:
-            mesh = load_object(files[number], config.up, seed, "train", number)
+            mesh = load_object(files[number], config.up, seed, "train", number, config.style)
             return render_training_orbit(
                 mesh, number, config, seed, training_light(lights, seed, "train", number), renderer
             )

@@ -1,4 +1,4 @@
-"""The drawings of the synthetic worlds: seamless background tiles and textured shapes, all antialiased.
+"""The drawings of the synthetic worlds: seamless background tiles and shapes, textured or plain, all antialiased.
 
 Everything is a function of its arguments and of the given generator; nothing is read from disk.
 """
@@ -28,6 +28,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 BACKGROUNDS = ("checks", "stripes", "dots", "bricks", "waves", "grid", "clouds")
+
+# Of the plain world's backgrounds: waves across a tile, and the mean and the swing of their brightness. Backgrounds are
+# darker than objects, and the waves long enough that a fast pan between two frames can't be taken for its opposite.
+SMOOTH_WAVES = 4
+SMOOTH_BRIGHTNESS = 0.8
+SMOOTH_CONTRAST = 0.3
 
 _SUPERSAMPLING = 4
 
@@ -80,6 +86,17 @@ def background_tile(kind: str, colour: str, size: int, generator: np.random.Gene
     cover = _coverage(kind, size, generator)[..., None]
     mottling = 1 + 0.13 * fractal_noise(size, 0.9, generator)[..., None]
     return np.clip((base * (1 - cover) + shade * cover) * mottling, 0, 255).astype(np.uint8)
+
+
+def smooth_tile(kind: str, colour: str, size: int) -> NDArray[np.uint8]:
+    """Draw a seamless (size, size, 3) uint8 RGB tile of the plain world: one colour whose brightness is a sine.
+
+    kind: "checks" (waves along both axes) or "stripes" (oblique waves), `SMOOTH_WAVES` of them across the tile.
+    """
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) * (2 * np.pi * SMOOTH_WAVES / size)
+    wave = np.sin(x) * np.sin(y) if kind == "checks" else np.sin(x + y * np.float32(2 / SMOOTH_WAVES))
+    shade = SMOOTH_BRIGHTNESS * (1 + SMOOTH_CONTRAST * wave[..., None])
+    return np.clip(np.array(COLOURS[colour], np.float32) * shade, 0, 255).astype(np.uint8)
 
 
 def _outline(shape: str) -> NDArray[np.float64]:
@@ -148,3 +165,9 @@ def sprite(shape: str, colour: str, texture: str, size: int, generator: np.rando
     alpha = shape_mask(shape, size)[..., None]
     colours = np.clip(fill * inside + 22 * (1 - inside), 0, 255)
     return np.concatenate([colours * alpha, alpha], -1).astype(np.float32)
+
+
+def flat_sprite(shape: str, colour: str, size: int) -> Floats:
+    """Draw a shape of one even colour without a rim; returns premultiplied RGBA as `sprite` does."""
+    alpha = shape_mask(shape, size)[..., None]
+    return np.concatenate([np.array(COLOURS[colour], np.float32) * alpha, alpha], -1).astype(np.float32)

@@ -9,6 +9,7 @@ has only seen synthetic worlds nothing, so the class identifiers are the classes
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.progress import track
 from svd.config import SyntheticWorlds
 from svd.core.files import write_json, write_text
 from svd.synthetic.encode import XVID, encode_video
-from svd.synthetic.scenes import ACTIONS, CAMERAS, Scene, World, render_scene
+from svd.synthetic.scenes import ACTIONS, CAMERAS, Scene, Style, World, render_scene
 
 CLASSES = 101
 FPS = 25  # as UCF-101
@@ -35,9 +36,20 @@ def identifier(caption: str) -> str:
     return "".join(word.capitalize() for word in words[1:])
 
 
-def fixture_classes(seed: int) -> dict[str, Scene]:
-    """Draw the 101 classes by identifier: every action in turn, every camera motion, no two alike."""
-    world = World(seed, "test")
+def fixture_classes(seed: int, style: Style = "textured") -> dict[str, Scene]:
+    """Draw the 101 classes by identifier: every action in turn, every camera motion, no two alike.
+
+    The plain world has 144 scenes that differ in words; its classes are the first 101 that it draws.
+    """
+    world = World(seed, "test", style)
+    if style == "plain":
+        drawn: dict[str, Scene] = {}
+        for index in itertools.count(_FIRST_SCENE):
+            scene = world.scene(index)
+            drawn.setdefault(identifier(scene.caption), scene)
+            if len(drawn) == CLASSES:
+                break
+        return dict(sorted(drawn.items()))
     cameras = list(CAMERAS)
     classes: dict[str, Scene] = {}
     index = _FIRST_SCENE
@@ -83,7 +95,7 @@ def write_ucf101_fixture(folder: Path, config: SyntheticWorlds, seed: int) -> in
 
     `prompts.json` holds the synthetic caption of each class; the paper's protocol prompts with raw class identifiers.
     """
-    classes = fixture_classes(seed)
+    classes = fixture_classes(seed, config.style)
     height, width = config.height, round(config.height * 4 / 3 / 2) * 2
     lists: dict[str, list[str]] = {"trainlist01": [], "testlist01": []}
     labels = list(enumerate(classes.items(), 1))

@@ -252,7 +252,7 @@ def write_worlds(folder: Path, config: SyntheticWorlds, seed: int) -> dict[str, 
     truth: dict[str, Any] = {}
     splits: tuple[tuple[Split, int], ...] = (("train", config.train_videos), ("test", config.test_videos))
     for split, videos in splits:
-        world, target = World(seed, split), folder / split
+        world, target = World(seed, split, config.style), folder / split
         target.mkdir(parents=True, exist_ok=True)
         counts[split] = 0
         for index in track(range(videos), f"synthetic {split} videos", console=Console(stderr=True)):

@@ -47,7 +47,10 @@ OVERRIDES: dict[str, Any] = {
         "cross_attention_dim": WIDTH,
         "id_embedding_dim": 8,
     },
+    "model.autoencoder.latent_channels": 4,
     "latents.windows": 1,
+    "latents.min_fps": 4,
+    "latents.max_fps": 12,
     "compute.training.validate_every": 2,
     "compute.training.checkpoint_every": 1,
     "compute.training.sample_steps": 1,
@@ -207,7 +210,7 @@ def test_votes_cast_while_the_stage_runs_again_are_kept(inputs: dict[str, Path],
     context = make_context(inputs, tmp_path, judge="people", axes=["motion"])
     calibration.run(context)
     study = context.output / "studies" / "motion"
-    page = TestClient(build_app(study))
+    page = TestClient(build_app(study), base_url="http://127.0.0.1")
     page.get("/?rater=somebody")
 
     def answer() -> bool:

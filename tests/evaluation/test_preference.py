@@ -132,7 +132,7 @@ def test_another_watermark_is_another_study(study: Path, sources: list[ModelClip
 
 
 def test_a_page_whose_study_was_replaced_says_so(study: Path) -> None:
-    client = TestClient(build_app(study))
+    client = TestClient(build_app(study), base_url="http://127.0.0.1")
     client.get("/?rater=worker-0003")
     about = json.loads((study / "study.json").read_text())
     (study / "study.json").write_text(json.dumps({**about, "votes_file": "../other.db"}))
@@ -176,7 +176,7 @@ def test_mistakes_in_a_study_are_one_line(tmp_path: Path, sources: list[ModelCli
 
 
 def test_a_rater_votes_over_http_until_nothing_is_left(study: Path) -> None:
-    client = TestClient(build_app(study))
+    client = TestClient(build_app(study), base_url="http://127.0.0.1")
     assert client.get("/api/next").status_code == 403
     page = client.get("/?rater=worker-0001")
     assert page.status_code == 200 and "ArrowLeft" in page.text
@@ -199,7 +199,7 @@ def test_a_rater_votes_over_http_until_nothing_is_left(study: Path) -> None:
 
 
 def test_bad_requests_are_answered_and_nothing_is_stored(study: Path) -> None:
-    client = TestClient(build_app(study))
+    client = TestClient(build_app(study), base_url="http://127.0.0.1")
     client.get("/?rater=worker-0002")
     assert client.post("/api/vote", json={"question": 9999, "side": "left"}).status_code == 404
     assert client.post("/api/vote", json={"question": 0, "side": "both"}).status_code == 422
@@ -213,7 +213,7 @@ def test_questions_are_shared_out_evenly_between_raters(study: Path) -> None:
     app = build_app(study)
     store = open_store(study)
     for rater in ("rater-one", "rater-two"):
-        client = TestClient(app)
+        client = TestClient(app, base_url="http://127.0.0.1")
         client.get(f"/?rater={rater}")
         while not (shown := client.get("/api/next").json())["done"]:
             client.post("/api/vote", json={"question": shown["question"], "side": "right"})
@@ -243,7 +243,7 @@ def test_raters_that_fail_checks_are_left_out(study: Path) -> None:
 
 def test_results_and_exports(study: Path) -> None:
     store = open_store(study)
-    client = TestClient(build_app(study))
+    client = TestClient(build_app(study), base_url="http://127.0.0.1")
     assert "No votes that count yet" in client.get("/results").text
     strength = {model: -number for number, model in enumerate(MODELS)}
     for question in store.questions():

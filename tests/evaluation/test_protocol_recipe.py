@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILE = "evaluation/frechet/protocol.py"
-ENTRY = """        EvalProtocol("ours_128", "ucf101", VIDEOMAE, small, small, fps=8.0, real=2048, generated=2048),
+ENTRY = """EvalProtocol("ours_128", "ucf101", VIDEOMAE, small, small, frames=16, fps=8.0, real=2048, generated=2048),
     )
     return {"""
 STEPS = "    small: tuple[Resize | Crop, ...] = (Resize(128, antialias=True), Crop(128, 128))\n    protocols = (\n"

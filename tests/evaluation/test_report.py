@@ -62,7 +62,7 @@ def test_it_is_one_well_formed_file_without_outside_addresses(page: str) -> None
 
 def test_every_part_is_there(page: str) -> None:
     assert page.count('<video src="data:video/mp4') == 4 * 2 + 5 * 2 * 2 - 4 + 4 + 1
-    assert page.count("<polyline") == 2 * 6
+    assert page.count("<polyline") == 2 * 6 + 5, "a dashed line for the linear filter beside each training"
     for text in (
         "after motion",
         "Autoencoder reconstruction",
@@ -78,6 +78,41 @@ def test_every_part_is_there(page: str) -> None:
         assert text in page, text
     assert "Not in this report" not in page
     assert "This is not FVD" in page
+
+
+def claim_lines(page: str) -> list[list[str]]:
+    """The cells of each line of the section of claims."""
+    lines = re.findall(r'<div class="claim" role="row">(.*?)</div>', page, re.S)
+    return [
+        [
+            re.sub(r"<[^>]*>", "", cell).strip()
+            for cell in re.findall(r"<span role.*?</span>\s*(?=<span role|$)", line, re.S)
+        ]
+        for line in lines
+    ]
+
+
+def test_every_claim_has_its_control_margin_and_verdict(page: str) -> None:
+    lines = claim_lines(page)
+    linear = [line for line in lines if line[2] == "the best linear filter"]
+    assert len(linear) == 5 and all(
+        line[1:] == ["0.285", "the best linear filter", "0.31", "+5.2", "32", "shown"] for line in linear
+    )
+    starts = [line for line in lines if line[2] == "the network it started from"]
+    assert len(starts) == 3 and all(line[4:] == ["+1.2", "32", "not shown"] for line in starts)
+    (colour,) = [line for line in lines if "colour" in line[0]]
+    assert colour[1] == "94 % [80–98]" and colour[3] == "25 %" and colour[5:] == ["32", "shown"]
+    assert [line[2] for line in lines if "nearer to real" in line[0]] == ["untrained", "mean frame", "noise"]
+    assert [line[6] for line in lines if "later frames" in line[0]] == ["not shown"]
+    shown = sum(line[6] == "shown" for line in lines)
+    assert f'<span class="big">{shown} / {len(lines)}</span>' in page and len(lines) == 14
+
+
+def test_claims_that_need_what_is_missing_are_left_out(folders: dict[str, Path]) -> None:
+    page, found = render_page(load_preset("tiny"), {"video-pretraining": folders["video-pretraining"]})
+    assert [group.title for group in found.claims] == ["Video pretraining"] and len(claim_lines(page)) == 1
+    none, _ = render_page(load_preset("tiny"), {})
+    assert "claims shown" not in none and 'id="claims"' not in none
 
 
 def test_text_from_outside_is_escaped(page: str) -> None:

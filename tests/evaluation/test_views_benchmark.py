@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 import trimesh
 from tiny_models import WIDTH
 
+from evaluation.claims import read_claims
 from evaluation.multiview import benchmark as views
 from evaluation.multiview.curve import read_checkpoint, score_checkpoints, write_curve
 from evaluation.multiview.protocol import PROTOCOLS, Truth, save_array, view_protocol
-from evaluation.multiview.scores import Measures, score
+from evaluation.multiview.scores import Measures, Scores, score
 from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.media.video import read_frames
@@ -165,6 +167,32 @@ def test_controls_are_what_they_say(finished: tuple[Path, dict[str, Path], Repor
     assert float(table["mean view"]["psnr"]) > 10
 
 
+def test_a_good_model_is_shown_to_be_good_and_copying_is_not(finished: tuple[Path, dict[str, Path], Report]) -> None:
+    """The random network of this run shows nothing; the truth with some noise does, against the same controls."""
+    folder, _, report = finished
+    names = ("generated", views.ONE_STEP, *views.MODEL_FREE)
+    claims = read_claims(folder / "out")
+    assert len(claims) == 8 and not any(claim.shown for claim in claims)
+    assert claims[0].value == pytest.approx(report.metrics["psnr"]) and claims[0].n == 3
+    table, perceptual = rows(folder / "out/by_view.csv"), "stlpips_alex"
+
+    def scores(subject: str, better: bool) -> Scores:
+        found = {}
+        for metric, least in (("psnr", 40.0), (perceptual, 0.01)):
+            values = [float(r[metric]) for r in table if r["subject"] == subject]
+            found[metric] = np.full((9, 5), least) if better else np.tile(np.array(values).reshape(3, 5), (3, 1))
+            found[metric][:, 0] += np.arange(9) * 1e-3  # of fewer than 8 objects nothing is shown
+        return Scores(subject, found, np.zeros((5, 5)))
+
+    measures = SimpleNamespace(perceptor=SimpleNamespace(name=perceptual))
+    protocol = view_protocol(load_preset("tiny", OVERRIDES).evaluation.multiview, "moderngl")
+    verdicts = {
+        fault: [c.shown for c in views.claims_of([scores(n, n == good) for n in names], protocol, measures)]
+        for fault, good in (("none", "generated"), ("input view cut", "nobody"))
+    }
+    assert verdicts["none"][:2] == [True, True] and not any(verdicts["input view cut"])
+
+
 def test_pictures_can_be_opened(finished: tuple[Path, dict[str, Path], Report]) -> None:
     folder, _, _ = finished
     samples = folder / "out/samples"
@@ -192,7 +220,7 @@ def test_equal_bytes_and_resuming(finished: tuple[Path, dict[str, Path], Report]
     with pytest.raises(KeyboardInterrupt):
         views.run(context(again, inputs))
     views.run(context(again, inputs))
-    assert calls == [2, 1, 1, 2, 1]  # the first batch was not made again
+    assert calls == [2, 1, 1, 1, 1, 1, 2, 1]  # the first batch was not made again
     for path in sorted((folder / "out").rglob("*.*")):
         assert path.read_bytes() == (again / "out" / path.relative_to(folder / "out")).read_bytes(), path.name
 

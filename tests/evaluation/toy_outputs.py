@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.claims import paired_claim, share_claim, write_claims
 from evaluation.frechet.distances import distance
 from evaluation.frechet.moments import MomentState
 from evaluation.frechet.protocol import named_protocols
@@ -60,7 +61,11 @@ def write_training(folder: Path, number: int) -> None:
         validated = f"{value + 0.03:.6f}" if step % 100 == 0 else ""
         lines.append(f"{step},{value + rng.normal(0, 0.03):.6f},{validated}")
     (folder / "losses.csv").write_text("\n".join(lines) + "\n")
-    write_json(folder / "metrics.json", {"validation_loss_before": 0.98, "validation_loss_after": 0.285, "steps": 300})
+    metrics: dict[str, float] = {"validation_loss_before": 0.98, "validation_loss_after": 0.285, "steps": 300}
+    if folder.name in TRAINED:
+        linear = {"validation_loss_linear": 0.31, "validation_margin_linear": 5.25, "validation_clips": 32}
+        metrics |= linear | {"validation_loss_start": 0.29, "validation_margin_start": 1.25}
+    write_json(folder / "metrics.json", metrics)
     for sample in range(2):
         real = clip(10 * number + sample)
         if "image-pre" in folder.name:
@@ -108,9 +113,30 @@ def write_views(folder: Path) -> None:
     write_mp4(folder / "samples" / "turntable.mp4", clip(3), 8)
 
 
+def write_judgements(recognition: Path, animation: Path) -> None:
+    right = [True] * 30 + [False] * 2
+    claims = [
+        share_claim("the prompt's colour is recognised", right, "the most frequent answer", 0.25, "abcdef0123456789")
+    ]
+    write_claims(recognition, claims)
+    write_json(recognition / "metrics.json", {"prompts": 32, "colour_generated": 0.9375})
+    first = paired_claim(
+        "the first frame is the picture", [24.0, 25.0, 26.5], "the mean picture", [12.0, 13.5, 14.0], "dB"
+    )
+    write_claims(
+        animation,
+        [first, paired_claim("later frames follow", [17.0, 17.5], "the first frame repeated", [18, 18.2], "dB")],
+    )
+    write_json(animation / "metrics.json", {"psnr_first": 25.2})
+    for folder in (recognition, animation):
+        write_png(folder / "samples" / "sheet.png", np.concatenate([clip(0)[0], clip(1)[0]]))
+
+
 def write_outputs(root: Path) -> dict[str, Path]:
     """All stages' folders below `root`."""
-    names = ("curation", "autoencoder", *TRAINED, "ucf101-evaluation", "multiview-benchmark", "sources", "latents")
+    judged = ("recognition-evaluation", "image-to-video-evaluation")
+    evaluated = ("ucf101-evaluation", *judged, "multiview-benchmark")
+    names = ("curation", "autoencoder", *TRAINED, *evaluated, "sources", "latents")
     folders = {name: root / name for name in names}
     for folder in folders.values():
         (folder / "samples").mkdir(parents=True)
@@ -119,6 +145,7 @@ def write_outputs(root: Path) -> dict[str, Path]:
         write_training(folders[name], number)
     write_png(folders["autoencoder"] / "reconstructions.png", np.concatenate([clip(2)[0], noisy(clip(2))[0]], axis=1))
     write_evaluation(folders["ucf101-evaluation"])
+    write_judgements(*(folders[name] for name in judged))
     write_views(folders["multiview-benchmark"])
     for name in ("sources", "latents"):
         write_json(folders[name] / "metrics.json", {"items": 3})

@@ -44,7 +44,7 @@ def test_format(rendered: Path) -> None:
     assert data["azimuth"].shape == (3, 9) and (data["azimuth"][:, -1] == 0).all()
     assert ((data["elevation"] >= -5) & (data["elevation"] <= 30)).all() and len(set(data["elevation"])) == 3
     assert [name for shard in index["shards"] for name in shard["objects"]] == [
-        f"procedural-0-0-{number}-0" for number in range(3)
+        f"procedural-plain-0-0-{number}-0" for number in range(3)
     ]
     assert (data["frames"][:, :, 0] == 255).all()  # white above every object
     for number in range(3):

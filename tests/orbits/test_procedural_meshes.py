@@ -10,7 +10,17 @@ import trimesh
 from PIL import Image
 
 from svd.core.errors import UserError
-from svd.orbits.meshes import Mesh, Part, load_mesh, mesh_files, normalised, procedural_mesh
+from svd.orbits.meshes import (
+    PLAIN_COLOURS,
+    Mesh,
+    MeshStyle,
+    Part,
+    load_mesh,
+    mesh_files,
+    normalised,
+    procedural_mesh,
+)
+from svd.synthetic.drawing import COLOURS
 
 
 def box(extents: tuple[float, float, float], picture: Image.Image | None = None) -> trimesh.Trimesh:
@@ -30,9 +40,10 @@ def test_seeded_and_different() -> None:
     assert not np.array_equal(a.parts[0].vertices, c.parts[0].vertices)
 
 
+@pytest.mark.parametrize("style", ["patterned", "plain"])
 @pytest.mark.parametrize("seed", range(6))
-def test_shapes_fit_and_are_well_formed(seed: int) -> None:
-    mesh = procedural_mesh(seed)
+def test_shapes_fit_and_are_well_formed(seed: int, style: MeshStyle) -> None:
+    mesh = procedural_mesh(seed, style)
     assert (mesh.bounds[1] - mesh.bounds[0]).max() <= 1 + 1e-5
     for part in mesh.parts:
         assert np.linalg.norm(part.vertices, axis=1).max() <= 0.5401
@@ -40,6 +51,17 @@ def test_shapes_fit_and_are_well_formed(seed: int) -> None:
         assert part.faces.max() == len(part.vertices) - 1 and part.uv.min() >= 0 and part.uv.max() <= 1
         outward = (part.normals * (part.vertices - part.vertices.mean(0))).sum(1)
         assert (outward > 0).mean() > 0.95
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plain_objects_are_two_even_colours_and_wider_than_deep(seed: int) -> None:
+    mesh = procedural_mesh((0, 0, seed), "plain")
+    assert mesh.name == f"procedural-plain-0-0-{seed}"
+    colours = [np.unique(part.texture.reshape(-1, 3), axis=0) for part in mesh.parts]
+    assert [len(found) for found in colours] == [1, 1] and not np.array_equal(*colours)
+    assert {COLOURS[name] for name in PLAIN_COLOURS} >= {tuple(found[0].tolist()) for found in colours}
+    wide, _, deep = np.ptp(mesh.parts[0].vertices, axis=0)
+    assert wide > 1.4 * deep
 
 
 def test_textures_have_no_seam() -> None:

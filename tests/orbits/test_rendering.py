@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -224,6 +227,9 @@ def test_a_crash_is_one_clear_error(gl: Renderer) -> None:
         renderer._child.kill()  # type: ignore[attr-defined]
         with pytest.raises(UserError, match="renderer 'moderngl' failed"):
             render_orbit(procedural_mesh(0), [0], 0, 16, 33.8, 2.0, FLAT, renderer)
+        half = io.BytesIO(pickle.dumps(bytes(1000))[:500])  # an answer that it was killed over
+        with pytest.raises(ChildProcessError, match="code -9"), patch.object(renderer._child, "stdout", half):
+            renderer._receive()  # type: ignore[attr-defined]
     broken = Mesh("broken", (square((0, 0, 0), 0.5, (1, 2, 3), "z"),))
     bad = Light(np.zeros((2, 3), np.float32))
     with pytest.raises(UserError, match="broken"):

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from svd.config import SyntheticWorlds
 from svd.media.video import read_frames
+from svd.synthetic.drawing import COLOURS, smooth_tile
 from svd.synthetic.scenes import (
     ACTIONS,
     CAMERAS,
+    PLAIN_BACKGROUNDS,
     Scene,
     World,
     camera_pose,
@@ -80,6 +82,52 @@ def test_train_and_test_share_words_but_no_combination() -> None:
     assert not {s.thing for s in drawn["train"]} & {s.thing for s in drawn["test"]}
     assert {s.action for s in drawn["train"]} == {s.action for s in drawn["test"]} == set(ACTIONS)
     assert {s.camera for s in drawn["train"]} == {s.camera for s in drawn["test"]} == set(CAMERAS)
+
+
+def motion_of(scene: Scene) -> str:
+    """The one motion of a plain scene."""
+    return scene.action if scene.camera == "static" else scene.camera
+
+
+def test_a_plain_world_is_small_and_its_splits_share_words_but_no_scene() -> None:
+    drawn = {split: [World(0, split, "plain").scene(i) for i in range(3000)] for split in ("train", "test")}  # type: ignore[arg-type]
+    words = [
+        {(s.thing.shape, s.thing.colour, s.background, s.background_colour, motion_of(s)) for s in scenes}
+        for scenes in drawn.values()
+    ]
+    assert [len(found) for found in words] == [432, 144] and not words[0] & words[1]
+    for position in range(5):
+        assert {found[position] for found in words[0]} == {found[position] for found in words[1]}
+    # A caption names one motion, and tells apart whatever differs.
+    assert len({s.caption for scenes in drawn.values() for s in scenes}) == 576
+    for scene in drawn["test"][:50]:
+        assert (scene.action == "standing still") != (scene.camera == "static")
+        assert scene.caption.startswith(f"a {scene.thing.colour} {scene.thing.shape} ")
+        named = scene.action in scene.caption, CAMERAS[scene.camera] in scene.caption
+        assert named == (scene.camera == "static", scene.camera != "static")
+
+
+@pytest.mark.parametrize("kind", PLAIN_BACKGROUNDS)
+def test_the_tiles_of_the_plain_world_are_smooth_and_have_no_seam(kind: str) -> None:
+    tile = smooth_tile(kind, "green", 128).astype(int)
+    for axis in (0, 1):
+        steps = np.abs(np.diff(tile, axis=axis, append=tile.take([0], axis=axis)))
+        assert steps.mean() > 0 and steps.max() < 12
+    assert np.ptp(tile[..., 1]) > 50
+
+
+def test_a_plain_scene_shows_what_its_caption_says() -> None:
+    """An even shape on a background of another colour; only what the caption names moves."""
+    world = World(2, "train", "plain")
+    seen = {motion_of(scene): scene for scene in map(world.scene, range(60))}
+    assert len(seen) == 8
+    for motion, scene in seen.items():
+        frames = render_scene(dataclasses.replace(scene, start=(0.0, 0.0)), 9, 96, 96, 12).astype(int)
+        middle = frames[4, 44:52, 46:50].reshape(-1, 3)
+        assert np.abs(middle - COLOURS[scene.thing.colour]).max() <= 2
+        corners = np.abs(frames[0] - frames[8])[[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert (corners.max() == 0) == (scene.camera == "static")
+        assert np.abs(frames[0] - frames[8]).mean() > 2, motion
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from svd.config import SyntheticWorlds
 from svd.media.video import read_frames
-from svd.synthetic.scenes import ACTIONS, CAMERAS, combinations
+from svd.synthetic.scenes import ACTIONS, CAMERAS, World, combinations
 from svd.synthetic.ucf101_fixture import CLASSES, fixture_classes, identifier, write_ucf101_fixture
 
 CONFIG = SyntheticWorlds(height=24, ucf101_clips_per_class=2)
@@ -52,6 +52,13 @@ def test_classes_are_distinct_held_out_and_cover_the_vocabulary() -> None:
     assert {scene.action for scene in classes.values()} == set(ACTIONS)
     assert {scene.camera for scene in classes.values()} == set(CAMERAS)
     assert {scene.thing for scene in classes.values()} <= set(combinations("test")[0])
+
+
+def test_classes_of_the_plain_world_are_held_out_too() -> None:
+    classes = fixture_classes(3, "plain")
+    assert len(classes) == CLASSES and all(identifier(scene.caption) == name for name, scene in classes.items())
+    trained = {identifier(World(3, "train", "plain").scene(index).caption) for index in range(3000)}
+    assert len(trained) == 432 and not trained & classes.keys()
 
 
 def test_prompts_are_captions_and_labelled(folder: Path) -> None:
