@@ -16,7 +16,7 @@ SVD_IMAGES ?= svd-platform
 SVD_IMAGE_TAG ?= dev
 SVD_BUILD_NETWORK ?= default
 
-.PHONY: help setup pipeline test test-slow test-cluster lint lock images up down status ui clean
+.PHONY: help setup pipeline test test-slow drill test-cluster lint lock images up down status ui clean
 
 help:           ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ test: setup     ## run the tests
 
 test-slow: setup ## run the slow tests
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m 'slow and not gpu'
+
+drill: setup    ## break the local stack in twelve ways and say what became of the work
+	OMP_NUM_THREADS=1 python tests/e2e/drill.py $(FAULTS)
 
 test-cluster: setup ## run the stack on the cluster that KUBECONFIG names
 	pytest -m cluster tests/cluster -s

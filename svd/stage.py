@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,11 +54,21 @@ class NoTracker:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """The wish for a trace of so many steps of each phase that is trained, written into a folder."""
+
+    steps: int
+    folder: Path
+
+
+@dataclass(frozen=True)
 class StageContext:
     """The preset, folders and tracker of one run of a stage.
 
     inputs: folder of each input by the name of the stage that made it; output: the folder this stage publishes;
-    work: the untracked folder for work in progress, kept when the stage is killed.
+    work: the untracked folder for work in progress, kept when the stage is killed. description: one line for people,
+    with the paper's section. options: those that the result depends on, by dotted path, as the preset's file has them.
+    profile: which steps to trace, for trainings alone.
     """
 
     preset: Preset
@@ -66,6 +76,9 @@ class StageContext:
     output: Path
     work: Path
     tracker: Tracker = field(default_factory=NoTracker)
+    description: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)

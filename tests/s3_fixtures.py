@@ -29,13 +29,17 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`s3://<a new bucket>`; the environment points to the server."""
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`s3://<a new bucket>`; the environment points to the server.
+
+    It is deleted after the test: SeaweedFS gives each bucket volumes of its own, as many as there are GiB of free disk.
+    """
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     name = f"test-{uuid.uuid4().hex[:8]}"
     s3_server.make_bucket(name)
-    return f"s3://{name}"
+    yield f"s3://{name}"
+    s3_server.delete_bucket(name)
 
 
 @pytest.fixture

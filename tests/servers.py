@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import boto3
 
@@ -132,8 +133,7 @@ class S3Server(Server):
 
     def make_bucket(self, name: str) -> None:
         """Create a bucket; the S3 port answers a moment before the filer behind it does."""
-        session = boto3.Session(self.key, self.secret, region_name="us-east-1")
-        client = session.client("s3", endpoint_url=self.url)
+        client = self._client()
         for attempt in range(40):
             try:
                 client.create_bucket(Bucket=name)
@@ -142,6 +142,15 @@ class S3Server(Server):
                 if attempt == 39:
                     raise
                 time.sleep(0.25)
+
+    def delete_bucket(self, name: str) -> None:
+        """Delete a bucket with all that is in it, if the server is up; SeaweedFS deletes a bucket that isn't empty."""
+        if self._process is not None and self._process.poll() is None:
+            self._client().delete_bucket(Bucket=name)
+
+    def _client(self) -> Any:
+        session = boto3.Session(self.key, self.secret, region_name="us-east-1")
+        return session.client("s3", endpoint_url=self.url)
 
 
 def mlflow_server(folder: Path, port: int, artifacts: str, env: dict[str, str]) -> Server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import threading
 from collections.abc import Iterator
@@ -12,14 +13,21 @@ from typing import Any
 
 
 @contextmanager
-def serving(folder: Path, ranges: bool = True) -> Iterator[tuple[str, list[int]]]:
-    """Serve `folder`; gives the address, and a list that gets the number of bytes of every answer."""
+def serving(folder: Path, ranges: bool = True, login: str = "") -> Iterator[tuple[str, list[int]]]:
+    """Serve `folder`; gives the address, and a list that gets the number of bytes of every answer.
+
+    login: `user:password` that it demands.
+    """
+    expected = f"Basic {base64.b64encode(login.encode()).decode()}" if login else None
     sent: list[int] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if self.headers.get("Authorization") != expected:
+                self.send_error(401)
+                return
             path = folder / self.path.split("?")[0].strip("/")
             if not path.is_file():
                 self.send_error(404)

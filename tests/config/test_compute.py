@@ -21,7 +21,7 @@ load_preset_once = cache(lambda: load_preset("tiny"))
 def test_a_training_takes_what_it_does_not_set_from_all_trainings() -> None:
     compute = load_preset("tiny", {"compute.training.devices": 4, "compute.camera_lora.devices": 2}).compute
     assert (compute.of("image-to-video").devices, compute.of("camera-lora").devices) == (4, 2)
-    assert compute.of("camera_lora").sample_steps == compute.training.sample_steps == 8
+    assert compute.of("camera_lora").sample_steps == compute.training.sample_steps == 12
     assert compute.of("camera-lora").nodes == TrainingCompute().nodes
 
 
@@ -95,7 +95,8 @@ def test_no_stage_depends_on_how_it_is_computed(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(give_presets(tmp_path))
     changed = {
         "training": {"devices": 3, "nodes": 2, "strategy": "fsdp2", "num_workers": 2, "gradient_accumulation": 2}
-        | {"checkpointing": "all", "compile": True, "checkpoint_every": 7, "validate_every": 7, "sample_steps": 7},
+        | {"checkpointing": "all", "compile": True, "checkpoint_every": 7, "validate_every": 7, "sample_steps": 7}
+        | {"keep_checkpoints": 3, "damaged_share": 0.5},
         "curation": {"workers": 5},
         "latents": {"workers": 5},
         "autoencoder": {"checkpoint_every": 7},

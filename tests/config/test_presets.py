@@ -112,6 +112,72 @@ def test_mistakes_are_named(path: str, value: object, said: str) -> None:
     assert "tiny.yaml" in str(error.value)
 
 
+def lines_about(text: str, folder: Path) -> list[str]:
+    """The lines about a preset file with this text, each without the path of the file."""
+    (folder / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_preset(str(folder / "mine.yaml"))
+    return [line.removeprefix(f"{folder / 'mine.yaml'}: ") for line in str(error.value).splitlines()]
+
+
+ALL_BUT_THE_FIRST = (
+    "video_pretraining, high_quality_finetuning, image_to_video, camera_lora, frame_interpolation, "
+    "threshold_calibration, multiview_finetuning"
+)
+FAST = "max_fps: 6"  # of tiny's section latents
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("orbits: {", "orbit: {", ["'orbits' is missing", "unknown key 'orbit'; did you mean 'orbits'?"]),
+        ("  autoencoder:\n    block", "  decoder:\n    block", ["'model.autoencoder' is missing", "unknown key"]),
+        (FAST, "max_fps: 1", ["'latents': 'min_fps' must not exceed 'max_fps'"]),
+        (
+            "{frames: 6, height: 64",
+            "{frames: 2, height: 64",
+            ["'video_pretraining.phases.0' needs 6 frames of 64x64, "],
+        ),
+        (FAST, "max_fps: fast", ["'latents.max_fps': Input should be a valid number"]),
+        (
+            "{sidecar: 0.95",
+            "{sidecart: 0.75",
+            ["unknown key 'curation.captions.probabilities.sidecart': Input should be"],
+        ),
+        (
+            "warmup: 10",
+            "warmup: -1",
+            ["'image_pretraining.warmup': Input should be greater than or equal to 0 (got -1)"],
+        ),
+        ("warmup: 10", "devices: 2", ["'image_pretraining.devices' moved to 'compute.image_pretraining.devices' (or "]),
+    ],
+)
+def test_a_mistake_is_one_line_without_the_whole_preset(old: str, new: str, said: list[str], tmp_path: Path) -> None:
+    lines = lines_about((presets.PRESETS / "tiny.yaml").read_text().replace(old, new, 1), tmp_path)
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True)), lines
+    assert all("Value error" not in line and "(got {" not in line and len(line) < 400 for line in lines)
+    repeated = old.startswith("warmup")
+    assert lines[0].endswith(f"; the same in {ALL_BUT_THE_FIRST}") == repeated
+
+
+def test_a_mistake_that_differs_between_sections_is_told_for_each(tmp_path: Path) -> None:
+    text = (presets.PRESETS / "tiny.yaml").read_text()
+    text = text.replace("  rank: 4\n", "  rank: 4\n  warmup: -2\n").replace("  clips: 256\n", "  warmup: -3\n")
+    lines = lines_about(text, tmp_path)
+    assert [line.split(":")[0] for line in lines] == ["'camera_lora.warmup'", "'threshold_calibration.warmup'"]
+
+
+def test_an_override_changes_one_place_of_an_aliased_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    shared = "subset: &few {min_motion: 0.1, min_similarity: 0.1, max_text_area: 0.1}"
+    text = (presets.PRESETS / "tiny.yaml").read_text().replace(shared.replace("&few ", ""), shared)
+    path.write_text(text.replace("  rank: 4\n", "  rank: 4\n  subset: *few\n"))
+    changed = load_preset(str(path), {"camera_lora.subset.min_motion": 0.5, "camera_lora.subset.min_similarity": 0.2})
+    assert changed.camera_lora.subset.model_dump() == {"min_motion": 0.5, "min_similarity": 0.2, "max_text_area": 0.1}
+    assert changed.high_quality_finetuning.subset.min_motion == 0.1
+
+
 @pytest.mark.parametrize("stage", ["video_pretraining", "image_to_video", "camera_lora", "multiview_finetuning"])
 def test_images_join_text_to_video_alone(stage: str) -> None:
     phases = [{**phase.model_dump(), "image_share": 0.2} for phase in getattr(load_preset("tiny"), stage).phases]
