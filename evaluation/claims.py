@@ -14,11 +14,8 @@ from pathlib import Path
 from evaluation.tables import markdown
 from svd.core.errors import UserError
 from svd.core.files import write_json
-from svd.core.margins import margin
+from svd.core.margins import is_shown, margin
 from svd.storage import write_bytes
-
-NEEDED = 3.0  # standard errors from which a difference counts as shown
-FEWEST = 8  # clips, objects or samples; of fewer, a standard error is itself a guess
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,8 @@ class Claim:
 
     @property
     def shown(self) -> bool:
-        """Whether the value beats its control by NEEDED standard errors at least, on FEWEST samples at least."""
-        return self.margin is not None and self.margin >= NEEDED and self.n >= FEWEST
+        """Whether the value beats its control by enough standard errors, on enough samples."""
+        return is_shown(self.margin, self.n)
 
     @property
     def verdict(self) -> str:

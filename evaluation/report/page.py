@@ -13,12 +13,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from evaluation.claims import NEEDED
 from evaluation.report.charts import Dot, dot_plot, funnel_chart, line_chart
 from evaluation.report.claims import claim_row, verdicts
 from evaluation.report.gather import STAGES, Gathered, gather_outputs
 from evaluation.tables import MEASURED, load_baselines
 from svd.config import Preset
+from svd.core.margins import NEEDED
 from svd.stage import Report, StageContext, publish
 from svd.storage import write_bytes
 

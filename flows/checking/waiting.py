@@ -13,10 +13,8 @@ from prefect.client.schemas.sorting import LogSort
 from prefect.states import Pending
 
 PENDING = "InfrastructurePending"
-CAUSES = {
-    "Image pull failed": "ImagePullError",
-    "Pod is unschedulable": "Unschedulable",
-}  # as the observer's lines begin
+# As the observer's lines begin.
+CAUSES = {"Image pull failed": "ImagePullError", "Pod is unschedulable": "Unschedulable"}
 OBSERVER = "prefect.flow_runs.observer"
 
 

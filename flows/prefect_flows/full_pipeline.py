@@ -25,7 +25,7 @@ from flows.recording import dvc as versioning
 from flows.recording import results_store
 from flows.recording.inventory import take_and_record
 from flows.recording.work import clear_recorded, clear_work
-from flows.running.lease import Lease, held, keep_at
+from flows.running.lease import Lease, held, retry_expired
 from flows.running.runner import git_commit, only_one
 from flows.stages import PIPELINE, find_stage
 from flows.tracking.cost import log_pipeline_cost
@@ -208,7 +208,7 @@ def full_pipeline(
     send_pending()
     root = results_store.store_root(store)
     lead = partial(_lead, chosen, names, force, root)
-    run, report = keep_at(lead, root) if root else lead()
+    run, report = retry_expired(lead, root) if root else lead()
     return {
         "report": str(report),
         "ran": list(run.results),

@@ -176,7 +176,7 @@ def held(root: str, preset: str, name: str) -> Iterator[Lease]:
         yield lease
 
 
-def keep_at(work: Callable[[], T], root: str) -> T:
+def retry_expired(work: Callable[[], T], root: str) -> T:
     """Call `work`, which holds leases in the store `root`; call it again whenever one has expired.
 
     Before that, wait until the store answers, at most 15 minutes. `work` finds what it finished before in the store.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,11 @@ from svd.core.errors import UserError
 
 SIZE = Path("/etc/svd/pod/scratch_size")  # from the pod's annotation (infra/prefect/kubernetes-pools.yaml)
 CHECK_SECONDS = 20.0  # a kubelet looks about once a minute
+EASE = 50  # the pause after a walk over the volume, in times of what the walk took: millions of files take a minute
 FULL = 0.95
 HINT = "raise `scratch_size` of the pool or the deployment and run the same command again, it goes on"
-UNITS = {"": 1, **{f"{letter}i": 1024**power for power, letter in enumerate("KMGTP", 1)}}
-UNITS |= {letter: 1000**power for power, letter in enumerate(("k", "M", "G", "T", "P"), 1)}
+UNITS = {"": 1, **{f"{letter}i": 1024**power for power, letter in enumerate("KMGTPE", 1)}}
+UNITS |= {letter: 1000**power for power, letter in enumerate("kMGTPE", 1)}
 
 
 def bytes_of(quantity: str) -> int:
@@ -29,10 +31,11 @@ def bytes_of(quantity: str) -> int:
     >>> bytes_of("200Gi"), bytes_of("1.5k"), bytes_of("7")
     (214748364800, 1500, 7)
     """
-    match = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", quantity.strip())
-    if match is None or match[2] not in UNITS:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE]-?\d+|[A-Za-z]*)", quantity.strip())
+    if match is None or (match[2] not in UNITS and not match[2][1:]):
         raise ValueError(f"'{quantity}' is no quantity such as 200Gi")
-    return int(float(match[1]) * UNITS[match[2]])
+    number, suffix = match.groups()
+    return int(float(number + suffix) if suffix not in UNITS else float(number) * UNITS[suffix])
 
 
 def used_bytes(folder: Path) -> int:
@@ -49,7 +52,7 @@ def used_bytes(folder: Path) -> int:
                         total += facts.st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
-        except FileNotFoundError:  # removed meanwhile
+        except (FileNotFoundError, NotADirectoryError, PermissionError):  # changed meanwhile, or another user's
             continue
     return total
 
@@ -64,8 +67,12 @@ def within_scratch(folder: Path) -> Iterator[None]:
     thread, ended = threading.current_thread(), threading.Event()
 
     def watch() -> None:
-        while not ended.wait(CHECK_SECONDS):
-            if (used := used_bytes(folder)) > FULL * size:
+        pause = CHECK_SECONDS
+        while not ended.wait(pause):
+            began = time.monotonic()
+            used = used_bytes(folder)
+            pause = max(CHECK_SECONDS, EASE * (time.monotonic() - began))
+            if used > FULL * size:
                 interrupt(
                     thread, UserError(f"{used:,} bytes of the pod's scratch volume ({quantity}) are used: {HINT}")
                 )

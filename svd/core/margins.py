@@ -7,7 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+NEEDED = 3.0  # standard errors from which a difference counts as shown
+FEWEST = 8  # clips, objects or samples; of fewer, a standard error is itself a guess
 _ALIKE = 1e-9  # of the greatest difference: a spread that rounding makes of differences that are all alike
+
+
+def is_shown(margin: float | None, n: int) -> bool:
+    """Whether a difference of `margin` standard errors over n independent clips, objects or samples counts as shown.
+
+    >>> is_shown(3.1, 8), is_shown(3.1, 7), is_shown(2.9, 100), is_shown(None, 100)
+    (True, False, False, False)
+    """
+    return margin is not None and margin >= NEEDED and n >= FEWEST
 
 
 def margin(

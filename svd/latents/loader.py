@@ -25,6 +25,9 @@ from svd.latents.cache import DamagedSample, LatentCache, Sample
 logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 DAMAGED_SHARE = 0.01
+# Workers are no forks of this process: what its threads hold would stay locked in them, and a fork of a process in
+# which Prefect (3.8) has sent logs fails at its end.
+START_METHOD = "forkserver"
 SUBSTITUTES = 1 << 40  # epochs apart from each other and from all that a training reaches: other orders of the samples
 
 
@@ -332,8 +335,13 @@ class IndexedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         steps = Steps(self.batches, self.global_batch, self.rank, self.ranks, self.next)
-        pin = torch.cuda.is_available()
-        for batch in DataLoader(self.examples, batch_sampler=steps, num_workers=self.num_workers, pin_memory=pin):
+        for batch in DataLoader(
+            self.examples,
+            batch_sampler=steps,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=START_METHOD if self.num_workers else None,
+        ):
             self.next += 1
             yield batch
 

@@ -21,7 +21,6 @@ from svd.config import Preset
 from svd.core.device import pick_device
 from svd.model.autoencoder import (
     Autoencoder,
-    AutoencoderConfig,
     add_temporal_decoder,
     fresh_autoencoder,
     posterior_mean,
@@ -33,6 +32,7 @@ from svd.stage import Report, StageContext, publish
 from svd.training.autoencoder_phase import COLUMNS, Learner, PhaseName, Run
 from svd.training.card_contents import autoencoder_card
 from svd.training.frames import ClipPixels, split_rows
+from svd.training.initialise import autoencoder_config
 from svd.training.losses import ReconstructionLoss, flicker, reconstruction_psnr
 from svd.training.model_card import write_card
 
@@ -103,14 +103,7 @@ def initial_autoencoder(preset: Preset) -> Autoencoder:
     """Return the autoencoder before training, always temporal: the preset's released weights, or fresh ones."""
     section = preset.model.autoencoder
     if section.pretrained is None:
-        config = AutoencoderConfig(
-            latent_channels=section.latent_channels,
-            block_out_channels=tuple(section.block_out_channels),
-            layers_per_block=section.layers_per_block,
-            scaling_factor=section.scaling_factor or 1.0,
-            norm_groups=section.norm_groups,
-        )
-        return fresh_autoencoder(config, preset.seed)
+        return fresh_autoencoder(autoencoder_config(preset), preset.seed)
     path = resolve_weights(section.pretrained, filenames=VAE_FILES)
     released = load_autoencoder(path, dtype=torch.float32)
     return released if released.config.temporal_decoder else add_temporal_decoder(released)

@@ -12,11 +12,24 @@ from torch import Tensor, nn
 from svd.config import Preset
 from svd.core.errors import UserError
 from svd.latents.cache import digest
+from svd.model.autoencoder import AutoencoderConfig
 from svd.model.unet import UNet, UNetConfig
 from svd.tasks.base import Task
 
 # Parts of video models alone: fresh in a video model made from an image model, dropped the other way round.
 VIDEO_PARTS = ("temporal_", "time_pos_embed", "time_mixer", "add_embedding")
+
+
+def autoencoder_config(preset: Preset) -> AutoencoderConfig:
+    """Return the configuration of the image autoencoder that a preset trains."""
+    sizes = preset.model.autoencoder
+    return AutoencoderConfig(
+        latent_channels=sizes.latent_channels,
+        block_out_channels=tuple(sizes.block_out_channels),
+        layers_per_block=sizes.layers_per_block,
+        scaling_factor=sizes.scaling_factor or 1.0,
+        norm_groups=sizes.norm_groups,
+    )
 
 
 def unet_config(preset: Preset, task: Task, latent_size: tuple[int, int]) -> UNetConfig:

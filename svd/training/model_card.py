@@ -20,6 +20,7 @@ import yaml
 from svd.config import Preset
 from svd.core.addresses import public_text, public_values
 from svd.core.files import write_text
+from svd.core.margins import FEWEST, NEEDED, is_shown
 from svd.stage import Report, StageContext
 
 CARD = "README.md"
@@ -114,12 +115,13 @@ def licence_of(path: Path) -> str:
 
 
 def _unproven(metrics: Mapping[str, Any]) -> list[str]:
-    """Say where a network isn't surely better than the linear filter: by less than two standard errors."""
-    name = "validation_margin_linear"
+    """Say where a network isn't shown to be better than the linear filter."""
+    name, clips = "validation_margin_linear", int(metrics.get("validation_clips", 0))
     unsure = [key.removeprefix("validation_loss_linear") for key in metrics if key.startswith("validation_loss_linear")]
-    unsure = [suffix for suffix in unsure if float(metrics.get(name + suffix, 0)) < 2]
+    unsure = [suffix for suffix in unsure if not is_shown(metrics.get(name + suffix), clips)]
     return [
-        f"On test clips it is not surely better than a linear filter (`{name}{suffix}` is under 2, or not known)."
+        f"On test clips it is not surely better than a linear filter (`{name}{suffix}` is under {NEEDED:g} or not "
+        f"known, or there are fewer than {FEWEST} clips)."
         for suffix in unsure
     ]
 

@@ -167,7 +167,7 @@ def take_memory(device: torch.device) -> float:
 def measure_peak(device: torch.device, precision: Precision) -> float:
     """Return the FLOP/s of the fastest of some products of two square matrices in a training's precision.
 
-    Measured once a process, in well under a second. Matrices in float32 are multiplied as the training does it, without
+    Measured once a process. Matrices in float32 are multiplied as the training does it, without
     TF32. The global random state stays as it is.
     """
     dtype, largest = HALF.get(precision, torch.float32), LARGEST.get(device.type, LARGEST_ON_CPU)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import flow, get_run_logger
 from prefect.testing.utilities import prefect_test_harness
 from small_project import draw, make_project, refuse, use
+from toy_training import FRAMES, write_cache
 
 from flows.prefect_flows.full_pipeline import full_pipeline, pipeline_key
 from flows.recording import dvc as versioning
@@ -21,6 +23,8 @@ from svd import storage
 from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.core.retries import Unreachable
+from svd.latents.cache import LatentCache
+from svd.latents.loader import Draws, Examples, IndexedLoader
 from svd.stage import Report
 
 
@@ -33,6 +37,19 @@ def prefect_server() -> Iterator[None]:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_project(tmp_path, monkeypatch)
+
+
+@flow
+def count_batches(folder: Path) -> int:
+    get_run_logger().info("begins")
+    cache = LatentCache(folder)
+    examples = Examples(cache, cache.index.rows, FRAMES, Draws(7, -1.2, 1.0))
+    return len(list(IndexedLoader(examples, 5, 4, num_workers=2)))
+
+
+def test_processes_that_load_batches_end_well_in_a_flow(prefect_server: None, tmp_path: Path) -> None:
+    """A fork of a process in which Prefect sends logs ends with status 1, on which torch ends the training."""
+    assert count_batches(write_cache(tmp_path)) == 5
 
 
 record = versioning.record

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from main_or_thread import do_in
 from small_project import make_project
 
 from flows.recording.results_store import LeaseLost, stored_output
@@ -125,14 +126,8 @@ def test_who_finds_another_holder_is_stopped_in_the_middle(root: str, where: str
         assert child.wait(5) == -signal.SIGTERM
         outcome.append("stopped" if time.monotonic() - began < 30 else "too late")
 
-    if where == "main":
-        work()
-        assert "lost to thief:1:0" in outcome[0]
-    else:
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join(60)
-    assert outcome[-1] == "stopped" and len(outcome) == 2
+    do_in(where, work)
+    assert "lost to thief:1:0" in outcome[0] and outcome[-1] == "stopped" and len(outcome) == 2
     assert record(root)["owner"] == "thief:1:0", "a lost lease isn't released"
 
 
@@ -170,12 +165,7 @@ def test_a_stage_can_not_take_its_end_for_the_failure_of_a_source(
         except LeaseLost as error:
             outcome.append(str(error))
 
-    if where == "main":
-        work()
-    else:
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join(60)
+    do_in(where, work)
     assert not taken and len(outcome) == 1 and "not renewed for 3 s" in outcome[0]
 
 

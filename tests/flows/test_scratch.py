@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from main_or_thread import do_in
 
 from flows.running import scratch
 from flows.running.scratch import bytes_of, used_bytes, within_scratch
@@ -40,12 +41,7 @@ def test_a_full_volume_ends_the_work_in_one_line(where: str, volume: Path) -> No
         except UserError as error:
             said.append(str(error))
 
-    if where == "main":
-        work()
-    else:
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join(60)
+    do_in(where, work)
     assert len(said) == 1 and "scratch volume (256Ki)" in said[0] and "raise `scratch_size`" in said[0]
 
 
@@ -60,6 +56,20 @@ def test_what_fits_is_left_alone(volume: Path) -> None:
         assert 200 << 10 <= used_bytes(volume) < 240 << 10
 
 
+def test_a_walk_that_takes_long_is_taken_seldom(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[Path] = []
+
+    def slow(folder: Path) -> int:
+        walks.append(folder)
+        time.sleep(0.1)
+        return 0
+
+    monkeypatch.setattr(scratch, "used_bytes", slow)
+    with within_scratch(volume):
+        time.sleep(2)  # with CHECK_SECONDS alone: 13 walks
+    assert len(walks) == 1
+
+
 def test_outside_a_pod_nothing_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "SIZE", tmp_path / "missing")
     before = set(threading.enumerate())
@@ -68,13 +78,22 @@ def test_outside_a_pod_nothing_is_watched(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("200Gi", 200 << 30), ("0.5Ti", 1 << 39), ("12M", 12_000_000), ("800", 800), ("1k", 1000)]
+    ("text", "count"),
+    [
+        ("200Gi", 200 << 30),
+        ("0.5Ti", 1 << 39),
+        ("12M", 12_000_000),
+        ("800", 800),
+        ("1k", 1000),
+        ("2E", 2 * 10**18),
+        ("1.5e3", 1500),
+    ],
 )
 def test_quantities_are_kubernetes_own(text: str, count: int) -> None:
     assert bytes_of(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "Gi", "5 GB", "ten"])
+@pytest.mark.parametrize("text", ["", "Gi", "5 GB", "ten", "1e", "1.2.3", "3x9"])
 def test_what_is_no_quantity_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no quantity"):
         bytes_of(text)

@@ -17,13 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from svd.config import Preset, TrainingConfig
 from svd.config.load import load_preset
-from svd.model.autoencoder import Autoencoder, AutoencoderConfig
+from svd.model.autoencoder import Autoencoder
 from svd.model.lora import add_lora
 from svd.model.unet import UNet
 from svd.tasks.base import Task
 from svd.tasks.registry import task_of_stage
 from svd.training.callbacks import Averaging
-from svd.training.initialise import fresh_unet, unet_config, with_checkpointing
+from svd.training.initialise import autoencoder_config, fresh_unet, unet_config, with_checkpointing
 from svd.training.module import Diffusion, select_parameters
 from svd.training.planning.step import make_batch
 from svd.training.runner import quiet
@@ -41,15 +41,8 @@ def preset_of(stage: str, checkpointing: str, optimizer: str, precision: str, pa
 
 def build(preset: Preset, stage: str, task: Task, config: TrainingConfig) -> Diffusion:
     """What the stage trains, as it is when the trainer begins."""
-    sizes, phase = preset.model.autoencoder, config.phases[-1]
-    autoencoder = Autoencoder(
-        AutoencoderConfig(
-            latent_channels=sizes.latent_channels,
-            block_out_channels=tuple(sizes.block_out_channels),
-            layers_per_block=sizes.layers_per_block,
-            norm_groups=sizes.norm_groups,
-        )
-    ).requires_grad_(False)
+    phase = config.phases[-1]
+    autoencoder = Autoencoder(autoencoder_config(preset)).requires_grad_(False)
     size = phase.height // autoencoder.factor, phase.width // autoencoder.factor
     unet = with_checkpointing(
         fresh_unet(unet_config(preset, task, size), 0, stage), preset.compute.of(stage).checkpointing

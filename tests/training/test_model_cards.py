@@ -169,7 +169,7 @@ def test_cells_and_front_matter_survive_what_people_write(first: StageContext, t
 def test_a_network_that_a_linear_filter_matches_says_so(first: StageContext) -> None:
     card = Card("x", (), {}, (), ())
     losses = {"validation_loss_linear": 0.5}
-    for margin, said in ((1.9, True), (2.5, False)):
-        text = render(card, first, losses | {"validation_margin_linear": margin})
+    for margin, clips, said in ((2.9, 8, True), (3.1, 8, False), (3.1, 7, True)):
+        text = render(card, first, losses | {"validation_margin_linear": margin, "validation_clips": clips})
         assert ("not surely better than a linear filter" in text) == said
     assert "not surely better" in render(card, first, losses) and "not surely" not in render(card, first, {"psnr": 30})

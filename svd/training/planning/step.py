@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from svd.config import Phase, Preset, TrainingConfig
 from svd.config.training import LoraConfig
 from svd.latents.loader import Batch
-from svd.model.autoencoder import Autoencoder, AutoencoderConfig
+from svd.model.autoencoder import Autoencoder
 from svd.model.lora import add_lora
 from svd.model.unet import UNet
 from svd.tasks.base import Task
-from svd.training.initialise import unet_config, with_checkpointing
+from svd.training.initialise import autoencoder_config, unet_config, with_checkpointing
 from svd.training.module import Diffusion, select_parameters
 from svd.training.planning.tracing import DeviceRules, Ledger, kernels_of_gpu, run_backward
 
@@ -56,16 +56,8 @@ class Step:
 
 def build_module(preset: Preset, task: Task, config: TrainingConfig, phase: Phase, checkpointing: str) -> Diffusion:
     """Build what a training stage trains, on `meta`: the U-Net, its trainable part chosen, and the autoencoder."""
-    sizes = preset.model.autoencoder
     with torch.device("meta"):
-        autoencoder = Autoencoder(
-            AutoencoderConfig(
-                latent_channels=sizes.latent_channels,
-                block_out_channels=tuple(sizes.block_out_channels),
-                layers_per_block=sizes.layers_per_block,
-                norm_groups=sizes.norm_groups,
-            )
-        ).requires_grad_(False)
+        autoencoder = Autoencoder(autoencoder_config(preset)).requires_grad_(False)
         size = phase.height // autoencoder.factor, phase.width // autoencoder.factor
         unet = with_checkpointing(UNet(unet_config(preset, task, size)), checkpointing)
         module = Diffusion(unet, task, config, phase, autoencoder, _chooser(task, config, phase)).to("meta")
