@@ -28,8 +28,9 @@ def margin(
 
     strata: what was fixed for each of them, such as a noise level out of a few; the spread between strata then doesn't
     count as error. With fewer than two differences in a stratum the strata are ignored. clusters: what each is a
-    difference of, such as a clip; only clusters count as independent, and without them all N do. None: fewer than two
-    independent ones, or differences that are all alike, whose spread says nothing.
+    difference of, such as a clip; only clusters count as independent, and without them all N do. Where a cluster shares
+    no stratum with another one, even by way of others, its own mean can't be told from the strata's: they are ignored.
+    None: fewer than two independent ones, or differences that are all alike, whose spread says nothing.
 
     >>> margin([1.0, 2.0, 3.0]), margin([1.0]), margin([0.0, 0.0])
     (3.4641016151377544, None, None)
@@ -48,18 +49,34 @@ def margin(
     if clusters is None:
         variance = sum(len(group) * values[group].var(ddof=1) for group in groups) / len(values) ** 2
     else:
-        variance = _clustered_variance(values, groups, np.asarray(clusters))
+        names = np.asarray(clusters)
+        if any(len(block) < 2 for block in _linked(groups, names)):
+            groups = [np.arange(len(values))]
+        variance = _clustered_variance(values, groups, names)
     return float(values.mean() / math.sqrt(variance)) if variance > 0 else None
+
+
+def _linked(groups: Sequence[np.ndarray], clusters: np.ndarray) -> list[set[str]]:
+    """Return the blocks of clusters that groups link: clusters (N,) of two blocks have no group in common."""
+    blocks: list[set[str]] = []
+    for group in groups:
+        block = set(clusters[group].tolist())
+        block = block.union(*(other for other in blocks if other & block))
+        blocks = [other for other in blocks if not other & block] + [block]
+    return blocks
 
 
 def _clustered_variance(values: np.ndarray, groups: Sequence[np.ndarray], clusters: np.ndarray) -> float:
     """Return the variance of the mean of values (N,) around the means of their groups, when only clusters (N,) differ.
 
-    The cluster-robust estimate, with G / (G - 1) for G clusters; 0 for one.
+    The cluster-robust estimate, with G / (G - 1) for the G clusters of each block: the means of its groups take up the
+    mean of its clusters. 0 for one cluster.
     """
     left = values.copy()
     for group in groups:
         left[group] -= values[group].mean()
-    sums = np.array([left[clusters == cluster].sum() for cluster in np.unique(clusters)])
-    count = len(sums)
-    return float((sums**2).sum() / len(values) ** 2 * count / (count - 1)) if count > 1 else 0.0
+    total = 0.0
+    for block in _linked(groups, clusters):
+        sums, count = np.array([left[clusters == cluster].sum() for cluster in sorted(block)]), len(block)
+        total += float((sums**2).sum()) * count / (count - 1) if count > 1 else 0.0
+    return total / len(values) ** 2

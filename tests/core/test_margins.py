@@ -19,3 +19,14 @@ def test_samples_of_one_clip_are_one_sample() -> None:
     assert margin(repeated, clusters=["one"] * 80) is None
     own = [str(k) for k in range(80)]
     assert margin(repeated, clusters=own) == pytest.approx(margin(repeated))
+
+
+@pytest.mark.parametrize("clips", [4, 8, 12, 13, 16, 32])
+def test_chance_is_not_shown_however_clips_and_noise_levels_meet(clips: int) -> None:
+    """Validation draws clip i % clips at noise level i % 8; clips differ, and their differences have the mean 0."""
+    draw, margins = np.random.default_rng(0), []
+    numbers = np.arange(8 * clips)
+    for _ in range(300):
+        values = draw.normal(size=clips)[numbers % clips] + 0.1 * draw.normal(size=len(numbers))
+        margins.append(margin(values.tolist(), (numbers % 8).tolist(), [f"clip-{k}" for k in numbers % clips]) or 0.0)
+    assert np.mean(np.abs(margins) < 3) > 0.9 and np.median(np.abs(margins)) < 1.2
