@@ -12,6 +12,7 @@ import logging
 import pickle
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,9 +100,16 @@ def require_whole(checkpoint: Path) -> None:
 
 
 def _require_whole_archive(stream: IO[bytes], name: str) -> None:
-    with zipfile.ZipFile(stream) as archive:
-        if bad := archive.testzip():
-            raise Damaged(f"{bad} in {name} has another checksum")
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            bad = archive.testzip()
+    except (
+        zlib.error,
+        RuntimeError,
+    ) as error:  # a flipped bit in the directory: encrypted, compressed, a later version
+        raise Damaged(f"{name}: {error}") from error
+    if bad:
+        raise Damaged(f"{bad} in {name} has another checksum")
 
 
 def _require_whole_shards(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,18 @@ def test_a_damaged_part_of_a_sharded_checkpoint_is_noticed(name: str, damage: Da
         require_whole(tmp_path / "step=4.ckpt")
     assert newest_checkpoint(tmp_path) == tmp_path / "step=2.ckpt"
     assert not (tmp_path / "step=4.ckpt").exists()
+
+
+def test_no_flipped_bit_in_the_directory_of_a_checkpoint_ends_the_program(tmp_path: Path) -> None:
+    """Some ask for a password, a compression or a later version of the format."""
+    path = tmp_path / "step=2.ckpt"
+    torch.save({"global_step": 2}, path)
+    whole = path.read_bytes()
+    for place in range(whole.index(b"PK\1\2"), len(whole)):
+        for bit in (0, 3, 7):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            with contextlib.suppress(Damaged):
+                require_whole(path)
 
 
 @pytest.mark.parametrize("damage", [truncate, flip])
