@@ -33,7 +33,7 @@ from flows.running.interrupt import interrupt, interruptible
 from svd import storage
 from svd.core.environment import seconds_from
 from svd.core.errors import UserError
-from svd.core.processes import process_name
+from svd.core.processes import exists, process_name
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -64,7 +64,9 @@ def _is_dead(record: dict[str, Any]) -> bool:
     place, here = str(record.get("process", "")), process_name(os.getpid())
     if not place or place.split("/")[:2] != here.split("/")[:2]:
         return False
-    return process_name(int(place.split("/")[2])) != place
+    pid = int(place.split("/")[2])
+    name = process_name(pid)
+    return name != place if name else not exists(pid)
 
 
 @dataclass(frozen=True)

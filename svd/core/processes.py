@@ -17,3 +17,14 @@ def process_name(pid: int) -> str:
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}/{pid}/{ticks}"
     except OSError:
         return ""
+
+
+def exists(pid: int) -> bool:
+    """Return whether this machine has a process of that number, though /proc hide it from us (`hidepid`)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

@@ -307,3 +307,14 @@ def test_one_that_was_cut_off_publishes_nothing_when_it_comes_back(machines: lis
     assert storage.read_bytes(f"{bucket}/dvc/files/md5/{md5[:2]}/{md5[2:]}") == b"by the second"
     after = json.loads(storage.read_bytes(f"{bucket}/leases/tiny/orbits.json"))
     assert after["token"] == before["token"] + 1
+
+
+def test_a_living_process_that_proc_hides_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `hidepid` /proc shows no process of another user, who may hold the lease on the same machine."""
+    here, names = process_name(os.getpid()), process_name
+    monkeypatch.setattr(lease, "process_name", lambda pid: names(pid) if pid == os.getpid() else "")
+    with subprocess.Popen(["sleep", "60"]) as holder:
+        place = "/".join([*here.split("/")[:2], str(holder.pid), "1"])
+        assert not lease._is_dead({"process": place})
+        holder.kill()
+    assert lease._is_dead({"process": place})
