@@ -314,6 +314,15 @@ class Steps(Sampler[list[int]]):
             yield list(range(first + self.rank, first + self.global_batch, self.ranks))
 
 
+def _in_one_line(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches. Raise what a worker says to a user without its traceback, which torch puts in front of it."""
+    try:
+        yield from batches
+    except UserError as error:
+        name = f"{type(error).__module__}.{type(error).__qualname__}: "
+        raise type(error)(str(error).rpartition(name)[2].strip()) from None
+
+
 class IndexedLoader:
     """Batches 0 … `batches` - 1 of `examples`; its state is the number of the next batch.
 
@@ -335,13 +344,14 @@ class IndexedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         steps = Steps(self.batches, self.global_batch, self.rank, self.ranks, self.next)
-        for batch in DataLoader(
+        batches = DataLoader(
             self.examples,
             batch_sampler=steps,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=START_METHOD if self.num_workers else None,
-        ):
+        )
+        for batch in _in_one_line(batches):
             self.next += 1
             yield batch
 

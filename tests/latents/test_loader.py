@@ -263,3 +263,13 @@ def test_a_batch_that_ranks_cant_share_is_refused(cache: LatentCache) -> None:
 def test_a_folder_without_a_cache_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run the stage 'latents' first"):
         LatentCache(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_damaged_samples_are_one_line(workers: int, tmp_path: Path) -> None:
+    cache = LatentCache(write_cache(tmp_path))
+    for shard in (cache.folder / "shards").iterdir():
+        shard.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"^\S+: 2 of \d+ samples are damaged, which is more than 1; delete") as caught:
+        list(IndexedLoader(examples(cache), 2, 4, num_workers=workers))
+    assert "\n" not in str(caught.value)
