@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flows.running.interrupt import interrupt, interruptible
@@ -20,6 +20,7 @@ SIZE = Path("/etc/svd/pod/scratch_size")  # from the pod's annotation (infra/pre
 CHECK_SECONDS = 20.0  # a kubelet looks about once a minute
 EASE = 50  # the pause after a walk over the volume, in times of what the walk took: millions of files take a minute
 FULL = 0.95
+PASSING = FileNotFoundError, NotADirectoryError, PermissionError  # changed meanwhile, or another user's
 HINT = "raise `scratch_size` of the pool or the deployment and run the same command again, it goes on"
 UNITS = {"": 1, **{f"{letter}i": 1024**power for power, letter in enumerate("KMGTPE", 1)}}
 UNITS |= {letter: 1000**power for power, letter in enumerate("kMGTPE", 1)}
@@ -43,17 +44,15 @@ def used_bytes(folder: Path) -> int:
     seen: set[tuple[int, int]] = set()
     total, waiting = 0, [os.fspath(folder)]
     while waiting:
-        try:
-            with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
+        with suppress(*PASSING), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                with suppress(*PASSING):  # of this entry alone: the others still count
                     facts = entry.stat(follow_symlinks=False)
                     if (facts.st_dev, facts.st_ino) not in seen:
                         seen.add((facts.st_dev, facts.st_ino))
                         total += facts.st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):  # changed meanwhile, or another user's
-            continue
     return total
 
 
@@ -72,7 +71,7 @@ def within_scratch(folder: Path) -> Iterator[None]:
             began = time.monotonic()
             used = used_bytes(folder)
             pause = max(CHECK_SECONDS, EASE * (time.monotonic() - began))
-            if used > FULL * size:
+            if used > FULL * size and not ended.is_set():  # it may have ended during a walk of a minute
                 interrupt(
                     thread, UserError(f"{used:,} bytes of the pod's scratch volume ({quantity}) are used: {HINT}")
                 )

@@ -12,6 +12,7 @@ import yaml
 from main_or_thread import do_in
 
 from flows.running import scratch
+from flows.running.interrupt import interruptible
 from flows.running.scratch import bytes_of, used_bytes, within_scratch
 from svd.core.errors import UserError
 
@@ -54,6 +55,49 @@ def test_what_fits_is_left_alone(volume: Path) -> None:
         os.truncate(volume / "sparse", 1 << 30)
         time.sleep(0.5)
         assert 200 << 10 <= used_bytes(volume) < 240 << 10
+
+
+def test_a_file_that_goes_during_a_walk_hides_no_other(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporary files come and go while a stage works."""
+    for name in ("first", "second"):
+        (volume / name).mkdir()
+        (volume / name / "checkpoint").write_bytes(os.urandom(100 << 10))
+    plain = os.scandir
+
+    class Scanned:
+        """Lists a file that is gone before all others."""
+
+        def __init__(self, path: str) -> None:
+            (Path(path) / "gone.tmp").touch()
+            with plain(path) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name != "gone.tmp")
+            (Path(path) / "gone.tmp").unlink()
+
+        def __enter__(self) -> list[os.DirEntry[str]]:
+            return self.entries
+
+        def __exit__(self, *_: object) -> None:
+            """Nothing is open."""
+
+    monkeypatch.setattr(os, "scandir", Scanned)
+    assert used_bytes(volume) >= 200 << 10
+
+
+def test_a_block_that_has_ended_is_not_interrupted(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor what this thread does next, when the walk ends only then."""
+    walking, done = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> int:
+        walking.set()
+        done.wait(20)
+        return 300 << 10
+
+    monkeypatch.setattr(scratch, "used_bytes", slow)
+    with interruptible():
+        with within_scratch(volume):
+            assert walking.wait(20)
+        done.set()
+        time.sleep(0.5)
 
 
 def test_a_walk_that_takes_long_is_taken_seldom(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
