@@ -22,6 +22,7 @@ from svd.core.errors import UserError
 from svd.core.files import replace_folder
 
 PAYLOAD = os.urandom(1 << 16)
+TEXT = "§ é 漢"  # prompts, names of files and descriptions of models are in any language
 
 
 def probe_store() -> str:
@@ -41,7 +42,7 @@ def probe_store() -> str:
 
 
 def probe_mlflow() -> str:
-    """Give MLflow a run with a file, read the file back and delete the run."""
+    """Give MLflow a run with a text and a file, read both back and delete the run."""
     import mlflow
 
     bound_requests()
@@ -50,6 +51,9 @@ def probe_mlflow() -> str:
     run = client.create_run(experiment, run_name="platform-check").info.run_id
     begun = time.monotonic()
     try:
+        client.set_tag(run, "probe", TEXT)
+        if client.get_run(run).data.tags["probe"] != TEXT:
+            raise UserError(f"'{TEXT}' came back as another text; its database needs the encoding UTF-8")
         with tempfile.TemporaryDirectory() as folder:
             sent = Path(folder) / "probe.bin"
             sent.write_bytes(PAYLOAD)

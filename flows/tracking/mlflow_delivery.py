@@ -196,8 +196,8 @@ class Delivery:
             return
         if version is None:
             version = self._register(name, folders, settings)
-        self._describe(name, version, str(settings.get("description", "")))
         self.client.set_registered_model_alias(name, "candidate", version)
+        self._describe(name, version, str(settings.get("description", "")))
 
     def _describe(self, name: str, version: str, text: str) -> None:
         """Describe a version, unless it has a description, which may be a person's."""

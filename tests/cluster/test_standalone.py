@@ -100,6 +100,9 @@ def test_mlflow_knows_runs_commit_and_artifacts(stack: ClusterStack, tmp_path: P
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     commits = {r.data.tags["git.commit"].removesuffix("-dirty") for r in runs}
     assert len(commits) == 1 and len(commits.pop()) == len(commit)
+    for model in client.search_registered_models():
+        version = client.get_model_version_by_alias(model.name, "candidate")
+        assert "§" in str(version.description), "Postgres and MLflow agree on UTF-8"
     (report,) = [r.info.run_id for r in runs if r.data.tags["stage"] == "report"]
     assert "<html" in Path(client.download_artifacts(report, "report.html", str(tmp_path))).read_text()
 
