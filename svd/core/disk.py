@@ -13,9 +13,10 @@ from pathlib import Path
 from svd.core.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# as other languages' libraries word it: ffmpeg and Rust, SQLite, torch
+# as other languages' libraries word it: ffmpeg and Rust, SQLite, torch, NumPy
 WORDS = re.compile(
     r"No space left on device|disk is full|Disk quota exceeded|PytorchStreamWriter failed|unexpected pos"
+    r"|\d+ requested and \d+ written"
 )
 
 

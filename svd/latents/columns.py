@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from svd.core.disk import is_disk_full
 from svd.core.environment import cache_folder
 from svd.core.errors import UserError
 from svd.core.files import atomic_folder, exclusive
@@ -41,22 +42,27 @@ def node_copy(path: Path, identity: str) -> Path:
     """
     folder = cache_folder() / "indexes" / identity
     try:
-        if not folder.is_dir():
+        if not _is_whole(folder):
             making = folder.with_name(f".{identity}.making")
             with exclusive(making):
-                if not folder.is_dir():
+                if not _is_whole(folder):
                     _make(path, folder)
                 making.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno is None:  # Arrow's, about the index
+        if error.errno is None and not is_disk_full(error):  # Arrow's, about the index
             raise
         raise UserError(
-            f"{folder.parent}: no memory-mapped copy of {path} can be written here ({error.strerror}); "
+            f"{folder.parent}: no memory-mapped copy of {path} can be written here ({error.strerror or error}); "
             "set SVD_CACHE to a folder of this machine with space"
         ) from None
     with suppress(OSError):  # made by another user
         os.utime(folder / ROWS)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a copy can be opened: one that is being removed, or was when that was killed, lacks a file."""
+    return (folder / ROWS).is_file() and (folder / ORDER).is_file()
 
 
 def _make(path: Path, folder: Path) -> None:

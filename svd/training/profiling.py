@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -62,10 +63,14 @@ class Profiling(Updates):
     def _write(self, profiler: profile) -> None:
         last = min(self.first + self.steps - 1, self.offset + self.last_step)
         path = self.folder / f"{self.name}-steps-{self.first}-{last}.json.gz"
-        with atomic_file(path) as temporary:
-            raw = temporary.with_name(f"{temporary.name}.gz")  # by the ending it is compressed
-            profiler.export_chrome_trace(str(raw))
-            raw.replace(temporary)
+        try:
+            with atomic_file(path) as temporary, TemporaryDirectory(dir=path.parent) as folder:
+                raw = Path(folder) / path.name  # by the ending it is compressed
+                profiler.export_chrome_trace(str(raw))
+                raw.replace(temporary)
+        except (OSError, RuntimeError) as error:  # a full disk, say; the training matters more
+            logger.warning("%s: no trace is written, the training goes on (%s)", path, error)
+            return
         logger.warning("%s: trace of steps %d to %d\n%s", path, self.first, last, costliest(profiler))
 
 

@@ -6,6 +6,8 @@ two logged points the host only reads its own clock, the device is never waited 
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from svd.latents.loader import Batch, IndexedLoader
 from svd.tasks.base import Task
 from svd.training.planning.step import Shape, trace_step
 
+logger = logging.getLogger(__name__)
 GIGA = 1e9
 HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 SMALLEST, LARGEST_ON_CPU = 256, 1024  # rows of the matrices whose product measures the peak
@@ -44,8 +47,8 @@ class StepFacts:
     data_wait_share: float
     memory_gb: float
     gradient_norm: float | None
-    mfu: float
-    peak_tflops: float
+    mfu: float | None
+    peak_tflops: float | None
 
     def metrics(self) -> dict[str, float]:
         """Return what is known, by name."""
@@ -113,9 +116,12 @@ class Meter:
         self.norms: list[Tensor] = []
 
     def start(self, device: torch.device, ranks: int) -> None:
-        """Count the operations of a step, and measure the device's peak."""
-        self.operations = self.count(ranks)
-        self.peak = measure_peak(device, self.precision)
+        """Count the operations of a step, and measure the device's peak; where that fails, log no utilisation."""
+        self.operations, self.peak = 0, math.nan
+        try:
+            self.operations, self.peak = self.count(ranks), measure_peak(device, self.precision)
+        except RuntimeError as error:  # no memory left, or no kernel on `meta`
+            logger.warning("the utilisation of the device isn't known: %s", error)
         take_memory(device)
 
     def stop(self, gradient_norm: Tensor | None = None) -> None:
@@ -134,8 +140,8 @@ class Meter:
             data_wait_share=self.stopwatch.waited / seconds,
             memory_gb=take_memory(device),
             gradient_norm=finite.mean().item() if len(finite) else None,
-            mfu=self.operations * steps / (seconds * self.peak),
-            peak_tflops=self.peak / 1e12,
+            mfu=None if math.isnan(self.peak) else self.operations * steps / (seconds * self.peak),
+            peak_tflops=None if math.isnan(self.peak) else self.peak / 1e12,
         )
         self.norms.clear()
         self.stopwatch.reset()

@@ -210,6 +210,29 @@ def test_a_folder_that_cannot_hold_the_copy_is_named(tmp_path: Path, cache_folde
 
 
 @pytest.mark.usefixtures("mapped")
+def test_a_disk_that_is_full_is_no_damaged_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = parquet(tmp_path, 30)
+
+    def full(*_: object) -> None:
+        raise OSError("20000 requested and 10208 written")  # NumPy's words; without an errno
+
+    monkeypatch.setattr(columns.np, "save", full)
+    with pytest.raises(UserError, match=r"no memory-mapped copy .*10208 written.* set SVD_CACHE to a folder"):
+        LatentCache(path.parent)
+
+
+@pytest.mark.usefixtures("mapped")
+@pytest.mark.parametrize("name", [columns.ROWS, columns.ORDER])
+def test_a_copy_whose_removal_was_killed_is_made_again(name: str, tmp_path: Path) -> None:
+    path = parquet(tmp_path, 30)
+    folder = OpenedIndex(path).folder
+    assert folder is not None
+    (folder / name).unlink()
+    assert len(LatentCache(tmp_path).index) == 30
+    assert len(list(folder.parent.iterdir())) == 1
+
+
+@pytest.mark.usefixtures("mapped")
 def test_copies_that_nobody_opens_any_more_are_removed(tmp_path: Path) -> None:
     old, used = (OpenedIndex(parquet(tmp_path / name, 30)).folder for name in ("old", "used"))
     assert old is not None and used is not None

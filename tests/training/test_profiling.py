@@ -43,6 +43,12 @@ def test_the_trace_parses_and_the_table_names_what_costs_most(tmp_path: Path, ca
     assert 30 < sum(shares) < 100
 
 
+def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "traces").write_text("a file")
+    assert train(tmp_path, "traced", 1, 4)
+    assert "no trace is written, the training goes on" in caplog.text
+
+
 @pytest.mark.slow
 def test_each_phase_leaves_what_there_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     traced = train(tmp_path, "short", 9, 5, 3, 7, parts=2)

@@ -206,3 +206,18 @@ def test_memory_of_a_process_grows_with_what_it_holds() -> None:
     before = speed.take_memory(CPU)
     held = torch.ones(60_000_000)
     assert speed.take_memory(CPU) - before == pytest.approx(held.nbytes / 1e9, abs=0.06)
+
+
+def test_a_peak_that_cannot_be_measured_ends_no_training(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(speed, "measure_peak", full)
+    stopwatch = Stopwatch()
+    made = meter(stopwatch)
+    next(stopwatch.watch(iter([{}])))
+    made.stop(torch.ones(()))
+    assert made.take(CPU).metrics().keys() == NAMES - {"mfu", "peak_tflops"}
+    assert "isn't known: CUDA out of memory" in caplog.text
