@@ -22,10 +22,6 @@ BATCH = 32
 RATE = 6e-3
 _WIDTH = 24
 _NOISE = 0.1  # greatest deviation of the noise on training clips, in [-1, 1] units
-# Played backwards a clip shows the opposite. The judge learns from both, else it could go by the place of a shape.
-OPPOSITE = {"moving left": "moving right", "moving up": "moving down", "growing": "shrinking"}
-OPPOSITE |= {backwards: forwards for forwards, backwards in OPPOSITE.items()}
-_BACKWARDS = 0.5  # share of training clips that are played backwards
 _BLUR = 0.5  # share of training clips that are blurred, as an autoencoder blurs
 
 
@@ -78,8 +74,7 @@ def as_input(clips: Sequence[Frames]) -> Tensor:
 def train_classifier(clips: Sequence[LabelledClip], steps: int, seed: int) -> ClipClassifier:
     """Train a classifier for `steps` batches on clips and their labels; a function of its arguments.
 
-    Training clips get noise and blur, because a generated clip is never as sharp as a real one, and some are played
-    backwards.
+    Training clips get noise and blur, because a generated clip is never as sharp as a real one.
     """
     classes = {name: sorted({clip.labels[name] for clip in clips}) for name in RECOGNISED}
     targets = {n: torch.tensor([answers.index(c.labels[n]) for c in clips]) for n, answers in classes.items()}
@@ -89,25 +84,15 @@ def train_classifier(clips: Sequence[LabelledClip], steps: int, seed: int) -> Cl
         network = ClipClassifier(classes)
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    backwards = targets | {"action": torch.tensor([_backwards(clip, classes["action"]) for clip in clips])}
     for _ in tqdm(range(steps), "classifier", unit="step", leave=False, delay=2):
         chosen = torch.randint(len(clips), (BATCH,), generator=draw)
-        turned = (torch.rand(BATCH, generator=draw) < _BACKWARDS) & (backwards["action"][chosen] >= 0)
-        seen = torch.where(turned[:, None, None, None, None], inputs[chosen].flip(2), inputs[chosen])
-        scores = network(_worsened(seen, draw))
-        shown = {name: torch.where(turned, backwards[name][chosen], targets[name][chosen]) for name in classes}
-        loss = sum((F.cross_entropy(scores[name], target) for name, target in shown.items()), torch.zeros(()))
+        scores = network(_worsened(inputs[chosen], draw))
+        loss = sum((F.cross_entropy(scores[name], target[chosen]) for name, target in targets.items()), torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     return network.eval()
-
-
-def _backwards(clip: LabelledClip, actions: Sequence[str]) -> int:
-    """Return the number of the action that a clip shows when it is played backwards; -1 where it isn't among them."""
-    action = OPPOSITE.get(clip.labels["action"], clip.labels["action"])
-    return actions.index(action) if action in actions else -1
 
 
 def _worsened(clips: Tensor, draw: torch.Generator) -> Tensor:

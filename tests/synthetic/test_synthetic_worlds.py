@@ -123,33 +123,11 @@ def test_a_plain_scene_shows_what_its_caption_says() -> None:
     assert len(seen) == 8
     for motion, scene in seen.items():
         frames = render_scene(dataclasses.replace(scene, start=(0.0, 0.0)), 9, 96, 96, 12).astype(int)
-        middle = frames[0, 44:52, 46:50].reshape(-1, 3)
+        middle = frames[4, 44:52, 46:50].reshape(-1, 3)
         assert np.abs(middle - COLOURS[scene.thing.colour]).max() <= 2
         corners = np.abs(frames[0] - frames[8])[[0, 0, -1, -1], [0, -1, 0, -1]]
         assert (corners.max() == 0) == (scene.camera == "static")
         assert np.abs(frames[0] - frames[8]).mean() > 2, motion
-
-
-@pytest.mark.parametrize("frames", [20, 29, 60])
-def test_a_plain_motion_begins_near_the_middle_and_each_frame_shows_where_it_leads(frames: int) -> None:
-    sides = {
-        **{"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)},
-        **{"pan-left": (1, 0), "pan-right": (-1, 0)},
-    }
-    world = World(4, "train", "plain")
-    for scene in map(world.scene, range(60)):
-        shown = render_scene(scene, frames, 96, 96, 24).astype(int)
-        near = np.abs(shown - COLOURS[scene.thing.colour]).max(-1) <= 8
-        places = [(np.argwhere(mask).mean(0)[::-1] - 47.5) / 96 for mask in near]
-        if motion_of(scene) in sides:
-            way = np.array(sides[motion_of(scene)])
-            along = [float(place @ way) for place in places]
-            assert abs(along[0]) < 0.15 and along[-1] > 0.2
-            assert (np.diff(along) > -0.01).all()
-        else:
-            sizes = near[:, :, :].sum((1, 2))
-            assert (sizes[-1] > sizes[0]) == (scene.camera == "zoom-in")
-        assert near[-1].any(), "the shape is in sight until the end"
 
 
 @pytest.mark.parametrize(
