@@ -151,3 +151,4 @@ def test_an_unknown_gpu_is_refused() -> None:
     with pytest.raises(UserError, match="no GPU 'b200' in the table: a100-80"):
         choose_gpu("b200")
     assert choose_gpu("cpu", 48, 100).peak("bf16-mixed") == 100
+    assert choose_gpu("b200", 179, 2250).memory == 179

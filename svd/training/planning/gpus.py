@@ -42,10 +42,13 @@ GPUS = {
 
 
 def choose_gpu(name: str, memory: float | None = None, peak: float | None = None) -> Gpu:
-    """Return a GPU of the table, with other memory (GiB) or another peak (TFLOP/s); raise UserError for an unknown."""
-    if name not in GPUS:
+    """Return a GPU of the table, with other memory (GiB) or another peak (TFLOP/s), or one that both describe.
+
+    Raises UserError for an unknown one.
+    """
+    if name not in GPUS and (memory is None or peak is None):
         raise UserError(f"no GPU '{name}' in the table: {', '.join(GPUS)}; for another one give --memory and --peak")
-    gpu = GPUS[name]
+    gpu = GPUS.get(name, Gpu(name, None, None, None))
     if memory is not None:
         gpu = replace(gpu, memory=memory)
     return gpu if peak is None else replace(gpu, half=peak, single=peak)
