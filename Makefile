@@ -40,7 +40,7 @@ test: setup     ## run the tests
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 test-slow: setup ## run the slow tests
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m 'slow and not gpu'
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m 'slow and not gpu' $(if $(BUDGET),--budget $(BUDGET))
 
 drill: setup    ## break the local stack in twelve ways and say what became of the work
 	OMP_NUM_THREADS=1 python tests/e2e/drill.py $(FAULTS)
