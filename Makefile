@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Compiled Python goes there; kept even where the environment asks for none: without it each start takes twice as long.
+# Compiled Python goes there, even where the environment asks for none: `import torch` takes twice as long without.
 export PYTHONPYCACHEPREFIX ?= $(CURDIR)/.cache/pycache
 export PYTHONDONTWRITEBYTECODE :=
 export DVC_NO_ANALYTICS := 1

@@ -80,10 +80,11 @@ class _Seen:
 def _look(location: str) -> _Seen:
     try:
         version = storage.version(location)
-        return _Seen(json.loads(storage.read_bytes(location)), version)
+        record = json.loads(storage.read_bytes(location))
+        return _Seen({**record, "token": int(record["token"]), "owner": str(record["owner"])}, version)
     except FileNotFoundError:
         return _Seen({"token": 0, "owner": "", "beat": 0}, None)
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{location}: not a lease; delete it when nobody works there") from None
 
 
@@ -235,7 +236,7 @@ def _acquire(location: str, name: str, least: int) -> Lease:
     while True:
         seen, was_held = _await_free(location, name)
         waited |= was_held
-        lease = Lease(location, name, max(least, int(seen.record["token"])) + 1, waited)
+        lease = Lease(location, name, max(least, seen.record["token"]) + 1, waited)
         with contextlib.suppress(storage.Conflict):
             lease.take(seen.version)
             return lease

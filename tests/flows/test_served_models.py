@@ -23,7 +23,8 @@ from flows.places import Place
 from flows.running import runner
 from flows.running.runner import git_commit
 from flows.stages import STAGES, Stage
-from flows.tracking.runs import Lineage, RunInfo, tracked_run, tracking_uri
+from flows.tracking.mlflow_delivery import Delivery
+from flows.tracking.runs import EXPERIMENT, Lineage, RunInfo, tracked_run, tracking_uri
 from svd.config import Preset
 from svd.config.load import load_preset
 from svd.media.video import Frames, read_frames
@@ -248,3 +249,24 @@ def test_what_people_wrote_of_a_version_stays(preset: Preset) -> None:
         runner._register(tracker, stage, preset, output, [Lineage(stage.name, str(output), "2" * 32 + ".dir")])
     assert client.get_model_version(stage.model, version).description == "the one for the talk"
     client.update_model_version(stage.model, version, before)
+
+
+def test_a_description_that_mlflow_cant_store_costs_no_alias(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that holds ASCII alone answers with an error of the server's."""
+
+    def refuse(*_: object) -> None:
+        raise MlflowException("'ascii' codec can't encode character")
+
+    client, (stage, *_) = mlflow.MlflowClient(tracking_uri()), REGISTERED
+    version = client.get_model_version_by_alias(stage.model, "candidate")
+    client.update_model_version(stage.model, version.version, "")
+    client.delete_registered_model_alias(stage.model, "candidate")
+    delivery = Delivery(tracking_uri(), EXPERIMENT)
+    delivery._client = client
+    settings = {"checkpoint": version.tags["checkpoint"], "description": version.description}
+    with monkeypatch.context() as ascii_alone:
+        ascii_alone.setattr(mlflow.MlflowClient, "update_model_version", refuse)
+        with pytest.raises(MlflowException):
+            delivery._model({"name": stage.model, "folders": {}, "settings": settings})
+    assert client.get_model_version_by_alias(stage.model, "candidate").version == version.version
+    client.update_model_version(stage.model, version.version, version.description)

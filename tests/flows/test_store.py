@@ -536,7 +536,7 @@ def test_who_lost_the_lease_can_not_publish(project: Path, root: str) -> None:
     store.keep_entry(root, "tiny", "sources", Fence("sources", 1))  # another lease has its own tokens
 
 
-@pytest.mark.parametrize("left", [None, b"", b"{"])
+@pytest.mark.parametrize("left", [None, b"", b"{", b"{}", b"[]", b'{"token": "x", "owner": ""}'])
 def test_a_lease_that_somebody_deleted_locks_nobody_out(project: Path, root: str, left: bytes | None) -> None:
     store.fence_off(root, "tiny", Fence("sources", 7), [find_stage("sources")])
     if left is not None:
