@@ -103,10 +103,8 @@ def _require_whole_archive(stream: IO[bytes], name: str) -> None:
     try:
         with zipfile.ZipFile(stream) as archive:
             bad = archive.testzip()
-    except (
-        zlib.error,
-        RuntimeError,
-    ) as error:  # a flipped bit in the directory: encrypted, compressed, a later version
+    # A flipped bit in the directory asks for a password, a compression or a later version of the format.
+    except (zlib.error, RuntimeError) as error:
         raise Damaged(f"{name}: {error}") from error
     if bad:
         raise Damaged(f"{bad} in {name} has another checksum")

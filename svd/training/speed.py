@@ -173,8 +173,8 @@ def take_memory(device: torch.device) -> float:
 def measure_peak(device: torch.device, precision: Precision) -> float:
     """Return the FLOP/s of the fastest of some products of two square matrices in a training's precision.
 
-    Measured once a process. Matrices in float32 are multiplied as the training does it, without
-    TF32. The global random state stays as it is.
+    Measured once a process. Matrices in float32 are multiplied as the training does it, without TF32. The global random
+    state stays as it is.
     """
     dtype, largest = HALF.get(precision, torch.float32), LARGEST.get(device.type, LARGEST_ON_CPU)
     best, side, until = 0.0, SMALLEST, time.perf_counter() + PEAK_SECONDS
