@@ -17,6 +17,7 @@ TRAININGS = (
     "image-to-video",
     "multiview-finetuning",
 )
+ANIMATIONS = TRAININGS[3:]  # stages whose network is given frames
 FINETUNES = TRAININGS[2:]  # stages that must end below what they started from
 EVALUATIONS = ("recognition-evaluation", "image-to-video-evaluation", "multiview-benchmark")
 _CONTROLS = ("untrained", "mean-frame", "noise")
@@ -31,8 +32,11 @@ class ClaimGroup:
 
 
 def training_claims(stage: str, metrics: Mapping[str, Any]) -> list[Claim]:
-    """Return the claims about a training: its loss below a linear filter's, and a finetune's below its start's."""
-    controls = [("linear", "the best linear filter")]
+    """Return the claims about a training: its loss is below a linear filter's, below its own with another clip's frames
+    or caption, and a finetune's below that of its start.
+    """
+    signal = "frames" if stage in ANIMATIONS else "caption"
+    controls = [("linear", "the best linear filter"), ("swapped", f"its own, given another clip's {signal}")]
     if stage in FINETUNES:
         controls.append(("start", "the network it started from"))
     return [

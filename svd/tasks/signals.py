@@ -121,6 +121,16 @@ def dropped(signals: ClipSignals, null_text: Tensor | None = None) -> ClipSignal
     )
 
 
+def swapped(signals: ClipSignals) -> ClipSignals:
+    """Give each clip the conditioning frames of the next in the batch, or the next one's text where it has no frames.
+
+    What a network then loses is what it takes from them.
+    """
+    if signals.latents is not None:
+        return replace(signals, latents=signals.latents.roll(-1, 0))
+    return replace(signals, text=given(signals.text).roll(-1, 0))
+
+
 def fps_id(fps: Number) -> Number:
     """Return the network's frame rate, fps - 1 (released code and diffusers; a clip at 7 fps has id 6)."""
     return fps - 1

@@ -1,16 +1,20 @@
-"""What a stage's validation loss is compared with, on the same samples, noise and levels: a linear filter, its start.
+"""What a stage's validation loss is compared with, on the same samples, noise and levels.
 
-`validation.csv` of a stage has a row per validation sample: `sigma`, and its loss under `before` (the first weights),
-`after` (the averaged last ones), `linear` (svd/training/linear_filter.py) and, when the stage started from a trained
-network, `start`: that network conditioned as it was trained. Where the task changes it differs from `before`: an
-image-to-video network starts from one that reads the caption. Elsewhere the two are alike, unless the stage lost its
-start.
+`validation.csv` of a stage has a row per validation sample: `sigma`, and its loss under
+
+- `before` (the first weights) and `after` (the averaged last ones);
+- `linear`: the best linear filter (svd/training/linear_filter.py);
+- `swapped`: the last weights, given the frames of another clip or, for a task without, its caption. Not below it, the
+  network doesn't read them; longer training alone can't show that;
+- `start`, when the stage started from a trained network: that network conditioned as it was trained. Where the task
+  changes it differs from `before`: an image-to-video network starts from one that reads the caption. Elsewhere the two
+  are alike, unless the stage lost its start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,9 +32,11 @@ from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
 from svd.tasks.base import Task
 from svd.tasks.registry import TASKS
+from svd.tasks.signals import swapped
 from svd.tasks.text_to_video import IMAGE
 from svd.training.linear_filter import LinearFilter, Pair, fit
 
+CONTROLS = ("linear", "swapped", "start")  # columns that the last weights should be below
 FITTED = 2048  # training samples at most; their covariances cost memory, and more of them change little
 
 
@@ -100,6 +106,11 @@ class Validation:
             return None
         return self.losses(unet, self.task if task.pixels and self.task.pixels else task)
 
+    def losses_swapped(self, unet: UNet) -> Tensor:
+        """Return the losses, (count,), of a trained network that is given the frames or the caption of another clip."""
+        task = self.task
+        return self.losses(unet, replace(task, build=lambda signals, unet: task.build(swapped(signals), unet)))
+
     @torch.no_grad()
     def losses(self, unet: UNet, task: Task) -> Tensor:
         """Return the losses of a network that was trained for `task`, conditioned as `task` does, (count,)."""
@@ -130,9 +141,9 @@ def trained_task(unet: UNet) -> Task | None:
 def compared(columns: Mapping[str, Tensor], sigmas: Tensor, clips: Sequence[str]) -> dict[str, float | int | str]:
     """Return the metrics of a stage's `columns` of losses, (N,) each, of the samples' noise levels and clips.
 
-    `validation_loss_<column>`, and for `linear` and `start` how far the last weights are below them, in standard errors
-    of the paired difference at equal noise levels over independent clips (`validation_margin_<column>`; missing where
-    it isn't known).
+    `validation_loss_<column>`, and for those of CONTROLS how far the last weights are below them, in standard errors of
+    the paired difference at equal noise levels over independent clips (`validation_margin_<column>`; missing where it
+    isn't known).
     """
     metrics: dict[str, float | int | str] = {
         "validation_samples": len(sigmas),
@@ -140,7 +151,7 @@ def compared(columns: Mapping[str, Tensor], sigmas: Tensor, clips: Sequence[str]
     }
     for name, losses in columns.items():
         metrics[f"validation_loss_{name}"] = round(losses.mean().item(), 6)
-        if name in ("linear", "start"):
+        if name in CONTROLS:
             found = margin((losses - columns["after"]).tolist(), sigmas.tolist(), clips)
             metrics |= {} if found is None else {f"validation_margin_{name}": round(found, 3)}
     return metrics

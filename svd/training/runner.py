@@ -344,6 +344,8 @@ def compare(training: Training, history: History, finished: Path) -> dict[str, f
     validation = training.comparison()
     columns = {name: torch.tensor(history.rows[k]["val_losses"]) for name, k in (("before", 0), ("after", -1))}
     columns["linear"] = validation.linear()
+    if training.lora is None:
+        columns["swapped"] = validation.losses_swapped(load_unet(finished / "unet"))
     if training.source is not None:
         own = validation.losses_of_start(load_unet(training.source))
         columns["start"] = columns["before"] if own is None else own

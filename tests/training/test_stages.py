@@ -131,9 +131,9 @@ def losses_of(output: Path) -> tuple[dict[str, Any], pl.DataFrame]:
 
 def test_every_loss_is_compared_on_the_same_samples(chain: Path) -> None:
     metrics, table = losses_of(chain / "outputs/image-pretraining")
-    assert table.columns == ["sigma", "before", "after", "linear"], "fresh weights started from nothing"
+    assert table.columns == ["sigma", "before", "after", "linear", "swapped"], "fresh weights started from nothing"
     assert len(table) == metrics["validation_samples"] == 8 and table["sigma"].n_unique() == 8
-    for name in ("before", "after", "linear"):
+    for name in ("before", "after", "linear", "swapped"):
         assert table[name].mean() == pytest.approx(metrics[f"validation_loss_{name}"], abs=1e-5)
     clips = [
         row["clip_id"] for row in LatentCache(chain / "latents").rows(short().image_pretraining.phases[-1], "test")
