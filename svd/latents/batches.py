@@ -71,6 +71,10 @@ class Buckets(Dataset[Batch]):
         number, bucket = divmod(index, len(self.examples))
         return {**self.examples[bucket][number], "index": torch.tensor(index)}
 
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """Read the samples of a batch; torch's loader calls it."""
+        return self.examples[0].cache.each(self.__getitem__, indices)
+
     def sources(self, index: int) -> list[Mapping[str, Any]]:
         """Return the index rows that a global sample is read from, as `Examples.sources` does."""
         number, bucket = divmod(index, len(self.examples))

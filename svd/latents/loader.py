@@ -185,6 +185,10 @@ class Examples(Dataset[Batch]):
             example["latent_noise"] = torch.randn(shape, generator=generator(draws.seed, index, "ends"))
         return example
 
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """Read the samples of a batch; torch's loader calls it."""
+        return self.cache.each(self.__getitem__, indices)
+
     def _clip(self, index: int) -> tuple[Sample, Tensor]:
         """Read a sample cut to T frames, and its text: (S, D), in joint training (T, S, D)."""
         sample = self._read(self.row(index, turn) for turn in range(len(self.rows)))
