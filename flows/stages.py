@@ -61,6 +61,8 @@ class Stage:
     keep: its output is not deleted before it runs again, because people add to it between two runs.
     reads: patterns of `<input>/<file>` (`*` stands for slashes, too), when it reads only these files of its inputs: a
         machine that lacks an input brings nothing else of it. An input that no pattern names is read whole.
+    streams: patterns of `<input>/<file>` that it can read from a store by ranges (`compute.<stage>.stream`). They are
+        named by their content.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Stage:
     losses: bool = False
     keep: bool = False
     reads: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()
 
     def load(self) -> Callable[[StageContext], Report]:
         """Import and return the stage's function. Imported late, because some stages import torch."""
@@ -99,8 +102,17 @@ class Stage:
         """Return whether it reads the file `relative` of the input `name`."""
         return not self.reads_part_of(name) or any(fnmatchcase(f"{name}/{relative}", p) for p in self.reads)
 
+    def streams_part_of(self, name: str) -> bool:
+        """Return whether it can read files of the input `name` from a store."""
+        return any(pattern.startswith(f"{name}/") for pattern in self.streams)
+
+    def streams_file(self, name: str, relative: str) -> bool:
+        """Return whether it can read the file `relative` of the input `name` from a store."""
+        return any(fnmatchcase(f"{name}/{relative}", pattern) for pattern in self.streams)
+
 
 _NETWORKS = ("autoencoder", "encoders")
+_SHARDS = ("latents/shards/*",)
 
 
 def _training(section: str) -> tuple[str, ...]:
@@ -160,6 +172,7 @@ _LIST = (
         hours=240,
         inputs=("latents", *_NETWORKS),
         options=_training("image_pretraining"),
+        streams=_SHARDS,
         distributed=True,
         external=True,
         losses=True,
@@ -171,6 +184,7 @@ _LIST = (
         hours=2400,
         inputs=("latents", *_NETWORKS, "image-pretraining"),
         options=_training("video_pretraining"),
+        streams=_SHARDS,
         distributed=True,
         losses=True,
     ),
@@ -181,6 +195,7 @@ _LIST = (
         hours=720,
         inputs=("latents", *_NETWORKS, "video-pretraining"),
         options=_training("high_quality_finetuning"),
+        streams=_SHARDS,
         model="svd-text-to-video",
         distributed=True,
         losses=True,
@@ -192,6 +207,7 @@ _LIST = (
         hours=720,
         inputs=("latents", *_NETWORKS, "video-pretraining"),
         options=_training("image_to_video"),
+        streams=_SHARDS,
         model="svd-image-to-video",
         distributed=True,
         losses=True,
@@ -286,6 +302,7 @@ _LIST = (
         hours=72,
         inputs=("latents", *_NETWORKS, "image-to-video"),
         options=_training("camera_lora"),
+        streams=_SHARDS,
         model="svd-camera-lora",
         base="image-to-video",
         distributed=True,
@@ -298,6 +315,7 @@ _LIST = (
         hours=96,
         inputs=("latents", *_NETWORKS, "high-quality-finetuning"),
         options=_training("frame_interpolation"),
+        streams=_SHARDS,
         model="svd-frame-interpolation",
         distributed=True,
         branch=True,

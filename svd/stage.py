@@ -25,6 +25,8 @@ from svd.config import Preset
 from svd.core.files import replace_folder, write_json
 
 KEPT = "published"
+# A file of an input that lies here in part: where its other files are, by their relative paths.
+STREAMED = "streamed.json"
 
 
 class Tracker(Protocol):

@@ -24,8 +24,9 @@ from svd.config import Preset
 from svd.config.load import load_preset
 from svd.diffusion import edm
 from svd.diffusion.guidance import conditioned
+from svd.latents.batches import Steps, in_order
 from svd.latents.cache import LatentCache
-from svd.latents.loader import Draws, Examples, Steps
+from svd.latents.loader import Draws, Examples
 from svd.model.formats.encoders import load_encoders
 from svd.model.formats.folders import load_autoencoder, load_unet
 from svd.synthetic.scenes import PLAIN_COLOURS, PLAIN_SHAPES
@@ -87,7 +88,7 @@ def measure(preset: Preset, clips: int) -> dict[float, dict[str, Tensor]]:
     unet = load_unet(Place(preset.name, STAGE).output / "unet").eval()
     autoencoder = load_autoencoder(inputs["autoencoder"])
     found: dict[float, dict[str, list[Tensor]]] = {sigma: {name: [] for name in CHANGES} for sigma in SIGMAS}
-    for numbers in track(list(Steps(-(-count // BATCH), BATCH, 0, 1)), "denoising"):
+    for numbers in track(list(Steps(in_order(BATCH), range(-(-count // BATCH)))), "denoising"):
         numbers = [number for number in numbers if number < count]
         batch = torch.utils.data.default_collate([examples[number] for number in numbers])
         for name, text in texts.items():

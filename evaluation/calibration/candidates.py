@@ -149,7 +149,7 @@ def encode_start_set(context: StageContext, start: pl.DataFrame) -> LatentCache:
     work = context.work / "latents"
     if not (work / "finished" / "latents.json").is_file():
         phases = context.preset.threshold_calibration.phases
-        sizes = sorted({(phase.frames, phase.height, phase.width) for phase in phases})
+        sizes = sorted({(size.frames, size.height, size.width) for phase in phases for size in phase.by_bucket})
         geometries = [Geometry(frames=frames, height=height, width=width) for frames, height, width in sizes]
         latents = context.preset.latents.model_copy(update={"geometries": geometries})
         preset = context.preset.model_copy(update={"latents": latents})

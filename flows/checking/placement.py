@@ -38,11 +38,8 @@ def unshared(preset: Preset, name: str, gpus: int | None = None) -> Iterator[str
     parts = compute.gradient_accumulation
     section = name.replace("-", "_")
     for number, phase in enumerate(getattr(preset, section).phases):
-        if phase.batch_size % (ranks * parts):
-            yield (
-                f"{section}.phases.{number}: a batch of {phase.batch_size} clips can't be shared by {ranks} ranks x "
-                f"{parts} accumulation steps; change 'batch_size'"
-            )
+        if line := phase.unshared(ranks, parts):
+            yield f"{section}.phases.{number}: {line}"
 
 
 def refuse_misplaced(preset: Preset, names: Sequence[str], gpus: int | None = None) -> None:

@@ -90,6 +90,7 @@ def _values(plan: PhasePlan, gpu: Gpu, price: _Price | None) -> dict[str, Any]:
         "frames": plan.phase.frames,
         "height": plan.phase.height,
         "width": plan.phase.width,
+        "buckets": len(plan.phase.buckets),
         "parameters": asdict(plan.parameters) | {"total": plan.parameters.total},
         "memory_bytes": asdict(plan.memory) | {"total": plan.memory.total},
         "fits": None if gpu.memory is None else plan.misfit(gpu) is None,
@@ -156,7 +157,7 @@ def _work_rows(plans: Sequence[PhasePlan], price: _Price | None) -> Iterator[Seq
         yield (
             plan.stage,
             str(plan.number + 1),
-            f"{phase.frames}x{phase.height}x{phase.width}",
+            f"{phase.frames}x{phase.height}x{phase.width}" + (f" + {len(phase.buckets)}" if phase.buckets else ""),
             f"{plan.ranks} x {plan.passes} x {plan.clips}",
             f"{plan.flops / 1e12:,.3g}" if plan.flops < 1e15 else f"{plan.flops / 1e12:,.0f}",
             f"{phase.iterations:,}",
@@ -176,7 +177,12 @@ def _hours(hours: float | None) -> str:
 
 
 def _notes(preset: Preset, stages: Sequence[str], plans: Sequence[PhasePlan]) -> Iterator[str]:
-    """Yield what keeps these trainings out of a pipeline: nodes, and longer than a flow may run."""
+    """Yield what the plan assumes of buckets, and what keeps trainings out of a pipeline: nodes, too many hours."""
+    if bucketed := dict.fromkeys(plan.stage for plan in plans if plan.phase.buckets):
+        yield (
+            "how many clips a bucket has isn't known before the latents are: every step is planned with the memory and "
+            f"the work of the largest bucket, samples as if all had the phase's own size: {', '.join(bucketed)}"
+        )
     if several := [name for name in stages if preset.compute.of(name).nodes > 1]:
         yield f"several nodes, so not for a pipeline (README, Several GPUs): {', '.join(several)}"
     for name in stages:

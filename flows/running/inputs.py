@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,8 @@ from flows.tracking.runs import Lineage
 from svd import storage
 from svd.config import Preset
 from svd.core.errors import UserError
-from svd.core.files import atomic_folder
+from svd.core.files import atomic_folder, write_json
+from svd.stage import STREAMED
 
 PARTS = Path(".cache") / "parts"
 
@@ -53,35 +55,60 @@ def input_hashes(folders: Mapping[str, Path], parts: Mapping[str, Part]) -> list
     ]
 
 
-def bring_inputs(stage: Stage, preset: str, items: Sequence[Lineage], root: str | None) -> dict[str, Part]:
+def input_files(folder: Path) -> dict[str, int]:
+    """Return the files of an input by relative path with their sizes in bytes; those that are streamed have 0."""
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    if files.pop(STREAMED, None):
+        files |= dict.fromkeys(json.loads((folder / STREAMED).read_text()), 0)
+    return files
+
+
+def bring_inputs(
+    stage: Stage, preset: str, items: Sequence[Lineage], root: str | None, stream: bool = False
+) -> dict[str, Part]:
     """Bring a stage's inputs to the hashes `items` (default: those that the store names); return what came in part.
 
     An input of which the stage reads only some files is brought in part when there is a store and no folder of it here.
+    stream: leave in the store what the stage can read there.
     """
     if root is None:
         versioning.pull(list(items))
         return {}
     if not items:
         items = results_store.stored_outputs(root, preset, Place(preset, stage.name).inputs)
-    partly = [i for i in items if stage.reads_part_of(Path(i.path).name) and not Path(i.path).exists()]
+    partly = [i for i in items if _in_part(stage, Path(i.path).name, stream) and not Path(i.path).exists()]
     versioning.pull([item for item in items if item not in partly], root)
-    return {Path(item.path).name: Part(_bring_part(stage, item, root), item) for item in partly}
+    return {Path(item.path).name: Part(_bring_part(stage, item, root, stream), item) for item in partly}
 
 
-def _bring_part(stage: Stage, item: Lineage, root: str) -> Path:
-    """Download the files of the folder `item` that the stage reads, unless they are here; return where they lie."""
+def _in_part(stage: Stage, name: str, stream: bool) -> bool:
+    return stage.reads_part_of(name) or (stream and stage.streams_part_of(name))
+
+
+def _bring_part(stage: Stage, item: Lineage, root: str, stream: bool) -> Path:
+    """Download the files of the folder `item` that the stage reads, unless they are here; return where they lie.
+
+    stream: note in STREAMED where the others are that it reads.
+    """
     name = Path(item.path).name
     folder = PARTS / item.md5.removesuffix(".dir") / stage.name
-    files = [f for f in results_store.stored_files(root, item) if stage.reads_file(name, f["relpath"])]
+    read = [f for f in results_store.stored_files(root, item) if stage.reads_file(name, f["relpath"])]
+    streamed = {f["relpath"]: f["md5"] for f in read if stream and stage.streams_file(name, f["relpath"])}
+    _bring_files(item, [f for f in read if f["relpath"] not in streamed], folder, root)
+    if streamed:
+        write_json(folder / STREAMED, {path: versioning.stored_object(root, md5) for path, md5 in streamed.items()})
+    return folder
+
+
+def _bring_files(item: Lineage, files: Sequence[Mapping[str, str]], folder: Path, root: str) -> None:
     if all(_has(folder / f["relpath"], f["md5"]) for f in files) and folder.is_dir():
-        return folder
+        return
     with (
         atomic_folder(folder) as temporary,
         ui.progress(files, desc=f"bringing {item.path} in part", unit="file", leave=False, delay=2) as bar,
     ):
         for file in bar:
             _bring_file(root, file["md5"], temporary / PurePosixPath(file["relpath"]))
-    return folder
 
 
 def _bring_file(root: str, md5: str, target: Path) -> None:

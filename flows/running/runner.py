@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flows.places import Place, run_key_of
@@ -32,7 +32,7 @@ from flows.recording.work import (
     mark_delivered,
     published_before,
 )
-from flows.running.inputs import Part, bring_inputs, input_hashes, stage_inputs
+from flows.running.inputs import Part, bring_inputs, input_files, input_hashes, stage_inputs
 from flows.running.lease import Lease, held
 from flows.running.registered_card import registered_card
 from flows.running.scratch import within_scratch
@@ -66,16 +66,18 @@ def work_digest(stage: Stage, preset: Preset, inputs: Mapping[str, Path]) -> str
     """Return a name for work in progress by what it is made from: the options of the stage that the preset's file sets,
     and names, sizes and metrics of the input files that it reads.
 
-    An option that the file doesn't set is left out, so that a new version of the code goes on where the old one was.
+    Files that may be streamed count by name. An option that the file doesn't set is left out, so that a new version of
+    the code goes on where the old one was.
     """
     values = preset.model_dump(mode="json", exclude_unset=True)
     parts = {name: option(values, name) for name in sorted({"name", "seed", *stage.options})}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, folder in sorted(inputs.items()):
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            relative = path.relative_to(folder).as_posix()
+        for relative, size in sorted(input_files(folder).items(), key=lambda item: PurePosixPath(item[0])):
+            if stage.streams_file(name, relative):
+                size = 0
             if stage.reads_file(name, relative):
-                digest.update(f"{name}/{relative}:{path.stat().st_size}\n".encode())
+                digest.update(f"{name}/{relative}:{size}\n".encode())
         if stage.reads_file(name, "metrics.json") and (folder / "metrics.json").is_file():
             digest.update((folder / "metrics.json").read_bytes())
     return digest.hexdigest()[:16]
@@ -200,7 +202,8 @@ def run_preset_stage(
     ):
         for folder in (*place.inputs.values(), place.output):
             recover(folder)
-        parts = bring_inputs(stage, preset.name, inputs, root)
+        stream = bool(stage.streams) and preset.compute.of(stage.name).stream
+        parts = bring_inputs(stage, preset.name, inputs, root, stream)
         if root and lease:
             return _run_shared(stage, preset, link or RunLink(), Shared(root, lease, parts), keep, profile)
         report, _ = _run(stage, preset, link or RunLink(), None, profile)

@@ -38,6 +38,11 @@ class TrainingCompute(Section):
     nodes: PositiveInt = Field(1, description="machines; a launcher (torchrun, srun) must start one process group each")
     strategy: Literal["auto", "ddp", "fsdp2"] = Field("auto", description="fsdp2 shards weights and optimiser state")
     num_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per rank that load batches; 0: none")
+    stream: bool = Field(
+        False,
+        description="read latents that this machine lacks from the store, by ranges, and bring no shard to its disk; "
+        "'num_workers' read ahead",
+    )
     gradient_accumulation: PositiveInt = Field(
         1, description="parts into which each rank splits its share of a batch; the batch itself stays `batch_size`"
     )

@@ -49,11 +49,11 @@ class Preset(Section):
         stages = ("image_pretraining", "video_pretraining", "high_quality_finetuning", "image_to_video")
         for stage in (*stages, "camera_lora", "frame_interpolation"):
             for number, phase in enumerate(getattr(self, stage).phases):
-                if not any(geometry.serves(phase) for geometry in self.latents.geometries):
-                    size = f"{phase.frames} frames of {phase.height}x{phase.width}"
-                    raise ValueError(
-                        f"'{stage}.phases.{number}' needs {size}, which no entry of 'latents.geometries' has"
-                    )
+                for size in phase.by_bucket:
+                    if not any(geometry.serves(size) for geometry in self.latents.geometries):
+                        raise ValueError(
+                            f"'{stage}.phases.{number}' needs {size.size}, which no entry of 'latents.geometries' has"
+                        )
         return self
 
     @model_validator(mode="after")
@@ -77,8 +77,10 @@ class Preset(Section):
     def _orbits_are_rendered(self) -> Self:
         orbits = self.orbits
         for number, phase in enumerate(self.multiview_finetuning.phases):
-            if (phase.frames, phase.height, phase.width) != (orbits.views, orbits.size, orbits.size):
-                found = f"{phase.frames} frames of {phase.height}x{phase.width}"
-                made = f"{orbits.views} views of {orbits.size}x{orbits.size}"
-                raise ValueError(f"'multiview_finetuning.phases.{number}' has {found}, but 'orbits' renders {made}")
+            for size in phase.by_bucket:
+                if (size.frames, size.height, size.width) != (orbits.views, orbits.size, orbits.size):
+                    made = f"{orbits.views} views of {orbits.size}x{orbits.size}"
+                    raise ValueError(
+                        f"'multiview_finetuning.phases.{number}' has {size.size}, but 'orbits' renders {made}"
+                    )
         return self

@@ -85,6 +85,57 @@ class Phase(Section):
     learning_rate: float = Field(gt=0)
     trainable: Literal["all", "time-embedding", "temporal"] = "all"
     image_share: Fraction = Field(0.0, description="text-to-video: share of clips replaced by as many unrelated images")
+    buckets: list[Geometry] = Field(
+        [],
+        description="other lengths and sizes that train as well, in batches of their own: as many clips as have no "
+        "more frames x latent positions than `batch_size` clips of the phase's own size",
+    )
+    batch_multiple: PositiveInt = Field(
+        1, description="the batches of all buckets are multiples of it, for so many ranks x accumulation steps"
+    )
+
+    @model_validator(mode="after")
+    def _buckets_keep_to_the_budget(self) -> Self:
+        if self.batch_size % self.batch_multiple:
+            raise ValueError(f"'batch_size' must be a multiple of 'batch_multiple', {self.batch_multiple}")
+        sizes = [phase.size for phase in self.by_bucket]
+        if twice := next((size for size in sizes if sizes.count(size) > 1), None):
+            raise ValueError(f"{twice} are trained on twice; the phase's own size is no entry of 'buckets'")
+        for phase in self.by_bucket:
+            if not phase.batch_size:
+                most = f"{self.batch_size} clips of {self.size}"
+                raise ValueError(
+                    f"'buckets': {self.batch_multiple} clips of {phase.size} have more tokens than {most}; raise "
+                    "'batch_size' or lower 'batch_multiple'"
+                )
+        return self
+
+    @property
+    def size(self) -> str:
+        """Length and size in words."""
+        return f"{self.frames} frames of {self.height}x{self.width}"
+
+    @property
+    def by_bucket(self) -> list[Phase]:
+        """The phase with each of its lengths and sizes alone, its own first; `batch_size` is that of the bucket."""
+        tokens = self.frames * self.height * self.width  # their ratios are those of latent positions
+        found = [self.model_copy(update={"buckets": []})]
+        for bucket in self.buckets:
+            clips = self.batch_size * tokens // (bucket.frames * bucket.height * bucket.width)
+            size = clips // self.batch_multiple * self.batch_multiple
+            found.append(found[0].model_copy(update={**bucket.model_dump(), "batch_size": size}))
+        return found
+
+    def unshared(self, ranks: int, parts: int) -> str | None:
+        """Say that so many ranks and accumulation steps can't share a batch evenly; None when they can."""
+        for phase in self.by_bucket:
+            if phase.batch_size % (ranks * parts):
+                key = "batch_size" if phase.size == self.size else "batch_multiple"
+                return (
+                    f"a batch of {phase.batch_size} clips can't be shared by {ranks} ranks x {parts} accumulation "
+                    f"steps; change '{key}'"
+                )
+        return None
 
 
 class Subset(Section):

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 import pyarrow as pa
@@ -30,7 +31,12 @@ from svd.config import Geometry, Phase
 from svd.core.errors import UserError
 from svd.core.files import atomic_file, write_json
 from svd.core.finite import require_finite
+from svd.core.retries import Unreachable
 from svd.latents.index import Index, OpenedIndex, Rows
+from svd.latents.streaming import StreamedShard, streamed_shards
+
+T = TypeVar("T")
+REQUESTS = 16  # samples of a batch that a process reads from a store at once
 
 CAPTION = pl.Struct({"captioner": pl.String, "text": pl.String, "row": pl.Int64})
 SCHEMA: dict[str, Any] = {
@@ -102,7 +108,10 @@ def _parse_geometry(name: str) -> Geometry:
 
 
 class LatentCache:
-    """A finished cache, read by random access; raises UserError when the folder holds none."""
+    """A finished cache, read by random access; raises UserError when the folder holds none.
+
+    Shards that are not in the folder may lie in a store (svd/latents/streaming.py).
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -115,6 +124,7 @@ class LatentCache:
                 pass
         except (OSError, ValueError, pa.ArrowException, SafetensorError) as error:
             raise UserError(f"{folder}: the latent cache is damaged ({error}); run the stage 'latents' again") from None
+        self._streamed = streamed_shards(folder)
         self._handles: dict[str, Any] = {}
 
     def require_autoencoder(self, weights: str) -> None:
@@ -160,6 +170,8 @@ class LatentCache:
         path = self.folder / "shards" / row["shard"]
         try:
             return self._sample(self._open(path), row)
+        except Unreachable:
+            raise  # the store is away, the sample isn't damaged
         except (OSError, SafetensorError, IndexError) as error:
             where = f"row {row['row']} of {path} can't be read ({error})"
             raise DamagedSample(f"{where}; delete the shard and run the stage 'latents' again") from None
@@ -175,13 +187,23 @@ class LatentCache:
             row,
         )
 
+    def each(self, read: Callable[[int], T], indices: Sequence[int]) -> list[T]:
+        """Return what `read` makes of each index, where shards are streamed in threads: their requests overlap."""
+        if not self._streamed:
+            return [read(index) for index in indices]
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return list(pool.map(read, indices))
+
     def _open(self, path: Path) -> Any:
-        """Open a memory-mapped shard; the last 256 stay open."""
-        if path.name not in self._handles:
-            self._handles[path.name] = safe_open(path, "pt")
-            if len(self._handles) > 256:
-                del self._handles[next(iter(self._handles))]
-        return self._handles[path.name]
+        """Open a shard, memory-mapped or in a store; the last 256 stay open."""
+        handle = self._handles.get(path.name)
+        if handle is None:
+            elsewhere = self._streamed.get(path.name)
+            handle = StreamedShard(elsewhere) if elsewhere else safe_open(path, "pt")
+            self._handles[path.name] = handle
+            for name in list(self._handles)[:-256]:  # other threads change it as well
+                self._handles.pop(name, None)
+        return handle
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}

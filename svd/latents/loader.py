@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from svd.core.errors import UserError
 from svd.diffusion.edm import DiscreteSchedule, LogNormal, offset_noise
@@ -25,9 +25,6 @@ from svd.latents.cache import DamagedSample, LatentCache, Sample
 logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 DAMAGED_SHARE = 0.01
-# Workers are no forks of this process: what its threads hold would stay locked in them, and a fork of a process in
-# which Prefect (3.8) has sent logs fails at its end.
-START_METHOD = "forkserver"
 SUBSTITUTES = 1 << 40  # epochs apart from each other and from all that a training reaches: other orders of the samples
 
 
@@ -188,6 +185,10 @@ class Examples(Dataset[Batch]):
             example["latent_noise"] = torch.randn(shape, generator=generator(draws.seed, index, "ends"))
         return example
 
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """Read the samples of a batch; torch's loader calls it."""
+        return self.cache.each(self.__getitem__, indices)
+
     def _clip(self, index: int) -> tuple[Sample, Tensor]:
         """Read a sample cut to T frames, and its text: (S, D), in joint training (T, S, D)."""
         sample = self._read(self.row(index, turn) for turn in range(len(self.rows)))
@@ -293,72 +294,3 @@ class Examples(Dataset[Batch]):
         shares = shares if shares.sum() > 0 else torch.ones_like(shares)
         chosen = torch.multinomial(shares, 1, generator=generator(draws.seed, index, f"caption{part}"))
         return sample.texts[int(chosen)][1]
-
-
-class Steps(Sampler[list[int]]):
-    """The global sample indices of each batch of one rank, from batch `start` on.
-
-    Together the ranks' batches are contiguous: with 2 ranks and batches of 4, rank 0 takes 0, 2, then 4, 6, and rank 1
-    takes 1, 3, then 5, 7.
-    """
-
-    def __init__(self, batches: int, global_batch: int, rank: int, ranks: int, start: int = 0) -> None:
-        self.batches, self.global_batch, self.rank, self.ranks, self.start = batches, global_batch, rank, ranks, start
-
-    def __len__(self) -> int:
-        return self.batches - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self.start, self.batches):
-            first = batch * self.global_batch
-            yield list(range(first + self.rank, first + self.global_batch, self.ranks))
-
-
-def _in_one_line(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches. Raise what a worker says to a user without its traceback, which torch puts in front of it."""
-    try:
-        yield from batches
-    except UserError as error:
-        name = f"{type(error).__module__}.{type(error).__qualname__}: "
-        raise type(error)(str(error).rpartition(name)[2].strip()) from None
-
-
-class IndexedLoader:
-    """Batches 0 … `batches` - 1 of `examples`; its state is the number of the next batch.
-
-    `__len__` counts the batches of the whole run: without it Lightning fetches a batch ahead and skips it when
-    resuming. The ranks share `global_batch` clips evenly; raises UserError when that isn't possible.
-    """
-
-    def __init__(
-        self, examples: Examples, batches: int, global_batch: int, rank: int = 0, ranks: int = 1, num_workers: int = 0
-    ) -> None:
-        if global_batch % ranks:
-            raise UserError(f"a batch of {global_batch} clips can't be shared by {ranks} ranks; change 'batch_size'")
-        self.examples, self.batches, self.global_batch = examples, batches, global_batch
-        self.rank, self.ranks, self.num_workers = rank, ranks, num_workers
-        self.next = 0
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        steps = Steps(self.batches, self.global_batch, self.rank, self.ranks, self.next)
-        batches = DataLoader(
-            self.examples,
-            batch_sampler=steps,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            multiprocessing_context=START_METHOD if self.num_workers else None,
-        )
-        for batch in _in_one_line(batches):
-            self.next += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the next batch's number, which Lightning stores in a checkpoint."""
-        return {"next": self.next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at the batch of a checkpoint."""
-        self.next = state["next"]

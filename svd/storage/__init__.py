@@ -31,6 +31,7 @@ from svd.storage.files import join as join
 from svd.storage.files import link as link
 from svd.storage.files import list_files as list_files
 from svd.storage.files import open_read as open_read
+from svd.storage.files import ranges as ranges
 from svd.storage.files import read_bytes as read_bytes
 from svd.storage.files import read_range as read_range
 from svd.storage.files import replace as replace

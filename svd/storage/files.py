@@ -14,7 +14,7 @@ import mimetypes
 import re
 import tempfile
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -100,11 +100,19 @@ def read_bytes(location: Location) -> bytes:
     return data
 
 
+def ranges(location: Location) -> tuple[Callable[[int, int], bytes], int]:
+    """Return a function that reads (start, length) of the present version, from any thread, and the size in bytes.
+
+    The function raises UserError when the file became another one. Raises FileNotFoundError.
+    """
+    return backend_of(location).ranges(str(location))
+
+
 class RangedReader(io.RawIOBase):
     """A seekable stream over one version of a file; `open_read` wraps it in a buffer."""
 
     def __init__(self, location: str) -> None:
-        self._fetch, self._size = backend_of(location).ranges(location)
+        self._fetch, self._size = ranges(location)
         self._position = 0
 
     def readable(self) -> bool:

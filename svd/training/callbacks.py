@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from svd.core.files import replace_file, replace_folder
-from svd.latents.loader import Examples, Steps
+from svd.latents.batches import Steps, in_order
+from svd.latents.loader import Examples
 from svd.stage import Tracker
 from svd.training import checkpoint_files
 from svd.training.module import Diffusion
@@ -78,7 +79,7 @@ def validate(
     further draws so that each does equally much.
     """
     batch = max(batch // trainer.world_size, 1) * trainer.world_size
-    steps = Steps(-(-count // batch), batch, trainer.global_rank, trainer.world_size)
+    steps = Steps(in_order(batch), range(-(-count // batch)), trainer.global_rank, trainer.world_size)
     losses, sigmas, indices = [], [], []
     with module.evaluating(), trainer.precision_plugin.forward_context():
         shown = {"desc": "validation", "unit": "batch", "leave": False, "delay": 2}
@@ -163,11 +164,11 @@ class Record(Updates):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Record the step."""
-        losses = outputs["losses"]
+        losses, shape = outputs["losses"], batch["latents"].shape
         self.levels.append(torch.stack([losses, outputs["sigma"]]).float())
         self.parts.append(losses.mean())
         if not self.stepped(trainer):
-            self.meter.stop()
+            self.meter.stop(shape)
             return
         # A step counts once, and none that is under way, into however many parts accumulation splits it.
         self.unreduced.append(torch.stack(self.parts).mean())
@@ -177,7 +178,7 @@ class Record(Updates):
         due = validated or step % self.log_every == 0
         if due:
             self._reduce()  # before the meter stops: it waits for the device, whose work belongs to the step
-        self.meter.stop(module.gradient_norm)
+        self.meter.stop(shape, module.gradient_norm)
         if due:
             loss = self._log(trainer, module, step)
             self._add(step, loss, self._validate(trainer, module, step) if validated else None, whole=last)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from svd.config import Phase, Preset, TrainingConfig
@@ -32,7 +32,7 @@ def training_card(
     facts = {
         "read from": ", ".join(f"`{name}`" for name in ("latents", "orbits") if name in context.inputs),
         "SHA-256 of the index of samples": f"`{file_hash(cache.folder / 'index.parquet')}`",
-        "samples drawn": len(motions) * sum(phase.iterations * phase.batch_size for phase in phases),
+        "samples drawn": _samples_drawn(phases, len(motions)),
     }
     facts |= {f"phase {number}": described(phase) for number, phase in enumerate(phases, start=1)}
     limits = (
@@ -45,11 +45,16 @@ def training_card(
     return Card(stage, tags, facts, training_parents(context, source), limits, pipeline=pipeline)
 
 
+def _samples_drawn(phases: Sequence[Phase], models: int) -> int | str:
+    most = models * sum(phase.iterations * max(size.batch_size for size in phase.by_bucket) for phase in phases)
+    return f"at most {most}" if any(phase.buckets for phase in phases) else most
+
+
 def described(phase: Phase) -> str:
     """Describe a phase of a training in one line."""
+    batches = " or ".join(f"{size.batch_size} x {size.size}" for size in phase.by_bucket)
     return (
-        f"{phase.iterations} steps of {phase.batch_size} x {phase.frames} frames of {phase.height}x{phase.width}, "
-        f"log σ ~ N({phase.p_mean}, {phase.p_std}²), trained: {phase.trainable}"
+        f"{phase.iterations} steps of {batches}, log σ ~ N({phase.p_mean}, {phase.p_std}²), trained: {phase.trainable}"
     )
 
 

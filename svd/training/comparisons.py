@@ -27,7 +27,8 @@ from svd.core.margins import margin
 from svd.diffusion import edm
 from svd.diffusion.edm import Kind
 from svd.diffusion.guidance import conditioned
-from svd.latents.loader import Batch, Examples, Steps
+from svd.latents.batches import Steps, in_order
+from svd.latents.loader import Batch, Examples
 from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
 from svd.tasks.base import Task
@@ -127,7 +128,7 @@ class Validation:
     def _batches(self, examples: Examples, count: int) -> Iterator[Batch]:
         """Yield samples 0 … count - 1 in batches."""
         size = min(self.batch, count)
-        for batch in DataLoader(examples, batch_sampler=Steps(-(-count // size), size, 0, 1)):
+        for batch in DataLoader(examples, batch_sampler=Steps(in_order(size), range(-(-count // size)))):
             yield {name: value[: count - int(batch["index"][0])] for name, value in batch.items()}
 
 

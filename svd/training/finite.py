@@ -13,6 +13,7 @@ from torch import Tensor
 
 from svd.core.errors import UserError
 from svd.core.finite import not_finite
+from svd.latents.batches import Buckets
 from svd.latents.loader import Examples
 
 
@@ -39,7 +40,7 @@ def check_step(losses: Tensor, indices: Tensor, gradient_norm: Tensor | None) ->
         raise NotFinite(indices[~finite].tolist())
 
 
-def explain(error: NotFinite, examples: Examples, step: int, folder: Path) -> UserError:
+def explain(error: NotFinite, examples: Examples | Buckets, step: int, folder: Path) -> UserError:
     """Return the message for people; write the samples into `folder` as `not-finite-<index>.safetensors`."""
     where = f"{folder}: training stopped at step {step}"
     kept = "the last checkpoint is from before"
@@ -49,7 +50,7 @@ def explain(error: NotFinite, examples: Examples, step: int, folder: Path) -> Us
     return UserError(f"{where}: the loss is NaN or infinite for {'; for '.join(said)}; {kept}")
 
 
-def _describe(examples: Examples, index: int, folder: Path) -> str:
+def _describe(examples: Examples | Buckets, index: int, folder: Path) -> str:
     rows, example = examples.sources(index), examples[index]
     save_file({name: value.contiguous() for name, value in example.items()}, folder / f"not-finite-{index}.safetensors")
     clips = [f"clip {row['clip_id']}, row {row['row']} of shards/{row['shard']}" for row in rows]

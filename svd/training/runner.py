@@ -25,9 +25,10 @@ from svd.core.errors import UserError
 from svd.core.files import write_json
 from svd.core.finite import require_finite
 from svd.diffusion.edm import KINDS
+from svd.latents.batches import Buckets, IndexedLoader, bucket_seed
 from svd.latents.cache import LatentCache, digest
 from svd.latents.index import Rows
-from svd.latents.loader import Draws, Examples, IndexedLoader
+from svd.latents.loader import Draws, Examples
 from svd.model.autoencoder import Autoencoder
 from svd.model.formats.folders import load_unet, save_unet
 from svd.model.lora import add_lora, save_lora
@@ -98,6 +99,21 @@ class Training:
             image_share=phase.image_share,
             strata=strata,
         )
+
+    def buckets(self, number: int) -> Buckets:
+        """Return the training samples of phase `number`; each bucket has draws of its own."""
+        phases, seed = self.config.phases[number].by_bucket, int(digest(self.seed, number)[:12], 16)
+        examples = [
+            Examples(
+                self.cache,
+                self.rows(phase, "train"),
+                phase.frames,
+                self.draws(phase, bucket_seed(seed, bucket)),
+                self.compute.damaged_share,
+            )
+            for bucket, phase in enumerate(phases)
+        ]
+        return Buckets(examples, [phase.batch_size for phase in phases], seed)
 
     def validation(self) -> Examples:
         """Return test clips of the last phase with fixed noise at stratified levels: one measure per stage."""
@@ -195,18 +211,13 @@ def run_phase(training: Training, number: int) -> Path:
     module = Diffusion(unet, training.task, config, phase, training.autoencoder, choose, compute.compile)
     stopwatch = speed.Stopwatch()
     trainer = make_trainer(training, phase, folder, _hooks(training, number, folder, history, stopwatch))
-    if phase.batch_size % (compute.gradient_accumulation * trainer.world_size):
-        raise UserError(
-            f"{training.name}: a batch of {phase.batch_size} clips can't be shared by {trainer.world_size} ranks "
-            f"x {compute.gradient_accumulation} accumulation steps; change 'batch_size'"
-        )
-    draws = training.draws(phase, int(digest(training.seed, number)[:12], 16))
-    rows = training.rows(phase, "train")
-    examples = Examples(training.cache, rows, phase.frames, draws, compute.damaged_share)
+    if unshared := phase.unshared(trainer.world_size, compute.gradient_accumulation):
+        raise UserError(f"{training.name}: {unshared}")
+    buckets = training.buckets(number)
     loader = IndexedLoader(
-        examples,
-        phase.iterations * compute.gradient_accumulation,
-        phase.batch_size // compute.gradient_accumulation,
+        buckets,
+        phase.iterations,
+        compute.gradient_accumulation,
         trainer.global_rank,
         trainer.world_size,
         compute.num_workers,
@@ -220,7 +231,7 @@ def run_phase(training: Training, number: int) -> Path:
         logger.warning("%s: stopped at step %d by SIGTERM; the same command goes on there", training.name, step)
         sys.exit(128 + signal.SIGTERM)
     except NotFinite as error:
-        raise explain(error, examples, offset + trainer.global_step + 1, folder) from None
+        raise explain(error, buckets, offset + trainer.global_step + 1, folder) from None
     _finish_phase(trainer, module, training, folder, history)
     return folder
 
@@ -361,7 +372,7 @@ def measured(training: Training, history: History) -> dict[str, float | int | st
     """Return the metrics of a training alone.
 
     validation_loss_before (first weights) and validation_loss_after (averaged last ones); steps; samples_train,
-    samples_test.
+    samples_test. A clip that is cached in several sizes counts in each bucket.
     """
     phase = training.config.phases[-1]
     before, after = (history.rows[k]["val_loss"] for k in (0, -1))
@@ -369,6 +380,6 @@ def measured(training: Training, history: History) -> dict[str, float | int | st
         "validation_loss_before": round(before or 0.0, 6),
         "validation_loss_after": round(after or 0.0, 6),
         "steps": sum(phase.iterations for phase in training.config.phases),
-        "samples_train": len(training.rows(phase, "train")),
+        "samples_train": sum(len(training.rows(bucket, "train")) for bucket in phase.by_bucket),
         "samples_test": len(training.rows(phase, "test")),
     }

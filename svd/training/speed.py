@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from svd.config import Phase, Precision, Preset, TrainingConfig
-from svd.latents.loader import Batch, IndexedLoader
+from svd.latents.batches import IndexedLoader
+from svd.latents.loader import Batch
 from svd.tasks.base import Task
-from svd.training.planning.step import Shape, trace_step
+from svd.training.planning.step import Shape, make_batch, trace_step
 
 logger = logging.getLogger(__name__)
 GIGA = 1e9
@@ -105,45 +107,53 @@ class WatchedLoader:
 class Meter:
     """Gathers the facts of the steps between two logged points.
 
-    batch_size: samples of a step, over all ranks. count: given the number of ranks, counts the operations of a step on
-    one device.
+    count: given the number of ranks, counts the operations of a batch on one device, by the shape of its latents.
     """
 
     def __init__(
-        self, stopwatch: Stopwatch, batch_size: int, precision: Precision, count: Callable[[int], int]
+        self, stopwatch: Stopwatch, precision: Precision, count: Callable[[int], Mapping[torch.Size, int]]
     ) -> None:
-        self.stopwatch, self.batch_size, self.precision, self.count = stopwatch, batch_size, precision, count
+        self.stopwatch, self.precision, self.count = stopwatch, precision, count
+        self.batches = Counter[torch.Size]()
         self.norms: list[Tensor] = []
 
     def start(self, device: torch.device, ranks: int) -> None:
-        """Count the operations of a step, and measure the device's peak; where that fails, log no utilisation."""
-        self.operations, self.peak = 0, math.nan
+        """Count the operations of a batch, and measure the device's peak; where that fails, log no utilisation."""
+        self.ranks, self.peak = ranks, math.nan
+        self.operations: Mapping[torch.Size, int] = {}
         try:
             self.operations, self.peak = self.count(ranks), measure_peak(device, self.precision)
         except RuntimeError as error:  # no memory left, or no kernel on `meta`
             logger.warning("the utilisation of the device isn't known: %s", error)
         take_memory(device)
 
-    def stop(self, gradient_norm: Tensor | None = None) -> None:
-        """Count a batch that ends now, and the step that it completes; the norm (None: none) stays on its device."""
+    def stop(self, latents: torch.Size, gradient_norm: Tensor | None = None) -> None:
+        """Count a batch that ends now, and the step that it completes; the norm (None: none) stays on its device.
+
+        latents: shape of this rank's batch, (B, T, C, h, w).
+        """
         self.stopwatch.stop()
+        self.batches[latents] += 1
         if gradient_norm is not None:
             self.norms.append(gradient_norm)
 
     def take(self, device: torch.device) -> StepFacts:
         """Return the facts since the last call, and begin anew. The host waits for the device here."""
-        seconds, steps = self.stopwatch.busy, len(self.norms)
+        seconds = self.stopwatch.busy
+        samples = self.ranks * sum(shape[0] * count for shape, count in self.batches.items())
+        operations = sum(self.operations.get(shape, 0) * count for shape, count in self.batches.items())
         norms = torch.stack(self.norms).float()
         finite = norms[torch.isfinite(norms)]
         facts = StepFacts(
-            samples_per_second=self.batch_size * steps / seconds,
+            samples_per_second=samples / seconds,
             data_wait_share=self.stopwatch.waited / seconds,
             memory_gb=take_memory(device),
             gradient_norm=finite.mean().item() if len(finite) else None,
-            mfu=None if math.isnan(self.peak) else self.operations * steps / (seconds * self.peak),
+            mfu=None if math.isnan(self.peak) else operations / (seconds * self.peak),
             peak_tflops=None if math.isnan(self.peak) else self.peak / 1e12,
         )
         self.norms.clear()
+        self.batches.clear()
         self.stopwatch.reset()
         return facts
 
@@ -153,11 +163,15 @@ def make_meter(
 ) -> Meter:
     """Return the meter of a phase whose steps take so many forward passes on each device."""
 
-    def count(ranks: int) -> int:
-        shape = Shape(phase.batch_size // (ranks * passes), gpu=False)
-        return passes * trace_step(preset, task, config, phase, shape).flops
+    def count(ranks: int) -> dict[torch.Size, int]:
+        found = {}
+        for size in phase.by_bucket:
+            clips = size.batch_size // (ranks * passes)
+            latents = make_batch(preset, task, size, clips)["latents"].shape
+            found[latents] = trace_step(preset, task, config, size, Shape(clips, gpu=False)).flops
+        return found
 
-    return Meter(stopwatch, phase.batch_size, config.precision, count)
+    return Meter(stopwatch, config.precision, count)
 
 
 def take_memory(device: torch.device) -> float:

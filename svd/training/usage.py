@@ -6,12 +6,13 @@ which samples it has drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
 from svd.config import Phase, Preset, TrainingConfig
+from svd.latents.batches import Order, bucket_seed
 from svd.latents.cache import LatentCache, digest
 from svd.latents.index import Rows
 from svd.latents.loader import shuffled
@@ -56,23 +57,39 @@ def _union(usages: Iterable[Usage]) -> Usage:
 def _phase_usage(cache: LatentCache, preset: Preset, stage: str, motion: str | None, number: int) -> Usage:
     config: TrainingConfig = getattr(preset, stage.replace("-", "_"))
     phase = config.phases[number]
-    rows = select_subset(cache.rows(phase, "train"), config.subset)
-    test = cache.rows(phase, "test")
+    buckets = [select_subset(cache.rows(size, "train"), config.subset) for size in phase.by_bucket]
     if motion is not None:
-        rows = rows.where(pl.col("camera").is_in(CAMERAS[motion]))
+        buckets = [rows.where(pl.col("camera").is_in(CAMERAS[motion])) for rows in buckets]
     name = stage if motion is None else f"{stage}/{motion}"
     seed = int(digest(int(digest(preset.seed, name)[:12], 16), number)[:12], 16)
-    validated = frozenset(test.column("clip_id"))
+    validated = frozenset(cache.rows(phase, "test").column("clip_id"))
     if phase.image_share:  # images are drawn from all rows, and some clips are replaced by them
-        perhaps = frozenset(rows.column("clip_id"))
+        perhaps = _clips(buckets)
         return Usage(perhaps=perhaps, validated=validated - perhaps)
-    trained = frozenset(drawn(rows, phase, seed).column("clip_id"))
+    trained = _clips(drawn(buckets, phase, seed))
     return Usage(trained, validated=validated - trained)
 
 
-def drawn(rows: Rows, phase: Phase, seed: int) -> Rows:
-    """Return the rows that a phase has drawn: all of them after one epoch, else the first of the loader's order."""
-    draws, count = phase.iterations * phase.batch_size, len(rows)
-    if draws >= count:
+def _clips(buckets: Iterable[Rows]) -> frozenset[str]:
+    return frozenset(clip for rows in buckets for clip in rows.column("clip_id"))
+
+
+def drawn(buckets: Sequence[Rows], phase: Phase, seed: int) -> list[Rows]:
+    """Return the rows of each of a phase's buckets that it has drawn, in the loader's order."""
+    sizes = [size.batch_size for size in phase.by_bucket]
+    order = Order([len(rows) for rows in buckets], sizes, seed)
+    numbers: list[set[int]] = [set() for _ in buckets]
+    for bucket, number in map(order.at, range(phase.iterations)):
+        numbers[bucket].add(number)
+    return [
+        _drawn(rows, numbers[bucket], sizes[bucket], bucket_seed(seed, bucket)) for bucket, rows in enumerate(buckets)
+    ]
+
+
+def _drawn(rows: Rows, batches: set[int], size: int, seed: int) -> Rows:
+    """Return the rows of some batches, by number: all of them after one epoch."""
+    count = len(rows)
+    if batches >= set(range(-(-count // size))):
         return rows
-    return rows.take(sorted(shuffled(i, count, f"{seed}/0") for i in range(draws)))
+    drawn = (divmod(size * batch + k, count) for batch in batches for k in range(size))
+    return rows.take(sorted({shuffled(position, count, f"{seed}/{epoch}") for epoch, position in drawn}))

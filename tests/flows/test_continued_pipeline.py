@@ -23,8 +23,9 @@ from svd import storage
 from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.core.retries import Unreachable
+from svd.latents.batches import Buckets, IndexedLoader
 from svd.latents.cache import LatentCache
-from svd.latents.loader import Draws, Examples, IndexedLoader
+from svd.latents.loader import Draws, Examples
 from svd.stage import Report
 
 
@@ -44,7 +45,7 @@ def count_batches(folder: Path) -> int:
     get_run_logger().info("begins")
     cache = LatentCache(folder)
     examples = Examples(cache, cache.index.rows, FRAMES, Draws(7, -1.2, 1.0))
-    return len(list(IndexedLoader(examples, 5, 4, num_workers=2)))
+    return len(list(IndexedLoader(Buckets([examples], [4], 7), 5, num_workers=2)))
 
 
 def test_processes_that_load_batches_end_well_in_a_flow(prefect_server: None, tmp_path: Path) -> None:

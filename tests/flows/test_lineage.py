@@ -37,8 +37,10 @@ from flows.lineage.forward import trace
 from flows.lineage.objects import Missing, open_objects
 from flows.lineage.records import Records
 from flows.lineage.takedown import report_source
+from svd.config import Geometry
 from svd.config.load import load_preset
 from svd.core.errors import UserError
+from svd.latents.batches import Buckets, bucket_seed
 from svd.latents.cache import LatentCache
 from svd.latents.index import Index
 from svd.latents.loader import Draws, Examples
@@ -273,7 +275,25 @@ def test_drawn_are_the_rows_that_the_loader_reads(iterations: int) -> None:
     rows = index(40).index.rows
     examples = Examples(index(40), rows, phase.frames, Draws(7, 0.0, 1.0))
     read = {str(examples.row(i)["clip_id"]) for i in range(5 * iterations)}
-    assert set(drawn(rows, phase, 7).column("clip_id")) == read and len(read) == min(40, 5 * iterations)
+    (found,) = drawn([rows], phase, 7)
+    assert set(found.column("clip_id")) == read and len(read) == min(40, 5 * iterations)
+
+
+@pytest.mark.parametrize("iterations", [3, 9, 100])
+def test_drawn_of_buckets_are_the_rows_that_their_batches_read(iterations: int) -> None:
+    tiny = load_preset("tiny").image_to_video.phases[-1]
+    short = [Geometry(frames=3, height=tiny.height, width=tiny.width)]
+    phase = tiny.model_copy(update={"iterations": iterations, "batch_size": 3, "buckets": short})
+    rows = [index(40).index.rows, index(25).index.rows]
+    examples = [
+        Examples(index(40), rows[bucket], size.frames, Draws(bucket_seed(7, bucket), 0.0, 1.0))
+        for bucket, size in enumerate(phase.by_bucket)
+    ]
+    buckets, read = Buckets(examples, [3, 6], 7), [set[str](), set[str]()]
+    for index_of_all in (i for step in range(iterations) for i in buckets.indices(step)):
+        number, bucket = divmod(index_of_all, 2)
+        read[bucket].add(str(examples[bucket].row(number)["clip_id"]))
+    assert [set(found.column("clip_id")) for found in drawn(rows, phase, 7)] == read
 
 
 def test_a_training_uses_its_subset_its_cameras_and_no_more() -> None:

@@ -132,6 +132,23 @@ def test_a_stage_brings_its_inputs_and_output_back_first(monkeypatch: pytest.Mon
     assert [p.name for p in sorted(Path("outputs/tiny").glob("[a-z]*"))] == ["curation", "encoders", "sources"]
 
 
+@pytest.mark.parametrize(
+    ("stage", "streamed"), [("video-pretraining", True), ("camera-lora", False), ("multiview-finetuning", False)]
+)
+def test_trainings_that_read_latents_may_stream_them(
+    stage: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = load_preset("tiny", {"compute.training.stream": True, "compute.camera_lora.stream": False})
+
+    def bring(*arguments: object) -> None:
+        assert arguments[-1] is streamed
+        raise InterruptedError
+
+    monkeypatch.setattr(runner, "bring_inputs", bring)
+    with pytest.raises(InterruptedError):
+        runner.run_preset_stage(stage, preset)
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_stage_is_told_what_to_profile_and_missing_traces_are_told(
     trains: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

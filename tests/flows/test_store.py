@@ -39,7 +39,7 @@ from svd.config.load import load_preset
 from svd.core.errors import UserError
 from svd.core.files import write_json
 from svd.core.retries import Unreachable
-from svd.stage import Report, StageContext, publish
+from svd.stage import STREAMED, Report, StageContext, publish
 
 DVC = Path(sys.executable).parent / "dvc"
 FENCE = Fence("pipeline", 1)
@@ -303,6 +303,26 @@ def test_a_stage_that_reads_part_of_an_input_brings_only_that(
     read, _ = versioning.lineage(stage.name, "tiny")
     assert {item.path: item.md5 for item in read}[sources.path] == sources.md5
     assert versioning.pull([sources], root) == 1 and contents(Path(sources.path)) == files
+
+
+def test_a_training_leaves_in_the_store_what_it_streams(
+    project: Path, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, preset = find_stage("video-pretraining"), load_preset("tiny")
+    brought = {"metrics.json": "{}", "index.parquet": "index"}
+    item = publish_output(root, "latents", **brought, **{"shards/4x16x16-ab.safetensors": "samples"})
+    folder = Path(item.path)
+    digest = runner.work_digest(stage, preset, {"latents": folder})
+    new_machine(tmp_path / "other", monkeypatch)
+    for _ in range(2):
+        part = bring_inputs(stage, "tiny", [item], root, stream=True)["latents"]
+        found = contents(part.folder)
+        ((name, location),) = json.loads(found.pop(STREAMED)).items()
+        assert (name, found, part.whole) == ("shards/4x16x16-ab.safetensors", brought, item)
+        assert storage.read_bytes(location) == b"samples" and not folder.exists()
+    assert runner.work_digest(stage, preset, {"latents": part.folder}) == digest
+    assert bring_inputs(stage, "tiny", [item], root) == {} and (folder / name).read_text() == "samples"
+    assert bring_inputs(stage, "tiny", [item], root, stream=True) == {}, "what is here is read here"
 
 
 @pytest.mark.parametrize("content", ["other", None])

@@ -21,9 +21,10 @@ from toy_training import FRAMES, write_cache
 from svd.config import Phase, Subset
 from svd.core.errors import UserError
 from svd.latents import columns, index
+from svd.latents.batches import Buckets, IndexedLoader
 from svd.latents.cache import SCHEMA, LatentCache, write_index
 from svd.latents.index import OpenedIndex
-from svd.latents.loader import Draws, Examples, IndexedLoader
+from svd.latents.loader import Draws, Examples
 from svd.training.stages import select_subset
 
 
@@ -172,7 +173,7 @@ def toy(tmp_path: Path) -> Path:
 def batches(folder: Path, workers: int) -> Iterator[dict[str, torch.Tensor]]:
     cache = LatentCache(folder)
     examples = Examples(cache, cache.index.rows, FRAMES, Draws(7, -1.2, 1.0, text_dropout=0.15))
-    yield from IndexedLoader(examples, 5, 4, num_workers=workers)
+    yield from IndexedLoader(Buckets([examples], [4], 7), 5, num_workers=workers)
 
 
 def test_workers_draw_the_same_from_a_mapped_index(toy: Path, request: pytest.FixtureRequest) -> None:

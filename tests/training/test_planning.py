@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from measured_step import preset_of
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from toy_training import PHASE, SIZE, toy_preset
 
 from svd.config.load import load_preset
 from svd.core.errors import UserError
@@ -145,6 +146,18 @@ def test_sharding_divides_what_is_kept() -> None:
     assert one.hours == pytest.approx(four.hours, rel=0.02)
     assert one.misfit(choose_gpu("h100")) is None
     assert "compute.image_to_video.checkpointing" in (one.misfit(choose_gpu("h100", memory=1.01)) or "")
+
+
+def test_buckets_are_planned_as_the_one_that_takes_most() -> None:
+    short = {"frames": 2, "height": SIZE, "width": SIZE}
+    bucketed = toy_preset(phases=[{**PHASE, "buckets": [short]}])
+    alone = [toy_preset(phases=[phase.model_dump()]) for phase in bucketed.video_pretraining.phases[0].by_bucket]
+    whole, *parts = (
+        plan_training(preset, "video-pretraining", Assumptions(GPUS["a100-80"]))[0] for preset in (bucketed, *alone)
+    )
+    assert [plan.clips for plan in parts] == [4, 8] and whole.clips == 4
+    assert whole.flops == max(plan.flops for plan in parts)
+    assert whole.memory == max((plan.memory for plan in parts), key=lambda memory: memory.total)
 
 
 def test_an_unknown_gpu_is_refused() -> None:

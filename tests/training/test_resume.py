@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from toy_training import PHASE, toy_context, toy_preset
+from toy_training import PHASE, SIZE, toy_context, toy_preset
 
-from svd.config import Preset
+from svd.config import Geometry, Preset
 from svd.stage import StageContext
 from svd.training import callbacks, runner
 from svd.training.checkpoint_files import checkpoints, newest_checkpoint
@@ -31,11 +31,12 @@ def preset(iterations: int = 8) -> Preset:
     return toy_preset(phases=phases, warmup=3, decay="cosine", ema_decay=0.9, gradient_accumulation=2)
 
 
-def joint_preset() -> Preset:
-    """Half of the first phase's clips are images, none of the second's."""
+def mixed_preset() -> Preset:
+    """Half of the first phase's clips are images; the second has clips of two lengths."""
     plain = preset()
     first, second = plain.video_pretraining.phases
-    phases = [first.model_copy(update={"image_share": 0.5}), second]
+    short = [Geometry(frames=2, height=SIZE, width=SIZE)]
+    phases = [first.model_copy(update={"image_share": 0.5}), second.model_copy(update={"buckets": short})]
     training = plain.video_pretraining.model_copy(update={"phases": phases})
     return plain.model_copy(update={"video_pretraining": training})
 
@@ -50,7 +51,7 @@ def first_model(folder: Path) -> Path:
     return folder / "outputs" / "image-pretraining"
 
 
-@pytest.mark.parametrize("chosen", [preset, joint_preset])
+@pytest.mark.parametrize("chosen", [preset, mixed_preset])
 def test_interrupted_training_equals_an_undisturbed_one(
     chosen: Callable[[], Preset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

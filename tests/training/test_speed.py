@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_training import PHASE, toy_context, toy_preset
 
 from svd.config import Precision, Preset
-from svd.latents.loader import Batch, IndexedLoader
+from svd.latents.batches import IndexedLoader
+from svd.latents.loader import Batch
 from svd.stage import NoTracker
 from svd.tasks.text_to_video import TEXT_TO_VIDEO
 from svd.training import speed
@@ -24,6 +25,7 @@ from svd.training.speed import Meter, StepFacts, Stopwatch
 from svd.training.stages import run_image_pretraining
 
 CPU = torch.device("cpu")
+CLIPS = torch.Size([4, 1, 4, 2, 2])
 NAMES = {field.name for field in fields(StepFacts)}
 
 
@@ -50,7 +52,7 @@ def preset(iterations: int, **compute: Any) -> Preset:
 
 
 def meter(stopwatch: Stopwatch, operations: int = 1) -> Meter:
-    made = Meter(stopwatch, 4, "32-true", lambda ranks: operations)
+    made = Meter(stopwatch, "32-true", lambda ranks: {CLIPS: operations})
     made.start(CPU, 1)
     return made
 
@@ -128,7 +130,7 @@ def test_waiting_is_told_from_working_and_pauses_count_as_neither() -> None:
     for _ in stopwatch.watch(batches()):
         began = time.perf_counter()
         time.sleep(0.02)
-        measured.stop(torch.ones(()))
+        measured.stop(CLIPS, torch.ones(()))
         works.append(time.perf_counter() - began)
         time.sleep(0.1)
     facts, seconds = measured.take(CPU), sum(waits) + sum(works)
@@ -144,7 +146,7 @@ def test_products_of_matrices_alone_use_the_device_fully() -> None:
         for _ in stopwatch.watch(iter([{}])):
             for _ in range(3):
                 torch.mm(left, left)
-            measured.stop(torch.ones(()))
+            measured.stop(CLIPS, torch.ones(()))
         facts = measured.take(CPU)
         best = max(best, facts.mfu)
     assert 0.2 < best < 3
@@ -180,7 +182,10 @@ def test_the_operations_are_those_of_a_real_step_without_recomputation(checkpoin
         ).mean().backward()
 
     def count(passes: int, ranks: int) -> int:
-        return speed.make_meter(Stopwatch(), config, TEXT_TO_VIDEO, training, phase, passes).count(ranks)
+        made = speed.make_meter(Stopwatch(), config, TEXT_TO_VIDEO, training, phase, passes)
+        ((latents, operations),) = made.count(ranks).items()
+        assert latents == (phase.batch_size // (passes * ranks), *shapes["latents"].shape[1:])
+        return passes * operations
 
     real = counter.get_total_flops()
     assert count(1, 1) == pytest.approx(real, rel=0.01) if checkpointing == "none" else count(1, 1) < 0.9 * real
@@ -194,7 +199,7 @@ def test_the_gradient_norm_is_the_mean_of_the_finite_ones() -> None:
     def mean(*norms: float) -> StepFacts:
         measured = meter(Stopwatch())
         for norm in norms:
-            measured.stop(torch.tensor(norm))
+            measured.stop(CLIPS, torch.tensor(norm))
         return measured.take(CPU)
 
     assert mean(1, float("inf"), 3).gradient_norm == 2
@@ -218,6 +223,6 @@ def test_a_peak_that_cannot_be_measured_ends_no_training(
     stopwatch = Stopwatch()
     made = meter(stopwatch)
     next(stopwatch.watch(iter([{}])))
-    made.stop(torch.ones(()))
+    made.stop(CLIPS, torch.ones(()))
     assert made.take(CPU).metrics().keys() == NAMES - {"mfu", "peak_tflops"}
     assert "isn't known: CUDA out of memory" in caplog.text

@@ -42,7 +42,8 @@ class PhasePlan:
 
     runs: how often it is trained (a LoRA a motion, a model a candidate of the calibration). ranks, passes, clips: each
     of so many devices makes so many forward passes a step, with so many clips. flops: operations of one step on one
-    device, recomputation included. hours: of all GPUs and runs together; None when the GPU's peak is unknown.
+    device, recomputation included; with buckets of the largest, as the memory is. hours: of all GPUs and runs together;
+    None when the GPU's peak is unknown.
     """
 
     stage: str
@@ -59,7 +60,7 @@ class PhasePlan:
 
     @property
     def samples(self) -> int:
-        """Return how many clips or images a run sees."""
+        """Return how many clips or images a run sees, with buckets if all had the phase's own size."""
         return self.phase.iterations * self.phase.batch_size
 
     @property
@@ -106,7 +107,8 @@ class Assumptions:
 def plan_training(preset: Preset, stage: str, given: Assumptions, runs: int = 1) -> list[PhasePlan]:
     """Plan the phases of a training stage, which trains `runs` models one after the other.
 
-    A batch that its ranks can't share evenly is planned as the next larger one that they can.
+    A batch that its ranks can't share evenly is planned as the next larger one that they can. How many clips a bucket
+    has is known only when the latents are: every step is planned as one of the bucket that computes most.
     """
     task = IMAGE if stage in IMAGE.stages else task_of_stage(stage)
     config: TrainingConfig = getattr(preset, stage.replace("-", "_"))
@@ -114,12 +116,15 @@ def plan_training(preset: Preset, stage: str, given: Assumptions, runs: int = 1)
     ranks, parts = ranks_of(compute, given.auto), compute.gradient_accumulation
     sharded, peak = compute.strategy == "fsdp2", given.gpu.peak(config.precision)
     for number, phase in enumerate(config.phases):
-        clips = -(-phase.batch_size // (ranks * parts))
-        shape = Shape(clips, parts > 1, compute.checkpointing, sharded, given.gpu.name != "cpu")
-        step = trace_step(preset, task, config, phase, shape)
-        flops = step.flops * parts
+        steps = []
+        for size in phase.by_bucket:
+            clips = -(-size.batch_size // (ranks * parts))
+            shape = Shape(clips, parts > 1, compute.checkpointing, sharded, given.gpu.name != "cpu")
+            steps.append(trace_step(preset, task, config, size, shape))
+        clips, flops = -(-phase.batch_size // (ranks * parts)), max(step.flops for step in steps) * parts
         seconds = None if peak is None else phase.iterations * flops / (peak * 1e12 * given.utilisation)
         hours = None if seconds is None else runs * ranks * seconds / HOUR
-        memory, counted = measure_memory(step, config, ranks, sharded), count_parameters(step.network)
+        memory = max((measure_memory(step, config, ranks, sharded) for step in steps), key=lambda memory: memory.total)
+        counted = count_parameters(steps[0].network)
         found.append(PhasePlan(stage, number, phase, counted, memory, ranks, parts, clips, flops, runs, hours))
     return found
