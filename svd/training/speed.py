@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from svd.config import Phase, Precision, Preset, TrainingConfig
+from svd.config import Phase, Precision, Preset, TrainingCompute, TrainingConfig
 from svd.latents.loader import Batch, IndexedLoader
 from svd.tasks.base import Task
 from svd.training.planning.step import Shape, trace_step
@@ -149,12 +149,13 @@ class Meter:
 
 
 def make_meter(
-    stopwatch: Stopwatch, preset: Preset, task: Task, config: TrainingConfig, phase: Phase, passes: int
+    stopwatch: Stopwatch, preset: Preset, task: Task, config: TrainingConfig, phase: Phase, compute: TrainingCompute
 ) -> Meter:
-    """Return the meter of a phase whose steps take so many forward passes on each device."""
+    """Return the meter of a phase."""
+    passes, shared = compute.gradient_accumulation, compute.context_ranks
 
     def count(ranks: int) -> int:
-        shape = Shape(phase.batch_size // (ranks * passes), gpu=False)
+        shape = Shape(phase.batch_size // (ranks // shared * passes), context_ranks=shared, gpu=False)
         return passes * trace_step(preset, task, config, phase, shape).flops
 
     return Meter(stopwatch, phase.batch_size, config.precision, count)

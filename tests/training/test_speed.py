@@ -14,7 +14,7 @@ from measured_step import build
 from torch.utils.flop_counter import FlopCounterMode
 from toy_training import PHASE, toy_context, toy_preset
 
-from svd.config import Precision, Preset
+from svd.config import Precision, Preset, TrainingCompute
 from svd.latents.loader import Batch, IndexedLoader
 from svd.stage import NoTracker
 from svd.tasks.text_to_video import TEXT_TO_VIDEO
@@ -179,13 +179,15 @@ def test_the_operations_are_those_of_a_real_step_without_recomputation(checkpoin
             {name: torch.rand(value.shape).to(value.dtype) for name, value in shapes.items()}
         ).mean().backward()
 
-    def count(passes: int, ranks: int) -> int:
-        return speed.make_meter(Stopwatch(), config, TEXT_TO_VIDEO, training, phase, passes).count(ranks)
+    def count(passes: int, ranks: int, shared: int = 1) -> int:
+        compute = TrainingCompute(gradient_accumulation=passes, context_ranks=shared)
+        return speed.make_meter(Stopwatch(), config, TEXT_TO_VIDEO, training, phase, compute).count(ranks)
 
     real = counter.get_total_flops()
     assert count(1, 1) == pytest.approx(real, rel=0.01) if checkpointing == "none" else count(1, 1) < 0.9 * real
     assert count(2, 1) == pytest.approx(count(1, 1), rel=0.01)
     assert count(1, 2) == pytest.approx(count(1, 1) / 2, rel=0.01)
+    assert count(1, 2, shared=2) == pytest.approx(count(1, 1) / 2, rel=0.01)
 
 
 def test_the_gradient_norm_is_the_mean_of_the_finite_ones() -> None:
