@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from flows.stages import find_stage
 from svd.config import Preset
 from svd.core.errors import UserError
+from svd.training.shares import unshareable
 
 
 def misplaced(preset: Preset, names: Sequence[str], gpus: int | None = None) -> Iterator[str]:
@@ -29,17 +30,16 @@ def misplaced(preset: Preset, names: Sequence[str], gpus: int | None = None) -> 
 
 
 def unshared(preset: Preset, name: str, gpus: int | None = None) -> Iterator[str]:
-    """Yield a line for each phase of a training whose batch its ranks and accumulation steps can't share evenly.
+    """Yield a line for each phase of a training whose clips its ranks and accumulation steps can't share.
 
     gpus: what `devices: auto` stands for; without it such a training is one process.
     """
     compute = preset.compute.of(name)
     ranks = compute.nodes * ((gpus or 1) if compute.devices == "auto" else compute.devices)
-    parts = compute.gradient_accumulation
     section = name.replace("-", "_")
     for number, phase in enumerate(getattr(preset, section).phases):
-        if line := phase.unshared(ranks, parts):
-            yield f"{section}.phases.{number}: {line}"
+        if problem := unshareable(phase, compute, ranks):
+            yield f"{section}.phases.{number}: {problem}"
 
 
 def refuse_misplaced(preset: Preset, names: Sequence[str], gpus: int | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from rich.table import Table
@@ -97,6 +98,7 @@ def _values(plan: PhasePlan, gpu: Gpu, price: _Price | None) -> dict[str, Any]:
         "ranks": plan.ranks,
         "passes": plan.passes,
         "clips_per_pass": plan.clips,
+        "context_ranks": plan.context_ranks,
         "flops_per_step_and_device": plan.flops,
         "iterations": plan.phase.iterations,
         "samples": plan.samples,
@@ -158,7 +160,7 @@ def _work_rows(plans: Sequence[PhasePlan], price: _Price | None) -> Iterator[Seq
             plan.stage,
             str(plan.number + 1),
             f"{phase.frames}x{phase.height}x{phase.width}" + (f" + {len(phase.buckets)}" if phase.buckets else ""),
-            f"{plan.ranks} x {plan.passes} x {plan.clips}",
+            f"{plan.ranks} x {plan.passes} x {Fraction(plan.clips, plan.context_ranks)}",
             f"{plan.flops / 1e12:,.3g}" if plan.flops < 1e15 else f"{plan.flops / 1e12:,.0f}",
             f"{phase.iterations:,}",
             f"{plan.samples:,}",

@@ -37,6 +37,9 @@ class TrainingCompute(Section):
     devices: int | Literal["auto"] = Field("auto", description="processes per node, one per device; auto: every GPU")
     nodes: PositiveInt = Field(1, description="machines; a launcher (torchrun, srun) must start one process group each")
     strategy: Literal["auto", "ddp", "fsdp2"] = Field("auto", description="fsdp2 shards weights and optimiser state")
+    context_ranks: PositiveInt = Field(
+        1, description="ranks that share each clip, its frames and positions, when one's activations don't fit on one"
+    )
     num_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes per rank that load batches; 0: none")
     stream: bool = Field(
         False,

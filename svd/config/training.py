@@ -126,17 +126,6 @@ class Phase(Section):
             found.append(found[0].model_copy(update={**bucket.model_dump(), "batch_size": size}))
         return found
 
-    def unshared(self, ranks: int, parts: int) -> str | None:
-        """Say that so many ranks and accumulation steps can't share a batch evenly; None when they can."""
-        for phase in self.by_bucket:
-            if phase.batch_size % (ranks * parts):
-                key = "batch_size" if phase.size == self.size else "batch_multiple"
-                return (
-                    f"a batch of {phase.batch_size} clips can't be shared by {ranks} ranks x {parts} accumulation "
-                    f"steps; change '{key}'"
-                )
-        return None
-
 
 class Subset(Section):
     """Which cached clips a stage trains on: shares dropped at the low (`min_*`) or high end (`max_*`) of an axis."""

@@ -26,6 +26,7 @@ from svd.model.layers import (
     TemporalConv,
     sinusoids,
 )
+from svd.model.split import Split
 
 TRANSFORMER_EPS = 1e-6
 
@@ -34,8 +35,8 @@ class Signals(NamedTuple):
     """The conditioning of every block.
 
     embedding_BC: SiLU of the sum of noise-level and id embeddings. context: (B, L, D), or (B·T, L, D), one
-    per frame. time_context_BLD: context of the temporal layers. image_only_B: True for clips whose frames are unrelated
-    images, or None. image_mode: no temporal layer runs.
+    per frame. time_context_BLD: context of the temporal layers. frames: of the whole clip. image_only_B: True for clips
+    whose frames are unrelated images, or None. image_mode: no temporal layer runs. split: what of the clip is here.
     """
 
     embedding_BC: Tensor
@@ -44,6 +45,11 @@ class Signals(NamedTuple):
     frames: int
     image_mode: bool
     image_only_B: Tensor | None
+    split: Split
+
+    def by_clip(self, x: Tensor) -> Tensor:
+        """Tell clips and frames apart: (B·T, ...) -> (B, T, ...)."""
+        return x.unflatten(0, (self.embedding_BC.shape[0], -1))
 
 
 class BlockOptions(NamedTuple):
@@ -92,7 +98,7 @@ class SpatialResBlock(nn.Module):
         x = x_NHWC if skip_NHWC is None else torch.cat([x_NHWC, skip_NHWC], dim=-1)
         embedding = self.time_emb_proj(signals.embedding_BC)[:, None, None, None, :]
         h = self.conv1(self.norm1(x, silu=True))
-        h = (h.unflatten(0, (-1, signals.frames)) + embedding).flatten(0, 1)
+        h = (signals.by_clip(h) + embedding).flatten(0, 1)
         h = self.conv2(self.norm2(h, silu=True))
         return (self.conv_shortcut(x) if self.has_shortcut else x) + h
 
@@ -109,9 +115,10 @@ class TemporalResBlock(nn.Module):
         self.conv2 = TemporalConv(channels, channels)
         _zero(self.conv2)
 
-    def forward(self, x_BTSC: Tensor, embedding_BC: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x_BTSC, silu=True)) + self.time_emb_proj(embedding_BC)[:, None, None, :]
-        return self.conv2(self.norm2(h, silu=True))
+    def forward(self, x_BTSC: Tensor, signals: Signals) -> Tensor:
+        embedding = self.time_emb_proj(signals.embedding_BC)[:, None, None, :]
+        h = self.conv1(self.norm1.over_ranks(x_BTSC, signals.split)) + embedding
+        return self.conv2(self.norm2.over_ranks(h, signals.split))
 
 
 class VideoResBlock(nn.Module):
@@ -127,8 +134,9 @@ class VideoResBlock(nn.Module):
         x = self.spatial_res_block(x_NHWC, skip_NHWC, signals)
         if signals.image_mode:
             return x
-        x_BTSC = x.flatten(1, 2).unflatten(0, (-1, signals.frames))
-        h = self.temporal_res_block(x_BTSC, signals.embedding_BC)
+        x_BTSC = signals.by_clip(x.flatten(1, 2))
+        h = self.temporal_res_block(signals.split.to_positions(x_BTSC, signals.frames), signals)
+        h = signals.split.to_frames(h, x_BTSC.shape[2])
         # α·x + (1 - α)·(x + h) = x + (1 - α)·h
         mixed = torch.addcmul(x_BTSC, (1 - self.time_mixer(signals.image_only_B)).to(h.dtype), h)
         return mixed.view_as(x)
@@ -199,7 +207,8 @@ class Transformer(nn.Module):
         x_NSC = self.proj_in(self.norm(x_NHWC).flatten(1, 2))
         x_NSC = self.transformer_blocks[0](x_NSC, signals.context)
         if not signals.image_mode:
-            x_NSC = self._mix_frames(x_NSC.unflatten(0, (-1, signals.frames)), signals).flatten(0, 1)
+            x_BTSC = signals.split.to_positions(signals.by_clip(x_NSC), signals.frames)
+            x_NSC = signals.split.to_frames(self._mix_frames(x_BTSC, signals), x_NSC.shape[1]).flatten(0, 1)
         return x_NHWC + self.proj_out(x_NSC).view_as(x_NHWC)
 
     def _mix_frames(self, x_BTSC: Tensor, signals: Signals) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svd.model.kernels import operators as fused
+from svd.model.split import Split, group_norm
 
 # Fused attention kernels put batch·heads or batch on a CUDA grid axis that ends here.
 MAX_ATTENTION_BATCH = 65_535
@@ -85,6 +86,12 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         return fused.norm(self, x, silu=silu)
+
+    def over_ranks(self, x_BTSC: Tensor, split: Split) -> Tensor:
+        """Normalise (B, T, s, C) over all ranks' positions, then SiLU."""
+        if split.ranks == 1:
+            return fused.norm(self, x_BTSC, silu=True)
+        return F.silu(group_norm(self, x_BTSC, split))
 
 
 class GEGLU(nn.Module):

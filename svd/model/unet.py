@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from svd.model.blocks import BlockOptions, DownLevel, MidLevel, Signals, UpLevel
 from svd.model.layers import NORM_GROUPS, Conv, EmbeddingMLP, GroupNorm, Mixing, sinusoids
+from svd.model.split import Split
 
 # Where diffusers and the original agree; see UNetConfig.norm_eps for the others.
 ORIGINAL_EPS = 1e-5
@@ -75,11 +76,15 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """The denoising network; `forward` returns F, before the preconditioning of svd.diffusion.edm."""
+    """The denoising network; `forward` returns F, before the preconditioning of svd.diffusion.edm.
+
+    split: set it to let several ranks share each clip; all of them must then call `forward` with equal inputs.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.split = Split()
         widths = config.block_out_channels
         embedding = 4 * widths[0]
         self.conv_in = Conv(config.in_channels, widths[0], 3, padding=1)
@@ -179,14 +184,16 @@ class UNet(nn.Module):
         B, T = x_BTCHW.shape[:2]
         signals = Signals(
             embedding_BC=F.silu(self._embed(c_noise_B, ids_Bn)),
-            context=context_BLD.flatten(0, -3),
+            context=context_BLD if context_BLD.ndim == 3 else self.split.own_frames(context_BLD).flatten(0, 1),
             time_context_BLD=self._first_frame(context_BLD) if time_context_BLD is None else time_context_BLD,
             frames=T,
             image_mode=image_mode or not self.config.temporal,
             image_only_B=image_only_B,
+            split=self.split,
         )
-        y = self._run(x_BTCHW.flatten(0, 1).permute(0, 2, 3, 1).contiguous(), signals)
-        return y.permute(0, 3, 1, 2).contiguous().unflatten(0, (B, T))
+        x_NCHW = self.split.own_frames(x_BTCHW).flatten(0, 1)
+        y = self._run(x_NCHW.permute(0, 2, 3, 1).contiguous(), signals)
+        return self.split.all_frames(y.permute(0, 3, 1, 2).contiguous().unflatten(0, (B, -1)), T)
 
     def _run(self, x_NHWC: Tensor, signals: Signals) -> Tensor:
         x = self.conv_in(x_NHWC)
@@ -216,6 +223,8 @@ class UNet(nn.Module):
             raise ValueError(f"the U-Net takes (B, T, {config.in_channels}, H, W), got {tuple(x.shape)}")
         if context.ndim not in (3, 4) or context.shape[-1] != config.cross_attention_dim:
             raise ValueError(f"the context must be (B, L, {config.cross_attention_dim}), got {tuple(context.shape)}")
+        if x.shape[1] < self.split.ranks:
+            raise ValueError(f"{self.split.ranks} ranks can't share {x.shape[1]} frames")
         given = 0 if ids is None else ids.shape[1]
         if given != config.ids:
             raise ValueError(f"the U-Net is conditioned on {config.ids} ids, got {given}")

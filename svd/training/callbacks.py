@@ -75,11 +75,13 @@ def validate(
 ) -> tuple[Tensor, Tensor]:
     """Measure the averaged weights on the fixed validation draws; return losses and noise levels, (count,) each.
 
-    Both are in the order of the samples' indices. The ranks share the work; the last incomplete batch is filled up with
-    further draws so that each does equally much.
+    Both are in the order of the samples' indices. The ranks share the work, those of one split the same clips; the last
+    incomplete batch is filled up with further draws so that each does equally much.
     """
-    batch = max(batch // trainer.world_size, 1) * trainer.world_size
-    steps = Steps(in_order(batch), range(-(-count // batch)), trainer.global_rank, trainer.world_size)
+    shared = module.unet.split.ranks
+    groups = trainer.world_size // shared
+    batch = max(batch // groups, 1) * groups
+    steps = Steps(in_order(batch), range(-(-count // batch)), trainer.global_rank // shared, groups)
     losses, sigmas, indices = [], [], []
     with module.evaluating(), trainer.precision_plugin.forward_context():
         shown = {"desc": "validation", "unit": "batch", "leave": False, "delay": 2}
@@ -91,7 +93,8 @@ def validate(
             sigmas.append(moved["sigma"])
             indices.append(moved["index"].float())
     parts = torch.stack([torch.cat(losses), torch.cat(sigmas), torch.cat(indices)])
-    loss, sigma, index = trainer.strategy.all_gather(parts).movedim(-2, 0).flatten(1)
+    of_groups = trainer.strategy.all_gather(parts).view(-1, *parts.shape)[::shared]
+    loss, sigma, index = of_groups.movedim(1, 0).flatten(1)
     order = index.argsort()
     return loss[order], sigma[order]
 

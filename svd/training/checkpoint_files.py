@@ -107,7 +107,9 @@ def _require_whole_archive(stream: IO[bytes], name: str) -> None:
         if bad:
             raise Damaged(f"{bad} in {name} has another checksum")
         stream.seek(0)  # torch's own reader is stricter about the directory; "meta": without the tensors' data
-        torch.load(stream, map_location="meta", weights_only=False)  # trusted as Lightning trusts it, which loads it next
+        torch.load(
+            stream, map_location="meta", weights_only=False
+        )  # trusted as Lightning trusts it, which loads it next
     # A flipped bit in the directory asks for a password, a compression or a later version of the format.
     except (zlib.error, RuntimeError) as error:
         raise Damaged(f"{name}: {str(error).splitlines()[0]}") from error

@@ -70,7 +70,7 @@ class Diffusion(pl.LightningModule):
     """Trains a U-Net on cached latents by plain squared error on v.
 
     The autoencoder, needed by tasks that encode the conditioning frame live, is frozen and kept out of the checkpoint.
-    choose: sets which parameters of the U-Net train.
+    choose: sets which parameters of the U-Net train. compiled, context_ranks: as in `compute.training`.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Diffusion(pl.LightningModule):
         autoencoder: Autoencoder | None,
         choose: Callable[[UNet], None],
         compiled: bool = False,
+        context_ranks: int = 1,
     ) -> None:
         super().__init__()
         self.unet = unet
@@ -93,7 +94,7 @@ class Diffusion(pl.LightningModule):
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._frozen = (autoencoder,)
         self._choose = choose
-        self._compiled = compiled
+        self._compiled, self._context_ranks = compiled, context_ranks
         self._configured = False
 
     @property
@@ -113,7 +114,7 @@ class Diffusion(pl.LightningModule):
             return
         self._configured = True
         self._choose(self.unet)
-        parallelise(self.unet, self._compiled, self.settings.precision, self.device_mesh)
+        parallelise(self.unet, self._compiled, self.settings.precision, self.device_mesh, self._context_ranks)
         if self.settings.ema_decay is not None:
             self.ema = Ema(self.unet, self.settings.ema_decay, self.settings.ema_every)
 

@@ -1,17 +1,23 @@
-"""Devices, precision and sharding: checkpoint, then compile each block, then shard each block (torchtitan's order)."""
+"""Devices, precision and sharding: checkpoint, then compile each block, then shard each block (torchtitan's order).
+
+Weights are sharded and gradients averaged over all ranks, whether or not neighbours share their clips.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed import get_rank, new_subgroups
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from svd.config import Precision, TrainingCompute
+from svd.model.split import Split
 from svd.model.unet import UNet
 
 
@@ -24,12 +30,27 @@ def strategy(compute: TrainingCompute) -> str | Strategy:
     return compute.strategy
 
 
-def parallelise(unet: UNet, compiled: bool, precision: Precision, mesh: DeviceMesh | None) -> None:
-    """Compile and shard `unet` in place; recomputation is part of the model (`UNetConfig.checkpointing`).
+@cache
+def split_clips(context_ranks: int) -> Split:
+    """Return this rank's place among the neighbours that share its clips; all ranks of the training must call it.
+
+    Made once a process: the groups outlive a phase, as the ranks do.
+    """
+    if context_ranks == 1:
+        return Split()
+    group, _ = new_subgroups(context_ranks)
+    return Split(get_rank(group), context_ranks, group)
+
+
+def parallelise(
+    unet: UNet, compiled: bool, precision: Precision, mesh: DeviceMesh | None, context_ranks: int = 1
+) -> None:
+    """Split clips, compile and shard `unet` in place; recomputation is part of the model (`UNetConfig.checkpointing`).
 
     In mixed precision the shards travel in bf16 and gradients are reduced in float32. Inputs are left to autocast:
     cast to bf16, the noise level would lose the digits that tell neighbouring levels apart.
     """
+    unet.split = split_clips(context_ranks)
     if compiled:
         unet.compile_blocks()
     if mesh is None:

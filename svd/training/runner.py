@@ -48,6 +48,7 @@ from svd.training.profiling import Profiling
 from svd.training.ranks import rank
 from svd.training.samples import Preview, preview_sheet, write_films
 from svd.training.sharded_checkpoints import readable_checkpoint
+from svd.training.shares import unshareable
 
 logger = logging.getLogger(__name__)
 STRATA = 8
@@ -207,19 +208,20 @@ def run_phase(training: Training, number: int) -> Path:
     history = History(json.loads((previous / "history.json").read_text()) if number else [])
     offset = sum(p.iterations for p in config.phases[:number])
     unet = with_checkpointing(unet, compute.checkpointing)
-    choose = training.choose(phase)
-    module = Diffusion(unet, training.task, config, phase, training.autoencoder, choose, compute.compile)
+    choose, shared = training.choose(phase), compute.context_ranks
+    module = Diffusion(unet, training.task, config, phase, training.autoencoder, choose, compute.compile, shared)
     stopwatch = speed.Stopwatch()
     trainer = make_trainer(training, phase, folder, _hooks(training, number, folder, history, stopwatch))
-    if unshared := phase.unshared(trainer.world_size, compute.gradient_accumulation):
-        raise UserError(f"{training.name}: {unshared}")
+    for planned in config.phases:  # all of them, before the first one trains
+        if problem := unshareable(planned, compute, trainer.world_size):
+            raise UserError(f"{training.name}: {problem}")
     buckets = training.buckets(number)
     loader = IndexedLoader(
         buckets,
         phase.iterations,
         compute.gradient_accumulation,
-        trainer.global_rank,
-        trainer.world_size,
+        trainer.global_rank // shared,
+        trainer.world_size // shared,
         compute.num_workers,
     )
     checkpoint = readable_checkpoint(newest_checkpoint(folder), compute.strategy)
@@ -260,9 +262,7 @@ def _hooks(
         history,
         tracker,
         validate,
-        speed.make_meter(
-            stopwatch, training.context.preset, training.task, config, phase, compute.gradient_accumulation
-        ),
+        speed.make_meter(stopwatch, training.context.preset, training.task, config, phase, compute),
         validate_every=compute.validate_every,
         offset=offset,
         total=sum(p.iterations for p in config.phases[: number + 1]),

@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from svd.config import Phase, Precision, Preset, TrainingConfig
+from svd.config import Phase, Precision, Preset, TrainingCompute, TrainingConfig
 from svd.latents.batches import IndexedLoader
 from svd.latents.loader import Batch
 from svd.tasks.base import Task
@@ -108,12 +108,18 @@ class Meter:
     """Gathers the facts of the steps between two logged points.
 
     count: given the number of ranks, counts the operations of a batch on one device, by the shape of its latents.
+    context_ranks: how many ranks have the same batch.
     """
 
     def __init__(
-        self, stopwatch: Stopwatch, precision: Precision, count: Callable[[int], Mapping[torch.Size, int]]
+        self,
+        stopwatch: Stopwatch,
+        precision: Precision,
+        count: Callable[[int], Mapping[torch.Size, int]],
+        context_ranks: int = 1,
     ) -> None:
         self.stopwatch, self.precision, self.count = stopwatch, precision, count
+        self.context_ranks = context_ranks
         self.batches = Counter[torch.Size]()
         self.norms: list[Tensor] = []
 
@@ -140,7 +146,7 @@ class Meter:
     def take(self, device: torch.device) -> StepFacts:
         """Return the facts since the last call, and begin anew. The host waits for the device here."""
         seconds = self.stopwatch.busy
-        samples = self.ranks * sum(shape[0] * count for shape, count in self.batches.items())
+        samples = self.ranks // self.context_ranks * sum(shape[0] * count for shape, count in self.batches.items())
         operations = sum(self.operations.get(shape, 0) * count for shape, count in self.batches.items())
         norms = torch.stack(self.norms).float()
         finite = norms[torch.isfinite(norms)]
@@ -159,19 +165,21 @@ class Meter:
 
 
 def make_meter(
-    stopwatch: Stopwatch, preset: Preset, task: Task, config: TrainingConfig, phase: Phase, passes: int
+    stopwatch: Stopwatch, preset: Preset, task: Task, config: TrainingConfig, phase: Phase, compute: TrainingCompute
 ) -> Meter:
-    """Return the meter of a phase whose steps take so many forward passes on each device."""
+    """Return the meter of a phase."""
+    passes, shared = compute.gradient_accumulation, compute.context_ranks
 
     def count(ranks: int) -> dict[torch.Size, int]:
         found = {}
         for size in phase.by_bucket:
-            clips = size.batch_size // (ranks * passes)
+            clips = size.batch_size // (ranks // shared * passes)
             latents = make_batch(preset, task, size, clips)["latents"].shape
-            found[latents] = trace_step(preset, task, config, size, Shape(clips, gpu=False)).flops
+            shape = Shape(clips, context_ranks=shared, gpu=False)
+            found[latents] = trace_step(preset, task, config, size, shape).flops
         return found
 
-    return Meter(stopwatch, config.precision, count)
+    return Meter(stopwatch, config.precision, count, shared)
 
 
 def take_memory(device: torch.device) -> float:

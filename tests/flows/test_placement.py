@@ -40,6 +40,21 @@ def test_nodes_devices_and_batches_are_named() -> None:
     assert not list(misplaced(preset(video_pretraining={"devices": 8}), PIPELINE))  # nobody knows a cluster's nodes
 
 
+def test_ranks_that_cant_share_clips_are_named() -> None:
+    """Three ranks can't be two and two, an image has one frame, and sixteen clips no thirds."""
+    shared = preset(
+        image_to_video={"devices": 3, "context_ranks": 2},
+        image_pretraining={"devices": 2, "context_ranks": 2},
+        camera_lora={"devices": 6, "context_ranks": 2},
+        frame_interpolation={"devices": 4, "context_ranks": 2},
+    )
+    lines = list(misplaced(shared, ["image-to-video", "camera-lora", "frame-interpolation"]))
+    assert "image_to_video.phases.0: 3 ranks can't form groups of 2 that share a clip" in lines[0]
+    assert "a batch of 16 clips can't be shared by 3 groups of 2 ranks x 1" in lines[-1]
+    assert all(line.startswith(("image_to_video", "camera_lora")) for line in lines)
+    assert "2 ranks can't share clips whose 'frames' are 1" in next(misplaced(shared, ["image-pretraining"]))
+
+
 class Server:
     """A Prefect server with one deployment, and the pools that it is given."""
 

@@ -61,15 +61,6 @@ def test_buckets_that_make_no_sense_are_refused(changed: dict[str, Any], said: s
         Phase.model_validate(PHASE | changed)
 
 
-def test_a_batch_that_ranks_cant_share_is_named() -> None:
-    assert "batch of 4 clips can't be shared by 3 ranks x 1" in str(Phase.model_validate(PHASE).unshared(3, 1))
-    phase = Phase.model_validate(PHASE | {"buckets": [{"frames": 3, "height": SIZE, "width": SIZE}]})
-    assert phase.unshared(1, 1) is None
-    assert "batch of 5 clips can't be shared by 2 ranks x 2 accumulation steps; change 'batch_multiple'" in str(
-        phase.unshared(2, 2)
-    )
-
-
 @given(buckets=BUCKETS, seed=st.integers(0, 9), epochs=st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
 def test_every_epoch_has_each_bucket_in_its_share_and_every_batch_once(

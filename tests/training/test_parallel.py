@@ -42,19 +42,19 @@ ADAPTER = "zoom/adapter_model.safetensors"
 KILLED_AT = 3
 
 
-def preset(strategy: str, iterations: int = 4, precision: str = "32-true", optimizer: str = "adamw") -> Preset:
-    phases = [{**PHASE, "iterations": iterations}, {**PHASE, "iterations": 2}]
-    return toy_preset(
-        phases=phases,
-        strategy=strategy,
-        precision=precision,
-        devices=int(os.environ.get("WORLD_SIZE", "1")),
-        checkpointing="all",
-        ema_decay=0.9,
-        optimizer=optimizer,
-        warmup=0,
-        decay="none",
-    )
+def preset(strategy: str, iterations: int = 4, **more: object) -> Preset:
+    values: dict[str, object] = {
+        "phases": [{**PHASE, "iterations": iterations}, {**PHASE, "iterations": 2}],
+        "strategy": strategy,
+        "precision": "32-true",
+        "devices": int(os.environ.get("WORLD_SIZE", "1")),
+        "checkpointing": "all",
+        "ema_decay": 0.9,
+        "optimizer": "adamw",
+        "warmup": 0,
+        "decay": "none",
+    }
+    return toy_preset(**values | more)
 
 
 def run_video(folder: Path, name: str, strategy: str) -> None:
@@ -63,10 +63,17 @@ def run_video(folder: Path, name: str, strategy: str) -> None:
     run_video_pretraining(toy_context(folder, name, preset(strategy), image_pretraining=image))
 
 
+def run_shared(folder: Path, name: str, strategy: str, ranks: int = 1) -> None:
+    """Image to video, so many ranks to a clip of three frames."""
+    phases = [{**PHASE, "frames": 3, "iterations": iterations} for iterations in (3, 2)]
+    values = preset(strategy, phases=phases, context_ranks=ranks)
+    run_image_to_video(toy_context(folder, name, values, video_pretraining=folder / "outputs" / "one"))
+
+
 def run_branches(folder: Path, prefix: str, strategy: str) -> None:
     """What else trains differently: in bfloat16, by Muon, with a live autoencoder, with a learned mask, an adapter."""
     first = folder / "outputs" / "one"
-    mixed = toy_context(folder, f"{prefix}-mixed", preset(strategy, 1, "bf16-mixed"), video_pretraining=first)
+    mixed = toy_context(folder, f"{prefix}-mixed", preset(strategy, 1, precision="bf16-mixed"), video_pretraining=first)
     run_high_quality_finetuning(mixed)
     muon = preset(strategy, optimizer="muon")
     run_high_quality_finetuning(toy_context(folder, f"{prefix}-muon", muon, video_pretraining=first))
@@ -87,6 +94,8 @@ def run_ranks(folder: Path) -> None:
     run_branches(folder, "fsdp2", "fsdp2")
     muon = preset("ddp", optimizer="muon")
     run_high_quality_finetuning(toy_context(folder, "ddp-muon", muon, video_pretraining=folder / "outputs" / "one"))
+    for strategy in ("ddp", "fsdp2"):
+        run_shared(folder, f"{strategy}-shared", strategy, ranks=2)
 
 
 def kill_once(mark: Path) -> None:
@@ -114,6 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_image_pretraining(toy_context(folder, "image-pretraining"))
     run_video(folder, "one", "auto")
     run_branches(folder, "one", "auto")
+    run_shared(folder, "one-shared", "auto")
     script = folder / "ranks.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -187,6 +197,19 @@ def test_a_live_autoencoder_and_a_learned_mask_can_be_sharded(folder: Path, resu
     if result == "interpolation":
         torch.testing.assert_close(two["mask_latent"], one["mask_latent"], atol=1e-5, rtol=1e-3)
         assert one["mask_latent"].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_that_share_each_clip_equal_one(folder: Path, strategy: str) -> None:
+    one, two = weights(folder, f"one-shared/{MODEL}"), weights(folder, f"{strategy}-shared/{MODEL}")
+    assert_equal(one, two, weights(folder, f"one/{MODEL}"))
+    for name in ("before", "after"):
+        first, second = (
+            json.loads((folder / f"outputs/{run}-shared/metrics.json").read_text())[f"validation_loss_{name}"]
+            for run in ("one", strategy)
+        )
+        assert second == pytest.approx(first, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -160,6 +160,21 @@ def test_buckets_are_planned_as_the_one_that_takes_most() -> None:
     assert whole.memory == max((plan.memory for plan in parts), key=lambda memory: memory.total)
 
 
+def test_ranks_that_share_clips_share_their_activations() -> None:
+    tiny = str(ROOT / "presets" / "tiny.yaml")
+    one, two = (
+        plan_training(
+            load_preset(tiny, {"compute.video_pretraining": {"devices": n, "context_ranks": n}}),
+            "video-pretraining",
+            Assumptions(GPUS["h100"]),
+        )[0]
+        for n in (1, 2)
+    )
+    assert two.clips == one.clips and two.context_ranks == 2
+    assert two.memory.activations == pytest.approx(one.memory.activations / 2, rel=0.1)
+    assert two.flops == pytest.approx(one.flops / 2, rel=0.02) and two.hours == pytest.approx(one.hours, rel=0.02)
+
+
 def test_an_unknown_gpu_is_refused() -> None:
     with pytest.raises(UserError, match="no GPU 'b200' in the table: a100-80"):
         choose_gpu("b200")

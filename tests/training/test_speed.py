@@ -14,7 +14,7 @@ from measured_step import build
 from torch.utils.flop_counter import FlopCounterMode
 from toy_training import PHASE, toy_context, toy_preset
 
-from svd.config import Precision, Preset
+from svd.config import Precision, Preset, TrainingCompute
 from svd.latents.batches import IndexedLoader
 from svd.latents.loader import Batch
 from svd.stage import NoTracker
@@ -181,16 +181,18 @@ def test_the_operations_are_those_of_a_real_step_without_recomputation(checkpoin
             {name: torch.rand(value.shape).to(value.dtype) for name, value in shapes.items()}
         ).mean().backward()
 
-    def count(passes: int, ranks: int) -> int:
-        made = speed.make_meter(Stopwatch(), config, TEXT_TO_VIDEO, training, phase, passes)
+    def count(passes: int, ranks: int, shared: int = 1) -> int:
+        compute = TrainingCompute(gradient_accumulation=passes, context_ranks=shared)
+        made = speed.make_meter(Stopwatch(), config, TEXT_TO_VIDEO, training, phase, compute)
         ((latents, operations),) = made.count(ranks).items()
-        assert latents == (phase.batch_size // (passes * ranks), *shapes["latents"].shape[1:])
+        assert latents == (phase.batch_size // (passes * (ranks // shared)), *shapes["latents"].shape[1:])
         return passes * operations
 
     real = counter.get_total_flops()
     assert count(1, 1) == pytest.approx(real, rel=0.01) if checkpointing == "none" else count(1, 1) < 0.9 * real
     assert count(2, 1) == pytest.approx(count(1, 1), rel=0.01)
     assert count(1, 2) == pytest.approx(count(1, 1) / 2, rel=0.01)
+    assert count(1, 2, shared=2) == pytest.approx(count(1, 1) / 2, rel=0.01)
 
 
 def test_the_gradient_norm_is_the_mean_of_the_finite_ones() -> None:

@@ -41,9 +41,9 @@ class PhasePlan:
     """What one phase of a training needs.
 
     runs: how often it is trained (a LoRA a motion, a model a candidate of the calibration). ranks, passes, clips: each
-    of so many devices makes so many forward passes a step, with so many clips. flops: operations of one step on one
-    device, recomputation included; with buckets of the largest, as the memory is. hours: of all GPUs and runs together;
-    None when the GPU's peak is unknown.
+    of so many devices makes so many forward passes a step, with so many clips, each of which `context_ranks` devices
+    share. flops: operations of one step on one device, recomputation included; with buckets of the largest, as the
+    memory is. hours: of all GPUs and runs together; None when the GPU's peak is unknown.
     """
 
     stage: str
@@ -54,6 +54,7 @@ class PhasePlan:
     ranks: int
     passes: int
     clips: int
+    context_ranks: int
     flops: int
     runs: int
     hours: float | None
@@ -76,7 +77,7 @@ class PhasePlan:
         return (
             f"{self.stage}, phase {self.number + 1}: needs {self.gibibytes:.1f} GiB and {RESERVE:g} for CUDA, of "
             f"{gpu.memory:g} on {gpu.name}; set {section}.checkpointing: all, a higher gradient_accumulation, "
-            "strategy: fsdp2 over more devices, or take a larger GPU"
+            "strategy: fsdp2 or context_ranks over more devices, or take a larger GPU"
         )
 
 
@@ -107,8 +108,9 @@ class Assumptions:
 def plan_training(preset: Preset, stage: str, given: Assumptions, runs: int = 1) -> list[PhasePlan]:
     """Plan the phases of a training stage, which trains `runs` models one after the other.
 
-    A batch that its ranks can't share evenly is planned as the next larger one that they can. How many clips a bucket
-    has is known only when the latents are: every step is planned as one of the bucket that computes most.
+    A batch that its ranks can't share evenly is planned as the next larger one that they can, and a clip of fewer
+    frames than should share it as if it had none but those. How many clips a bucket has is known only when the latents
+    are: every step is planned as one of the bucket that computes most.
     """
     task = IMAGE if stage in IMAGE.stages else task_of_stage(stage)
     config: TrainingConfig = getattr(preset, stage.replace("-", "_"))
@@ -116,15 +118,16 @@ def plan_training(preset: Preset, stage: str, given: Assumptions, runs: int = 1)
     ranks, parts = ranks_of(compute, given.auto), compute.gradient_accumulation
     sharded, peak = compute.strategy == "fsdp2", given.gpu.peak(config.precision)
     for number, phase in enumerate(config.phases):
-        steps = []
+        shared = min(compute.context_ranks, *(size.frames for size in phase.by_bucket))
+        groups, steps = max(1, ranks // shared), []
         for size in phase.by_bucket:
-            clips = -(-size.batch_size // (ranks * parts))
-            shape = Shape(clips, parts > 1, compute.checkpointing, sharded, given.gpu.name != "cpu")
+            clips = -(-size.batch_size // (groups * parts))
+            shape = Shape(clips, shared, parts > 1, compute.checkpointing, sharded, given.gpu.name != "cpu")
             steps.append(trace_step(preset, task, config, size, shape))
-        clips, flops = -(-phase.batch_size // (ranks * parts)), max(step.flops for step in steps) * parts
+        clips, flops = -(-phase.batch_size // (groups * parts)), max(step.flops for step in steps) * parts
         seconds = None if peak is None else phase.iterations * flops / (peak * 1e12 * given.utilisation)
         hours = None if seconds is None else runs * ranks * seconds / HOUR
         memory = max((measure_memory(step, config, ranks, sharded) for step in steps), key=lambda memory: memory.total)
         counted = count_parameters(steps[0].network)
-        found.append(PhasePlan(stage, number, phase, counted, memory, ranks, parts, clips, flops, runs, hours))
+        found.append(PhasePlan(stage, number, phase, counted, memory, ranks, parts, clips, shared, flops, runs, hours))
     return found

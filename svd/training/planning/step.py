@@ -14,6 +14,7 @@ from svd.config.training import LoraConfig
 from svd.latents.loader import Batch
 from svd.model.autoencoder import Autoencoder
 from svd.model.lora import add_lora
+from svd.model.split import Split
 from svd.model.unet import UNet
 from svd.tasks.base import Task
 from svd.training.initialise import autoencoder_config, unet_config, with_checkpointing
@@ -28,11 +29,13 @@ TEXT_TOKENS = 77  # of CLIP
 class Shape:
     """How a step is computed on one device.
 
-    clips: per forward pass. accumulates: gradients of several passes are summed. sharded: weights are gathered in half
+    clips: per forward pass. context_ranks: devices that share each of them; this is the first one, which has most of
+    an uneven share. accumulates: gradients of several passes are summed. sharded: weights are gathered in half
     precision for each block, and gradients leave it at once (FSDP2). gpu: with the rules and kernels of a GPU.
     """
 
     clips: int
+    context_ranks: int = 1
     accumulates: bool = False
     checkpointing: str = "none"
     sharded: bool = False
@@ -102,6 +105,7 @@ def trace_step(preset: Preset, task: Task, config: TrainingConfig, phase: Phase,
     """
     module = build_module(preset, task, config, phase, shape.checkpointing)
     network, frozen = module.unet, module.autoencoder
+    network.split = Split(ranks=shape.context_ranks)
     half = config.precision == "bf16-true"
     if half or (shape.sharded and config.precision == "bf16-mixed"):
         network.bfloat16()
