@@ -12,7 +12,7 @@ import pytest
 import torch
 from measured_step import build
 from torch.utils.flop_counter import FlopCounterMode
-from toy_training import PHASE, toy_context, toy_preset
+from toy_training import PHASE, SIZE, toy_context, toy_preset
 
 from svd.config import Precision, Preset, TrainingCompute
 from svd.latents.batches import IndexedLoader
@@ -171,7 +171,7 @@ def test_the_peak_leaves_the_random_state() -> None:
 
 @pytest.mark.parametrize("checkpointing", ["none", "all"])
 def test_the_operations_are_those_of_a_real_step_without_recomputation(checkpointing: str) -> None:
-    config = toy_preset(checkpointing=checkpointing, precision="32-true")
+    config = toy_preset(2 * SIZE, checkpointing=checkpointing, precision="32-true")
     training, phase = config.video_pretraining, config.video_pretraining.phases[0]
     module = build(config, "video-pretraining", TEXT_TO_VIDEO, training)
     module.configure_model()
@@ -192,7 +192,7 @@ def test_the_operations_are_those_of_a_real_step_without_recomputation(checkpoin
     assert count(1, 1) == pytest.approx(real, rel=0.01) if checkpointing == "none" else count(1, 1) < 0.9 * real
     assert count(2, 1) == pytest.approx(count(1, 1), rel=0.01)
     assert count(1, 2) == pytest.approx(count(1, 1) / 2, rel=0.01)
-    assert count(1, 2, shared=2) == pytest.approx(count(1, 1) / 2, rel=0.01)
+    assert count(1, 2, shared=2) == pytest.approx(count(1, 1) / 2, rel=0.02)  # both embed the conditioning
 
 
 def test_the_gradient_norm_is_the_mean_of_the_finite_ones() -> None:
