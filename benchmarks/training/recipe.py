@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from svd.config.load import load_preset
+from svd.latents.batches import Buckets, IndexedLoader
 from svd.latents.cache import LatentCache, write_index, write_shard
-from svd.latents.loader import Batch, Draws, Examples, IndexedLoader
+from svd.latents.loader import Batch, Draws, Examples
 from svd.model.autoencoder import Autoencoder, AutoencoderConfig
 from svd.model.unet import UNet, UNetConfig
 from svd.tasks.image_to_video import IMAGE_TO_VIDEO
@@ -157,7 +158,7 @@ def examples(cache: LatentCache) -> Examples:
 
 def batches(cache: LatentCache, batch: int) -> Iterator[Batch]:
     """Yield batches without an end."""
-    return iter(IndexedLoader(examples(cache), 1 << 30, batch))
+    return iter(IndexedLoader(Buckets([examples(cache)], [batch], seed=0), 1 << 30))
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
