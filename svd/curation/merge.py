@@ -78,7 +78,8 @@ def _duplicates(measured: Sequence[Path]) -> dict[str, str]:
     narrow = ["source_uri", "source_id", "verdict"]
     rows = pl.concat([pl.read_parquet(unit / "sources.parquet", columns=narrow) for unit in measured])
     rows = rows.sort("source_uri").with_columns(first=pl.col("source_uri").first().over("source_id"))
-    again = pl.col("source_id").is_not_null() & (pl.col("verdict") == "ok") & (pl.col("first") != pl.col("source_uri"))
+    again = pl.col("source_id").is_not_null() & pl.col("verdict").is_in(["ok", "duplicate"])
+    again &= pl.col("first") != pl.col("source_uri")
     return dict(rows.filter(again).select("source_uri", "first").iter_rows())
 
 

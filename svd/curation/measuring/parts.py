@@ -8,6 +8,7 @@ the part that ends there. No clip crosses a boundary, just as no clip crosses th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import av
 import numpy as np
 
 from svd.config import CurationConfig
-from svd.curation.base.types import ClipSpan, Cut, DroppedSpan, SourceAnalysis, SourceFacts, SourceFailure
+from svd.curation.base.types import ClipSpan, Cut, DroppedSpan, Seconds, SourceAnalysis, SourceFacts, SourceFailure
 from svd.curation.clips.spans import Timeline
 from svd.curation.clips.writer import copy_frames
 from svd.curation.cuts.finder import SETTLE_SECONDS
@@ -65,7 +66,14 @@ def count_parts(path: Path, config: CurationConfig) -> int:
     return len(part_starts(_timeline(index), config.part_seconds))
 
 
-def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, scratch: Path | None) -> SourceAnalysis:
+def analyse_part(
+    path: Path,
+    config: CurationConfig,
+    taken: Taken,
+    part: Part,
+    scratch: Path | None,
+    spans: Sequence[Seconds] = (),
+) -> SourceAnalysis:
     """Analyse one part of a source as `decode_pass.analyse` does; its packets are copied to `scratch`, then removed.
 
     scratch: may be None for WHOLE, which is analysed in place. Frame numbers, times and `facts.start_pts` are those of
@@ -73,7 +81,7 @@ def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, s
     begins is counted as `inherited` when the part before lists it. Raises SourceFailure.
     """
     if part == WHOLE:
-        return analyse(path, config, taken)
+        return analyse(path, config, taken, spans=spans)
     assert scratch is not None
     info, index = read_source(path), read_packets(path)
     clock = _Clock(index, config.part_seconds, part[0])
@@ -81,7 +89,11 @@ def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, s
         copy_frames(path, clock.copied_span(), scratch)
         clock.local = read_packets(scratch).time_base
         analysis = analyse(
-            scratch, config, lambda clip: taken(replace(clip, span=clock.span(clip.span))), clock.window()
+            scratch,
+            config,
+            lambda clip: taken(replace(clip, span=clock.span(clip.span))),
+            clock.window(),
+            clock.listed(spans),
         )
     finally:
         scratch.unlink(missing_ok=True)
@@ -130,6 +142,11 @@ class _Clock:
     def window(self) -> Window:
         """Return the frames of the copy that belong to the part."""
         return self.first - self.lead, self.next - self.lead
+
+    def listed(self, spans: Sequence[Seconds]) -> list[Seconds]:
+        """Convert spans, which count from the first frame of the source, to the copy; they may begin below 0."""
+        before = self.source.seconds(self.lead) - self.source.seconds(0)
+        return [(start - before, end - before) for start, end in spans]
 
     def pts(self, local: int) -> int:
         """Convert a timestamp of the copy, which begins with 0, to one of the source."""
