@@ -169,7 +169,8 @@ def read_source(path: Path) -> SourceInfo:
         if not Fraction(1, 8) <= aspect <= 8:
             aspect = Fraction(1)
         rate = Fraction(stream.average_rate or stream.base_rate or 0)
-        return SourceInfo(container.format.name, context.name, context.width, context.height, aspect, rate)
+        codec = context.codec.canonical_name  # its own name may be that of a library, such as libdav1d for av1
+        return SourceInfo(container.format.name, codec, context.width, context.height, aspect, rate)
 
 
 def read_packets(path: Path) -> PacketIndex:
