@@ -132,6 +132,7 @@ SOURCES_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("fps", pa.float32()),
         ("duration", pa.float64()),
+        ("decoded_share", pa.float32()),  # of the duration that the header declares; null where it declares none
         ("frames", pa.int64()),
         ("cuts", pa.int32()),
         ("clips", pa.int32()),

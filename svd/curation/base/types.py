@@ -71,6 +71,7 @@ class SourceFacts:
     b_frames: bool
     keyframes: tuple[int, ...]  # pts, ascending
     warnings: tuple[str, ...] = ()
+    decoded_share: float | None = None  # of the duration that the header declares; None where it declares none
 
 
 @dataclass(frozen=True)

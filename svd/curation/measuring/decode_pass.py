@@ -335,4 +335,12 @@ class _DecodePass:
             b_frames=bool((np.diff(self.index.pts) < 0).any()) if self.index.trusted else False,
             keyframes=tuple(int(timeline.pts[k]) for k in timeline.keyframes),
             warnings=tuple(warnings),
+            decoded_share=self._decoded_share(duration),
         )
+
+    def _decoded_share(self, seconds: float) -> float | None:
+        """Return which share of the declared duration was decoded: what is missing at the end or broken is not."""
+        if self.info.declared <= 0:
+            return None
+        broken = self.decoder.facts.errors / len(self.index.pts)
+        return min(seconds / self.info.declared, 1.0) * max(1 - broken, 0.0)

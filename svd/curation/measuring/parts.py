@@ -20,7 +20,7 @@ from svd.curation.base.types import ClipSpan, Cut, DroppedSpan, Seconds, SourceA
 from svd.curation.clips.spans import Timeline
 from svd.curation.clips.writer import copy_frames
 from svd.curation.cuts.finder import SETTLE_SECONDS
-from svd.curation.decoding.probe import PacketIndex, open_video, read_packets, read_source
+from svd.curation.decoding.probe import PacketIndex, SourceInfo, open_video, read_packets, read_source
 from svd.curation.measuring.decode_pass import COPY_CODECS, Taken, Window, analyse
 
 MOST_REORDERED = 16  # frames by which decoding order may differ from display order, H.264's limit
@@ -101,7 +101,7 @@ def analyse_part(
         raise SourceFailure("its frames are not in the order of their timestamps, and it is too long for one part")
     return replace(
         analysis,
-        facts=clock.facts(analysis.facts, info.container, index.warnings),
+        facts=clock.facts(analysis.facts, info, index.warnings),
         cuts=[clock.cut(cut) for cut in analysis.cuts],
         dropped=[clock.dropped(span) for span in analysis.dropped],
     )
@@ -202,15 +202,17 @@ class _Clock:
             span.reason,
         )
 
-    def facts(self, facts: SourceFacts, container: str, warnings: tuple[str, ...]) -> SourceFacts:
-        """Convert the facts of the part to the times of the source."""
+    def facts(self, facts: SourceFacts, info: SourceInfo, warnings: tuple[str, ...]) -> SourceFacts:
+        """Convert the facts of the part to the times of the source; info: of the source."""
+        there = (self.source.end_pts - self.source.at(0)) * self.source.time_base
         duration, frames = self.source.seconds(self.next) - self.source.seconds(self.first), self.next - self.first
         return replace(
             facts,
             frames=frames,
             duration=duration,
             fps=frames / duration,
-            container=container,
+            container=info.container,
+            decoded_share=min(there / info.declared, 1.0) * (facts.decoded_share or 1.0) if info.declared > 0 else None,
             time_base=self.base,
             start_pts=self.source.at(0),
             end_pts=self.source.at(self.next),
