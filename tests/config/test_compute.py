@@ -96,7 +96,7 @@ def test_no_stage_depends_on_how_it_is_computed(tmp_path: Path, monkeypatch: pyt
     changed = {
         "training": {"devices": 3, "nodes": 2, "strategy": "fsdp2", "num_workers": 2, "gradient_accumulation": 2}
         | {"checkpointing": "all", "compile": True, "checkpoint_every": 7, "validate_every": 7, "sample_steps": 7}
-        | {"keep_checkpoints": 3, "damaged_share": 0.5},
+        | {"keep_checkpoints": 3, "damaged_share": 0.5, "context_ranks": 2, "stream": True},
         "curation": {"workers": 5},
         "latents": {"workers": 5},
         "autoencoder": {"checkpoint_every": 7},
