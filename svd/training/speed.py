@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from svd.config import Phase, Precision, Preset, TrainingCompute, TrainingConfig
+from svd.core.errors import UserError
 from svd.latents.batches import IndexedLoader
 from svd.latents.loader import Batch
 from svd.tasks.base import Task
@@ -129,7 +130,7 @@ class Meter:
         self.operations: Mapping[torch.Size, int] = {}
         try:
             self.operations, self.peak = self.count(ranks), measure_peak(device, self.precision)
-        except RuntimeError as error:  # no memory left, or no kernel on `meta`
+        except (RuntimeError, UserError) as error:  # no memory left, no kernel on `meta`, sizes that can't be planned
             logger.warning("the utilisation of the device isn't known: %s", error)
         take_memory(device)
 
