@@ -6,7 +6,7 @@ Needs the outputs of the preset up to `high-quality-finetuning`, over the plain 
 stage `recognition-evaluation` judges: same prompts, sampling and seeds. The shape is where a pixel is near the prompt's
 colour. A row per motion: how far the shape gets along the way that the caption names, from the first two frames to the
 last two, in heights of the frame; its mean place along that way; and how many clips are right, which move by more than
-0.06 within 45 degrees of it. A zoom has the logarithm of the growth of the shape's area, and is right from 0.1 on.
+0.03 within 45 degrees of it. A zoom has the logarithm of the growth of the shape's area, and is right from 0.1 on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,18 +23,51 @@ from rich.progress import track
 from evaluation.recognition.kept import as_frames
 from evaluation.recognition.labels import ClipShape, LabelledClip, read_labelled
 from evaluation.recognition.text_to_video import clip_seed
-from evaluation.recognition.tracking import DIRECTIONS, MOVED, find_path
 from flows.places import Place
 from svd.config import Preset
 from svd.config.load import load_preset
 from svd.core.device import pick_device
 from svd.generation import load_models, text_to_video
 from svd.media.video import Frames
+from svd.synthetic.drawing import COLOURS
 
-WAYS = {**DIRECTIONS, "pan-left": (1, 0), "pan-right": (-1, 0)}  # a shape moves against the camera
+WAYS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
+WAYS |= {"pan-left": (1, 0), "pan-right": (-1, 0)}  # a shape moves against the camera
 ZOOMS = {"zoom-in": 1, "zoom-out": -1}
-GROWN = 0.1
+SPREAD, FAINT = 60.0, 0.3  # of the distance from the colour, in RGB levels; nearness that no longer counts
+MOVED, GROWN = 0.03, 0.1
 BATCH = 8
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where a shape is in each frame, (T, 2) in heights from the middle, and its area (T,) in pixels."""
+
+    places: np.ndarray
+    areas: np.ndarray
+
+    @property
+    def way(self) -> np.ndarray:
+        """How far it gets, (2,)."""
+        moved: np.ndarray = self.places[-2:].mean(0) - self.places[:2].mean(0)
+        return moved
+
+    @property
+    def growth(self) -> float:
+        """The logarithm of how many times as large it becomes."""
+        return float(np.log(max(self.areas[-2:].mean(), 1.0) / max(self.areas[:2].mean(), 1.0)))
+
+
+def find_path(frames: Frames, colour: str) -> Path:
+    """Track what is of a colour through a clip (T, H, W, 3) uint8."""
+    near = np.exp(-((frames - np.array(COLOURS[colour], np.float64)) ** 2).sum(-1) / (2 * SPREAD**2))
+    near[near < FAINT] = 0
+    height, width = near.shape[1:]
+    areas = near.sum((1, 2))
+    rows, columns = np.mgrid[:height, :width]
+    sums = np.stack([(near * (columns + 0.5)).sum((1, 2)), (near * (rows + 0.5)).sum((1, 2))], 1)
+    middle = np.array([width, height]) / 2 / height
+    return Path(sums / np.maximum(areas, 1e-6)[:, None] / height - middle, areas)
 
 
 def motion_of(clip: LabelledClip) -> str:

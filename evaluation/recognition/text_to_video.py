@@ -2,9 +2,8 @@
 
 Prompts are the true captions of test scenes of the synthetic worlds, so colour, shape, object motion and camera motion
 of each are known. A classifier trained on real clips of the training worlds names the first three in generated clips,
-curation's camera classifier the fourth; where shapes only move or stand, the object's motion is tracked instead. The
-same judges look at controls: the real clips of the prompts, those clips passed through the autoencoder, the network of
-the stage before, an untrained one, the mean frame, and noise.
+curation's camera classifier the fourth. The same judges look at controls: the real clips of the prompts, those clips
+passed through the autoencoder, the network of the stage before, an untrained one, the mean frame, and noise.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from evaluation.recognition.camera import camera_motion
 from evaluation.recognition.classifier import ClipClassifier, train_classifier
 from evaluation.recognition.kept import as_clips, as_frames, kept_clips
 from evaluation.recognition.labels import ATTRIBUTES, ClipShape, LabelledClip, has_labels, read_labelled
-from evaluation.recognition.tracking import ACTIONS, action_of, find_path
 from evaluation.tables import write_csv
 from evaluation.untrained import untrained
 from svd.config import RecognitionConfig
@@ -68,16 +66,7 @@ class Recognition:
     def answers(self, clips: Sequence[Frames]) -> Answers:
         """Return what the judges see in clips."""
         cameras = [camera_motion(clip, self.config.fps).label for clip in clips]
-        seen = {**self.classifier.answers(clips), "camera": cameras}
-        if self.tracked:
-            paths = map(find_path, clips, self.truth("colour"))
-            seen["action"] = [action_of(path, camera) for path, camera in zip(paths, cameras, strict=True)]
-        return seen
-
-    @property
-    def tracked(self) -> bool:
-        """Whether the objects of all prompts do what tracking can tell."""
-        return set(self.truth("action")) <= ACTIONS
+        return {**self.classifier.answers(clips), "camera": cameras}
 
     def right(self, answers: Answers, attribute: str) -> list[bool]:
         """Return for each clip whether the prompt's label was seen."""
@@ -256,7 +245,6 @@ def _about(context: StageContext, recognition: Recognition) -> dict[str, object]
         "protocol": recognition.config.model_dump(mode="json") | asdict(recognition.shape),
         "digest": recognition.protocol,
         "classes": recognition.classifier.classes,
-        "object_motion": "tracked" if recognition.tracked else "classified",
         "models": hashes,
     }
 

@@ -91,12 +91,10 @@ def background_tile(kind: str, colour: str, size: int, generator: np.random.Gene
 def smooth_tile(kind: str, colour: str, size: int) -> NDArray[np.uint8]:
     """Draw a seamless (size, size, 3) uint8 RGB tile of the plain world: one colour whose brightness is a sine.
 
-    kind: "checks" (waves along both axes) or "stripes" (oblique waves that swell along their length, so that every
-    motion of the camera shows), `SMOOTH_WAVES` of them across the tile.
+    kind: "checks" (waves along both axes) or "stripes" (oblique waves), `SMOOTH_WAVES` of them across the tile.
     """
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) * (2 * np.pi * SMOOTH_WAVES / size)
-    stripes = np.sin(x + y * np.float32(2 / SMOOTH_WAVES)) * (1 + 0.5 * np.sin(y)) / 1.5
-    wave = np.sin(x) * np.sin(y) if kind == "checks" else stripes
+    wave = np.sin(x) * np.sin(y) if kind == "checks" else np.sin(x + y * np.float32(2 / SMOOTH_WAVES))
     shade = SMOOTH_BRIGHTNESS * (1 + SMOOTH_CONTRAST * wave[..., None])
     return np.clip(np.array(COLOURS[colour], np.float32) * shade, 0, 255).astype(np.uint8)
 

@@ -2,15 +2,13 @@
 
 A `World` is an endless list of scenes, in one of two styles. "textured" is the rich one: 8 shapes in 10 colours and 4
 textures over 7 mottled backgrounds, 12 actions and 9 camera motions at once. "plain" can be learned in minutes: 3
-shapes in 4 even colours over 2 smooth patterns in 3 colours, and either the shape moves or the camera, in 6 ways. Its
-motions lead the shape to the middle of the frame: a single frame shows which one it is, in the shape's place or size.
-Networks learn that long before they compare frames. No two motions show it in the same place.
+shapes in 4 even colours over 2 smooth patterns in 3 colours, and either the shape moves or the camera, in 8 ways.
 
 The splits "train" and "test" use the same vocabulary and share no seed. Textured, they share no (shape, colour,
 texture) and no (background, colour) combination; plain, no combination of shape, colours, background and motion.
 
 Positions are in units of the frame's height with the origin in the middle and y pointing down; times are in seconds
-around the middle of the scene, or, of plain motions, before its end.
+around the middle of the scene.
 """
 
 from __future__ import annotations
@@ -69,9 +67,8 @@ PLAIN_SHAPES = ("circle", "square", "triangle")
 PLAIN_COLOURS = ("red", "yellow", "blue", "white")
 PLAIN_BACKGROUNDS = ("checks", "stripes")
 PLAIN_BACKGROUND_COLOURS = ("green", "brown", "grey")
-PLAIN_ACTIONS = ("moving up", "moving down")  # left and right belong to the pans
+PLAIN_ACTIONS = ("moving left", "moving right", "moving up", "moving down")
 PLAIN_CAMERAS = ("pan-left", "pan-right", "zoom-in", "zoom-out")
-PLAIN_SECONDS = 1.0  # of motion at most: a longer scene moves slower, and its shape stays in sight
 _TILE_HEIGHTS = 2.0
 _CAMERA_FOLLOWS: dict[Style, float] = {"textured": 0.7, "plain": 0.0}  # share of a pan that objects take part in
 _TEST_SHARE = 4
@@ -229,7 +226,7 @@ class World:
         )
         thing = Thing(shape, colour, "plain")
         action, camera = motions[drawn[4]]
-        beside = 0.1 if camera.startswith("pan") else 0.22  # so that a pan doesn't begin without the shape
+        beside = 0.1 if camera.startswith("pan") else 0.22  # so that a pan doesn't begin or end without the shape
         return Scene(
             seed=self.key(index, 1),
             thing=thing,
@@ -252,19 +249,8 @@ def still(scene: Scene) -> Scene:
     return replace(scene, action="standing still", camera="static")
 
 
-def motion_clock(scene: Scene, t: float, half: float) -> tuple[float, float]:
-    """Return the time of a scene's motions, in seconds, and its greatest distance from 0, where nothing is displaced.
-
-    t: seconds from the middle of the scene; half: half the scene's seconds. Textured, it is t; plain, it ends at 0.
-    """
-    if scene.style == "textured":
-        return t, half
-    slowed = min(1.0, PLAIN_SECONDS / max(2 * half, 1e-6))
-    return (t - half) * slowed, 2 * half * slowed
-
-
 def camera_pose(scene: Scene, t: float) -> tuple[NDArray[np.float64], float, float]:
-    """Return the camera's pose at time t of its motion: offset (2,) in heights, zoom factor, roll angle in radians."""
+    """Return the camera's pose at time t: offset (2,) in heights, zoom factor, roll angle in radians."""
     offset, zoom, angle = np.zeros(2), 1.0, 0.0
     speed = scene.camera_speed
     if scene.camera.startswith("pan"):
@@ -272,8 +258,7 @@ def camera_pose(scene: Scene, t: float) -> tuple[NDArray[np.float64], float, flo
     elif scene.camera.startswith("tilt"):
         offset[1] = (1 if scene.camera == "tilt-down" else -1) * 0.35 * speed * t
     elif scene.camera.startswith("zoom"):
-        rate = (0.32 if scene.style == "textured" else 0.45) * speed
-        zoom = float(np.exp((1 if scene.camera == "zoom-in" else -1) * rate * t))
+        zoom = float(np.exp((1 if scene.camera == "zoom-in" else -1) * 0.32 * speed * t))
     elif scene.camera == "roll":
         angle = scene.sign * np.deg2rad(24) * speed * t
     elif scene.camera == "handheld":
@@ -285,16 +270,16 @@ def camera_pose(scene: Scene, t: float) -> tuple[NDArray[np.float64], float, flo
 
 
 def object_poses(scene: Scene, t: float, half: float) -> list[tuple[Thing, float, float, float, float]]:
-    """List the objects at time t of their motion from back to front: (thing, x, y, size, angle).
+    """List the objects at time t from back to front: (thing, x, y, size, angle).
 
-    half: the greatest distance of t from 0; sizes and places in heights of the frame.
+    t: seconds from the middle of the scene; half: half the scene's seconds; sizes and places in heights of the frame.
     """
     x, y = scene.start
     size, angle, speed = scene.size, 0.0, scene.speed
     things: list[tuple[Thing, float, float, float, float]] = []
     if scene.action in _DIRECTION:
         dx, dy = _DIRECTION[scene.action]
-        rate = min(0.5 * speed, (0.55 if scene.style == "textured" else 0.45) / max(half, 1e-6))
+        rate = min(0.5 * speed, 0.55 / max(half, 1e-6))
         x, y = x * abs(dy) + dx * rate * t, y * abs(dx) + dy * rate * t
     elif scene.action == "bouncing":
         y = 0.22 - 0.42 * abs(np.sin(np.pi * 0.9 * speed * t + scene.start[0] * 5))
@@ -304,7 +289,7 @@ def object_poses(scene: Scene, t: float, half: float) -> list[tuple[Thing, float
     elif scene.action == "spinning":
         angle = scene.sign * np.deg2rad(150) * speed * t
     elif scene.action in ("growing", "shrinking"):
-        size *= float(np.exp((0.55 if scene.action == "growing" else -0.45) * speed * t))
+        size *= float(np.exp((0.55 if scene.action == "growing" else -0.55) * speed * t))
     elif scene.action == "orbiting":
         turn = scene.sign * 2 * np.pi * 0.5 * speed * t + scene.start[0] * 10
         size *= 0.7 * (1 + 0.2 * np.sin(turn))
@@ -366,8 +351,7 @@ def render_scene(scene: Scene, frames: int, height: int, width: int, fps: float)
     half = (frames - 1) / fps / 2
     for i in range(frames):
         t = i / fps - half
-        moved, most = motion_clock(scene, t, half)
-        offset, zoom, angle = camera_pose(scene, moved)
+        offset, zoom, angle = camera_pose(scene, t)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         to_tile = turn.T / zoom
         centre = np.array([width / 2 - 0.5, height / 2 - 0.5])
@@ -376,7 +360,7 @@ def render_scene(scene: Scene, frames: int, height: int, width: int, fps: float)
         canvas = cv2.warpAffine(
             tile, inverse, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_WRAP
         ).astype(np.float32)
-        for thing, x, y, size, own_angle in object_poses(scene, moved, most):
+        for thing, x, y, size, own_angle in object_poses(scene, t, half):
             place = turn @ (np.array([x, y]) - (1 - _CAMERA_FOLLOWS[scene.style]) * offset) * zoom * height + centre
             scale = size * zoom * height / sprite_side
             _blend(canvas, sprites[thing], _affine(scale, own_angle + angle, (place[0], place[1]), sprite_side))

@@ -95,11 +95,11 @@ def test_a_plain_world_is_small_and_its_splits_share_words_but_no_scene() -> Non
         {(s.thing.shape, s.thing.colour, s.background, s.background_colour, motion_of(s)) for s in scenes}
         for scenes in drawn.values()
     ]
-    assert [len(found) for found in words] == [324, 108] and not words[0] & words[1]
+    assert [len(found) for found in words] == [432, 144] and not words[0] & words[1]
     for position in range(5):
         assert {found[position] for found in words[0]} == {found[position] for found in words[1]}
     # A caption names one motion, and tells apart whatever differs.
-    assert len({s.caption for scenes in drawn.values() for s in scenes}) == 432
+    assert len({s.caption for scenes in drawn.values() for s in scenes}) == 576
     for scene in drawn["test"][:50]:
         assert (scene.action == "standing still") != (scene.camera == "static")
         assert scene.caption.startswith(f"a {scene.thing.colour} {scene.thing.shape} ")
@@ -120,33 +120,14 @@ def test_a_plain_scene_shows_what_its_caption_says() -> None:
     """An even shape on a background of another colour; only what the caption names moves."""
     world = World(2, "train", "plain")
     seen = {motion_of(scene): scene for scene in map(world.scene, range(60))}
-    assert len(seen) == 6
+    assert len(seen) == 8
     for motion, scene in seen.items():
         frames = render_scene(dataclasses.replace(scene, start=(0.0, 0.0)), 9, 96, 96, 12).astype(int)
-        middle = frames[8, 44:52, 46:50].reshape(-1, 3)
+        middle = frames[4, 44:52, 46:50].reshape(-1, 3)
         assert np.abs(middle - COLOURS[scene.thing.colour]).max() <= 2
         corners = np.abs(frames[0] - frames[8])[[0, 0, -1, -1], [0, -1, 0, -1]]
         assert (corners.max() == 0) == (scene.camera == "static")
         assert np.abs(frames[0] - frames[8]).mean() > 2, motion
-
-
-@pytest.mark.parametrize("frames", [20, 29, 60])
-def test_a_plain_motion_ends_in_the_middle_and_each_frame_shows_where_it_comes_from(frames: int) -> None:
-    sides = {"moving up": (0, -1), "moving down": (0, 1), "pan-left": (1, 0), "pan-right": (-1, 0)}
-    world = World(4, "train", "plain")
-    for scene in map(world.scene, range(60)):
-        shown = render_scene(scene, frames, 96, 96, 24).astype(int)
-        near = np.abs(shown - COLOURS[scene.thing.colour]).max(-1) <= 8
-        places = [(np.argwhere(mask).mean(0)[::-1] - 47.5) / 96 for mask in near]
-        if motion_of(scene) in sides:
-            way = np.array(sides[motion_of(scene)])
-            along = [float(place @ way) for place in places]
-            assert along[0] < -0.15 and abs(along[-1]) < 0.15
-            assert (np.diff(along) > -0.01).all()
-        else:
-            sizes = near.sum((1, 2))
-            assert (sizes[-1] > sizes[0]) == (scene.camera == "zoom-in")
-        assert near[0].sum() > 100, "the shape is in sight from the beginning"
 
 
 @pytest.mark.parametrize(
