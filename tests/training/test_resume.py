@@ -115,7 +115,7 @@ from toy_training import toy_context
 from svd.training.stages import run_video_pretraining
 folder = Path({folder!r})
 image = folder / "outputs/image-pretraining"
-run_video_pretraining(toy_context(folder, sys.argv[1], preset(160), image_pretraining=image))
+run_video_pretraining(toy_context(folder, sys.argv[1], preset(60), image_pretraining=image))
 """
 
 
@@ -133,7 +133,7 @@ def checkpointed_step(folder: Path, name: str) -> int:
 def kill_somewhere(folder: Path, name: str, how: signal.Signals, draw: random.Random) -> int:
     """Start the training, end it while it starts or some steps further, and return its exit status."""
     before, process = checkpointed_step(folder, name), start(folder, name)
-    if draw.random() < 0.3:
+    if draw.random() < 0.2:
         time.sleep(draw.uniform(0, 4))
     else:
         while checkpointed_step(folder, name) <= before and process.poll() is None:
@@ -144,11 +144,12 @@ def kill_somewhere(folder: Path, name: str, how: signal.Signals, draw: random.Ra
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_leave_the_weights_bitwise_equal(tmp_path: Path) -> None:
+@pytest.mark.timeout(1800)  # eight starts of Python and torch
+def test_kills_at_random_moments_leave_the_weights_bitwise_equal(tmp_path: Path) -> None:
     """Half of them SIGTERM: 143 from the moment on at which the training can save its step, before that the signal."""
     first_model(tmp_path)
     assert start(tmp_path, "undisturbed").wait() == 0
-    draw, kills = random.Random(0), [signal.SIGKILL, signal.SIGTERM] * 10
+    draw, kills = random.Random(0), [signal.SIGKILL, signal.SIGTERM] * 3
     draw.shuffle(kills)
     ends = [(how, kill_somewhere(tmp_path, "killed", how, draw)) for how in kills]
     assert all(end in ((-how, 143) if how == signal.SIGTERM else (-how,)) for how, end in ends), ends
