@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -115,7 +114,7 @@ from toy_training import toy_context
 from svd.training.stages import run_video_pretraining
 folder = Path({folder!r})
 image = folder / "outputs/image-pretraining"
-run_video_pretraining(toy_context(folder, sys.argv[1], preset(60), image_pretraining=image))
+run_video_pretraining(toy_context(folder, sys.argv[1], preset(40), image_pretraining=image))
 """
 
 
@@ -130,30 +129,16 @@ def checkpointed_step(folder: Path, name: str) -> int:
     return max((int(path.stem.removeprefix("step=")) for path in found), default=-1)
 
 
-def kill_somewhere(folder: Path, name: str, how: signal.Signals, draw: random.Random) -> int:
-    """Start the training, end it while it starts or some steps further, and return its exit status."""
-    before, process = checkpointed_step(folder, name), start(folder, name)
-    if draw.random() < 0.2:
-        time.sleep(draw.uniform(0, 4))
-    else:
-        while checkpointed_step(folder, name) <= before and process.poll() is None:
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.5))
-    process.send_signal(how)
-    return process.wait()
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # eight starts of Python and torch
-def test_kills_at_random_moments_leave_the_weights_bitwise_equal(tmp_path: Path) -> None:
-    """Half of them SIGTERM: 143 from the moment on at which the training can save its step, before that the signal."""
+def test_sigkill_twice_leaves_the_weights_bitwise_equal(tmp_path: Path) -> None:
     first_model(tmp_path)
     assert start(tmp_path, "undisturbed").wait() == 0
-    draw, kills = random.Random(0), [signal.SIGKILL, signal.SIGTERM] * 3
-    draw.shuffle(kills)
-    ends = [(how, kill_somewhere(tmp_path, "killed", how, draw)) for how in kills]
-    assert all(end in ((-how, 143) if how == signal.SIGTERM else (-how,)) for how, end in ends), ends
-    assert (signal.SIGTERM, 143) in ends
+    for after in (4, 20):
+        process = start(tmp_path, "killed")
+        while checkpointed_step(tmp_path, "killed") < after and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     assert start(tmp_path, "killed").wait() == 0
     outputs = tmp_path / "outputs"
     assert (outputs / "killed/losses.csv").read_text() == (outputs / "undisturbed/losses.csv").read_text()
