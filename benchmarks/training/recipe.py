@@ -1,13 +1,13 @@
-"""An image-to-video training step beside the recipe of SVD_Xtend, the trainer that most people use, on the CPU.
+"""An image-to-video training step beside the recipe of SVD_Xtend, an open trainer of SVD, on the CPU.
 
     python -m benchmarks.training.recipe [--repeats 5] [--batch 1]
 
 Theirs (pixeli99/SVD_Xtend, train_svd.py of 2024-07): diffusers' U-Net, every frame and the conditioning frame encoded
 by diffusers' VAE in every step, the image's embedding by transformers' CLIP in every step, AdamW, EMA. Ours: latents
 and embeddings from a cache on disk through the loader, the conditioning frame alone encoded live, clipping, AdamW, EMA.
-Making the cache costs about as much as one epoch of their encoding, and is not counted.
+Making the cache, once, is not counted.
 
-All networks have a fifth of SVD's width (U-Net 64-128-256-256 with 69 M parameters, VAE 32-64-96-96, CLIP 256 x 32),
+All networks have about a fifth of SVD's width (U-Net 64-128-256-256 with 69 M parameters, VAE 32-64-96-96, CLIP 256 x 32),
 the clips 14 frames of 128 x 192. The two U-Nets have equal weights; the same parameters train: all, or as SVD_Xtend
 does, the temporal transformer blocks alone. One thread, CPU seconds, in turns. Demanded: 1.8 times their samples/s.
 Then the loader alone: the share of a step that a process without workers waits for its batch (demanded: 3 %).

@@ -121,14 +121,14 @@ def dropped(signals: ClipSignals, null_text: Tensor | None = None) -> ClipSignal
     )
 
 
-def swapped(signals: ClipSignals) -> ClipSignals:
-    """Give each clip the conditioning frames of the next in the batch, or the next one's text where it has no frames.
+def with_signals_of(signals: ClipSignals, others: ClipSignals) -> ClipSignals:
+    """Give B clips the conditioning frames of B others, or the others' texts where the task has no frames.
 
     What a network then loses is what it takes from them.
     """
     if signals.latents is not None:
-        return replace(signals, latents=signals.latents.roll(-1, 0))
-    return replace(signals, text=given(signals.text).roll(-1, 0))
+        return replace(signals, latents=given(others.latents))
+    return replace(signals, text=given(others.text))
 
 
 def fps_id(fps: Number) -> Number:

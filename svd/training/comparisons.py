@@ -13,13 +13,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from svd.core.device import pick_device
 from svd.core.errors import UserError
@@ -33,7 +33,7 @@ from svd.model.autoencoder import Autoencoder
 from svd.model.unet import UNet
 from svd.tasks.base import Task
 from svd.tasks.registry import TASKS
-from svd.tasks.signals import swapped
+from svd.tasks.signals import ClipSignals, with_signals_of
 from svd.tasks.text_to_video import IMAGE
 from svd.training.linear_filter import LinearFilter, Pair, fit
 
@@ -90,9 +90,7 @@ class Validation:
 
     def _pair(self, batch: Batch) -> Pair:
         """Return latents and conditioning latents on one scale, (B, T, C, h, w) and (B, N, C, h, w) or None."""
-        device = torch.device(pick_device())
-        moved = {name: value.to(device) for name, value in batch.items()}
-        given = self.task.observe(moved, self.autoencoder.to(device)).latents
+        given = self._observe(self.task, batch).latents
         scale = edm.expand(batch["scaling_factor"], batch["latents"])
         return batch["latents"], None if given is None else given.cpu() * scale
 
@@ -107,23 +105,42 @@ class Validation:
             return None
         return self.losses(unet, self.task if task.pixels and self.task.pixels else task)
 
+    @property
+    def others(self) -> list[int]:
+        """For each sample the next one of another clip; itself where there is one clip alone."""
+        clips, count = self.clips, self.count
+        after = ([(index + step) % count for step in range(1, count)] for index in range(count))
+        return [next((o for o in turn if clips[o] != clips[index]), index) for index, turn in enumerate(after)]
+
     def losses_swapped(self, unet: UNet) -> Tensor:
         """Return the losses, (count,), of a trained network that is given the frames or the caption of another clip."""
-        task = self.task
-        return self.losses(unet, replace(task, build=lambda signals, unet: task.build(swapped(signals), unet)))
+        others = self.others
+
+        def swap(signals: ClipSignals, batch: Batch) -> ClipSignals:
+            given = default_collate([self.test[others[index]] for index in batch["index"].tolist()])
+            return with_signals_of(signals, self._observe(self.task, given))
+
+        return self.losses(unet, self.task, swap)
 
     @torch.no_grad()
-    def losses(self, unet: UNet, task: Task) -> Tensor:
-        """Return the losses of a network that was trained for `task`, conditioned as `task` does, (count,)."""
+    def losses(
+        self, unet: UNet, task: Task, change: Callable[[ClipSignals, Batch], ClipSignals] = lambda signals, _: signals
+    ) -> Tensor:
+        """Return the losses of a network that was trained for `task`, conditioned as `task` does, (count,).
+
+        change: what becomes of the signals of a batch before the network gets them.
+        """
         device = torch.device(pick_device())
-        unet, autoencoder = unet.to(device).eval(), self.autoencoder.to(device)
-        found = []
+        unet, found = unet.to(device).eval(), []
         for batch in self._batches(self.test, self.count):
-            moved = {name: value.to(device) for name, value in batch.items()}
-            network = conditioned(unet, task.condition(moved, unet, autoencoder))
-            loss = edm.loss(network, moved["latents"], moved["sigma"], moved["noise"], self.kind)
-            found.append(loss.float().cpu())
+            network = conditioned(unet, task.build(change(self._observe(task, batch), batch), unet))
+            latents, sigma, noise = (batch[name].to(device) for name in ("latents", "sigma", "noise"))
+            found.append(edm.loss(network, latents, sigma, noise, self.kind).float().cpu())
         return torch.cat(found)
+
+    def _observe(self, task: Task, batch: Batch) -> ClipSignals:
+        device = torch.device(pick_device())
+        return task.observe({name: value.to(device) for name, value in batch.items()}, self.autoencoder.to(device))
 
     def _batches(self, examples: Examples, count: int) -> Iterator[Batch]:
         """Yield samples 0 … count - 1 in batches."""

@@ -148,7 +148,8 @@ class Meter:
         """Return the facts since the last call, and begin anew. The host waits for the device here."""
         seconds = self.stopwatch.busy
         samples = self.ranks // self.context_ranks * sum(shape[0] * count for shape, count in self.batches.items())
-        operations = sum(self.operations.get(shape, 0) * count for shape, count in self.batches.items())
+        known = self.operations.keys() >= self.batches.keys()
+        operations = sum(self.operations[shape] * count for shape, count in self.batches.items()) if known else 0
         norms = torch.stack(self.norms).float()
         finite = norms[torch.isfinite(norms)]
         facts = StepFacts(
@@ -156,7 +157,7 @@ class Meter:
             data_wait_share=self.stopwatch.waited / seconds,
             memory_gb=take_memory(device),
             gradient_norm=finite.mean().item() if len(finite) else None,
-            mfu=None if math.isnan(self.peak) else operations / (seconds * self.peak),
+            mfu=None if math.isnan(self.peak) or not known else operations / (seconds * self.peak),
             peak_tflops=None if math.isnan(self.peak) else self.peak / 1e12,
         )
         self.norms.clear()

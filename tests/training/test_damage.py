@@ -178,6 +178,19 @@ def test_no_flipped_bit_in_the_directory_of_a_checkpoint_ends_the_program(tmp_pa
     assert set(raised) == {"Damaged", "nothing"} and raised["Damaged"] > raised["nothing"] / 4, raised
 
 
+class Ran:
+    """Raises when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('code of a checkpoint ran')",)
+
+
+def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
+    torch.save({"global_step": 2, "more": Ran()}, tmp_path / "step=2.ckpt")
+    with pytest.raises(Damaged, match="Weights only load failed"):
+        require_whole(tmp_path / "step=2.ckpt")
+
+
 @pytest.mark.parametrize("damage", [truncate, flip])
 def test_damaged_merged_shards_are_merged_again(damage: Damage, tmp_path: Path) -> None:
     folder = tmp_path / "step=2.ckpt"

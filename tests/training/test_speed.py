@@ -228,3 +228,11 @@ def test_a_peak_that_cannot_be_measured_ends_no_training(
     made.stop(CLIPS, torch.ones(()))
     assert made.take(CPU).metrics().keys() == NAMES - {"mfu", "peak_tflops"}
     assert "isn't known: CUDA out of memory" in caplog.text
+
+
+def test_the_utilisation_of_batches_that_were_not_counted_is_not_made_up() -> None:
+    stopwatch = Stopwatch()
+    made = meter(stopwatch)
+    next(stopwatch.watch(iter([{}])))
+    made.stop(torch.Size((1, *CLIPS[1:])), torch.ones(()))
+    assert made.take(CPU).metrics().keys() == NAMES - {"mfu"}

@@ -53,6 +53,7 @@ def toy_preset(size: int = SIZE, **training: Any) -> Preset:
             "id_embedding_dim": 8,
         },
         "model.autoencoder.latent_channels": 4,
+        "model.autoencoder.block_out_channels": [32, 32],  # as in `write_toy_autoencoder`
         "latents.geometries": [{"frames": FRAMES, "height": size, "width": size}],
         "latents.min_fps": 4,
         "latents.max_fps": 12,
