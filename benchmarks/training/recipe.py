@@ -7,9 +7,10 @@ by diffusers' VAE in every step, the image's embedding by transformers' CLIP in 
 and embeddings from a cache on disk through the loader, the conditioning frame alone encoded live, clipping, AdamW, EMA.
 Making the cache, once, is not counted.
 
-All networks have about a fifth of SVD's width (U-Net 64-128-256-256 with 69 M parameters, VAE 32-64-96-96, CLIP 256 x 32),
-the clips 14 frames of 128 x 192. The two U-Nets have equal weights; the same parameters train: all, or as SVD_Xtend
-does, the temporal transformer blocks alone. One thread, CPU seconds, in turns. Demanded: 1.8 times their samples/s.
+All networks have about a fifth of SVD's width (U-Net 64-128-256-256 with 69 M parameters, VAE 32-64-96-96, CLIP
+256 x 32), the clips 14 frames of 128 x 192. The two U-Nets have equal weights; the same parameters train: all, or as
+SVD_Xtend does, the temporal transformer blocks alone. One thread, CPU seconds, in turns. Demanded: 1.8 times their
+samples a second.
 Then the loader alone: the share of a step that a process without workers waits for its batch (demanded: 3 %).
 """
 
