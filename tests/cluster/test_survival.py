@@ -152,6 +152,9 @@ def disturb(stack: ClusterStack, stage: str, begun: Callable[[], bool], *how: st
     return run
 
 
+SLOW_TEXT = {"detector": "rapidocr", "width": 1536, "height": 1536, "box_threshold": 0.5}
+
+
 def has_measured() -> bool:
     """Whether a snapshot in the store holds a unit that curation has measured."""
     work = f"{STORE}/work/micro/curation"
@@ -161,6 +164,7 @@ def has_measured() -> bool:
 
 @pytest.mark.usefixtures("environment")
 def test_a_pod_evicted_in_curation_goes_on_where_it_was(stack: ClusterStack, pipeline: str) -> None:
+    stack.set_preset(curation__text=SLOW_TEXT)  # so that it can't finish within the grace period of its pod
     run = disturb(stack, "curation", has_measured, "--wait=false")
     logs = [stack.said(child["id"]) for child in stack.children(run)]
     assert any("unfinished work brought from the store" in log for log in logs), stack.story(run)
