@@ -106,7 +106,7 @@ def _cells(values: Mapping[str, Any]) -> list[str]:
 
 def _unusable(folder: Path) -> list[dict[str, Any]]:
     """Return why sources gave no clip, most frequent reason first: reason, count, and one source as an example."""
-    sources = tables.read_sources(folder).filter(pl.col("verdict").is_in(["failed", "no-clips"]))
+    sources = tables.read_sources(folder).filter(pl.col("verdict").is_in(["failed", "skipped", "no-clips"]))
     groups = sources.group_by("reason").agg(pl.len().alias("count"), pl.col("source_uri").min().alias("example"))
     return groups.sort("count", "reason", descending=[True, False]).head(REASONS).to_dicts()
 

@@ -122,7 +122,7 @@ SOURCES_SCHEMA = pa.schema(
         ("source_id", pa.string()),
         ("source_uri", pa.string()),
         ("split", pa.string()),
-        ("verdict", pa.string()),  # ok, failed, duplicate, no-clips
+        ("verdict", pa.string()),  # ok, failed, skipped, duplicate, no-clips
         ("reason", pa.string()),
         ("duplicate_of", pa.string()),
         ("bytes", pa.int64()),
@@ -132,10 +132,11 @@ SOURCES_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("fps", pa.float32()),
         ("duration", pa.float64()),
+        ("decoded_share", pa.float32()),  # of the duration that the header declares; null where it declares none
         ("frames", pa.int64()),
         ("cuts", pa.int32()),
         ("clips", pa.int32()),
-        ("scenes", pa.int32()),  # number of scenes in the source's own metadata; null without any
+        ("scenes", pa.int32()),  # spans of lists and scenes of sidecars; null without any
         ("warnings", pa.list_(pa.string())),
         ("licence", pa.string()),
         ("metadata", pa.string()),

@@ -17,7 +17,7 @@ from svd.core.errors import UserError
 from svd.curation.base.types import SourceFailure
 from svd.curation.captions.registry import NETWORK_CAPTIONERS
 from svd.curation.decoding.probe import open_stream, open_video
-from svd.sources.listing import Source
+from svd.sources.source import Source
 
 # CPU seconds per second of video, measured with benchmarks/curation and benchmarks/text on one core of an EPYC (Zen 3):
 # one decode pass over H.264 at 720p, and one text detection.
@@ -106,6 +106,7 @@ def plan_curation(
 
     sources_per_unit: `sources.sources_per_shard` of the preset. workers: decoding processes side by side.
     """
+    sources = [source for source in sources if not source.skipped]
     facts = _probe_all(sources)
     known = [one for one in facts if one is not None]
     counts = [_parts(source, one, config) for source, one in zip(sources, facts, strict=True)]

@@ -78,7 +78,8 @@ def _duplicates(measured: Sequence[Path]) -> dict[str, str]:
     narrow = ["source_uri", "source_id", "verdict"]
     rows = pl.concat([pl.read_parquet(unit / "sources.parquet", columns=narrow) for unit in measured])
     rows = rows.sort("source_uri").with_columns(first=pl.col("source_uri").first().over("source_id"))
-    again = pl.col("source_id").is_not_null() & (pl.col("verdict") == "ok") & (pl.col("first") != pl.col("source_uri"))
+    again = pl.col("source_id").is_not_null() & pl.col("verdict").is_in(["ok", "duplicate"])
+    again &= pl.col("first") != pl.col("source_uri")
     return dict(rows.filter(again).select("source_uri", "first").iter_rows())
 
 
@@ -162,17 +163,21 @@ def join_parts(sources: pl.DataFrame) -> pl.DataFrame:
     if sources["source_uri"].is_unique().all():
         return sources
     usable = pl.col("verdict") == "ok"
+    share, seconds = pl.col("decoded_share"), pl.col("duration")
     summed = {name: pl.col(name).sum() for name in ("duration", "frames", "cuts", "clips")}
     failed = pl.col("reason").filter((pl.col("verdict") == "failed") & usable.any())
     warnings = pl.concat_list(
         pl.col("warnings").explode().drop_nulls().unique(maintain_order=True).implode(),
         pl.format("a part: {}", failed).unique(maintain_order=True).implode(),
     )
-    rest = [n for n in sources.columns if n not in (*summed, "source_uri", "verdict", "reason", "warnings", "fps")]
+    made = (*summed, "source_uri", "verdict", "reason", "warnings", "fps", "decoded_share")
+    rest = [name for name in sources.columns if name not in made]
     joined = sources.group_by("source_uri", maintain_order=True).agg(
         *(pl.col(name).drop_nulls().first() for name in rest),
         *(expression.alias(name) for name, expression in summed.items()),
         (pl.col("frames").sum() / pl.col("duration").sum()).cast(pl.Float32).alias("fps"),
+        # Without any share this is 0 / 0, which a table stores as null.
+        ((share * seconds).sum() / seconds.filter(share.is_not_null()).sum()).cast(pl.Float32).alias("decoded_share"),
         pl.when(usable.any()).then(pl.lit("ok")).otherwise(pl.col("verdict").first()).alias("verdict"),
         pl.when(usable.any()).then(pl.lit("")).otherwise(pl.col("reason").first()).alias("reason"),
         warnings.alias("warnings"),

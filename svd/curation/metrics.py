@@ -17,6 +17,10 @@ from svd.curation.merge import Merged
 
 NEAR_DUPLICATE = 0.98  # cosine of mean embeddings, for the report only
 TOLERANCE = 2  # frames, for hard cuts
+SET_ASIDE = {
+    **{"failed": "unusable", "skipped": "not taken"},
+    **{"duplicate": "duplicates", "no-clips": "without clips"},
+}  # verdicts of sources without clips, in the words of the summary
 DEFECTS = ("static", "text", "wrong_caption", "blur")
 JUDGED = ("source_uri", "start_frame", "end_frame", "text_area", "camera")  # columns compared with the truth
 TEXT_RULE = 0.005  # a clip shows text when text covers more than this share of its frames
@@ -29,6 +33,7 @@ def curation_metrics(merged: Merged, sources_folder: Path) -> dict[str, float | 
     values: dict[str, float | int] = {
         "sources": len(sources),
         "sources_failed": int((sources["verdict"] == "failed").sum()),
+        "sources_skipped": int((sources["verdict"] == "skipped").sum()),
         "sources_duplicate": int((sources["verdict"] == "duplicate").sum()),
         "sources_without_clips": int((sources["verdict"] == "no-clips").sum()),
         "clips": len(clips),
@@ -52,11 +57,7 @@ def curation_metrics(merged: Merged, sources_folder: Path) -> dict[str, float | 
 def curation_summary(merged: Merged) -> str:
     """Summarise a curation run in one line for people."""
     counts = dict(merged.sources.group_by("verdict").len().rows())
-    extra = [
-        f"{counts[name]} {text}"
-        for name, text in (("failed", "unusable"), ("duplicate", "duplicates"), ("no-clips", "without clips"))
-        if counts.get(name)
-    ]
+    extra = [f"{counts[name]} {text}" for name, text in SET_ASIDE.items() if counts.get(name)]
     kept = int(merged.clips["keep"].sum())
     note = f" ({', '.join(extra)}: see catalogue/sources.parquet)" if extra else ""
     return f"{len(merged.sources)} sources{note}, {len(merged.clips)} clips, {kept} kept"

@@ -33,7 +33,8 @@ from svd.curation.measuring.unit import Identified, Unit, identify, measure_unit
 from svd.curation.merge import Merged, merge_units
 from svd.curation.metrics import curation_metrics, curation_summary
 from svd.curation.scoring.process import ScoringProcess
-from svd.sources.listing import Source, list_sources, with_addresses
+from svd.sources.listing import list_sources, with_addresses
+from svd.sources.source import Source
 from svd.stage import Report, StageContext, publish
 
 SPLITS = ("train", "test", "footage")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -282,7 +283,8 @@ class Examples(Dataset[Batch]):
         """Draw one of the sample's captions by its captioner's probability: (S, D).
 
         It is the empty prompt when dropped or when there is none. The probabilities of the captioners that a sample has
-        are scaled to a sum of 1. part: tells the images of one index apart.
+        are scaled to a sum of 1; several captions of one captioner share its probability. part: tells the images of one
+        index apart.
         """
         draws = self.draws
         if not sample.texts or not draws.kept(index, f"text{part}", draws.text_dropout):
@@ -290,7 +292,8 @@ class Examples(Dataset[Batch]):
         if draws.strata:
             return sample.texts[0][1]
         weights = dict(draws.caption_probabilities)
-        shares = torch.tensor([weights.get(captioner, 0.0) for captioner, _ in sample.texts])
+        several = Counter(captioner for captioner, _ in sample.texts)
+        shares = torch.tensor([weights.get(captioner, 0.0) / several[captioner] for captioner, _ in sample.texts])
         shares = shares if shares.sum() > 0 else torch.ones_like(shares)
         chosen = torch.multinomial(shares, 1, generator=generator(draws.seed, index, f"caption{part}"))
         return sample.texts[int(chosen)][1]

@@ -1,10 +1,10 @@
 """The videos behind what the user names, as one list of `Source` whatever the input is.
 
 Inputs: folders, globs and single files; `s3://` objects and prefixes; http(s) addresses; `ytdl:<address>`; lists
-(svd/sources/rows.py) with columns uri, caption, licence and any others, which are carried through as metadata; and
-WebDataset tars (svd/sources/tars.py), local or remote. Lists and tars inside a folder or prefix are read too, and a
-list may name tars, folders, and prefixes that end with `/`; what it names without a scheme is relative to the list. A
-file `<name>.json` beside `<name>.mp4` is its sidecar.
+(svd/sources/rows.py) with columns uri, caption, licence, start and end (svd/sources/spans.py) and any others, which are
+carried through as metadata; and WebDataset tars (svd/sources/tars.py), local or remote. Lists and tars inside a folder
+or prefix are read too, and a list may name tars, folders, and prefixes that end with `/`; what it names without a
+scheme is relative to the list. A file `<name>.json` beside `<name>.mp4` is its sidecar.
 """
 
 from __future__ import annotations
@@ -14,99 +14,44 @@ import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from svd import storage
-from svd.core.addresses import public_address, public_values
+from svd.core.addresses import public_address
 from svd.core.errors import UserError
+from svd.sources.facts import URI_NAMES, with_row, with_sidecar
+from svd.sources.kinds import LISTS_IN_FOLDERS, NOT_VIDEOS, VIDEOS, why_not
 from svd.sources.rows import LISTS, read_rows
-from svd.sources.tars import VIDEOS, parse, read_index, refuse_compressed
+from svd.sources.source import PRIVATE, Source, joined, printable
+from svd.sources.spans import take
+from svd.sources.tars import parse, read_index, refuse_compressed
 
 YTDL = "ytdl:"
-# Everything else that lies in a folder of videos is taken for a video, so that a broken one gets its row.
-NOT_VIDEOS = {
-    *(".json", ".jsonl", ".txt", ".md", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".xml", ".html", ".srt", ".vtt"),
-    *(".ass", ".nfo", ".sha256", ".md5", ".log", ".py", ".dvc", ".pdf", ".zip", ".gz", ".lock", ".part", ".tmp"),
-    *(".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npz", ".npy", ".wav", ".flac"),
-}
-LISTS_IN_FOLDERS = (".csv", ".jsonl", ".parquet")  # a .txt there is more often a licence than a list
-URI_NAMES = ("uri", "url", "path", "video", "video_path", "video_url", "contentUrl", "file")
-CAPTION_NAMES = ("caption", "text", "description", "name", "title")
-LICENCE_NAMES = ("licence", "license")
-PRIVATE = "credentials_left_out"  # the column of a gathered list that says so
 log = logging.getLogger(__name__)
 _READERS = 16  # small objects read at a time
 
 
-@dataclass(frozen=True)
-class SceneCaption:
-    """A caption that came with a source: of the whole source, or of the seconds [start, end)."""
-
-    text: str
-    start: float = 0.0
-    end: float = float("inf")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One raw video. `uri` names it in the catalogue; `path` is where it (or its tar) lies when that is local.
-
-    archive, offset: the tar that holds it, a path or address, and where in it; header: by which a tar is noticed that
-    became another one (svd.sources.tars.header_hash); size: its bytes, where they are known. private: credentials were
-    left out of uri and archive (svd/core/addresses.py); address: the full address to fetch from, where that is known.
-    """
-
-    uri: str
-    path: Path | None = None
-    split: str = ""
-    captions: tuple[SceneCaption, ...] = ()
-    licence: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    offset: int | None = None
-    size: int | None = None
-    archive: str | None = None
-    header: str | None = None
-    private: bool = False
-    address: str | None = field(default=None, repr=False)
-
-    @property
-    def origin(self) -> Path | str:
-        """Return where its bytes, or the tar with them, are read from; credentials included, so for reading alone."""
-        return self.path or self.address or self.archive or self.uri
-
-    @property
-    def remote(self) -> bool:
-        """True when the bytes must be fetched first."""
-        return self.path is None
-
-    @property
-    def described(self) -> bool:
-        """Whether anything but its place is known."""
-        return bool(self.captions or self.licence or self.metadata)
-
-
 def list_sources(patterns: Iterable[str], root: Path | None = None) -> list[Source]:
-    """List all sources behind `patterns`, sorted by uri, each once.
+    """List all sources behind `patterns`, sorted by uri, each once; what isn't taken is there too, as `skipped`.
 
-    Of several entries for one place, the first with a caption, licence or metadata is taken. root: local files below it
-    get uris relative to it, and their first folder as `split`. Raises UserError that names the pattern when a path does
-    not exist, or when a list or tar can't be read. Addresses that only what is left out of them tells apart
-    (svd/core/addresses.py) are one place; the log says how many. For example:
+    Entries for one place are joined (svd/sources/source.py). root: local files below it get uris relative to it, and
+    their first folder as `split`. Raises UserError that names the pattern when a path does not exist, or when a list or
+    tar can't be read. Addresses that only what is left out of them tells apart (svd/core/addresses.py) are one place;
+    the log says how many. For example:
 
         list_sources(["videos", "s3://bucket/raw/", "https://example.org/clip.mp4", "more.csv"])
     """
-    found: dict[tuple[str, int | None], Source] = {}
+    found: dict[tuple[str, int | None], list[Source]] = {}
     merged: list[str] = []
     for source in map(_public, itertools.chain.from_iterable(_expand(pattern, root) for pattern in patterns)):
         place = source.uri if source.path is None else os.path.abspath(source.path)
-        known = found.setdefault((place, source.offset), source)
-        merged += [source.uri] * (known.address != source.address)
-        if source.described and not known.described:
-            found[place, source.offset] = source
+        entries = found.setdefault((place, source.offset), [])
+        entries.append(source)
+        merged += [source.uri] * (entries[0].address != source.address)
     if merged:
         log.warning(
             "%d addresses differ from others in credentials alone, as far as their parameters' names tell (%s); each "
@@ -114,7 +59,27 @@ def list_sources(patterns: Iterable[str], root: Path | None = None) -> list[Sour
             len(merged),
             merged[0],
         )
-    return sorted((replace(one, uri=printable(one.uri)) for one in found.values()), key=lambda one: one.uri)
+    return _named_apart(_judged(joined(entries)) for entries in found.values())
+
+
+def _judged(source: Source) -> Source:
+    """Say why a source isn't taken, and make its uri storable."""
+    reason = source.skipped or ("" if source.archive else why_not(suffix_of(source.uri)))
+    return replace(source, uri=printable(source.uri), skipped=reason)
+
+
+def _named_apart(sources: Iterable[Source]) -> list[Source]:
+    """Sort sources by uri; of several with one uri, all but the first get a number: a uri names one source."""
+    ordered = sorted(sources, key=lambda one: (one.uri, str(one.path or ""), one.offset or 0))
+    taken = {source.uri for source in ordered}
+    seen: set[str] = set()
+    for place, source in enumerate(ordered):
+        if source.uri in seen:
+            uri = next(name for n in itertools.count(2) if (name := f"{source.uri} ({n})") not in taken)
+            taken.add(uri)
+            ordered[place] = source = replace(source, uri=uri)
+        seen.add(source.uri)
+    return sorted(ordered, key=lambda one: one.uri)
 
 
 def with_addresses(sources: list[Source], patterns: list[str]) -> list[Source]:
@@ -143,32 +108,6 @@ def _public(source: Source) -> Source:
         return source
     archive = shown if source.archive else None
     return replace(source, uri=public_address(source.uri), archive=archive, private=True, address=full)
-
-
-def printable(text: str) -> str:
-    """Escape what is no Unicode (a file name in another encoding, a lone surrogate), so that `text` can be stored."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def as_row(source: Source) -> dict[str, Any]:
-    """Return `source` as a row of a list that means the same wherever the list lies: local paths become absolute."""
-    row = {**source.metadata, "uri": source.uri} | ({PRIVATE: True} if source.private else {})
-    if source.archive is not None:
-        archive = source.archive if source.path is None else str(source.path.absolute())
-        row |= {"archive": archive, "offset": source.offset, "size": source.size, "header": source.header}
-    elif source.path is not None:
-        row["uri"] = str(source.path.absolute())
-    whole = [caption for caption in source.captions if caption == SceneCaption(caption.text)]
-    if whole:
-        row["caption"] = whole[0].text
-    if scenes := [_scene(caption) for caption in source.captions if caption not in whole[:1]]:
-        row["scenes"] = scenes
-    return row | ({"licence": source.licence} if source.licence else {})
-
-
-def _scene(caption: SceneCaption) -> dict[str, Any]:
-    scene: dict[str, Any] = {"caption": caption.text, "start_seconds": caption.start}
-    return scene | ({"end_seconds": caption.end} if caption.end < float("inf") else {})
 
 
 def suffix_of(address: str) -> str:
@@ -224,8 +163,8 @@ def _local(file: Path, root: Path | None, listed: bool) -> Iterator[Source]:
     if suffix == ".tar":
         yield from _tar(str(file), Source(uri, file, split))
     elif suffix in (LISTS if listed else LISTS_IN_FOLDERS):
-        for row in _addressed(read_rows(file, str(file)), str(file)):
-            yield from _listed_local(row, file.parent, root, split)
+        for entry in _entries(read_rows(file, str(file)), str(file)):
+            yield from _listed_local(entry, file.parent, root, split)
     elif suffix not in NOT_VIDEOS:
         yield with_sidecar(Source(uri, file, split), _read_sidecar(file.with_suffix(".json")))
 
@@ -250,40 +189,63 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
 def _tar(location: str, tar: Source) -> Iterator[Source]:
     """Yield the videos of a tar; `tar` is the tar itself as a source."""
     for video in read_index(location):
-        named = replace(tar, uri=f"{tar.uri}#{video.name}", archive=location)
-        yield with_sidecar(replace(named, offset=video.offset, size=video.size, header=video.header), video.facts)
+        named = replace(tar, uri=f"{tar.uri}#{video.name}", archive=location, skipped=video.skipped)
+        one = replace(named, offset=video.offset, size=video.size, header=video.header)
+        for facts in video.facts:
+            one = with_sidecar(one, facts)
+        yield one
 
 
-def _addressed(rows: Iterable[dict[str, Any]], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the address of each row of the list `name`, and the other columns."""
+@dataclass(frozen=True)
+class _Entry:
+    """A row of a list: the address that it names, its other columns, and where it stands, for messages."""
+
+    uri: str
+    values: dict[str, Any]
+    at: str
+
+    def describe(self, found: Iterable[Source], one: bool) -> Iterator[Source]:
+        """Add what the row says to the sources that it names; one: it names a single video, so may name its spans."""
+        for source in found:
+            try:
+                described = with_row(source, self.values)
+            except ValueError as error:
+                raise UserError(f"{self.at}: {error}") from None
+            if not one and len(described.spans) > len(source.spans):
+                raise UserError(f"{self.at}: start and end are given for '{self.uri}', which holds several videos")
+            yield described
+
+
+def _entries(rows: Iterable[dict[str, Any]], name: str) -> Iterator[_Entry]:
+    """Yield the rows of the list `name`."""
     for number, row in enumerate(rows, start=1):
-        uri = _take(row, URI_NAMES)
+        uri = take(row, URI_NAMES)
         if not isinstance(uri, str):
             columns = ", ".join(URI_NAMES)
             raise UserError(f"{name}: row {number} has no address; expected text in one of the columns {columns}")
-        yield uri, row
+        yield _Entry(uri, row, f"{name}: row {number}")
 
 
-def _listed_local(row: tuple[str, dict[str, Any]], folder: Path, root: Path | None, split: str) -> Iterator[Source]:
+def _listed_local(entry: _Entry, folder: Path, root: Path | None, split: str) -> Iterator[Source]:
     """Yield the sources that a row of a local list names; they belong to the split whose folder holds the list."""
-    uri, values = row
+    uri = entry.uri
     if must_be_fetched(uri):
-        yield from _listed_remote(uri, values, split)
+        yield from _listed_remote(entry, split)
         return
     _refuse_scheme(uri)
-    member = _take_member(values)
+    member = _take_member(entry.values)
     refuse_compressed(uri, "" if member else storage.file_name(uri))
     path = folder / storage.local_path(member.get("archive", uri)).expanduser()
     name, own = _name(path, root)
     one = Source(name if root is not None else uri, path, own or split)
+    tar = path.suffix.lower() == ".tar" and path.is_file()
     if member:
         found: Iterable[Source] = [replace(one, uri=uri, **member)]
     elif path.is_dir():
         found = _folder(path, root)
     else:
-        tar = path.suffix.lower() == ".tar" and path.is_file()
         found = _tar(str(path), replace(one, uri=name)) if tar else [one]
-    yield from (with_sidecar(source, values) for source in found)
+    yield from entry.describe(found, one=bool(member) or not (tar or path.is_dir()))
 
 
 def _take_member(values: dict[str, Any]) -> dict[str, Any]:
@@ -292,7 +254,7 @@ def _take_member(values: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(values.get(name), kind) for name, kind in names.items()):
         return {}
     # Lists of earlier versions have no header.
-    return {name: values.pop(name) for name in (*names, "header") if name in values}
+    return {name: values.pop(name) for name in (*names, "header", "skipped") if name in values}
 
 
 def _expand_remote(pattern: str) -> Iterator[Source]:
@@ -353,8 +315,8 @@ def _remote_list(location: str, suffix: str) -> Iterator[Source]:
             storage.download(location, file)
         except OSError as error:
             raise UserError(f"sources: the list '{location}' can't be fetched: {error}") from None
-        for uri, values in _addressed(read_rows(file, location), location):
-            yield from _listed_remote(_beside(location, uri), values, "")
+        for entry in _entries(read_rows(file, location), location):
+            yield from _listed_remote(replace(entry, uri=_beside(location, entry.uri)), "")
 
 
 def _beside(location: str, uri: str) -> str:
@@ -366,46 +328,17 @@ def _beside(location: str, uri: str) -> str:
     return storage.sibling(location, uri)
 
 
-def _listed_remote(uri: str, values: dict[str, Any], split: str) -> Iterator[Source]:
+def _listed_remote(entry: _Entry, split: str) -> Iterator[Source]:
     """Yield the sources that a row names by address: a tar's, a prefix's (ends with `/`), or else one video."""
+    uri = entry.uri
     refuse_compressed(uri, storage.file_name(uri))
-    private = values.pop(PRIVATE, False) is True
-    if member := _take_member(values):
+    private = entry.values.pop(PRIVATE, False) is True
+    prefix, tar = storage.is_remote(uri) and uri.endswith("/"), suffix_of(uri) == ".tar"
+    if member := _take_member(entry.values):
         found: Iterable[Source] = [Source(uri, **member)]
-    elif storage.is_remote(uri) and uri.endswith("/"):
+    elif prefix:
         found = _prefix(uri)
     else:
-        found = _tar(uri, Source(uri)) if suffix_of(uri) == ".tar" else [Source(uri)]
-    yield from (with_sidecar(replace(source, split=split, private=private), values) for source in found)
-
-
-def with_sidecar(source: Source, values: Mapping[str, Any]) -> Source:
-    """Add a sidecar's captions (`caption`; `scenes`: start_seconds, end_seconds, caption), licence and metadata."""
-    values = dict(values)
-    captions = [SceneCaption(printable(str(text)))] if (text := _take(values, CAPTION_NAMES)) else []
-    scenes = values.pop("scenes", [])
-    for scene in scenes if isinstance(scenes, list) else []:
-        if isinstance(scene, dict) and (text := scene.get("caption")):
-            captions.append(SceneCaption(printable(str(text)), *(_seconds(scene, side) for side in ("start", "end"))))
-    licence = _take(values, LICENCE_NAMES)
-    named = {*URI_NAMES, *CAPTION_NAMES, *LICENCE_NAMES}  # an empty one says nothing
-    known = public_values(values)
-    return replace(
-        source,
-        captions=(*source.captions, *captions),
-        licence=printable(str(licence)) if licence else source.licence,
-        metadata={**source.metadata, **{k: v for k, v in known.items() if v or (v is not None and k not in named)}},
-    )
-
-
-def _seconds(scene: Mapping[str, Any], side: str) -> float:
-    value = scene.get(f"{side}_seconds", scene.get(side))
-    return float(value) if isinstance(value, int | float) else (0.0 if side == "start" else float("inf"))
-
-
-def _take(values: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """Remove and return the first of `names` that has a value."""
-    for name in names:
-        if values.get(name):
-            return values.pop(name)
-    return None
+        found = _tar(uri, Source(uri)) if tar else [Source(uri)]
+    placed = (replace(source, split=split, private=private) for source in found)
+    yield from entry.describe(placed, one=bool(member) or not (prefix or tar))

@@ -3,9 +3,9 @@
 `train/` and `test/` hold the synthetic worlds with `truth.json`, `ucf101_fixture/` the stand-in for UCF-101, `footage/`
 what `sources.paths` names. Local folders and files are copied there, so that a run is reproducible from its cache
 alone. When they are larger than `sources.copied_bytes` together, and for addresses (s3:, https:, ytdl:) and lists,
-`footage/sources.jsonl` holds what svd/sources/listing.py finds there instead: one JSON object per video, with `uri`,
-captions, licence, other columns, and for a member of a tar its place. Credentials of addresses are left out; whoever
-fetches looks them up in the user's list (`with_addresses`).
+`footage/sources.jsonl` holds what svd/sources/listing.py finds there instead: one JSON object per video, or per span of
+one that a list names, with `uri`, captions, licence, other columns, and for a member of a tar its place. Credentials of
+addresses are left out; whoever fetches looks them up in the user's list (`with_addresses`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from rich.progress import track
 from svd import storage
 from svd.core.errors import UserError
 from svd.core.files import atomic_file
-from svd.sources.listing import LISTS_IN_FOLDERS, NOT_VIDEOS, Source, as_row, list_sources, must_be_fetched
+from svd.sources.kinds import LISTS_IN_FOLDERS, NOT_VIDEOS
+from svd.sources.listing import list_sources, must_be_fetched
 from svd.sources.rows import LISTS
+from svd.sources.source import Source, as_rows
 from svd.stage import Report, StageContext, publish
 from svd.synthetic.ucf101_fixture import write_ucf101_fixture
 from svd.synthetic.videos import write_worlds
@@ -86,7 +88,8 @@ def gather_footage(patterns: list[str], folder: Path, copied_bytes: int) -> tupl
 def _write_list(sources: list[Source], folder: Path) -> None:
     if not sources:
         return
-    lines = sorted(json.dumps(as_row(source), sort_keys=True, ensure_ascii=False) for source in sources)
+    rows = (row for source in sources for row in as_rows(source))
+    lines = sorted(json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)
     text = "".join(f"{line}\n" for line in lines)
     with atomic_file(folder / "sources.jsonl") as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,13 +1,14 @@
 """WebDataset tars as sources: each video's place and the texts beside it, without reading the videos.
 
-Only headers and the small text members are read, so that a tar in object storage costs kilobytes. As in WebDataset,
-members belong together when their names agree up to the first dot of the base name.
+Only headers and the small text members are read, so that a tar in object storage costs kilobytes. Which texts belong to
+which video: svd/sources/samples.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,11 +17,10 @@ from typing import IO, Any, BinaryIO
 
 from svd import storage
 from svd.core.errors import UserError
+from svd.sources.kinds import VIDEOS, why_not
+from svd.sources.samples import Member, samples_of
 
-VIDEOS = {
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv"),
-    *(".ogv", ".3gp", ".mxf"),
-}
+log = logging.getLogger(__name__)
 # A header and the texts that follow it in one request; more would be bytes of videos, which aren't needed here.
 BLOCK = 16 << 10
 MOST_TEXT = 16 << 20  # bytes of a text member that are read
@@ -29,16 +29,18 @@ COMPRESSED = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst", *(f".tar.{kind}" for kin
 
 @dataclass(frozen=True)
 class TarVideo:
-    """A video inside a tar: its name there, its place, and the facts from the members with the same key.
+    """A video inside a tar: its name there, its place, and the facts from each text that belongs to it.
 
-    header: `header_hash` of its place; it differs when the tar was replaced.
+    header: `header_hash` of its place; it differs when the tar was replaced. skipped: why it isn't taken; empty if it
+    is.
     """
 
     name: str
     offset: int
     size: int
     header: str
-    facts: Mapping[str, Any]
+    facts: tuple[Mapping[str, Any], ...]
+    skipped: str = ""
 
 
 def read_index(location: str) -> Iterator[TarVideo]:
@@ -46,24 +48,40 @@ def read_index(location: str) -> Iterator[TarVideo]:
 
     Raises UserError that names it when it can't be read, or when a web server does not answer ranged requests.
     """
-    videos: list[tuple[str, tarfile.TarInfo, str]] = []
-    facts: dict[str, dict[str, Any]] = {}
+    videos: dict[int, tuple[tarfile.TarInfo, str]] = {}
+    texts: dict[int, Mapping[str, Any]] = {}
+    members: list[Member] = []
     try:
         with storage.open_read(location, BLOCK) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for info in tar:
-                key, suffix = _key(info.name), PurePosixPath(info.name).suffix.lower()
-                if not info.isfile() or not key:
+            for place, info in enumerate(tar):
+                suffix = PurePosixPath(info.name).suffix.lower()
+                if not info.isfile() or _is_hidden(info.name):
                     continue
-                if suffix in VIDEOS:
-                    videos.append((key, info, header_hash(stream, info.offset_data)))
+                if suffix in VIDEOS or why_not(suffix):
+                    videos[place] = info, header_hash(stream, info.offset_data)
                 elif suffix in (".txt", ".json"):
                     text = _text(tar.extractfile(info))
-                    facts.setdefault(key, {}).update(parse(text) if suffix == ".json" else {"caption": text.strip()})
+                    texts[place] = parse(text) if suffix == ".json" else {"caption": text.strip()}
+                members.append(Member(place, info.name, place in videos, place in texts))
     except (OSError, tarfile.TarError) as error:
         reason = str(error).removeprefix(f"{location}: ")
         raise UserError(f"{location}: not a readable tar: {reason}") from None
-    for key, info, header in videos:
-        yield TarVideo(info.name, info.offset_data, info.size, header, facts.get(key, {}))
+    samples, lost = samples_of(members)
+    if lost:
+        log.warning(
+            "%s: %d texts, such as %s, belong to no video: several names agree up to their first dot, or one repeats",
+            location,
+            len(lost),
+            lost[0],
+        )
+    for place, (info, header) in videos.items():
+        facts = tuple(texts[text] for text in samples[place])
+        kind = why_not(PurePosixPath(info.name).suffix.lower())
+        yield TarVideo(info.name, info.offset_data, info.size, header, facts, kind)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
 
 
 def header_hash(stream: BinaryIO, offset: int) -> str:
@@ -82,13 +100,6 @@ def refuse_compressed(address: str, name: str) -> None:
             f"sources: '{address}' is a compressed tar, whose videos can't be read in place; decompress it (videos "
             "hardly get smaller by it) and give the .tar"
         )
-
-
-def _key(name: str) -> str:
-    """Return folder and base name up to its first dot; "" for a hidden file."""
-    folder, _, base = name.rpartition("/")
-    stem = base.partition(".")[0]
-    return f"{folder}/{stem}" if stem else ""
 
 
 def _text(member: IO[bytes] | None) -> str:

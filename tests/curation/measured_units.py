@@ -29,7 +29,7 @@ def write_unit(folder: Path, clips: int, height: int = 64, width: int = 96) -> P
             os.link(picture, unit / "frames" / f"{name}-{position}.jpg")
     rows = [_row(number, name, height, width) for number, name in enumerate(names)]
     tables.write_table_rows(unit / "clips.parquet", rows, schema.MEASURED_SCHEMA)
-    captions = {n: {"motion": "the camera pans left", "sidecar": f"scene {i % 7}"} for i, n in enumerate(names)}
+    captions = {n: [("motion", "the camera pans left"), ("sidecar", f"scene {i % 7}")] for i, n in enumerate(names)}
     (unit / "captions.json").write_text(json.dumps(captions))
     return unit
 

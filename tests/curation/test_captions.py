@@ -15,13 +15,14 @@ from toy_models import randomised
 
 from svd.config import CaptionsConfig
 from svd.core.errors import UserError
+from svd.curation.base.types import ClipSpan
 from svd.curation.captions import coca, llm
 from svd.curation.captions import registry as captioners
 from svd.curation.captions import video as video_captioner
 from svd.curation.captions.base import CaptionRequest, describe_all
 from svd.curation.captions.beam_search import beam_search
 from svd.curation.captions.known import known_captions
-from svd.sources.listing import SceneCaption
+from svd.sources.source import SceneCaption, Source, Span
 
 WORDS = ["a", "dog", "runs", "Question", "What", "happens", "in", "this", "video", "Answer", ":", "?", "Frame", "Time"]
 
@@ -47,14 +48,30 @@ def tokenizer():
     )
 
 
+def known(start, end, zero=0.0, listed=None, **facts):
+    """The sidecar captions of the clip [start, end), and its motion caption."""
+    times = {"start_pts": 0, "end_pts": 0, "start_seconds": start, "end_seconds": end}
+    span = ClipSpan(0, 9, **times, frames=9, method="copy", shot_start_frame=0, shot_end_frame=9, listed=listed)
+    (_, motion), *sidecars = known_captions(Source("a", **facts), span, "pan-left", zero)
+    return [text for name, text in sidecars if name == "sidecar"], motion
+
+
 def test_the_sidecar_of_the_scene_that_overlaps_most():
-    scenes = [SceneCaption("all of it"), SceneCaption("first", 0, 2), SceneCaption("second", 2, 5)]
-    captions = known_captions(scenes, "pan-left", 1.0, 4.0, 0.0)
-    assert captions["sidecar"] == "all of it"
-    assert known_captions(scenes[1:], "pan-left", 1.0, 4.0, 0.0)["sidecar"] == "second"
-    assert known_captions(scenes[1:], "pan-left", 101.0, 102.5, 100.0)["sidecar"] == "first"
-    assert "sidecar" not in known_captions(scenes[1:], "pan-left", 6.0, 8.0, 0.0)
-    assert "left" in captions["motion"]
+    scenes = (SceneCaption("all of it"), SceneCaption("first", 0, 2), SceneCaption("second", 2, 5))
+    assert known(1, 4, captions=scenes)[0] == ["all of it"]
+    assert known(1, 4, captions=scenes[1:])[0] == ["second"]
+    assert known(101, 102.5, zero=100, captions=scenes[1:])[0] == ["first"]
+    assert known(6, 8, captions=scenes[1:])[0] == []
+    assert "left" in known(1, 4)[1]
+    assert known(1, 3, captions=(SceneCaption("first", 0, 2), SceneCaption("second", 2, 4)))[0] == ["first"]
+
+
+def test_all_captions_of_a_video_or_of_a_span_are_kept():
+    whole = (SceneCaption("one"), SceneCaption("two"))
+    assert known(1, 4, captions=whole)[0] == ["one", "two"]
+    spans = (Span(0, 9, ("mine", "also mine")), Span(9, 12))
+    assert known(1, 4, listed=0, captions=whole, spans=spans)[0] == ["mine", "also mine"]
+    assert known(9, 12, listed=1, captions=whole, spans=spans)[0] == ["one", "two"]
 
 
 def test_later_captioners_see_the_earlier_ones(request_of_clip):
@@ -66,9 +83,8 @@ def test_later_captioners_see_the_earlier_ones(request_of_clip):
             return [f"{self.name} after {','.join(r.captions)}" if r.clip_id == "a" else "  " for r in requests]
 
     other = CaptionRequest("b", request_of_clip.frames, request_of_clip.video, {})
-    known = [{"motion": "static"}, {}]
-    found = describe_all([request_of_clip, other], known, [Echo("coca"), Echo("llm")])
-    assert found == [{"motion": "static", "coca": "coca after motion", "llm": "llm after motion,coca"}, {}]
+    found = describe_all([request_of_clip, other], [[("motion", "static")], []], [Echo("coca"), Echo("llm")])
+    assert found == [[("motion", "static"), ("coca", "coca after motion"), ("llm", "llm after motion,coca")], []]
 
 
 def test_coca_describes_the_middle_frame(request_of_clip):

@@ -13,7 +13,8 @@ from svd import storage
 from svd.config import EncodersConfig
 from svd.curation import dry_run as planning
 from svd.curation.dry_run import plan_curation
-from svd.sources.listing import Source, list_sources
+from svd.sources.listing import list_sources
+from svd.sources.source import Source
 
 TOY = EncodersConfig(kind="toy-clip")
 

@@ -55,12 +55,14 @@ def test_similarity_is_the_mean_over_frames_and_content_captions():
     images = nn.functional.normalize(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
     captions = {"sidecar": "a cat", "coca": "banana", "motion": "the camera pans"}
     texts = embeddings.text_embeddings(list(captions.values()), Encoders(), 2)
-    found = embeddings.similarities(images, captions, texts)
+    found = dict(embeddings.similarities(images, list(captions.items()), texts))
     for name, text in captions.items():
         expected = np.mean([float(torch.dot(image, texts[text])) for image in images])
         assert found[name] == pytest.approx(expected, abs=1e-5)
-    assert embeddings.similarity_score(found) == pytest.approx((found["sidecar"] + found["coca"]) / 2, abs=1e-5)
-    assert embeddings.similarity_score({"motion": 0.3}) is None
+    assert embeddings.similarity_score(list(found.items())) == pytest.approx(
+        (found["sidecar"] + found["coca"]) / 2, abs=1e-5
+    )
+    assert embeddings.similarity_score([("motion", 0.3)]) is None
 
 
 def linear_head(path, width=8):

@@ -165,7 +165,8 @@ def test_names_that_lead_out_of_the_folder(good: Path, config: CurationConfig, t
     assert written and all(p.is_relative_to(inside / "measured") for p in written)
     rows = pl.read_parquet(inside / "measured" / unit.name / "sources.parquet")
     verdicts = dict(zip(rows["source_uri"], rows["verdict"], strict=True))
-    assert verdicts.pop("../../stolen.mp4") == "failed" and set(verdicts.values()) == {"ok"} and len(verdicts) == 3
+    assert verdicts.pop("../../stolen.mp4") == "failed"
+    assert sorted(verdicts.values()) == ["duplicate", "duplicate", "ok"]
 
 
 def test_clips_are_written_behind_the_same_guard(good: Path, config: CurationConfig, tmp_path: Path) -> None:

@@ -82,4 +82,4 @@ def test_the_added_axis_and_captioner_reach_every_output(tmp_path):
     with tarfile.open(next((output / "shards").glob("*.tar"))) as tar:
         name = next(name for name in tar.getnames() if name.endswith(".json"))
         sample = json.loads(tar.extractfile(name).read())
-    assert "brightness" in sample and "colour" in sample["captions"]
+    assert "brightness" in sample and "colour" in [caption["captioner"] for caption in sample["captions"]]

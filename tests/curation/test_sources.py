@@ -23,7 +23,8 @@ from web_server import serving
 from svd import storage
 from svd.core.errors import UserError
 from svd.curation.measuring.fetching import local_file
-from svd.sources.listing import SceneCaption, as_row, list_sources
+from svd.sources.listing import list_sources
+from svd.sources.source import SceneCaption, as_rows
 
 
 def touch(path, content: bytes = b"video"):
@@ -143,7 +144,7 @@ def test_a_tar_that_was_replaced_is_noticed(tmp_path, where, request):
     found = list_sources([location])
     if where == "list":
         written = tmp_path / "list.jsonl"
-        written.write_text("".join(json.dumps(as_row(source)) + "\n" for source in found))
+        written.write_text("".join(json.dumps(row) + "\n" for source in found for row in as_rows(source)))
         found = list_sources([str(written)])
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(local_file(source, tmp_path / "work")) for source in found]

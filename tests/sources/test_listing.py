@@ -16,7 +16,8 @@ from web_server import serving
 from svd import storage
 from svd.core.errors import UserError
 from svd.curation.measuring.fetching import local_file
-from svd.sources.listing import SceneCaption, Source, list_sources
+from svd.sources.listing import list_sources
+from svd.sources.source import SceneCaption, Source
 from svd.sources.stage import gather_footage
 
 VIDEO = bytes(range(256)) * 2000  # much more than the headers beside it

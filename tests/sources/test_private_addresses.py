@@ -10,7 +10,8 @@ from web_server import serving
 
 from svd.core.errors import UserError
 from svd.curation.measuring.fetching import local_file
-from svd.sources.listing import Source, list_sources, with_addresses
+from svd.sources.listing import list_sources, with_addresses
+from svd.sources.source import Source
 from svd.sources.stage import gather_footage
 
 VIDEO = bytes(range(256)) * 400

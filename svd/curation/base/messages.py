@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from svd.config import CurationConfig
-from svd.curation.base.types import ClipAnalysis, ClipSpan, SourceFacts
+from svd.curation.base.types import ClipAnalysis, ClipSpan, Seconds, SourceFacts
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class CountParts:
 class Analyse:
     """Ask for the analysis of one part (its number, and of how many) of the source at `path`.
 
-    scratch: where the packets of the part may be copied to. `ClipFound` is sent per clip; `Done.result` is the
-    `SourceAnalysis`.
+    scratch: where the packets of the part may be copied to. spans: the clips that a list names. `ClipFound` is sent per
+    clip; `Done.result` is the `SourceAnalysis`.
     """
 
     path: Path
     config: CurationConfig
     part: tuple[int, int]
     scratch: Path | None
+    spans: tuple[Seconds, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ CameraLabel = Literal[
 ]
 
 
+Seconds = tuple[float, float]  # [start, end), from the first frame of a source
+
+
 class SourceFailure(Exception):
     """A source that can't be analysed; `reason` is one readable line for the source's row in the catalogue."""
 
@@ -68,6 +71,7 @@ class SourceFacts:
     b_frames: bool
     keyframes: tuple[int, ...]  # pts, ascending
     warnings: tuple[str, ...] = ()
+    decoded_share: float | None = None  # of the duration that the header declares; None where it declares none
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class ClipSpan:
     """The frames of the source that a clip holds, and how it is written.
 
     [shot_start_frame, shot_end_frame) is the whole shot, before its ends moved to keyframes. `start_cut` and `end_cut`
-    are indices into `SourceAnalysis.cuts`; None at the ends of the source and where a long shot was split.
+    are indices into `SourceAnalysis.cuts`; None at the ends of the source and where a long shot was split. listed: the
+    index of the span of a list that holds the clip, and the shot is the part of it in that span; None without spans.
     """
 
     start_frame: int
@@ -111,6 +116,7 @@ class ClipSpan:
     shot_end_frame: int
     start_cut: int | None = None
     end_cut: int | None = None
+    listed: int | None = None
 
 
 @dataclass(frozen=True)

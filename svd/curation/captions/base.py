@@ -10,7 +10,7 @@ A captioner `<name>` is the module svd/curation/captions/<name>.py with a functi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import numpy as np
 from svd.core.errors import UserError
 
 # Captions that need no network (see `known`). `motion` says nothing about content, so CLIP can't rate it.
+Caption = tuple[str, str]  # the captioner and its text
 MOTION = "motion"
 SIDECAR = "sidecar"
 
@@ -27,7 +28,8 @@ SIDECAR = "sidecar"
 class CaptionRequest:
     """A clip to describe.
 
-    frames: first, middle and last frame, (3, H, W, 3) uint8 RGB. video: its mp4. captions: those known so far, by name.
+    frames: first, middle and last frame, (3, H, W, 3) uint8 RGB. video: its mp4. captions: those known so far, by
+    name; of several by one captioner the first.
     """
 
     clip_id: str
@@ -46,19 +48,26 @@ class Captioner(Protocol):
 
 
 def describe_all(
-    requests: Sequence[CaptionRequest], known: Sequence[Mapping[str, str]], captioners: Sequence[Captioner]
-) -> list[dict[str, str]]:
-    """Return the captions of every clip by name: those `known` for it, then those of `captioners` in order.
+    requests: Sequence[CaptionRequest], known: Sequence[Sequence[Caption]], captioners: Sequence[Captioner]
+) -> list[list[Caption]]:
+    """Return the captions of every clip: those `known` for it, then those of `captioners` in order.
 
     A captioner sees the captions of the earlier ones: the LLM merges them.
     """
-    captions = [dict(own) for own in known]
+    captions = [list(own) for own in known]
     for captioner in captioners:
-        asked = [CaptionRequest(r.clip_id, r.frames, r.video, own) for r, own in zip(requests, captions, strict=True)]
+        asked = [replace(one, captions=_first_of_each(own)) for one, own in zip(requests, captions, strict=True)]
         for own, text in zip(captions, captioner.describe(asked), strict=True):
             if text and text.strip():
-                own[captioner.name] = " ".join(text.split())
+                own.append((captioner.name, " ".join(text.split())))
     return captions
+
+
+def _first_of_each(captions: Sequence[Caption]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for captioner, text in captions:
+        found.setdefault(captioner, text)
+    return found
 
 
 def import_transformers(option: str) -> Any:

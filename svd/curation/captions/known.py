@@ -7,34 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from svd.curation.base.types import CameraLabel
-from svd.curation.captions.base import MOTION, SIDECAR
+from svd.curation.base.types import CameraLabel, ClipSpan
+from svd.curation.captions.base import MOTION, SIDECAR, Caption
 from svd.curation.motion.camera import camera_caption
-from svd.sources.listing import SceneCaption
+from svd.sources.source import SceneCaption, Source
 
 
-def known_captions(
-    scenes: Sequence[SceneCaption], camera: CameraLabel, start_seconds: float, end_seconds: float, zero: float
-) -> dict[str, str]:
-    """Return the captions of the clip [start, end), by name, of a source whose clock starts at `zero` seconds.
+def known_captions(source: Source, span: ClipSpan, camera: CameraLabel, zero: float) -> list[Caption]:
+    """Return the captions of a clip of `source`, whose clock starts at `zero` seconds.
 
-    `motion` follows from the camera label. `sidecar` is the caption of the scene that overlaps the clip most; a caption
-    of the whole source counts only where no scene overlaps.
+    `motion` follows from the camera label. `sidecar` are the captions of the span of a list that holds the clip, or
+    else of the scene that overlaps it most; captions of the whole source count only where no scene overlaps.
     """
-    captions = {MOTION: camera_caption(camera)}
-    sidecar = _best_scene(scenes, start_seconds - zero, end_seconds - zero)
-    if sidecar is not None:
-        captions[SIDECAR] = sidecar
-    return captions
+    own = source.spans[span.listed].captions if span.listed is not None else ()
+    texts = own or _best_scene(source.captions, span.start_seconds - zero, span.end_seconds - zero)
+    return [(MOTION, camera_caption(camera)), *((SIDECAR, text) for text in texts)]
 
 
-def _best_scene(scenes: Sequence[SceneCaption], start: float, end: float) -> str | None:
-    """Return the caption with the largest overlap; None without any overlap."""
-    best: tuple[float, float, str] | None = None
-    for scene in scenes:
-        overlap = min(end, scene.end) - max(start, scene.start)
+def _best_scene(scenes: Sequence[SceneCaption], start: float, end: float) -> list[str]:
+    """Return the captions of the scene with the largest overlap; none without any overlap."""
+
+    def fit(scene: SceneCaption) -> tuple[float, float]:
         # Of equal overlaps the shorter scene is more specific.
-        candidate = (overlap, -(scene.end - scene.start), scene.text)
-        if overlap > 0 and (best is None or candidate[:2] > best[:2]):
-            best = candidate
-    return best[2] if best else None
+        return min(end, scene.end) - max(start, scene.start), -(scene.end - scene.start)
+
+    best = max(scenes, key=fit, default=None)
+    if best is None or fit(best)[0] <= 0:
+        return []
+    return [scene.text for scene in scenes if (scene.start, scene.end) == (best.start, best.end)]

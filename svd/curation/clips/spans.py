@@ -19,12 +19,16 @@ from svd.curation.decoding.probe import PacketIndex
 
 @dataclass(frozen=True)
 class ShotSpan:
-    """The frames [start, end) between two cuts, given by their indices; None at the ends of the source."""
+    """The frames [start, end) between two cuts, given by their indices; None at the ends of the source.
+
+    listed: as in ClipSpan.
+    """
 
     start: int
     end: int
     start_cut: int | None
     end_cut: int | None
+    listed: int | None = None
 
 
 class Timeline:
@@ -98,11 +102,11 @@ class SpanPlanner:
         """Return the clips of one shot and what is left of it."""
         seconds = self._duration(shot.start, shot.end)
         if seconds < self.config.min_seconds - 1e-6 or shot.end - shot.start < 2:
-            return [], [self._drop(shot.start, shot.end, f"shorter than {self.config.min_seconds:g} s")]
+            return [], [self.drop(shot.start, shot.end, f"shorter than {self.config.min_seconds:g} s")]
         spans = list(self._copies(shot)) if self.copyable else []
         if not spans:
             if self.config.no_keyframe == "drop":
-                return [], [self._drop(shot.start, shot.end, "no usable keyframe")]
+                return [], [self.drop(shot.start, shot.end, "no usable keyframe")]
             spans = list(self._exact(shot))
         return spans, list(self._rest(shot, spans))
 
@@ -110,7 +114,8 @@ class SpanPlanner:
         """Return the seconds of the frames [start, end)."""
         return (self.timeline.at(end) - self.timeline.at(start)) * self.timeline.time_base
 
-    def _drop(self, start: int, end: int, reason: str) -> DroppedSpan:
+    def drop(self, start: int, end: int, reason: str) -> DroppedSpan:
+        """Return the frames [start, end) as a span that no clip holds."""
         t = self.timeline
         return DroppedSpan(start, end, t.at(start), t.at(end), t.seconds(start), t.seconds(end), reason)
 
@@ -129,6 +134,7 @@ class SpanPlanner:
             shot_end_frame=shot.end,
             start_cut=shot.start_cut if start < shot.start + 1 or copy else None,
             end_cut=shot.end_cut,
+            listed=shot.listed,
         )
 
     def _copies(self, shot: ShotSpan) -> Iterator[ClipSpan]:
@@ -187,10 +193,10 @@ class SpanPlanner:
         position = shot.start
         for span in spans:
             if span.start_frame > position:
-                yield self._drop(position, span.start_frame, "before the next keyframe")
+                yield self.drop(position, span.start_frame, "before the next keyframe")
             position = span.end_frame
         if position < shot.end:
-            yield self._drop(position, shot.end, "after the last complete packet")
+            yield self.drop(position, shot.end, "after the last complete packet")
 
 
 def _without_inner_cuts(spans: list[ClipSpan]) -> Iterator[ClipSpan]:

@@ -106,7 +106,9 @@ def _copy(source: Path, opened: Opened, span: ClipSpan, output: av.container.Out
         if packet.pts < span.start_pts:
             continue  # leading frames of an open group of pictures belong to the shot before
         if track is None:
-            track = output.add_stream_from_template(stream)
+            codec = stream.codec_context.codec
+            # PyAV asks for an encoder of the decoder's name, which a library that only decodes (libdav1d) doesn't have.
+            track = output.add_stream_from_template(stream, opaque=codec.name != codec.canonical_name)
             track.time_base = stream.time_base
         waiting.append(packet)
         count += 1

@@ -28,6 +28,7 @@ MAX_PACKETS = 20_000_000  # 92 hours at 60 fps
 # Playlists can refer to other files and hosts; images and text are no videos.
 REFUSED_FORMATS = ("hls", "dash", "concat", "tty", "image2", "_pipe", "lavfi", "ffmetadata", "webvtt", "srt", "ass")
 UNTRUSTED = "timestamps are missing, repeated or run backwards; times follow from the frame rate"
+TICK = Fraction(1, av.time_base)  # seconds; the unit of durations of containers
 NO_TIMESTAMP = np.iinfo(np.int64).min
 Opened = tuple[av.container.InputContainer, av.VideoStream]
 
@@ -138,7 +139,7 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """Facts from the header of the container; width × height are coded pixels."""
+    """Facts from the header of the container; width × height are coded pixels, declared: seconds, 0 if not known."""
 
     container: str
     codec: str
@@ -146,6 +147,7 @@ class SourceInfo:
     height: int
     sample_aspect: Fraction
     header_rate: Fraction
+    declared: float
 
     def fps(self, index: PacketIndex) -> Fraction:
         """Return the frames per second: from timestamps when they can be trusted, else from the header, else 25."""
@@ -169,7 +171,10 @@ def read_source(path: Path) -> SourceInfo:
         if not Fraction(1, 8) <= aspect <= 8:
             aspect = Fraction(1)
         rate = Fraction(stream.average_rate or stream.base_rate or 0)
-        return SourceInfo(container.format.name, context.name, context.width, context.height, aspect, rate)
+        codec = context.codec.canonical_name  # its own name may be that of a library, such as libdav1d for av1
+        ticks, base = (stream.duration, stream.time_base) if stream.duration else (container.duration, TICK)
+        declared = float((ticks or 0) * (base or 0))
+        return SourceInfo(container.format.name, codec, context.width, context.height, aspect, rate, declared)
 
 
 def read_packets(path: Path) -> PacketIndex:

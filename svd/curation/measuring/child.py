@@ -130,7 +130,7 @@ def _analyse(connection: Connection, request: Analyse) -> SourceAnalysis:
         return without_frames(clip)
 
     connection.send(VideoLength(seconds_claimed(request.path) / request.part[1]))
-    return analyse_part(request.path, request.config, send, request.part, request.scratch)
+    return analyse_part(request.path, request.config, send, request.part, request.scratch, request.spans)
 
 
 def without_frames(clip: ClipAnalysis) -> ClipAnalysis:

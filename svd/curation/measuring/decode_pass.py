@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +18,17 @@ import cv2
 import numpy as np
 
 from svd.config import CurationConfig
-from svd.curation.base.types import ClipAnalysis, Cut, DroppedSpan, SourceAnalysis, SourceFacts, SourceFailure
+from svd.curation.base.types import (
+    ClipAnalysis,
+    ClipSpan,
+    Cut,
+    DroppedSpan,
+    Seconds,
+    SourceAnalysis,
+    SourceFacts,
+    SourceFailure,
+)
+from svd.curation.clips.listed import pieces
 from svd.curation.clips.samples import DisplayGeometry, Sampler, sampled_times
 from svd.curation.clips.spans import ShotSpan, SpanPlanner, Timeline
 from svd.curation.cuts.decisions import Found
@@ -36,7 +46,11 @@ Window = tuple[int, int]  # frame numbers [first, end)
 
 
 def analyse(
-    path: Path, config: CurationConfig, taken: Taken = lambda clip: clip, window: Window | None = None
+    path: Path,
+    config: CurationConfig,
+    taken: Taken = lambda clip: clip,
+    window: Window | None = None,
+    spans: Sequence[Seconds] = (),
 ) -> SourceAnalysis:
     """Decode `path` once and find its cuts, clips, motion and sampled frames.
 
@@ -45,6 +59,7 @@ def analyse(
     over, it is called again from the first clip on.
     window: the frames that count. Frames around it are decoded too, so that a cut at either end is found as in the
     middle of a source. A cut belongs to the window that holds its start, or that ends exactly there.
+    spans: the clips that a list names, in seconds from the first frame. No clip crosses their ends or lies outside.
 
     Raises SourceFailure, with a readable reason, for anything that can't be decoded as video. A hostile file may crash
     the decoder and with it this process: use `process.analyse_guarded` for untrusted files.
@@ -53,31 +68,38 @@ def analyse(
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # one thread per source: sources are decoded side by side
     try:
-        return _analyse(path, config, started, taken, window)
+        info, index = read_source(path), read_packets(path)
+        demuxed = time.process_time()
+        analysis = _decode(_Request(path, config, info, index, taken, window, spans))
+        timing = {"demux": demuxed - started, "decode_and_analyse": time.process_time() - demuxed}
+        return replace(analysis, timing=timing)
     finally:
         cv2.setNumThreads(threads)
 
 
-def _analyse(path: Path, config: CurationConfig, started: float, taken: Taken, window: Window | None) -> SourceAnalysis:
-    info, index = read_source(path), read_packets(path)
-    demuxed = time.process_time()
-    analysis = _decode(path, config, info, index, taken, window)
-    timing = {"demux": demuxed - started, "decode_and_analyse": time.process_time() - demuxed}
-    return replace(analysis, timing=timing)
+@dataclass(frozen=True)
+class _Request:
+    """What is to be analysed: the arguments of `analyse`, and what demuxing showed."""
+
+    path: Path
+    config: CurationConfig
+    info: SourceInfo
+    index: PacketIndex
+    taken: Taken
+    window: Window | None
+    spans: Sequence[Seconds]
 
 
-def _decode(
-    path: Path, config: CurationConfig, info: SourceInfo, index: PacketIndex, taken: Taken, window: Window | None
-) -> SourceAnalysis:
+def _decode(request: _Request) -> SourceAnalysis:
     """Try the cheapest pass first: without frames that no other refers to; then all frames; then without timestamps."""
     try:
-        return _DecodePass(path, config, info, index, taken, window, skipping=info.codec in SKIPPING_CODECS).run()
+        return _DecodePass(request, skipping=request.info.codec in SKIPPING_CODECS).run()
     except _UnexpectedError:
         pass
     try:
-        return _DecodePass(path, config, info, index, taken, window, skipping=False).run()
+        return _DecodePass(request, skipping=False).run()
     except _UnexpectedError:
-        return _DecodePass(path, config, info, index.without_timestamps(), taken, window, skipping=False).run()
+        return _DecodePass(replace(request, index=request.index.without_timestamps()), skipping=False).run()
 
 
 class _UnexpectedError(Exception):
@@ -91,22 +113,15 @@ class _UnexpectedError(Exception):
 class _DecodePass:
     """The state of one decode pass over a source."""
 
-    def __init__(
-        self,
-        path: Path,
-        config: CurationConfig,
-        info: SourceInfo,
-        index: PacketIndex,
-        taken: Taken,
-        window: Window | None,
-        skipping: bool,
-    ) -> None:
-        self.config, self.info, self.index, self.taken = config, info, index, taken
+    def __init__(self, request: _Request, skipping: bool) -> None:
+        config, info, index, window = request.config, request.info, request.index, request.window
+        self.config, self.info, self.index, self.taken = config, info, index, request.taken
+        self.spans = request.spans
         self.rate = info.fps(index)
         # Without usable timestamps frames are counted: the clock ticks once per frame.
         self.base = index.time_base if index.trusted else 1 / self.rate
         self.skipped = self._skippable() if skipping else np.zeros(0, np.int64)
-        self.decoder = FrameDecoder(path, self.skipped.tolist())
+        self.decoder = FrameDecoder(request.path, self.skipped.tolist())
         self.numbering = Numbering(self.skipped)
         self.keyframes = np.searchsorted(index.shown(), np.sort(index.pts[index.keyframe]))
         self.decoded_twice = DecodedTwice(self.keyframes)
@@ -250,26 +265,23 @@ class _DecodePass:
         """Cut a shot into clips with their samples; what is left of it is dropped with a reason."""
         if shot.end <= shot.start:
             return
-        assert self.sampler is not None
+        planner = SpanPlanner(timeline, self.config.clips, copyable=self.info.codec in COPY_CODECS)
         motion = np.concatenate(self.motion) * float(self.rate)
-        copyable = self.info.codec in COPY_CODECS
-        spans, dropped = SpanPlanner(timeline, self.config.clips, copyable).plan(shot)
-        self.dropped += dropped
-        for span in spans:
-            samples = self.sampler.take(span, motion[span.start_frame : span.end_frame - 1], float(self.rate))
-            if samples is None:
-                self.dropped.append(
-                    DroppedSpan(
-                        span.start_frame,
-                        span.end_frame,
-                        span.start_pts,
-                        span.end_pts,
-                        span.start_seconds,
-                        span.end_seconds,
-                        "no frame could be sampled",
-                    )
-                )
-                continue
+        inside, outside = pieces(shot, timeline, self.spans)
+        self.dropped += [planner.drop(one.start, one.end, "outside the spans of its list") for one in outside]
+        for piece in inside:
+            spans, dropped = planner.plan(piece)
+            self.dropped += dropped
+            for span in spans:
+                self._clip(span, planner, motion[span.start_frame : span.end_frame - 1])
+
+    def _clip(self, span: ClipSpan, planner: SpanPlanner, motion: np.ndarray) -> None:
+        """Complete a clip with its samples; motion: as in `Sampler.take`."""
+        assert self.sampler is not None
+        samples = self.sampler.take(span, motion, float(self.rate))
+        if samples is None:
+            self.dropped.append(planner.drop(span.start_frame, span.end_frame, "no frame could be sampled"))
+        else:
             self.clips.append(self.taken(ClipAnalysis(span=span, **vars(samples))))
 
     def _finish(self) -> SourceAnalysis:
@@ -323,4 +335,12 @@ class _DecodePass:
             b_frames=bool((np.diff(self.index.pts) < 0).any()) if self.index.trusted else False,
             keyframes=tuple(int(timeline.pts[k]) for k in timeline.keyframes),
             warnings=tuple(warnings),
+            decoded_share=self._decoded_share(duration),
         )
+
+    def _decoded_share(self, seconds: float) -> float | None:
+        """Return which share of the declared duration was decoded: what is missing at the end or broken is not."""
+        if self.info.declared <= 0:
+            return None
+        broken = self.decoder.facts.errors / len(self.index.pts)
+        return min(seconds / self.info.declared, 1.0) * max(1 - broken, 0.0)

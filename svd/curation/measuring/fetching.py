@@ -14,7 +14,8 @@ from pathlib import Path
 
 from svd import storage
 from svd.core.errors import UserError
-from svd.sources.listing import YTDL, Source
+from svd.sources.listing import YTDL
+from svd.sources.source import Source
 from svd.sources.tars import header_hash
 
 MAX_BYTES = 100 << 30

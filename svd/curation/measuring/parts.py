@@ -8,6 +8,7 @@ the part that ends there. No clip crosses a boundary, just as no clip crosses th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import av
 import numpy as np
 
 from svd.config import CurationConfig
-from svd.curation.base.types import ClipSpan, Cut, DroppedSpan, SourceAnalysis, SourceFacts, SourceFailure
+from svd.curation.base.types import ClipSpan, Cut, DroppedSpan, Seconds, SourceAnalysis, SourceFacts, SourceFailure
 from svd.curation.clips.spans import Timeline
 from svd.curation.clips.writer import copy_frames
 from svd.curation.cuts.finder import SETTLE_SECONDS
-from svd.curation.decoding.probe import PacketIndex, open_video, read_packets, read_source
+from svd.curation.decoding.probe import PacketIndex, SourceInfo, open_video, read_packets, read_source
 from svd.curation.measuring.decode_pass import COPY_CODECS, Taken, Window, analyse
 
 MOST_REORDERED = 16  # frames by which decoding order may differ from display order, H.264's limit
@@ -65,7 +66,14 @@ def count_parts(path: Path, config: CurationConfig) -> int:
     return len(part_starts(_timeline(index), config.part_seconds))
 
 
-def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, scratch: Path | None) -> SourceAnalysis:
+def analyse_part(
+    path: Path,
+    config: CurationConfig,
+    taken: Taken,
+    part: Part,
+    scratch: Path | None,
+    spans: Sequence[Seconds] = (),
+) -> SourceAnalysis:
     """Analyse one part of a source as `decode_pass.analyse` does; its packets are copied to `scratch`, then removed.
 
     scratch: may be None for WHOLE, which is analysed in place. Frame numbers, times and `facts.start_pts` are those of
@@ -73,7 +81,7 @@ def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, s
     begins is counted as `inherited` when the part before lists it. Raises SourceFailure.
     """
     if part == WHOLE:
-        return analyse(path, config, taken)
+        return analyse(path, config, taken, spans=spans)
     assert scratch is not None
     info, index = read_source(path), read_packets(path)
     clock = _Clock(index, config.part_seconds, part[0])
@@ -81,7 +89,11 @@ def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, s
         copy_frames(path, clock.copied_span(), scratch)
         clock.local = read_packets(scratch).time_base
         analysis = analyse(
-            scratch, config, lambda clip: taken(replace(clip, span=clock.span(clip.span))), clock.window()
+            scratch,
+            config,
+            lambda clip: taken(replace(clip, span=clock.span(clip.span))),
+            clock.window(),
+            clock.listed(spans),
         )
     finally:
         scratch.unlink(missing_ok=True)
@@ -89,7 +101,7 @@ def analyse_part(path: Path, config: CurationConfig, taken: Taken, part: Part, s
         raise SourceFailure("its frames are not in the order of their timestamps, and it is too long for one part")
     return replace(
         analysis,
-        facts=clock.facts(analysis.facts, info.container, index.warnings),
+        facts=clock.facts(analysis.facts, info, index.warnings),
         cuts=[clock.cut(cut) for cut in analysis.cuts],
         dropped=[clock.dropped(span) for span in analysis.dropped],
     )
@@ -130,6 +142,11 @@ class _Clock:
     def window(self) -> Window:
         """Return the frames of the copy that belong to the part."""
         return self.first - self.lead, self.next - self.lead
+
+    def listed(self, spans: Sequence[Seconds]) -> list[Seconds]:
+        """Convert spans, which count from the first frame of the source, to the copy; they may begin below 0."""
+        before = self.source.seconds(self.lead) - self.source.seconds(0)
+        return [(start - before, end - before) for start, end in spans]
 
     def pts(self, local: int) -> int:
         """Convert a timestamp of the copy, which begins with 0, to one of the source."""
@@ -185,15 +202,17 @@ class _Clock:
             span.reason,
         )
 
-    def facts(self, facts: SourceFacts, container: str, warnings: tuple[str, ...]) -> SourceFacts:
-        """Convert the facts of the part to the times of the source."""
+    def facts(self, facts: SourceFacts, info: SourceInfo, warnings: tuple[str, ...]) -> SourceFacts:
+        """Convert the facts of the part to the times of the source; info: of the source."""
+        there = (self.source.end_pts - self.source.at(0)) * self.source.time_base
         duration, frames = self.source.seconds(self.next) - self.source.seconds(self.first), self.next - self.first
         return replace(
             facts,
             frames=frames,
             duration=duration,
             fps=frames / duration,
-            container=container,
+            container=info.container,
+            decoded_share=min(there / info.declared, 1.0) * (facts.decoded_share or 1.0) if info.declared > 0 else None,
             time_base=self.base,
             start_pts=self.source.at(0),
             end_pts=self.source.at(self.next),

@@ -31,7 +31,15 @@ from svd.curation.base.messages import (
     VideoLength,
     WriteClips,
 )
-from svd.curation.base.types import ClipAnalysis, ClipFile, ClipSpan, SourceAnalysis, SourceFacts, SourceFailure
+from svd.curation.base.types import (
+    ClipAnalysis,
+    ClipFile,
+    ClipSpan,
+    Seconds,
+    SourceAnalysis,
+    SourceFacts,
+    SourceFailure,
+)
 from svd.curation.measuring.child import serve_requests
 from svd.curation.measuring.decode_pass import Taken
 from svd.curation.measuring.parts import WHOLE, Part
@@ -82,6 +90,7 @@ class DecodeProcess:
         taken: Taken = lambda clip: clip,
         part: Part = WHOLE,
         scratch: Path | None = None,
+        spans: Sequence[Seconds] = (),
     ) -> SourceAnalysis:
         """Analyse a source as `parts.analyse_part` does, and detect text and score the measured axes.
 
@@ -93,7 +102,7 @@ class DecodeProcess:
         def take(clip: ClipAnalysis) -> None:
             clips[clip.span] = taken(clip)
 
-        analysis: SourceAnalysis = self._ask(Analyse(path, config, part, scratch), take)
+        analysis: SourceAnalysis = self._ask(Analyse(path, config, part, scratch, tuple(spans)), take)
         return replace(analysis, clips=[clips[clip.span] for clip in analysis.clips])
 
     def write_clips(self, source: Path, facts: SourceFacts, jobs: Sequence[tuple[ClipSpan, Path]]) -> list[ClipFile]:

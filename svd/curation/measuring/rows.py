@@ -10,6 +10,8 @@ from typing import Any
 from svd.catalogue.axes import axes_computed
 from svd.curation.base.types import ClipAnalysis, ClipFile, Cut, DroppedSpan, SourceAnalysis, SourceFacts
 
+WHOLE_SHARE = 0.9  # a source of which less was decoded than this has a warning; headers are a little off
+
 
 def of_clip(clip: ClipAnalysis, file: ClipFile, analysis: SourceAnalysis) -> dict[str, Any]:
     """Return the columns of a clip that follow from its analysis and its file."""
@@ -58,9 +60,16 @@ def of_facts(facts: SourceFacts) -> dict[str, Any]:
         "height": facts.display_height,
         "fps": facts.fps,
         "duration": facts.duration,
+        "decoded_share": facts.decoded_share,
         "frames": facts.frames,
-        "warnings": list(facts.warnings),
+        "warnings": [*facts.warnings, *_mostly_missing(facts.decoded_share)],
     }
+
+
+def _mostly_missing(decoded_share: float | None) -> list[str]:
+    if decoded_share is None or decoded_share >= WHOLE_SHARE:
+        return []
+    return [f"only {decoded_share:.0%} of the duration that its header declares was decoded"]
 
 
 def of_cut(uri: str, cut: Cut) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A killed unit is done again and gives the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import shutil
@@ -23,14 +24,15 @@ from svd.config import CurationConfig
 from svd.core.addresses import public_text
 from svd.core.errors import UserError
 from svd.core.files import atomic_folder
-from svd.curation.base.types import ClipAnalysis, ClipFile, SourceAnalysis, SourceFailure
+from svd.curation.base.types import ClipAnalysis, ClipFile, SourceAnalysis, SourceFacts, SourceFailure
+from svd.curation.captions.base import Caption
 from svd.curation.captions.known import known_captions
 from svd.curation.clips.stills import write_still
 from svd.curation.measuring import rows
 from svd.curation.measuring.child import without_frames
 from svd.curation.measuring.fetching import local_file
 from svd.curation.measuring.process import DecodeProcess, WorkerError
-from svd.sources.listing import Source, printable
+from svd.sources.source import Source, Span, printable
 
 log = logging.getLogger(__name__)
 LEAST_FREE = 16 << 20  # bytes; with less free space a failure is blamed on the disk, not on the source
@@ -67,7 +69,7 @@ class Unit:
 
 def identify(source: Source) -> Identified:
     """Hash a local source; a remote one is hashed in `measure_unit`, once it is fetched."""
-    if source.remote:
+    if source.remote or source.skipped:
         return Identified(source, "", 0)
     assert source.path is not None
     try:
@@ -97,7 +99,7 @@ def new_source(identified: Identified) -> dict[str, Any]:
         "duplicate_of": None,
         "bytes": identified.bytes,
         "clips": 0,
-        "scenes": sum(c.start > 0 or math.isfinite(c.end) for c in source.captions) or None,
+        "scenes": len(source.spans) + sum(c.start > 0 or math.isfinite(c.end) for c in source.captions) or None,
         "licence": source.licence,
         "metadata": rows.to_json(source.metadata),
     }
@@ -133,23 +135,31 @@ class _UnitWork:
         self.cuts: list[dict[str, Any]] = []
         self.dropped: list[dict[str, Any]] = []
         self.flow: dict[str, np.ndarray] = {}
-        self.captions: dict[str, dict[str, str]] = {}
+        self.captions: dict[str, list[Caption]] = {}
+        self.first: dict[str, str] = {}  # uri of the first source of this unit with some bytes
         self.decoding = decoding
 
     def add(self, identified: Identified) -> None:
         """Analyse one source; exactly one row is added, whatever is wrong with the source. Raises WorkerError."""
         row = new_source(identified)
         self.sources.append(row)
-        if identified.failure or identified.duplicate_of:
-            row["verdict"] = "failed" if identified.failure else "duplicate"
-            row["reason"] = identified.failure or f"same bytes as {identified.duplicate_of}"
-            row["duplicate_of"] = identified.duplicate_of or None
+        if identified.source.skipped or identified.failure:
+            row["verdict"] = "failed" if identified.failure else "skipped"
+            row["reason"] = identified.failure or identified.source.skipped
+            return
+        if identified.duplicate_of:
+            _mark_duplicate(row, identified.duplicate_of)
             return
         try:
             with local_file(identified.source, self.folder / "fetched") as path:
                 if not identified.source_id:
                     row["source_id"], row["bytes"] = tables.content_hash(path), path.stat().st_size
+                # Equal bytes have clips of equal ids: within a unit the second would get the captions of the first.
+                if first := self.first.get(row["source_id"]):
+                    _mark_duplicate(row, first)
+                    return
                 self._analyse(path, identified, row)
+                self.first[row["source_id"]] = identified.source.uri
         except WorkerError:
             raise
         except SourceFailure as failure:
@@ -179,8 +189,10 @@ class _UnitWork:
             lambda clip: self._take(clip, row["source_id"]),
             identified.part,
             self.folder / "part.mp4",
+            [(span.start, span.end) for span in source.spans],
         )
         row.update(rows.of_facts(analysis.facts))
+        row["warnings"] += _unheld(source, analysis.facts)
         targets = [tables.clip_id(row["source_id"], clip.span.start_pts, clip.span.end_pts) for clip in analysis.clips]
         files = self.decoding.write_clips(
             path,
@@ -219,20 +231,16 @@ class _UnitWork:
         """Return the catalogue row of a clip; keep its flow and its captions for the files of the unit."""
         self.flow[name] = np.ascontiguousarray(clip.flow, np.float16)
         span, facts = clip.span, analysis.facts
-        self.captions[name] = known_captions(
-            source.captions,
-            clip.camera.label,
-            span.start_seconds,
-            span.end_seconds,
-            float(facts.start_pts * facts.time_base),
-        )
+        zero = float(facts.start_pts * facts.time_base)
+        self.captions[name] = known_captions(source, span, clip.camera.label, zero)
+        listed = source.spans[span.listed] if span.listed is not None else Span(0, math.inf)
         own = {"clip_id": name, "unit": self.unit.number, **rows.of_clip(clip, file, analysis)}
         return own | {
             "source_id": source_id,
             "source_uri": source.uri,
             "split": source.split,
-            "licence": source.licence,
-            "metadata": rows.to_json(source.metadata),
+            "licence": listed.licence or source.licence,
+            "metadata": rows.to_json({**source.metadata, **listed.metadata}),
         }
 
     def write(self) -> None:
@@ -246,6 +254,20 @@ class _UnitWork:
         save_file(self.flow, self.folder / "flow.safetensors")
         (self.folder / "captions.json").write_text(rows.to_json(self.captions) or "{}")
         shutil.rmtree(self.folder / "fetched", ignore_errors=True)
+
+
+def _mark_duplicate(row: dict[str, Any], first: str) -> None:
+    row.update(verdict="duplicate", reason=f"same bytes as {first}", duplicate_of=first)
+
+
+def _unheld(source: Source, facts: SourceFacts) -> list[str]:
+    """Say which spans of a list can't have a clip of their own."""
+    seconds = float((facts.end_pts - facts.start_pts) * facts.time_base)
+    behind = [span for span in source.spans if span.start >= seconds]
+    crossing = [one for one, other in itertools.pairwise(source.spans) if one.end > other.start]
+    said = [f"{len(behind)} spans of its list begin after its end, such as {behind[0].start:g} s" if behind else ""]
+    said += [f"{len(crossing)} spans of its list reach into others; a clip is of the shortest" if crossing else ""]
+    return [text for text in said if text]
 
 
 def units_of(sources: Sequence[Identified], per_unit: int) -> Iterator[Unit]:

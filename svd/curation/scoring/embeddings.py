@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svd.core.errors import UserError
-from svd.curation.captions.base import MOTION
+from svd.curation.captions.base import MOTION, Caption
 
 LARGE = 1 << 18  # pixels; smaller frames take little memory and are shrunk faster in a batch
 
@@ -100,14 +100,18 @@ def text_embeddings(texts: Sequence[str], encoders: ClipEncoders, batch: int) ->
     return found
 
 
-def similarities(images: Tensor, captions: Mapping[str, str], texts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the cosine similarity of a clip by captioner: the mean over its frames, images (3, E), to 5 decimals."""
-    return {name: round(float((images @ texts[text]).mean()), 5) for name, text in sorted(captions.items())}
+def similarities(images: Tensor, captions: Sequence[Caption], texts: Mapping[str, Tensor]) -> list[tuple[str, float]]:
+    """Return the cosine similarity of a clip to each caption, with its captioner, sorted by that.
+
+    It is the mean over the frames of the clip, images (3, E), to 5 decimals.
+    """
+    ordered = sorted(captions, key=lambda caption: caption[0])
+    return [(name, round(float((images @ texts[text]).mean()), 5)) for name, text in ordered]
 
 
-def similarity_score(by_captioner: Mapping[str, float]) -> float | None:
+def similarity_score(by_captioner: Sequence[tuple[str, float]]) -> float | None:
     """Return the score that clips are filtered by: the mean over captions of content; None without such a caption."""
-    values = [value for name, value in by_captioner.items() if name != MOTION]
+    values = [value for name, value in by_captioner if name != MOTION]
     return round(sum(values) / len(values), 5) if values else None
 
 

@@ -22,7 +22,7 @@ from svd.catalogue import schema, tables
 from svd.catalogue.axes import axes_computed
 from svd.catalogue.shards import Member, ShardWriter
 from svd.core.files import atomic_folder
-from svd.curation.captions.base import Captioner, CaptionRequest, describe_all
+from svd.curation.captions.base import Caption, Captioner, CaptionRequest, describe_all
 from svd.curation.clips.stills import encode_thumbnail, read_still, read_stills
 from svd.curation.scoring import embeddings
 
@@ -86,7 +86,7 @@ class ClipScorer:
     def _score(self, measured: Path, folder: Path, shard_bytes: int) -> None:
         """Write scores.parquet, embeddings.safetensors and the shards of a unit into `folder`."""
         clips = pl.read_parquet(measured / "clips.parquet")
-        own: dict[str, dict[str, str]] = json.loads((measured / "captions.json").read_text())
+        own: dict[str, list[Caption]] = json.loads((measured / "captions.json").read_text())
         scores: list[dict[str, Any]] = []
         vectors: dict[str, torch.Tensor] = {}
         with ShardWriter(folder, shard_bytes, measured.name) as writer:
@@ -111,10 +111,10 @@ class ClipScorer:
         tables.write_table_rows(folder / "scores.parquet", scores, schema.SCORED_SCHEMA)
 
     def _scores(
-        self, names: Sequence[str], captions: Sequence[Mapping[str, str]], images: torch.Tensor
+        self, names: Sequence[str], captions: Sequence[Sequence[Caption]], images: torch.Tensor
     ) -> list[dict[str, Any]]:
-        """Return the scores of N clips; captions: by captioner, images: unit-length embeddings (N, 3, E)."""
-        every = [text for known in captions for text in known.values()]
+        """Return the scores of N clips; captions: of each, images: unit-length embeddings (N, 3, E)."""
+        every = [text for known in captions for _, text in known]
         texts = embeddings.text_embeddings(every, self.encoders, self.batch)
         by_axis = {axis: head(images).tolist() for axis, head in self.heads.items()}
         scores = []
@@ -125,27 +125,27 @@ class ClipScorer:
             scores.append(
                 {
                     "clip_id": name,
-                    "captions": [{"captioner": n, "text": t} for n, t in captions[at].items()],
-                    "similarities": [{"captioner": n, "value": v} for n, v in by_captioner.items()],
+                    "captions": [{"captioner": n, "text": t} for n, t in captions[at]],
+                    "similarities": [{"captioner": n, "value": v} for n, v in by_captioner],
                     **{axis.column: own.get(axis.name) for axis in axes_computed("scored")},
                 }
             )
         return scores
 
     def _captions(
-        self, measured: Path, names: Sequence[str], own: Mapping[str, Mapping[str, str]]
-    ) -> list[dict[str, str]]:
-        """Return the captions in use of each clip by captioner; own: those known without a network, by clip."""
-        found: list[dict[str, str]] = []
+        self, measured: Path, names: Sequence[str], own: Mapping[str, Sequence[Caption]]
+    ) -> list[list[Caption]]:
+        """Return the captions of each clip, in the order of `used`; own: those known without a network, by clip."""
+        found: list[list[Caption]] = []
         for start in range(0, len(names), DESCRIBED):
             some = names[start : start + DESCRIBED]
             requests = [
-                CaptionRequest(name, read_stills(measured, name), _video(measured, name), own[name])
+                CaptionRequest(name, read_stills(measured, name), _video(measured, name), {})
                 for name in some
                 if self.captioners  # without captioners no frame is read: frames are large
             ]
             found += describe_all(requests, [own[name] for name in some], self.captioners)
-        return [{name: captions[name] for name in self.used if name in captions} for captions in found]
+        return [[(n, text) for used in self.used for n, text in captions if n == used] for captions in found]
 
 
 def _video(measured: Path, name: str) -> Path:
@@ -176,6 +176,6 @@ def _places(members: Mapping[str, Member]) -> dict[str, Any]:
 def _sample_json(row: Mapping[str, Any], score: Mapping[str, Any]) -> bytes:
     """Write the JSON of a clip in its shard."""
     facts = {name: row[name] for name in SAMPLE_COLUMNS}
-    facts["captions"] = {c["captioner"]: c["text"] for c in score["captions"]}
+    facts["captions"] = score["captions"]
     facts |= {name: score[name] for name in (axis.column for axis in axes_computed("scored"))}
     return (json.dumps(facts, sort_keys=True) + "\n").encode()
