@@ -18,7 +18,7 @@ SVD_IMAGES ?= svd-platform
 SVD_IMAGE_TAG ?= dev
 SVD_BUILD_NETWORK ?= default
 
-.PHONY: help setup pipeline test test-slow drill test-cluster lint lock images up down status ui clean
+.PHONY: help setup pipeline test test-slow drill drill-cluster test-cluster lint lock images up down status ui clean
 
 help:           ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ test-slow: setup ## run the slow tests
 
 drill: setup    ## break the local stack in twelve ways and say what became of the work
 	OMP_NUM_THREADS=1 python tests/e2e/drill.py $(FAULTS)
+
+drill-cluster: setup ## the same on the cluster that KUBECONFIG names, with nodes, pods and servers that go away
+	pytest -m cluster tests/cluster/test_survival.py -s
 
 test-cluster: setup ## run the stack on the cluster that KUBECONFIG names
 	pytest -m cluster tests/cluster -s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from cluster_stack import ClusterStack, installed, say
@@ -25,6 +26,19 @@ def pipeline(stack: ClusterStack) -> str:
     assert done["state_type"] == "COMPLETED", stack.story(run)
     say(f"the pipeline took {time.monotonic() - begun:.0f} s")
     return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say of each fault of the drill what became of the work: survived, lost or doubled."""
+    reports = [report for name in ("passed", "failed") for report in terminalreporter.stats.get(name, [])]
+    for report in reports:
+        module, _, test = report.nodeid.partition("::")
+        if module.endswith("test_survival.py") and report.when == "call":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = crash.message.partition("\n")[0] if crash else ""
+            seen = "survived" if report.passed else "doubled" if "doubled" in why else "lost"
+            fault = test.removeprefix("test_").replace("_", " ")
+            terminalreporter.write_line(f"{fault:<60} {seen:<9} {report.duration:5.0f} s  {why}".rstrip())
 
 
 @pytest.fixture
