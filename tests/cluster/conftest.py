@@ -28,6 +28,13 @@ def pipeline(stack: ClusterStack) -> str:
     return run
 
 
+@pytest.fixture(scope="session")
+def latents(stack: ClusterStack) -> None:
+    """Run the stages up to `latents`, so that trainings can be started alone."""
+    run = stack.start_pipeline('stages=["sources", "encoders", "curation", "autoencoder", "latents"]')
+    assert stack.wait(run, 1500)["state_type"] == "COMPLETED", stack.story(run)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say of each fault of the drill what became of the work: survived, lost or doubled."""
     reports = [report for name in ("passed", "failed") for report in terminalreporter.stats.get(name, [])]

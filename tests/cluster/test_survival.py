@@ -125,14 +125,14 @@ def check_ended_once(stack: ClusterStack, run: str) -> None:
     assert ended == 1, "doubled: the stage ended twice" if ended else "the stage never ended"
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("environment", "latents")
 def test_a_killed_pod_goes_on_where_it_was(stack: ClusterStack) -> None:
     run, child = train(stack, STEPS)
     kubectl("delete", "pod", stack.pod_of(child), "--grace-period=0", "--force")
     finish(stack, run, "a pod deleted without grace in training", STEPS)
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("environment", "latents")
 def test_the_pod_of_a_drained_node_goes_on_where_it_was(stack: ClusterStack) -> None:
     run, child = train(stack, STEPS + 50)
     (pod,) = (pod for pod in objects("pods") if pod["metadata"]["name"] == stack.pod_of(child))
@@ -168,17 +168,17 @@ def has_measured() -> bool:
     return any(b"measured/" in storage.read_bytes(manifest) for manifest in manifests)
 
 
-@pytest.mark.usefixtures("environment")
-def test_a_pod_evicted_in_curation_goes_on_where_it_was(stack: ClusterStack, pipeline: str) -> None:
+@pytest.mark.usefixtures("environment", "latents")
+def test_a_pod_evicted_in_curation_goes_on_where_it_was(stack: ClusterStack) -> None:
     stack.set_preset(curation__text=SLOW_TEXT)  # so that it can't finish within the grace period of its pod
     run = disturb(stack, "curation", has_measured, "--wait=false")
     logs = [stack.said(child["id"]) for child in stack.children(run)]
     assert any("unfinished work brought from the store" in log for log in logs), stack.story(run)
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("environment", "latents")
 def test_a_pod_killed_while_it_publishes_leaves_nothing_half(
-    stack: ClusterStack, pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stack: ClusterStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack.set_preset(image_pretraining__phases=long_phases(20))
     remote = f"{STORE}/dvc"
@@ -189,7 +189,7 @@ def test_a_pod_killed_while_it_publishes_leaves_nothing_half(
     assert_as_stored(STAGE)
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("environment", "latents")
 def test_servers_that_go_away_cost_nothing(stack: ClusterStack) -> None:
     run, _ = train(stack, STEPS + 100)
     for server in ("app=prefect", "app=mlflow", "app=s3", "app=postgres", "app=worker-gpu", "app=worker-cpu"):
@@ -203,7 +203,7 @@ def test_servers_that_go_away_cost_nothing(stack: ClusterStack) -> None:
 
 
 @pytest.mark.skipif("SVD_CLUSTER_NODE" not in os.environ, reason="SVD_CLUSTER_NODE names no command that stops a node")
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("environment", "latents")
 @pytest.mark.parametrize(("break_it", "mend_it"), [("stop", "start"), ("cut", "heal")])
 def test_a_node_that_is_lost_and_comes_back(stack: ClusterStack, break_it: str, mend_it: str) -> None:
     """Without heartbeats the run counts as crashed; its successor waits for the node, and for the lease."""
