@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from flows.cli.options import PortOption, PresetOption
+from flows.cli.options import PortOption, PresetOption, console
 from svd.core.errors import UserError
 
 tools_app = typer.Typer()
@@ -46,7 +48,9 @@ def curate_videos(
     run_preset_stage("sources", chosen)
     run_preset_stage("encoders", chosen)
     report = run_preset_stage("curation", chosen)
-    out.print(f"{report.summary}\nreport: {Place(name, 'curation').output}/report.html")
+    output = Place(name, "curation").output
+    out.print(f"{report.summary}\nreport: {output}/report.html")
+    _print_note(output)
 
 
 @tools_app.command("browse")
@@ -79,6 +83,15 @@ def refilter_catalogue(catalogue: CatalogueArgument, preset: PresetOption = "tin
     chosen = load_preset(preset).curation
     for axis, threshold in renew_verdicts(catalogue, chosen.filters, chosen.subsets).items():
         out.print(f"{axis}: {threshold:.6g}")
+    _print_note(catalogue)
+
+
+def _print_note(catalogue: Path) -> None:
+    """Print what a reader of these verdicts must know of their thresholds."""
+    from svd.catalogue.threshold_changes import few_clips_note
+
+    if note := few_clips_note(json.loads((catalogue / "funnel.json").read_text())):
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
 
 
 @tools_app.command("compare")

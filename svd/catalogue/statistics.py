@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from svd.catalogue import filters, tables
 from svd.catalogue.axes import AXES, Axis
 from svd.catalogue.contact_sheets import write_contact_sheets
+from svd.catalogue.threshold_changes import threshold_changes
 from svd.core.files import write_json
 
 YEAR_SECONDS = 365.25 * 24 * 3600
@@ -103,6 +104,7 @@ def write_statistics(folder: Path, thresholds: Mapping[str, float]) -> dict[str,
         "kept": dataset_row(clips.filter(pl.col("keep"))),
         "sources": dict(tables.read_sources(folder)["verdict"].value_counts().sort("verdict").rows()),
         "cameras": dict(clips.group_by("camera").len().sort("camera").collect(engine="streaming").rows()),
+        "changes": threshold_changes(clips, thresholds),
     }
     write_json(folder / "statistics.json", values)
     plots = folder / "plots"

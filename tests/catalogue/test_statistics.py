@@ -61,6 +61,10 @@ def test_a_report_of_two_catalogues_is_one_file_with_everything_in_it(folder, tm
     empty = r"<td>the file is empty</td><td>2</td><td>train/a.mp4</td>"
     assert len(re.findall(empty, page)) == 2 and page.index("the file is empty") < page.index("no video stream")
     assert "Scores by" not in page
+    assert "<tr><td>motion</td><td>9 (0.3)</td><td>8 (0.4)</td><td>8 (0.35)</td><td>7 (0.5)</td>" in page
+    assert (
+        page.count("clips are few for quantiles") == 1 and "5 clips are few for quantiles (25 % by text_area)" in page
+    )
     assert "<th>motion annotations</th>" in page and re.search(r"<td>first, filtered</td>.*<td>8</td>\s*</tr>", page)
     (folder / "models.json").write_text('{"similarity": "some network"}')
     assert "similarity: some network" in write_report([folder], tmp_path / "one.html").read_text()
