@@ -19,7 +19,7 @@ import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from svd.catalogue.axes import AXES
+from svd.catalogue.axes import axes_by_column
 from svd.catalogue.schema import FILTERED, VERSION
 from svd.core.errors import UserError
 from svd.core.files import atomic_file
@@ -116,7 +116,7 @@ def scan_scores(folder: Path) -> pl.LazyFrame:
     """
     scores = pl.scan_parquet(clips_path(folder))
     known = scores.collect_schema().names()
-    return scores.with_columns(pl.lit(None, pl.Float32).alias(a.column) for a in AXES if a.column not in known)
+    return scores.with_columns(pl.lit(None, pl.Float32).alias(name) for name in axes_by_column() if name not in known)
 
 
 def scan_clips(folder: Path) -> pl.LazyFrame:

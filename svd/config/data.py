@@ -162,7 +162,7 @@ class Threshold(Section):
 class FiltersConfig(Section):
     """Filters per axis (§3.3, E.2.2): `min_*` drops the low end, `max_*` the high end; quantiles are shares dropped.
 
-    One option per axis of svd.catalogue.axes.
+    One option per axis of svd.catalogue.axes, which says what is measured and in which unit.
     """
 
     min_motion: Threshold | None = None
@@ -171,6 +171,20 @@ class FiltersConfig(Section):
     max_text_area: Threshold | None = None
     max_nsfw: Threshold | None = None
     max_duplicate_similarity: Threshold | None = None
+    max_motion: Threshold | None = None
+    min_resolution: Threshold | None = None
+    min_aspect: Threshold | None = None
+    max_aspect: Threshold | None = None
+    min_duration: Threshold | None = None
+    max_duration: Threshold | None = None
+    min_fps: Threshold | None = None
+    max_fps: Threshold | None = None
+    min_sharpness: Threshold | None = None
+    min_luma: Threshold | None = None
+    max_luma: Threshold | None = None
+    max_clipped: Threshold | None = None
+    max_bars: Threshold | None = None
+    min_decoded_share: Threshold | None = None
 
 
 class CurationConfig(Section):
