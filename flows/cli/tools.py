@@ -1,4 +1,4 @@
-"""The commands that work on folders directly: curate, browse, refilter, compare, fetch, convert, export."""
+"""The commands that work on folders directly: curate, browse, refilter, compare, fetch, convert."""
 
 from __future__ import annotations
 
@@ -155,20 +155,3 @@ def convert_checkpoint(
     out.print(f"{done.target}: {done.tensors} tensors")
     if done.missing:
         out.print(f"not in the source: {', '.join(done.missing)}")
-
-
-@tools_app.command("export")
-def export_model(
-    model: Annotated[Path, typer.Argument(help="Output of a training stage, e.g. outputs/tiny/image-to-video.")],
-    target: Annotated[Path, typer.Argument(help="Folder (diffusers) or .safetensors file (sgm); must not exist.")],
-    to: Annotated[Literal["sgm", "diffusers"], typer.Option(help="Layout of the target.")] = "diffusers",
-    preset: PresetOption = "tiny",
-) -> None:
-    """Put a trained model, its autoencoder and its image encoder into one folder or file that others can load.
-
-    A folder has the model card, too.
-    """
-    from svd.config.load import load_preset
-    from svd.model.formats.export import export_networks
-
-    out.print(export_networks(model, target, to, load_preset(preset).encoders))

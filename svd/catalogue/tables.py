@@ -155,13 +155,16 @@ def read_clips(folder: Path, subset: str | None = None) -> pl.DataFrame:
     there is no catalogue or no such subset, or when verdicts or subset are those of other clips.
     """
     clips = scan_clips(folder).collect()
-    if subset is None:
-        return clips
+    return clips if subset is None else clips.with_columns(subset_column(folder, subset).alias("keep"))
+
+
+def subset_column(folder: Path, subset: str) -> pl.Series:
+    """Read which clips of the catalogue belong to a named subset, (clips,) bool; raises UserError as `read_clips`."""
     path = folder / "catalogue" / "subsets.parquet"
     names = [name for name in pq.read_schema(path).names if name != "clip_id"] if path.is_file() else []
     if subset not in names:
         raise UserError(f"{folder}: no subset '{subset}'; there are: {', '.join(names) or 'none'}")
-    return clips.with_columns(_scan_beside(folder, path).select(subset).collect()[subset].alias("keep"))
+    return _scan_beside(folder, path).select(subset).collect()[subset]
 
 
 def read_sources(folder: Path) -> pl.DataFrame:
