@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +109,8 @@ def write_statistics(folder: Path, thresholds: Mapping[str, float]) -> dict[str,
     }
     write_json(folder / "statistics.json", values)
     plots = folder / "plots"
-    plots.mkdir(exist_ok=True)
+    shutil.rmtree(plots, ignore_errors=True)  # those of axes that are no longer filtered by would stay
+    plots.mkdir()
     for column, (axis, *_) in axes_by_column().items():
         used = {one.side: thresholds[one.name] for one in axes_by_column()[column] if one.name in thresholds}
         if axis.computed == "known" and not used and column != "duration":  # Fig. 2 has the duration

@@ -62,6 +62,11 @@ def test_a_score_is_filtered_at_both_ends(tmp_path):
     assert tables.read_clips(folder)["verdict"].to_list()[2:9] == ["max_duration"] * 7
     assert {path.stem for path in (folder / "plots").iterdir()} >= {"motion", "duration"}
     assert not (folder / "plots" / "max_motion.png").exists()
+    renew_verdicts(folder, FiltersConfig.model_validate({"max_fps": {"absolute": 30}}))
+    assert "fps" in {path.stem for path in (folder / "plots").iterdir()}
+    assert {path.stem for path in (folder / "contact").iterdir()} == {"max_fps-kept"}
+    renew_verdicts(folder, FiltersConfig())
+    assert "fps" not in {path.stem for path in (folder / "plots").iterdir()}
 
 
 @pytest.fixture
