@@ -111,7 +111,7 @@ def measure(folder: Path) -> None:
     filtered = time.perf_counter()
     clips = tables.scan_clips(folder)
     rows = {"all": statistics.dataset_row(clips), "kept": statistics.dataset_row(clips.filter(pl.col("keep")))}
-    counted = [len(statistics.histogram(clips, axis.column)[0]) for axis in axes.AXES]
+    counted = [len(statistics.histogram(clips, column)[0]) for column in axes.axes_by_column()]
     finished = time.perf_counter()
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result = {

@@ -42,6 +42,7 @@ GROUPS = {
         "flows.cli.evaluate:evaluate_app",
         "Score folders of clips, compare evaluations, list the protocols. (A model: svd stage ucf101-evaluation.)",
     ),
+    "export": ("flows.cli.export:export_app", "Export a trained model or a curated data set, as others read them."),
     "vote": ("flows.cli.vote:vote_app", "Human preference: make a study, serve the page, compute the ratings."),
 }
 for _name, (_target, _help) in GROUPS.items():

@@ -1,14 +1,16 @@
-"""The commands that work on folders directly: curate, browse, refilter, compare, fetch, convert, export."""
+"""The commands that work on folders directly: curate, browse, refilter, compare, fetch, convert."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from flows.cli.options import PortOption, PresetOption
+from flows.cli.options import PortOption, PresetOption, console
 from svd.core.errors import UserError
 
 tools_app = typer.Typer()
@@ -46,7 +48,9 @@ def curate_videos(
     run_preset_stage("sources", chosen)
     run_preset_stage("encoders", chosen)
     report = run_preset_stage("curation", chosen)
-    out.print(f"{report.summary}\nreport: {Place(name, 'curation').output}/report.html")
+    output = Place(name, "curation").output
+    out.print(f"{report.summary}\nreport: {output}/report.html")
+    _print_note(output)
 
 
 @tools_app.command("browse")
@@ -79,6 +83,15 @@ def refilter_catalogue(catalogue: CatalogueArgument, preset: PresetOption = "tin
     chosen = load_preset(preset).curation
     for axis, threshold in renew_verdicts(catalogue, chosen.filters, chosen.subsets).items():
         out.print(f"{axis}: {threshold:.6g}")
+    _print_note(catalogue)
+
+
+def _print_note(catalogue: Path) -> None:
+    """Print what a reader of these verdicts must know of their thresholds."""
+    from svd.catalogue.threshold_changes import few_clips_note
+
+    if note := few_clips_note(json.loads((catalogue / "funnel.json").read_text())):
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
 
 
 @tools_app.command("compare")
@@ -142,20 +155,3 @@ def convert_checkpoint(
     out.print(f"{done.target}: {done.tensors} tensors")
     if done.missing:
         out.print(f"not in the source: {', '.join(done.missing)}")
-
-
-@tools_app.command("export")
-def export_model(
-    model: Annotated[Path, typer.Argument(help="Output of a training stage, e.g. outputs/tiny/image-to-video.")],
-    target: Annotated[Path, typer.Argument(help="Folder (diffusers) or .safetensors file (sgm); must not exist.")],
-    to: Annotated[Literal["sgm", "diffusers"], typer.Option(help="Layout of the target.")] = "diffusers",
-    preset: PresetOption = "tiny",
-) -> None:
-    """Put a trained model, its autoencoder and its image encoder into one folder or file that others can load.
-
-    A folder has the model card, too.
-    """
-    from svd.config.load import load_preset
-    from svd.model.formats.export import export_networks
-
-    out.print(export_networks(model, target, to, load_preset(preset).encoders))

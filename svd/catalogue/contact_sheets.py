@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def write_contact_sheets(folder: Path, thresholds: Mapping[str, float]) -> list[
     Returns the files that were written; a sheet without clips is left out.
     """
     target = folder / "contact"
-    target.mkdir(exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
     clips = tables.scan_clips(folder)
     written = []
     for axis in AXES:

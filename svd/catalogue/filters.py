@@ -44,8 +44,14 @@ def resolve_thresholds(clips: pl.LazyFrame, filters: FiltersConfig) -> dict[str,
 def _value(axis: Axis, threshold: Threshold) -> pl.Expr:
     """Return the threshold as a number; null where the axis has no score."""
     if threshold.quantile is not None:
-        return _quantile(axis, threshold.quantile)
+        return _quantile(axis, threshold.quantile).cast(pl.Float64).clip(threshold.at_least, threshold.at_most)
     return pl.when(pl.col(axis.column).count() > 0).then(pl.lit(threshold.absolute))
+
+
+def quantiles(filters: FiltersConfig) -> dict[str, float]:
+    """Return the share that each axis drops by quantile, by the axis' name."""
+    thresholds = {axis.name: getattr(filters, axis.option) for axis in AXES}
+    return {name: one.quantile for name, one in thresholds.items() if one is not None and one.quantile is not None}
 
 
 def _passes(axis: Axis, threshold: float) -> pl.Expr:
@@ -127,7 +133,8 @@ def write_verdicts(folder: Path, config: FiltersConfig) -> dict[str, float]:
     target = folder / "catalogue" / "verdicts.parquet"
     sink(judged.select(schema.VERDICTS_SCHEMA.names), target)
     steps = funnel(pl.scan_parquet(target), thresholds)
-    write_json(folder / "funnel.json", {"steps": steps, "thresholds": thresholds})
+    shares = {axis: share for axis, share in quantiles(config).items() if axis in thresholds}
+    write_json(folder / "funnel.json", {"steps": steps, "thresholds": thresholds, "quantiles": shares})
     return thresholds
 
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from svd.catalogue import tables
 from svd.catalogue.axes import AXES
+from svd.catalogue.threshold_changes import POINTS, few_clips_note
 from svd.core.errors import UserError
 from svd.core.files import write_text
 
@@ -48,6 +49,8 @@ class ReportColumn:
     kept: list[str]
     sources: Mapping[str, int]
     steps: Sequence[Mapping[str, Any]]
+    changes: Sequence[Mapping[str, Any]]
+    note: str
     cameras: Mapping[str, int]
     unusable: Sequence[Mapping[str, Any]]
     models: Mapping[str, str]
@@ -69,6 +72,7 @@ def write_report(folders: Sequence[Path], target: Path, names: Sequence[str] | N
         paper=PAPER_TABLE,
         plots=sorted({name for column in columns for name in column.plots}),
         axes=[axis.name for axis in AXES],
+        points=POINTS,
     )
     write_text(target, page)
     return target
@@ -88,6 +92,8 @@ def _column(folder: Path, name: str) -> ReportColumn:
         kept=_cells(statistics["kept"]),
         sources=statistics["sources"],
         steps=funnel["steps"],
+        changes=statistics.get("changes", []),  # statistics of earlier versions have none
+        note=few_clips_note(funnel),
         cameras=statistics["cameras"],
         unusable=_unusable(folder),
         models=json.loads(models.read_text()) if (models := folder / "models.json").is_file() else {},

@@ -1,7 +1,8 @@
 """The columns of all tables of the catalogue, in one place, versioned.
 
 `clips.parquet` joins three groups of columns by the step that computes them: MEASURED, with the video at hand; SCORED,
-by networks; MERGED, from the whole catalogue. `verdicts.parquet` holds FILTERED. Scores come from the list of axes.
+by networks; MERGED, from the whole catalogue or what is known of clip and source. `verdicts.parquet` holds the clip's
+id and FILTERED. Scores come from the list of axes.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ _MERGED: list[Column] = [
     ("duplicate_of", pa.string()),
     _score("duplicate"),
 ]
-MERGED: list[Column] = [*_MERGED, *_other_scores("merged", _MERGED)]
+MERGED: list[Column] = [*_MERGED, *_other_scores("merged", _MERGED), *_other_scores("known", MEASURED)]
 
 FILTERED: list[Column] = [
     *((f"pass_{axis.name}", pa.bool_()) for axis in AXES),
@@ -114,7 +115,7 @@ _METADATA = {b"svd.catalogue.version": str(VERSION).encode()}
 MEASURED_SCHEMA = pa.schema(MEASURED, metadata=_METADATA)
 SCORED_SCHEMA = pa.schema([("clip_id", pa.string()), *SCORED], metadata=_METADATA)
 SCORES_SCHEMA = pa.schema([*MEASURED, *SCORED, *MERGED], metadata=_METADATA)
-VERDICTS_SCHEMA = pa.schema(FILTERED, metadata=_METADATA)
+VERDICTS_SCHEMA = pa.schema([("clip_id", pa.string()), *FILTERED], metadata=_METADATA)
 CLIPS_SCHEMA = pa.schema([*MEASURED, *SCORED, *MERGED, *FILTERED], metadata=_METADATA)
 
 SOURCES_SCHEMA = pa.schema(

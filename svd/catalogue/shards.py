@@ -33,18 +33,20 @@ class Member:
 class ShardWriter:
     """Write samples (a key and its files) into tars of about `max_bytes`; each tar appears atomically under its name.
 
-    The first tar is `<stem>.tar`, the next ones are `<stem>-1.tar`, `<stem>-2.tar`… A sample is never split, so a tar
-    exceeds `max_bytes` only when a single sample does. Use it as a context manager: after an exception the open tar is
+    The first tar is `<stem>.tar`, the next ones are `<stem>-1.tar`, `<stem>-2.tar`…; with `digits`, 6 for example, they
+    are `<stem>-000000.tar`, `<stem>-000001.tar`… A sample is never split, so a tar exceeds `max_bytes` only when a
+    single sample does. Use it as a context manager: after an exception the open tar is
     removed.
 
         with ShardWriter(folder, 1 << 30) as writer:
             place = writer.add("clip0", {"mp4": path, "json": b"{}"})["mp4"]
     """
 
-    def __init__(self, folder: Path, max_bytes: int, stem: str = "clips-000000") -> None:
+    def __init__(self, folder: Path, max_bytes: int, stem: str = "clips-000000", digits: int = 0) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
         self.stem = stem
+        self.digits = digits
         self.names: list[str] = []
         self._file = ExitStack()
         self._stream: BinaryIO | None = None
@@ -78,7 +80,7 @@ class ShardWriter:
 
     def _start(self) -> None:
         number = len(self.names)
-        self.names.append(f"{self.stem}.tar" if number == 0 else f"{self.stem}-{number}.tar")
+        self.names.append(f"{self.stem}-{number:0{self.digits}d}.tar" if number or self.digits else f"{self.stem}.tar")
         temporary = self._file.enter_context(atomic_file(self.folder / self.names[-1]))
         self._stream = self._file.enter_context(temporary.open("wb"))
         self._position = 0

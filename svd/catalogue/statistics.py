@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -15,8 +16,9 @@ import polars as pl
 from matplotlib.axes import Axes
 
 from svd.catalogue import filters, tables
-from svd.catalogue.axes import AXES, Axis
+from svd.catalogue.axes import axes_by_column
 from svd.catalogue.contact_sheets import write_contact_sheets
+from svd.catalogue.threshold_changes import threshold_changes
 from svd.core.files import write_json
 
 YEAR_SECONDS = 365.25 * 24 * 3600
@@ -103,15 +105,19 @@ def write_statistics(folder: Path, thresholds: Mapping[str, float]) -> dict[str,
         "kept": dataset_row(clips.filter(pl.col("keep"))),
         "sources": dict(tables.read_sources(folder)["verdict"].value_counts().sort("verdict").rows()),
         "cameras": dict(clips.group_by("camera").len().sort("camera").collect(engine="streaming").rows()),
+        "changes": threshold_changes(clips, thresholds),
     }
     write_json(folder / "statistics.json", values)
     plots = folder / "plots"
-    plots.mkdir(exist_ok=True)
-    for axis in AXES:
-        every, kept, edges = histogram(clips, axis.column)
-        if len(every):
-            _plot_axis(plots / f"{axis.name}.png", (every, kept, edges), axis, thresholds.get(axis.name))
-    _plot_duration(plots / "duration.png", clips)
+    shutil.rmtree(plots, ignore_errors=True)  # those of axes that are no longer filtered by would stay
+    plots.mkdir()
+    for column, (axis, *_) in axes_by_column().items():
+        used = {one.side: thresholds[one.name] for one in axes_by_column()[column] if one.name in thresholds}
+        if axis.computed == "known" and not used and column != "duration":  # Fig. 2 has the duration
+            continue
+        counts = histogram(clips, column)
+        if len(counts[0]):
+            _plot_scores(plots / f"{axis.name}.png", counts, axis.title, used)
     _plot_bars(plots / "clips_per_video.png", clips_per_video(clips, tables.read_sources(folder)))
     _plot_funnel(plots / "funnel.png", filters.funnel(clips, thresholds))
     write_contact_sheets(folder, thresholds)
@@ -134,31 +140,23 @@ def _new_plot(**labels: str) -> Axes:
     return plot
 
 
-def _plot_axis(
-    path: Path, counts: tuple[np.ndarray, np.ndarray, np.ndarray], axis: Axis, threshold: float | None
+def _plot_scores(
+    path: Path,
+    counts: tuple[np.ndarray, np.ndarray, np.ndarray],
+    title: str,
+    thresholds: Mapping[Literal["min", "max"], float],
 ) -> None:
-    """Plot an axis as Fig. 2 right: histogram of all and kept clips, the threshold, the dropped side shaded."""
+    """Plot scores as Fig. 2: histogram of all and kept clips, thresholds by side, what they drop shaded."""
     every, kept, edges = counts
-    plot = _new_plot(xlabel=axis.title, ylabel="clips")
+    plot = _new_plot(xlabel=title, ylabel="clips")
     plot.stairs(every, edges, fill=True, color=GREY, alpha=0.6, label="all clips")
     plot.stairs(kept, edges, fill=True, color=BLUE, label="kept after all filters")
-    if threshold is not None:
-        low, high = plot.get_xlim()
-        plot.axvspan(*((low, threshold) if axis.side == "min" else (threshold, high)), color=RED, alpha=0.12)
+    low, high = plot.get_xlim()
+    for side, threshold in thresholds.items():
+        plot.axvspan(*((low, threshold) if side == "min" else (threshold, high)), color=RED, alpha=0.12)
         plot.axvline(threshold, color=RED, label=f"threshold {threshold:.4g}")
-        plot.set_xlim(low, high)
+    plot.set_xlim(low, high)
     plot.legend()
-    _save(path, plot)
-
-
-def _plot_duration(path: Path, clips: pl.LazyFrame) -> None:
-    """Plot the histogram of clip durations (Fig. 2 middle)."""
-    every, kept, edges = histogram(clips, "duration")
-    plot = _new_plot(xlabel="clip duration, s", ylabel="clips")
-    if len(every):
-        plot.stairs(every, edges, fill=True, color=GREY, alpha=0.6, label="all clips")
-        plot.stairs(kept, edges, fill=True, color=BLUE, label="kept")
-        plot.legend()
     _save(path, plot)
 
 

@@ -39,11 +39,13 @@ def calibration_subsets(axes: Sequence[str], shares: Sequence[float] = REMOVED_S
 
 
 def write_subsets(folder: Path, subsets: Mapping[str, FiltersConfig]) -> dict[str, dict[str, Any]]:
-    """Write `catalogue/subsets.parquet` (one boolean column per subset, rows as in the catalogue) and `subsets.json`.
+    """Write `catalogue/subsets.parquet` (`clip_id`, one boolean column per subset, rows as in the catalogue).
 
-    Returns clips, hours, share and thresholds of each subset. Raises UserError for a subset of an axis without scores:
-    it would silently be the whole catalogue.
+    Writes clips, hours, share and thresholds of each subset into `subsets.json` and returns them. Raises UserError for
+    a subset of an axis without scores, which would silently be the whole catalogue, and for one named `clip_id`.
     """
+    if "clip_id" in subsets:
+        raise UserError("subset 'clip_id': this is the column of the clips' ids; give the subset another name")
     scores = tables.scan_scores(folder)
     columns, found = [], dict[str, dict[str, Any]]()
     for name, config in subsets.items():
@@ -53,13 +55,13 @@ def write_subsets(folder: Path, subsets: Mapping[str, FiltersConfig]) -> dict[st
             raise UserError(f"subset '{name}': the catalogue has no scores for {', '.join(missing)}")
         columns.append(judged.select(pl.col("keep").alias(name)).collect(engine="streaming")[name])
         found[name] = {"thresholds": thresholds}
-    duration = scores.select("duration").collect(engine="streaming")["duration"]
+    known = scores.select("clip_id", "duration").collect(engine="streaming")
     for column in columns:
         found[column.name] |= {
             "clips": int(column.sum()),
-            "hours": float(duration.filter(column).sum()) / 3600,
+            "hours": float(known["duration"].filter(column).sum()) / 3600,
             "share": float(column.mean() or 0.0),  # type: ignore[arg-type]
         }
-    tables.write_table(folder / "catalogue" / "subsets.parquet", pl.DataFrame(columns).to_arrow())
+    tables.write_table(folder / "catalogue" / "subsets.parquet", pl.DataFrame([known["clip_id"], *columns]).to_arrow())
     write_json(folder / "subsets.json", found)
     return found

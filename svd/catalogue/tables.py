@@ -1,10 +1,10 @@
 """Reading and writing the tables of the catalogue, and the identities of sources and clips.
 
-`clips.parquet` has one row per clip. `verdicts.parquet` has the verdicts in the same order; it is narrow, so that
-filtering again rewrites nothing else. `sources.parquet` has one row per source, `dropped.parquet` one row per span of a
-source that is in no clip: nothing is dropped silently. Embeddings, flow maps and videos lie in files of their own. The
-row of a clip addresses them: `unit` names the shard of sources it came from, `shard`, `offset` and `size` the bytes of
-its mp4.
+`clips.parquet` has one row per clip. `verdicts.parquet` and `subsets.parquet` have a row for each of them, with its id
+and in the same order; they are narrow, so that filtering again rewrites nothing else. `sources.parquet` has one row per
+source, `dropped.parquet` one row per span of a source that is in no clip: nothing is dropped silently. Embeddings, flow
+maps and videos lie in files of their own. The row of a clip addresses them: `unit` names the shard of sources it came
+from, `shard`, `offset` and `size` the bytes of its mp4.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from svd.catalogue.axes import AXES
-from svd.catalogue.schema import VERDICTS_SCHEMA, VERSION
+from svd.catalogue.axes import axes_by_column
+from svd.catalogue.schema import FILTERED, VERSION
 from svd.core.errors import UserError
 from svd.core.files import atomic_file
 
@@ -116,32 +116,55 @@ def scan_scores(folder: Path) -> pl.LazyFrame:
     """
     scores = pl.scan_parquet(clips_path(folder))
     known = scores.collect_schema().names()
-    return scores.with_columns(pl.lit(None, pl.Float32).alias(a.column) for a in AXES if a.column not in known)
+    return scores.with_columns(pl.lit(None, pl.Float32).alias(name) for name in axes_by_column() if name not in known)
 
 
 def scan_clips(folder: Path) -> pl.LazyFrame:
-    """Scan all clips with scores and verdicts, for catalogues larger than memory."""
+    """Scan all clips with scores and verdicts, for catalogues larger than memory.
+
+    Raises UserError when the verdicts are those of other clips.
+    """
     scores = scan_scores(folder)
     verdicts = folder / "catalogue" / "verdicts.parquet"
     if not verdicts.is_file():
         return scores
-    return pl.concat([scores.drop(VERDICTS_SCHEMA.names, strict=False), pl.scan_parquet(verdicts)], how="horizontal")
+    judged = [name for name, _ in FILTERED]
+    return pl.concat([scores.drop(judged, strict=False), _scan_beside(folder, verdicts)], how="horizontal")
+
+
+def _scan_beside(folder: Path, path: Path) -> pl.LazyFrame:
+    """Scan a table with a row for each clip of the catalogue, without the ids; raises UserError for other clips.
+
+    The ids are compared, not joined: that needs no memory. Tables of earlier versions have none, only as many rows.
+    """
+    clips, table = clips_path(folder), pl.scan_parquet(path)
+    same = pq.read_metadata(clips).num_rows == pq.read_metadata(path).num_rows
+    if same and "clip_id" in table.collect_schema().names():
+        ids = pl.scan_parquet(clips).select("clip_id"), table.select(other="clip_id")
+        equal = pl.col("clip_id").eq_missing(pl.col("other")).all()
+        same = pl.concat(ids, how="horizontal").select(equal).collect(engine="streaming").item()
+    if not same:
+        raise UserError(f"{path}: its rows are not the clips of clips.parquet; run `svd refilter {folder}`")
+    return table.drop("clip_id", strict=False)
 
 
 def read_clips(folder: Path, subset: str | None = None) -> pl.DataFrame:
     """Read all clips of a curation output with their verdicts, sorted by source and start.
 
     subset: a named subset (svd.catalogue.subsets); `keep` then says which clips belong to it. Raises UserError when
-    there is no catalogue or no such subset.
+    there is no catalogue or no such subset, or when verdicts or subset are those of other clips.
     """
     clips = scan_clips(folder).collect()
-    if subset is None:
-        return clips
+    return clips if subset is None else clips.with_columns(subset_column(folder, subset).alias("keep"))
+
+
+def subset_column(folder: Path, subset: str) -> pl.Series:
+    """Read which clips of the catalogue belong to a named subset, (clips,) bool; raises UserError as `read_clips`."""
     path = folder / "catalogue" / "subsets.parquet"
-    names = pq.read_schema(path).names if path.is_file() else []
+    names = [name for name in pq.read_schema(path).names if name != "clip_id"] if path.is_file() else []
     if subset not in names:
         raise UserError(f"{folder}: no subset '{subset}'; there are: {', '.join(names) or 'none'}")
-    return clips.with_columns(pl.read_parquet(path, columns=[subset])[subset].alias("keep"))
+    return _scan_beside(folder, path).select(subset).collect()[subset]
 
 
 def read_sources(folder: Path) -> pl.DataFrame:

@@ -134,22 +134,35 @@ class CaptionsConfig(Section):
 
 
 class Threshold(Section):
-    """Keep a clip when its score is on the right side of an absolute value or of a quantile of the catalogue."""
+    """Keep a clip when its score is on the right side of an absolute value or of a quantile of the catalogue.
+
+    A quantile drops its share however good the clips are, so a small catalogue loses good ones with it. `at_least` and
+    `at_most` bound the value that the quantile resolves to: `min_motion: {quantile: 0.25, at_most: 0.8}` drops the
+    quarter that moves least, but no clip of 0.8 or more; `max_text_area: {quantile: 0.25, at_least: 0.01, at_most:
+    0.07}` drops none of up to 1 % text, and all above 7 %.
+    """
 
     absolute: float | None = None
     quantile: Fraction | None = None
+    at_least: float | None = Field(None, description="with a quantile: the threshold is never below this")
+    at_most: float | None = Field(None, description="with a quantile: the threshold is never above this")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
         if (self.absolute is None) == (self.quantile is None):
             raise ValueError("give exactly one of 'absolute' and 'quantile'")
+        bounds = [bound for bound in (self.at_least, self.at_most) if bound is not None]
+        if bounds and self.quantile is None:
+            raise ValueError("'at_least' and 'at_most' bound a quantile: give 'quantile' instead of 'absolute'")
+        if bounds != sorted(bounds):
+            raise ValueError("'at_least' must not be above 'at_most'")
         return self
 
 
 class FiltersConfig(Section):
     """Filters per axis (§3.3, E.2.2): `min_*` drops the low end, `max_*` the high end; quantiles are shares dropped.
 
-    One option per axis of svd.catalogue.axes.
+    One option per axis of svd.catalogue.axes, which says what is measured and in which unit.
     """
 
     min_motion: Threshold | None = None
@@ -158,6 +171,20 @@ class FiltersConfig(Section):
     max_text_area: Threshold | None = None
     max_nsfw: Threshold | None = None
     max_duplicate_similarity: Threshold | None = None
+    max_motion: Threshold | None = None
+    min_resolution: Threshold | None = None
+    min_aspect: Threshold | None = None
+    max_aspect: Threshold | None = None
+    min_duration: Threshold | None = None
+    max_duration: Threshold | None = None
+    min_fps: Threshold | None = None
+    max_fps: Threshold | None = None
+    min_sharpness: Threshold | None = None
+    min_luma: Threshold | None = None
+    max_luma: Threshold | None = None
+    max_clipped: Threshold | None = None
+    max_bars: Threshold | None = None
+    min_decoded_share: Threshold | None = None
 
 
 class CurationConfig(Section):

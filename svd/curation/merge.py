@@ -20,6 +20,8 @@ from svd.core.files import write_json
 
 # Buckets of the motion id that the model is conditioned on: 0…255.
 BUCKETS = 256
+# Scores that follow from other columns of the clip, by the column of their axis.
+KNOWN = {"resolution": pl.min_horizontal("width", "height"), "aspect": pl.col("width") / pl.col("height")}
 # The columns that metrics need; captions and paths of ten million clips would not fit into memory.
 CLIP_COLUMNS = ("duration", "method", "duplicate_similarity", "verdict", "keep")
 SOURCE_COLUMNS = ("source_uri", "verdict", "reason")
@@ -52,17 +54,19 @@ def merge_units(measured: Sequence[Path], scored: Sequence[Path], finished: Path
     again = _duplicates(measured)
     _write(target / "sources.parquet", _sources(measured, again), schema.SOURCES_SCHEMA)
     columns = _global_columns(measured, again, finished, config)
-    _write(target / "clips.parquet", _clips(measured, scored, again, columns), schema.SCORES_SCHEMA)
+    shares = pl.read_parquet(target / "sources.parquet", columns=["source_uri", "decoded_share"])
+    clips = (_with_known(part, shares) for part in _clips(measured, scored, again, columns))
+    _write(target / "clips.parquet", clips, schema.SCORES_SCHEMA)
     for name, columns in (("cuts", schema.CUTS_SCHEMA), ("dropped", schema.DROPPED_SCHEMA)):
         _write(target / f"{name}.parquet", (pl.read_parquet(unit / f"{name}.parquet") for unit in measured), columns)
     thresholds = filters.write_verdicts(finished, config.filters)
     if config.subsets:
         write_subsets(finished, config.subsets)
-    clips = (
+    narrow = (
         tables.scan_clips(finished).select(CLIP_COLUMNS).with_columns(pl.col("method", "verdict").cast(pl.Categorical))
     )
     sources = pl.read_parquet(target / "sources.parquet", columns=list(SOURCE_COLUMNS))
-    return Merged(finished, clips.collect(engine="streaming"), sources, thresholds)
+    return Merged(finished, narrow.collect(engine="streaming"), sources, thresholds)
 
 
 def _write(path: Path, frames: Iterable[pl.DataFrame], schema: pa.Schema) -> None:
@@ -156,6 +160,11 @@ def _clips(
         clips = clips.hstack(scores.drop("clip_id")).filter(counts)
         yield clips.hstack(columns.slice(at, len(clips)))
         at += len(clips)
+
+
+def _with_known(clips: pl.DataFrame, shares: pl.DataFrame) -> pl.DataFrame:
+    """Add the scores that are known of a clip and of its source; shares: `source_uri` and `decoded_share`."""
+    return clips.with_columns(**KNOWN).join(shares, on="source_uri", how="left", maintain_order="left")
 
 
 def join_parts(sources: pl.DataFrame) -> pl.DataFrame:

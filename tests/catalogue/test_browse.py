@@ -106,7 +106,8 @@ def test_a_codec_that_browsers_cannot_play_is_transcoded(tmp_path):
 
 def test_saving_keeps_the_comments_of_the_preset(client, preset):
     before = preset.read_text()
-    answer = client.post("/api/save", json={"thresholds": {"motion": 0.123456789, "text_area": 0.05}})
+    thresholds = {"motion": 0.123456789, "text_area": 0.05}
+    answer = client.post("/api/save", json={"thresholds": thresholds, "touched": [*thresholds, "similarity"]})
     assert answer.json() == {"saved": "mine.yaml"}
     after = preset.read_text()
     assert yaml.safe_load(after)["curation"]["filters"] == {
@@ -120,19 +121,32 @@ def test_saving_keeps_the_comments_of_the_preset(client, preset):
     assert yaml.safe_load(after) == everything
 
 
+def test_saving_leaves_what_nobody_touched(client, preset):
+    before = yaml.safe_load(preset.read_text())["curation"]["filters"]
+    shown = {"motion": 0.35, "text_area": 0.05}
+    client.post("/api/save", json={"thresholds": shown, "touched": []})
+    assert yaml.safe_load(preset.read_text())["curation"]["filters"] == before
+    client.post("/api/save", json={"thresholds": shown, "touched": ["text_area"]})
+    saved = before | {"max_text_area": {"absolute": 0.05}}
+    assert "quantile" in before["min_motion"]
+    assert yaml.safe_load(preset.read_text())["curation"]["filters"] == saved
+
+
 def test_mistakes_are_explained(client, folder, preset, tmp_path):
     before = preset.read_text()
     assert "unknown axis speed" in client.post("/api/clips", json={"thresholds": {"speed": 1}}).text
     assert "can't sort by 'colour'" in client.post("/api/clips", json={"sort": "colour"}).text
-    assert client.post("/api/save", json={"thresholds": {"speed": 1}}).status_code == 422
+    answer = client.post("/api/save", json={"thresholds": {"speed": 1}, "touched": ["speed"]})
+    assert answer.status_code == 422 and "unknown axis speed" in answer.text
     assert preset.read_text() == before
-    answer = TestClient(create_app(folder), base_url="http://127.0.0.1").post("/api/save", json={"thresholds": {}})
+    answer = TestClient(create_app(folder), base_url="http://127.0.0.1").post(
+        "/api/save", json={"thresholds": {}, "touched": []}
+    )
     assert answer.status_code == 409 and "--preset" in answer.text
     with pytest.raises(UserError, match="no clip catalogue"):
         create_app(tmp_path)
 
 
-@contextlib.contextmanager
 def test_another_site_cannot_read_or_write_under_its_own_name(client):
     for answer in (
         client.get("/", headers={"Host": "evil.example"}),
@@ -213,5 +227,6 @@ def test_dragging_a_threshold_in_a_browser(address, preset, folder):
         expect(page.locator("#message")).to_have_text("Saved to mine.yaml")
         saved = yaml.safe_load(preset.read_text())["curation"]["filters"]
         assert saved["min_motion"]["absolute"] == pytest.approx(value, rel=1e-4)
+        assert saved["min_similarity"] == {"quantile": 0.125}, "an axis that nobody touched"
         assert errors == []
         browser.close()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svd.catalogue import filters, schema, tables
+from svd.catalogue.threshold_changes import few_clips_note, threshold_changes
 from svd.config import FiltersConfig
 
 
@@ -46,6 +47,56 @@ def test_distinct_scores_lose_exactly_the_share():
     for share, count in ((0.125, 13), (0.25, 25), (0.5, 50)):
         kept, _ = judge(table, min_motion={"quantile": share})
         assert (~kept["keep"]).sum() == count
+
+
+@settings(max_examples=12, deadline=None)
+@given(values=scores, bounds=st.lists(st.floats(0, 1, width=32), min_size=2, max_size=2).map(sorted))
+def test_a_bounded_quantile_spares_the_good_and_drops_the_bad(values, bounds):
+    table = frame(motion_score=values, text_area=values)
+    low, high = bounds
+    for option, good, bad in (
+        ("min_motion", lambda v: v >= high, lambda v: v < low),
+        ("max_text_area", lambda v: v <= low, lambda v: v > high),
+    ):
+        _, plain = judge(table, **{option: {"quantile": 0.25}})
+        kept, bounded = judge(table, **{option: {"quantile": 0.25, "at_least": low, "at_most": high}})
+        assert bounded == {name: min(max(value, low), high) for name, value in plain.items()}
+        assert all(keep for value, keep in zip(values, kept["keep"], strict=True) if good(value))
+        assert not any(keep for value, keep in zip(values, kept["keep"], strict=True) if bad(value))
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    rows=st.lists(st.tuples(*[st.one_of(st.none(), st.sampled_from([0.0, 0.1, 0.2, 0.4, 0.8]))] * 3), min_size=1),
+    share=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+)
+def test_the_table_of_changes_says_what_those_thresholds_keep(rows, share):
+    motion, similarity, text = (list(column) for column in zip(*rows, strict=True))
+    table = frame(motion_score=motion, similarity=similarity, text_area=text)
+    options = {"motion": "min_motion", "similarity": "min_similarity", "text_area": "max_text_area"}
+    clips, thresholds = judge(table, **{option: {"quantile": share} for option in options.values()})
+    table_of_changes = threshold_changes(clips.lazy(), thresholds)
+    assert [row["axis"] for row in table_of_changes] == [*thresholds]
+    for row in table_of_changes:
+        assert [change["points"] for change in row["at"]] == [-10, -5, 0, 5, 10]
+        assert row["at"][2]["threshold"] == thresholds[row["axis"]]
+        kept = [change["kept"] for change in row["at"]]
+        assert kept == sorted(kept, reverse=True)
+        for change in row["at"]:
+            other = thresholds | {row["axis"]: change["threshold"]}
+            again, _ = judge(table, **{options[name]: {"absolute": value} for name, value in other.items()})
+            assert again["keep"].sum() == change["kept"]
+
+
+def test_a_point_of_change_is_a_hundredth_of_the_clips():
+    clips, thresholds = judge(frame(motion_score=[float(i) for i in range(101)]), min_motion={"quantile": 0.25})
+    (row,) = threshold_changes(clips.lazy(), thresholds)
+    assert [change["kept"] for change in row["at"]] == [86, 81, 76, 71, 66]
+    assert few_clips_note({"steps": [{"left": 101}], "quantiles": {"motion": 0.25}}).startswith(
+        "101 clips are few for quantiles (25 % by motion)"
+    )
+    assert not few_clips_note({"steps": [{"left": 500}], "quantiles": {"motion": 0.25}})
+    assert not few_clips_note({"steps": [{"left": 101}], "quantiles": {}})
 
 
 @settings(max_examples=40, deadline=None)

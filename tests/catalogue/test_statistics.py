@@ -61,6 +61,10 @@ def test_a_report_of_two_catalogues_is_one_file_with_everything_in_it(folder, tm
     empty = r"<td>the file is empty</td><td>2</td><td>train/a.mp4</td>"
     assert len(re.findall(empty, page)) == 2 and page.index("the file is empty") < page.index("no video stream")
     assert "Scores by" not in page
+    assert "<tr><td>motion</td><td>9 (0.3)</td><td>8 (0.4)</td><td>8 (0.35)</td><td>7 (0.5)</td>" in page
+    assert (
+        page.count("clips are few for quantiles") == 1 and "5 clips are few for quantiles (25 % by text_area)" in page
+    )
     assert "<th>motion annotations</th>" in page and re.search(r"<td>first, filtered</td>.*<td>8</td>\s*</tr>", page)
     (folder / "models.json").write_text('{"similarity": "some network"}')
     assert "similarity: some network" in write_report([folder], tmp_path / "one.html").read_text()
@@ -125,6 +129,12 @@ def test_subsets_of_one_catalogue(folder):
     assert chosen.filter("keep")["motion_score"].min() >= chosen.filter(~pl.col("keep"))["motion_score"].max()
     assert tables.read_clips(folder)["keep"].sum() == 8
     assert found["both"]["clips"] == tables.read_clips(folder, "both")["keep"].sum() == 6
+    stored = pl.read_parquet(folder / "catalogue" / "subsets.parquet")
+    assert stored.columns[0] == "clip_id" and stored["clip_id"].equals(chosen["clip_id"])
+    with pytest.raises(UserError, match="no subset 'clip_id'"):
+        tables.read_clips(folder, "clip_id")
+    with pytest.raises(UserError, match="another name"):
+        write_subsets(folder, {"clip_id": FiltersConfig()})
     with pytest.raises(UserError, match="no subset 'best'; there are: unfiltered"):
         tables.read_clips(folder, "best")
     with pytest.raises(UserError, match=r"subset 'nsfw-12\.5': the catalogue has no scores for nsfw"):
@@ -164,6 +174,24 @@ def test_the_dry_run_adds_up(tmp_path):
     assert found.wall_hours == pytest.approx(found.cpu_hours / 2)
     real = plan_curation(list_sources([str(SAMPLES)]), tiny().curation, 2, TOY)
     assert real.cpu_hours > found.cpu_hours and any("sources" in line for line in real.lines())
+
+
+def test_verdicts_of_other_clips_are_refused(folder):
+    path = folder / "catalogue" / "verdicts.parquet"
+    verdicts = pl.read_parquet(path)
+    assert verdicts.columns[0] == "clip_id" and verdicts["clip_id"].equals(tables.read_clips(folder)["clip_id"])
+    for other in (verdicts.reverse(), verdicts.head(11), pl.concat([verdicts, verdicts.head(1)])):
+        for table in (other, other.drop("clip_id")) if len(other) != len(verdicts) else (other,):
+            table.write_parquet(path)
+            with pytest.raises(UserError, match=r"not the clips of clips\.parquet; run `svd refilter"):
+                tables.read_clips(folder)
+    verdicts.drop("clip_id").write_parquet(path)  # as earlier versions wrote it
+    assert tables.read_clips(folder)["keep"].equals(verdicts["keep"])
+    write_subsets(folder, {"half": FiltersConfig.model_validate({"min_motion": {"quantile": 0.5}})})
+    subsets = pl.read_parquet(folder / "catalogue" / "subsets.parquet")
+    subsets.reverse().write_parquet(folder / "catalogue" / "subsets.parquet")
+    with pytest.raises(UserError, match=r"subsets\.parquet: its rows are not the clips"):
+        tables.read_clips(folder, "half")
 
 
 def test_verdicts_are_written_byte_for_byte_alike(folder, tmp_path):

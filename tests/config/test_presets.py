@@ -103,6 +103,8 @@ def test_the_papers_calibration_and_what_it_chose() -> None:
         ("curation.motion.fps", -1, r"'curation.motion.fps'.*greater than 0.*-1"),
         ("seed", "x", r"'seed'.*integer"),
         ("curation.filters.min_motion", {"absolute": 1, "quantile": 0.5}, "exactly one"),
+        ("curation.filters.min_motion", {"absolute": 1, "at_most": 2}, "bound a quantile"),
+        ("curation.filters.min_motion", {"quantile": 0.5, "at_least": 2, "at_most": 1}, "not be above"),
         ("latents.min_fps", 100, "min_fps"),
     ],
 )

@@ -40,6 +40,7 @@ def source_rows(random: np.random.Generator, name: str, content: str, number: in
     failed = bool(random.random() < 0.2)
     row = {"source_uri": name, "source_id": content, "verdict": "ok" if count else "no-clips", "reason": ""}
     row |= {"frames": 50 * count, "duration": 2.0 * count, "fps": 25.5, "clips": count, "cuts": 1, "warnings": []}
+    row |= {"decoded_share": random.choice([None, 0.5, 1.0])}
     if failed:
         return row | {"verdict": "failed", "reason": "broken", "clips": 0, "warnings": None}, [], []
     starts = [1000 * number + 100 * n for n in range(count)]
@@ -52,6 +53,7 @@ def source_rows(random: np.random.Generator, name: str, content: str, number: in
             "start_frame": start,
         }
         | {"motion_score": float(np.float32(random.random())), "duration": 2.0, "method": "copy"}
+        | {"width": 1000 + start, "height": 1500}
         for start in starts
     ]
     return row, clips, [{"source_uri": name, "kind": "hard", "frame": 7 + 1000 * number}]
@@ -121,6 +123,10 @@ def test_units_are_merged_as_one_table(tmp_path, monkeypatch, seed, group):
     assert table.select("clip_id", "source_uri").rows() == [(r["clip_id"], r["source_uri"]) for r in kept]
     assert table["aesthetics"].to_list() == [pytest.approx(r["motion_score"] + 1) for r in kept]
     assert table.sort("motion_score")["motion_bucket"].is_sorted() and table["motion_bucket"].n_unique() > 10
+    assert table["resolution"].to_list() == [min(r["width"], r["height"]) for r in kept]
+    assert table["aspect"].to_list() == [pytest.approx(r["width"] / r["height"]) for r in kept]
+    shares = dict(found.select("source_uri", "decoded_share").rows())
+    assert table["decoded_share"].to_list() == [shares[r["source_uri"]] for r in kept]
     listed = pl.read_parquet(tmp_path / "finished" / "catalogue" / "cuts.parquet")
     assert listed.select("source_uri", "frame").rows() == [(r["source_uri"], r["frame"]) for r in cuts]
     assert len(merged.clips) == len(kept) and len(merged.sources) == len(by_name)

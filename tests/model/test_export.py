@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("to", ["sgm", "diffusers"])
 def test_the_networks_are_the_same(run: Path, to: str) -> None:
     target = run / "out" / ("model.safetensors" if to == "sgm" else "model")
-    result = CliRunner().invoke(app, ["export", str(run / "image-to-video"), str(target), "--to", to])
+    result = CliRunner().invoke(app, ["export", "model", str(run / "image-to-video"), str(target), "--to", to])
     assert result.exit_code == 0, result.output
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     pairs = [

@@ -59,6 +59,15 @@ class Thresholds(BaseModel):
         )
 
 
+class SaveQuery(Thresholds):
+    """A request to save. touched: the axes that were changed on the page; of the others the preset keeps its entries.
+
+    An axis that was switched off is touched and has no threshold.
+    """
+
+    touched: list[str]
+
+
 class ClipsQuery(Thresholds):
     """A request for one page of clips, sorted by a score.
 
@@ -138,18 +147,19 @@ def range_response(data: bytes, header: str | None, kind: str) -> Response:
     return Response(data[start:stop], 206, headers, kind)
 
 
-def save_thresholds(preset: Path, thresholds: Thresholds) -> None:
+def save_thresholds(preset: Path, query: SaveQuery) -> None:
     """Write absolute thresholds into `curation.filters` of a preset file, atomically; its comments are kept.
 
-    An axis that is not in `thresholds` is removed. Raises UserError when the result would not be a valid preset.
+    Of the axes in `query.touched`, one without a threshold is removed. What nobody touched stays as it is: a quantile
+    doesn't become its present value. Raises UserError when the result would not be a valid preset.
     """
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
     values = yaml.load(preset.read_text())
     section = values.setdefault("curation", CommentedMap()).setdefault("filters", CommentedMap())
-    wanted = thresholds.config().model_dump(exclude_none=True)
-    for axis in AXES:
+    wanted = query.config().model_dump(exclude_none=True)
+    for axis in (axis for axis in AXES if axis.name in query.touched):
         if axis.option in wanted:
             entry = CommentedMap({"absolute": float(f"{wanted[axis.option]['absolute']:.6g}")})
             entry.fa.set_flow_style()
@@ -204,11 +214,11 @@ def create_app(folder: Path, preset: Path | None = None) -> FastAPI:
         return Response(jpeg, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 
     @app.post("/api/save")
-    def save(thresholds: Thresholds) -> dict[str, str]:
+    def save(query: SaveQuery) -> dict[str, str]:
         if preset is None:
             raise HTTPException(409, "start `svd browse` with --preset FILE to save thresholds")
         try:
-            save_thresholds(preset, thresholds)
+            save_thresholds(preset, query)
         except (UserError, ValueError, OSError) as error:
             raise HTTPException(409, str(error)) from None
         return {"saved": preset.name}

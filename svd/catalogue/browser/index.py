@@ -1,6 +1,6 @@
 """An index over a catalogue of millions of clips: scores are in memory, everything else is read for the page shown.
 
-Memory holds about 50 bytes per clip: a hash of its id, the number of its source, its duration and its scores. Captions
+Memory holds about 90 bytes per clip: a hash of its id, the number of its source, and its scores. Captions
 and addresses stay in the file and are read by row group. Verdicts come from `filters`, on the scores in memory.
 """
 
@@ -20,19 +20,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from svd.catalogue import filters, schema, tables
-from svd.catalogue.axes import AXES
+from svd.catalogue.axes import axes_by_column
 from svd.config import FiltersConfig
 
 # Columns of verdicts, and columns from the file, that a page shows of each clip.
 JUDGED = ("verdict", "reason", "keep")
+SCORES = tuple(axes_by_column())
 STORED = (
     "clip_id",
     "source_uri",
     "start_seconds",
     "end_seconds",
-    "duration",
     "frames",
-    "fps",
     "width",
     "height",
     "codec",
@@ -40,10 +39,9 @@ STORED = (
     "motion_bucket",
     "camera",
     "captions",
-    *(axis.column for axis in AXES),
+    *SCORES,
 )
 PLACES = tuple(name for name, _ in schema.MEMBERS)
-SCORES = ("duration", *(axis.column for axis in AXES))
 SORTABLE = ("source_uri", *SCORES)
 CACHED_ROWS = 4096
 CACHED_ORDERS = 4

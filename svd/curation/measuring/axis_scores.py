@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from svd.curation.base.types import ClipAnalysis
+from svd.curation.measuring import picture_scores
 
 
 def _text_area(clip: ClipAnalysis) -> float:
@@ -21,6 +22,10 @@ def _text_area(clip: ClipAnalysis) -> float:
 MEASURES: Mapping[str, Callable[[ClipAnalysis], float | None]] = {
     "motion": lambda clip: clip.motion_score,
     "text_area": _text_area,
+    "sharpness": lambda clip: picture_scores.sharpness(clip.frames),
+    "luma": lambda clip: picture_scores.mean_luma(clip.frames),
+    "clipped": lambda clip: picture_scores.clipped(clip.frames),
+    "bars": lambda clip: picture_scores.bars(clip.frames),
 }
 
 

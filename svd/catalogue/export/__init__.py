@@ -1,0 +1,1 @@
+"""Export of clips as a data set for others."""
