@@ -89,7 +89,7 @@ def test_boundaries_never_cross_a_cut_and_snap_to_the_nearest_keyframe(tmp_path:
     analysis = analyse(source, tiny_config())
     starts = [c.span.start_frame for c in analysis.clips]
     assert starts == [0, 40, 80]
-    assert [d.reason for d in analysis.dropped if d.start_frame == 73] == ["before the next keyframe"]
+    assert [d.reason for d in analysis.dropped if d.start_frame == 73] == ["shorter than 0.8 s"]
 
 
 def test_the_papers_rule_ends_clips_at_keyframes_too(tmp_path: Path) -> None:

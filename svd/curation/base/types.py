@@ -171,7 +171,7 @@ class DroppedSpan:
     end_pts: int
     start_seconds: float
     end_seconds: float
-    reason: str  # "transition", "shorter than 0.8 s", "before the first keyframe", "no keyframe", …
+    reason: str  # "transition: fade", "shorter than 0.8 s", "before the next keyframe", "no usable keyframe", …
 
 
 @dataclass(frozen=True)
