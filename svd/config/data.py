@@ -183,6 +183,9 @@ class CurationConfig(Section):
     nsfw_weights: str | None = Field(None, description="head on the image embeddings; None: the axis is unused")
     near_duplicates: bool = Field(True, description="compare every clip's embedding with those of earlier clips")
     shard_bytes: PositiveInt = Field(1_000_000_000, description="size at which a shard of clips is closed")
+    hdr: Literal["refuse", "tonemap"] = Field(
+        "refuse", description="videos in PQ or HLG: sources that fail with this reason, or mapped to BT.709's colours"
+    )
     part_seconds: float = Field(
         1800.0,
         gt=0,

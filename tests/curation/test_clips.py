@@ -168,8 +168,8 @@ def test_non_square_pixels_are_shown_square(tmp_path: Path) -> None:
     """Samples and re-encoded clips have square pixels; a copied clip keeps the aspect."""
     source = write(tmp_path / "anamorphic", list(shots([40])), kind=Kind(aspect=Fraction(4, 3)))
     analysis = analyse(source, tiny_config())
-    assert (analysis.facts.display_width, analysis.facts.display_height) == (171, 96)
-    assert analysis.clips[0].frames.shape[1:3] == (96, 171)
+    assert (analysis.facts.display_width, analysis.facts.display_height) == (170, 96)
+    assert analysis.clips[0].frames.shape[1:3] == (96, 170)
     write_clip(source, analysis.clips[0].span, analysis.facts, tmp_path / "clip.mp4")
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert container.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
@@ -204,7 +204,7 @@ def test_most_of_the_early_frames_tell_whether_a_source_is_interlaced(tmp_path: 
         decoder = decode.FrameDecoder(tmp_path / "unused")
         decoder._size = (96, 128)
         for flag in flags:
-            decoder._decoded(SimpleNamespace(interlaced_frame=flag, pts=0, key_frame=0), first=False)
+            decoder._decoded(None, SimpleNamespace(interlaced_frame=flag, pts=0, key_frame=0), None)
         assert decoder.facts.interlaced is expected
 
 

@@ -53,12 +53,13 @@ class SourceFacts:
     container: str
     codec: str
     pixel_format: str
+    transfer: str | None  # such as "bt709", "smpte2084" (PQ); None where the source doesn't say
     width: int
     height: int
     display_width: int
     display_height: int
     orientation: Orientation  # from the coded image to the shown one
-    sample_aspect: tuple[int, int]
+    sample_aspect: Fraction  # width of a pixel in heights
     interlaced: bool
     fps: float  # frames / duration
     variable_frame_rate: bool
