@@ -27,7 +27,6 @@ Size = tuple[int, int]
 
 BT709, BT601, BT2020 = 1, 5, 9  # FFmpeg's numbers of colour matrices
 _MATRICES = (BT709, 4, BT601, 6, 7, BT2020, 10)
-_HDR: dict[int, Hdr] = {16: "PQ", 18: "HLG"}  # by FFmpeg's numbers of transfer characteristics
 _FULL_RANGE = 2
 HD_SIDE = 720  # players take the colours of unmarked video for BT.709 when its short side is at least this
 
@@ -77,10 +76,16 @@ def transfer_name(frame: av.VideoFrame) -> str | None:
     return None if transfer is ColorTrc.UNSPECIFIED else transfer.name.lower().replace("_", "-")
 
 
+def hdr_of(transfer: str | None) -> Hdr | None:
+    """Return the kind of HDR by the name of the transfer characteristic; None for ordinary video."""
+    kinds: dict[str | None, Hdr] = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
+    return kinds.get(transfer)
+
+
 def showing_of(frame: av.VideoFrame, aspect: Fraction) -> Showing:
     """Return how the frames of a stream are shown, from its first frame and the aspect of its pixels."""
     guess = BT709 if min(frame.width, frame.height) >= HD_SIDE else BT601
-    hdr = _HDR.get(int(frame.color_trc))
+    hdr = hdr_of(transfer_name(frame))
     return Showing(
         orientation=orientation_of(frame),
         aspect=aspect,

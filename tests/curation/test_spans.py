@@ -64,7 +64,7 @@ def films(draw: st.DrawFn) -> tuple[Timeline, ShotSpan, float, float]:
 
 
 @given(films(), st.sampled_from(["packet", "keyframe"]), st.sampled_from(["reencode", "drop"]), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_frame_is_in_one_clip_or_dropped_for_a_true_reason(film, end, policy, copyable) -> None:
     times, shot, shortest, longest = film
     config = ClipsConfig(min_seconds=shortest, max_seconds=longest, no_keyframe=policy, end=end)

@@ -36,10 +36,6 @@ KINDS = {
         Kind(aspect=Fraction(8, 9), matrix=MATRICES["clockwise"]),
         "scale=86:64:flags=bicubic,transpose=clock",
     ),
-    "wide pixels, mirrored": (
-        Kind(aspect=Fraction(4, 3), matrix=MATRICES["left-right"]),
-        "scale=128:64:flags=bicubic,hflip",
-    ),
     "interlaced": (Kind(suffix="mpg", codec="mpeg2video", options=FIELDS), "bwdif=mode=send_frame"),
     "interlaced, wide pixels": (
         Kind(suffix="mpg", codec="mpeg2video", options=FIELDS, aspect=Fraction(32, 27)),

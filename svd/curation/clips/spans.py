@@ -140,6 +140,7 @@ class SpanPlanner:
 
     def _span(self, start: int, end: int, shot: ShotSpan, copy: bool) -> ClipSpan:
         t = self.timeline
+        steps = np.diff(t.pts[start:end])
         return ClipSpan(
             start_frame=start,
             end_frame=end,
@@ -154,6 +155,8 @@ class SpanPlanner:
             start_cut=shot.start_cut,
             end_cut=shot.end_cut,
             listed=shot.listed,
+            fps=len(steps) / (float(steps.sum()) * t.time_base),
+            variable_rate=varies(steps),
         )
 
     def _copies(self, shot: ShotSpan) -> Iterator[ClipSpan]:
@@ -218,6 +221,12 @@ class SpanPlanner:
             if self._long_enough(start, end):
                 yield self._span(start, end, shot, copy=False)
             start = end
+
+
+def varies(steps: np.ndarray) -> bool:
+    """Say whether frames that are shown for `steps` have a variable rate, beyond what rounding to a time base does."""
+    usual = max(float(np.median(steps)), 1e-9)
+    return bool(steps.max() > 1.5 * usual or steps.min() < 0.5 * usual)
 
 
 def _gaps(shot: ShotSpan, spans: Sequence[ClipSpan]) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ import av.filter
 from svd.core.files import atomic_file
 from svd.curation.base.types import ClipFile, ClipSpan, SourceFacts, SourceFailure
 from svd.curation.decoding.probe import UNTRUSTED, Opened, open_video, packets_from
-from svd.media.shown import BT709, shown_frames
+from svd.media.shown import BT709, hdr_of, shown_frames
 
 # x264 picks vector instructions by machine, and the newest leave random bytes behind some slices. A fixed set gives
 # equal bytes on every machine.
@@ -61,10 +61,32 @@ def _write(source: Path, opened: Opened, span: ClipSpan, facts: SourceFacts, tar
     with _complete_mp4(span, target) as output:
         count = _copy(source, opened, span, output) if copied else _encode(source, span, facts, output)
         _check_count(span, count)
-    width, height = (facts.width, facts.height) if copied else upright_size(facts)
+    size = target.stat().st_size
     seconds = span.end_seconds - span.start_seconds
-    codec = facts.codec if copied else "h264"
-    return ClipFile(count, target.stat().st_size, span.method, width, height, seconds, codec)
+    if not copied:
+        return ClipFile(
+            count, size, "reencode", *upright_size(facts), seconds, "h264", "yuv420p", _encoded_transfer(facts)
+        )
+    return ClipFile(
+        count,
+        size,
+        "copy",
+        facts.display_width,
+        facts.display_height,
+        seconds,
+        facts.codec,
+        facts.pixel_format,
+        facts.transfer,
+        facts.sample_aspect,
+        facts.orientation.rotation,
+        facts.interlaced,
+    )
+
+
+def _encoded_transfer(facts: SourceFacts) -> str | None:
+    """Return the transfer characteristic of re-encoded clips: that of the source, but BT.709 for HDR and RGB."""
+    mapped = hdr_of(facts.transfer) or av.VideoFormat(facts.pixel_format).is_rgb
+    return "bt709" if mapped else facts.transfer
 
 
 @contextmanager

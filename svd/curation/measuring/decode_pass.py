@@ -30,7 +30,7 @@ from svd.curation.base.types import (
 )
 from svd.curation.clips.listed import pieces
 from svd.curation.clips.samples import DisplayGeometry, Sampler, sampled_times
-from svd.curation.clips.spans import ShotSpan, SpanPlanner, Timeline
+from svd.curation.clips.spans import ShotSpan, SpanPlanner, Timeline, varies
 from svd.curation.cuts.decisions import Found
 from svd.curation.cuts.finder import CutFinder, Step, scored_stride
 from svd.curation.cuts.frame_scores import Look
@@ -309,7 +309,6 @@ class _DecodePass:
     def _facts(self, timeline: Timeline) -> SourceFacts:
         """Return the facts of the source, as far as the decoder got."""
         facts, info = self.decoder.facts, self.info
-        steps = np.diff(timeline.pts)
         duration = (timeline.end_pts - int(timeline.pts[0])) * float(self.base)
         if duration <= 0:
             raise SourceFailure("its timestamps don't advance")
@@ -330,9 +329,7 @@ class _DecodePass:
             sample_aspect=facts.showing.aspect,
             interlaced=facts.interlaced,
             fps=len(timeline.pts) / duration,
-            variable_frame_rate=bool(
-                steps.max() > 1.5 * max(float(np.median(steps)), 1e-9) or steps.min() < 0.5 * np.median(steps)
-            ),
+            variable_frame_rate=varies(np.diff(timeline.pts)),
             time_base=Fraction(self.base),
             start_pts=int(timeline.pts[0]),
             end_pts=timeline.end_pts,
