@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from svd.catalogue.axes import AXES, Computed, axes_computed
 
-VERSION = 1
+VERSION = 2
 
 Column = tuple[str, pa.DataType]
 
@@ -57,11 +57,18 @@ _MEASURED: list[Column] = [
     ("end_seconds", pa.float64()),
     ("duration", pa.float64()),
     ("frames", pa.int32()),
-    ("fps", pa.float32()),
-    ("width", pa.int32()),
+    ("fps", pa.float32()),  # of the clip's own frames, also where the rate varies
+    ("variable_rate", pa.bool_()),
+    ("width", pa.int32()),  # of the picture that players show
     ("height", pa.int32()),
     ("codec", pa.string()),
     ("method", pa.string()),
+    # How the clip's file is coded; players and readers go by it (svd/media/shown.py).
+    ("pixel_format", pa.string()),
+    ("transfer", pa.string()),  # such as "bt709" or "smpte2084" (PQ); null where the file doesn't say
+    ("sample_aspect", pa.string()),  # width of a pixel in heights, such as "4/3"
+    ("rotation", pa.int16()),  # degrees by which players turn its frames clockwise
+    ("interlaced", pa.bool_()),
     ("shot_start_frame", pa.int64()),
     ("shot_end_frame", pa.int64()),
     ("start_cut", BOUNDARY),

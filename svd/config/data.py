@@ -64,11 +64,19 @@ class ClipsConfig(Section):
 
     min_seconds: float = Field(1.0, gt=0)
     max_seconds: float = Field(60.0, gt=0)
-    no_keyframe: Literal["reencode", "drop"] = "reencode"
+    no_keyframe: Literal["reencode", "drop"] = Field(
+        "reencode", description="what becomes of frames that no copied clip holds, because clips begin at keyframes"
+    )
     end: Literal["packet", "keyframe"] = Field(
         "packet",
         description="keyframe: a clip ends before a keyframe, as in the paper; packet: at its last whole frame",
     )
+
+    @model_validator(mode="after")
+    def _some_length_is_left(self) -> Self:
+        if self.max_seconds < self.min_seconds:
+            raise ValueError("'max_seconds' must be at least 'min_seconds'")
+        return self
 
 
 class MotionConfig(Section):
@@ -202,6 +210,9 @@ class CurationConfig(Section):
     nsfw_weights: str | None = Field(None, description="head on the image embeddings; None: the axis is unused")
     near_duplicates: bool = Field(True, description="compare every clip's embedding with those of earlier clips")
     shard_bytes: PositiveInt = Field(1_000_000_000, description="size at which a shard of clips is closed")
+    hdr: Literal["refuse", "tonemap"] = Field(
+        "refuse", description="videos in PQ or HLG: sources that fail with this reason, or mapped to BT.709's colours"
+    )
     part_seconds: float = Field(
         1800.0,
         gt=0,

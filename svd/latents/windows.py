@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svd.latents.loader import generator
-from svd.media.orientation import upright_rgb
+from svd.media.shown import shown_rgb
 
 Frames = NDArray[np.uint8]
 
@@ -71,7 +71,7 @@ def decode_frames(video: bytes, wanted: set[int]) -> dict[int, Frames]:
     found: dict[int, Frames] = {}
     try:
         with av.open(io.BytesIO(video), "r") as container:
-            found.update(upright_rgb(container.decode(container.streams.video[0]), wanted))
+            found.update(shown_rgb(container, wanted))
     except (av.error.FFmpegError, IndexError) as error:
         raise UnreadableClip(f"can't be decoded: {error}") from error
     if missing := wanted - found.keys():

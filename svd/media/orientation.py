@@ -1,13 +1,11 @@
-"""From coded frames to those that players show: the eight orientations of a display matrix.
+"""The eight orientations of a display matrix.
 
-Phones write the matrix instead of rotating the frames, and some front cameras also mirror with it. Every reader of
-video takes the orientation from here.
+Phones write the matrix instead of rotating the frames, and some front cameras also mirror with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,19 +71,3 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
         angle = frame.rotation
         return Orientation(-round(angle / 90) * 90 % 360) if abs(angle) <= 180 else UPRIGHT
     return UPRIGHT if matrix is None else from_matrix(np.frombuffer(matrix, np.int32))
-
-
-def upright_rgb(frames: Iterable[av.VideoFrame], wanted: Iterable[int] | None = None) -> Iterator[tuple[int, Frame]]:
-    """Yield number and pixels of decoded frames as players show them, (H, W, 3) uint8 RGB: all, or the `wanted` ones.
-
-    The first frame's orientation holds for all. Frames after the last wanted one are not decoded.
-    """
-    chosen = None if wanted is None else set(wanted)
-    last = None if chosen is None else max(chosen)
-    orientation: Orientation | None = None
-    for number, frame in enumerate(frames):
-        orientation = orientation or orientation_of(frame)
-        if chosen is None or number in chosen:
-            yield number, orientation.upright(frame.to_ndarray(format="rgb24"))
-        if number == last:
-            return

@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 from svd.core.errors import UserError
 from svd.core.files import atomic_file
 from svd.media.images import STILL_SUFFIXES, shown_image
-from svd.media.orientation import upright_rgb
+from svd.media.shown import shown_rgb
 
 Frames = NDArray[np.uint8]
 
@@ -98,7 +98,7 @@ def read_frames(path: Path, *, max_frames: int | None = None) -> tuple[Frames, f
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 1)
-            frames = [frame for _, frame in upright_rgb(itertools.islice(container.decode(stream), max_frames))]
+            frames = [frame for _, frame in itertools.islice(shown_rgb(container), max_frames)]
     except (av.FFmpegError, IndexError, OSError) as error:
         raise UserError(f"{path}: not a readable video ({error or type(error).__name__})") from None
     if not frames:

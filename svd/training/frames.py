@@ -17,7 +17,7 @@ from svd.catalogue.shards import read_clip_bytes
 from svd.catalogue.tables import read_clips
 from svd.core.errors import UserError
 from svd.latents.loader import generator, shuffled
-from svd.media.orientation import Orientation, orientation_of
+from svd.media.shown import pixel_aspect, shown_frames
 
 CACHE_BYTES = 2 << 30
 LONGEST_READ = 32
@@ -90,24 +90,19 @@ def _draw(last: int, source: torch.Generator) -> int:
 def read_clip_frames(video: bytes, most: int, height: int, width: int) -> Tensor:
     """Decode the first frames of an mp4, at most `most`, scaled and cropped to (height, width): (T, 3, H, W) uint8.
 
-    They are turned as players show them. The decoder's own scaler averages areas while it converts colours, so no
-    full-size image is ever made; frames after a broken one are left out.
+    They are what players show. The decoder's own scaler averages areas while it converts colours, so no full-size image
+    is ever made; frames after a broken one are left out.
     """
     frames: list[Tensor] = []
     try:
         with av.open(io.BytesIO(video), "r") as container:
-            orientation: Orientation | None = None
-            for frame in itertools.islice(container.decode(container.streams.video[0]), most):
-                orientation = orientation or orientation_of(frame)
-                across, down = (height, width) if orientation.sideways else (width, height)
-                scale = max(across / frame.width, down / frame.height)
-                covered = frame.reformat(
-                    max(across, round(frame.width * scale)),
-                    max(down, round(frame.height * scale)),
-                    format="rgb24",
-                    interpolation="AREA",
-                )
-                image = orientation.upright(covered.to_ndarray())
+            stream = container.streams.video[0]
+            decoded = itertools.islice(container.decode(stream), most)
+            for shown in shown_frames(decoded, pixel_aspect(stream)):
+                across, down = shown.showing.size(shown.frame.width, shown.frame.height)
+                scale = max(width / across, height / down)
+                size = max(width, round(across * scale)), max(height, round(down * scale))
+                image = shown.rgb(size, interpolation="AREA")
                 top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
                 frames.append(torch.from_numpy(image[top : top + height, left : left + width].copy()))
     except (av.error.FFmpegError, IndexError):

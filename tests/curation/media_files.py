@@ -81,7 +81,11 @@ def coded(picture: np.ndarray, matrix: Matrix) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a file is encoded. pts: timestamp of each frame in 1/fps steps; None: 0, 1, 2, …; matrix: MP4 files only."""
+    """How a file is encoded.
+
+    pts: timestamp of each frame in 1/fps steps; None: 0, 1, 2, …; matrix: MP4 files only. colours: FFmpeg's numbers of
+    matrix, primaries, transfer characteristic and range, stated and kept to; None: unmarked.
+    """
 
     suffix: str = "mp4"
     codec: str = "libx264"
@@ -94,6 +98,7 @@ class Kind:
     matrix: Matrix | None = None
     aspect: Fraction | None = None
     interlaced: bool = False
+    colours: tuple[int, int, int, int] | None = None
     container_options: dict[str, str] = field(default_factory=dict)
     audio: bool = False
 
@@ -116,9 +121,14 @@ def write(path: Path, frames: list[np.ndarray], fps: int | Fraction = 24, kind: 
         context.options = {**preset, **kind.options}
         if kind.rotation:
             stream.set_display_rotation(kind.rotation)
+        if kind.colours is not None:
+            context.colorspace, context.color_primaries, context.color_trc, context.color_range = kind.colours
         sound = container.add_stream("aac", rate=48000) if kind.audio else None
         for i, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            if kind.colours is not None:
+                matrix, _, _, scope = kind.colours
+                frame = frame.reformat(format=kind.pixel_format, dst_colorspace=matrix, dst_color_range=scope)
             frame.pts = kind.pts[i] if kind.pts else i
             frame.time_base = Fraction(1, fps)
             container.mux(stream.encode(frame))

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 from media_files import Kind, decode_rgb, shots, tiny_config, write
 
-from svd.curation.base.types import SourceAnalysis, SourceFailure
+from svd.catalogue.axes import axes_computed
+from svd.catalogue.schema import MEASURED_SCHEMA
+from svd.curation.base.types import ClipAnalysis, SourceAnalysis, SourceFailure
 from svd.curation.clips.writer import write_clip, write_clips
 from svd.curation.decoding import decoder as decode
 from svd.curation.measuring.decode_pass import analyse
+from svd.curation.measuring.rows import of_clip
+from svd.latents.windows import choose_windows
 from svd.media.orientation import Orientation
 
 LENGTHS = [40, 33, 47]
@@ -89,7 +93,7 @@ def test_boundaries_never_cross_a_cut_and_snap_to_the_nearest_keyframe(tmp_path:
     analysis = analyse(source, tiny_config())
     starts = [c.span.start_frame for c in analysis.clips]
     assert starts == [0, 40, 80]
-    assert [d.reason for d in analysis.dropped if d.start_frame == 73] == ["before the next keyframe"]
+    assert [d.reason for d in analysis.dropped if d.start_frame == 73] == ["shorter than 0.8 s"]
 
 
 def test_the_papers_rule_ends_clips_at_keyframes_too(tmp_path: Path) -> None:
@@ -139,7 +143,8 @@ def test_rotated_sources_give_upright_samples_and_clips(tmp_path: Path) -> None:
     copied, encoded = write_clips(
         turned, facts, [(c.span, tmp_path / f"{i}.mp4") for i, c in enumerate(analysis.clips)]
     )
-    assert (copied.width, copied.height) == (128, 96) and (encoded.width, encoded.height) == (96, 128)
+    assert {(clip.width, clip.height) for clip in (copied, encoded)} == {(96, 128)}, "both as players show them"
+    assert (copied.rotation, encoded.rotation) == (270, 0)
     with av.open(str(tmp_path / "0.mp4")) as container:
         assert next(container.decode(video=0)).rotation == 90
     picture = decode_rgb(tmp_path / "1.mp4")[0]
@@ -164,12 +169,53 @@ def test_variable_frame_rate_keeps_the_times_of_frames(tmp_path: Path) -> None:
         assert times == pytest.approx(list(expected - expected[0]), abs=1e-3)
 
 
+def test_a_clip_has_its_own_rate(tmp_path: Path) -> None:
+    """One shot at 24 frames a second and one at 12: a row says that of its clip, and training is told it."""
+    pts = [*range(48), *(48 + 2 * i for i in range(36))]
+    source = write(tmp_path / "two", list(shots([48, 36])), kind=Kind(pts=pts))
+    analysis = analyse(source, tiny_config())
+    assert analysis.facts.variable_frame_rate and 12.5 < analysis.facts.fps < 20
+    found = [_row(clip, source, analysis, tmp_path / "clip.mp4") for clip in analysis.clips]
+    assert [row["fps"] for row in found] == pytest.approx([24, 12], rel=1e-3)
+    assert [row["variable_rate"] for row in found] == [False, False]
+    windows = [choose_windows("a", row["frames"], row["fps"], 8, (6.0, 6.0), 1)[0] for row in found]
+    assert [(w.stride, w.fps) for w in windows] == [(4, pytest.approx(6, rel=1e-3)), (2, pytest.approx(6, rel=1e-3))]
+    uneven = write(tmp_path / "uneven", list(shots([48])), kind=Kind(pts=[int(p) for p in np.cumsum([1, 1, 3] * 16)]))
+    analysis = analyse(uneven, tiny_config())
+    row = _row(analysis.clips[0], uneven, analysis, tmp_path / "clip.mp4")
+    assert row["variable_rate"] and row["fps"] == pytest.approx(24 * 3 / 5, rel=0.03)
+
+
+def _row(clip: ClipAnalysis, source: Path, analysis: SourceAnalysis, target: Path) -> dict[str, object]:
+    scored = replace(clip, scores=dict.fromkeys(axis.name for axis in axes_computed("measured")))
+    return of_clip(scored, write_clip(source, clip.span, analysis.facts, target), analysis)
+
+
+def test_rows_say_how_a_clip_is_coded(tmp_path: Path) -> None:
+    """Of a copied clip what the source is like, of a re-encoded one that it is ordinary."""
+    flags = {"flags": "+ildct+ilme", "top": "1"}
+    kind = Kind(suffix="mpg", codec="mpeg2video", options=flags, aspect=Fraction(32, 27), colours=(6, 6, 6, 1))
+    source = write(tmp_path / "source", list(shots([40], height=64, width=96)), kind=kind)
+    analysis = analyse(source, tiny_config())
+    (copied,) = analysis.clips
+    names = ("method", "width", "height", "pixel_format", "transfer", "sample_aspect", "rotation", "interlaced")
+    rows = [
+        _row(replace(copied, span=replace(copied.span, method=method)), source, analysis, tmp_path / "clip.mp4")
+        for method in ("copy", "reencode")
+    ]
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("copy", 114, 64, "yuv420p", "smpte170m", "32/27", 0, True),
+        ("reencode", 114, 64, "yuv420p", "smpte170m", "1", 0, False),
+    ]
+    assert set(rows[0]) <= set(MEASURED_SCHEMA.names)
+
+
 def test_non_square_pixels_are_shown_square(tmp_path: Path) -> None:
     """Samples and re-encoded clips have square pixels; a copied clip keeps the aspect."""
     source = write(tmp_path / "anamorphic", list(shots([40])), kind=Kind(aspect=Fraction(4, 3)))
     analysis = analyse(source, tiny_config())
-    assert (analysis.facts.display_width, analysis.facts.display_height) == (171, 96)
-    assert analysis.clips[0].frames.shape[1:3] == (96, 171)
+    assert (analysis.facts.display_width, analysis.facts.display_height) == (170, 96)
+    assert analysis.clips[0].frames.shape[1:3] == (96, 170)
     write_clip(source, analysis.clips[0].span, analysis.facts, tmp_path / "clip.mp4")
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert container.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
@@ -204,7 +250,7 @@ def test_most_of_the_early_frames_tell_whether_a_source_is_interlaced(tmp_path: 
         decoder = decode.FrameDecoder(tmp_path / "unused")
         decoder._size = (96, 128)
         for flag in flags:
-            decoder._decoded(SimpleNamespace(interlaced_frame=flag, pts=0, key_frame=0), first=False)
+            decoder._decoded(None, SimpleNamespace(interlaced_frame=flag, pts=0, key_frame=0), None)
         assert decoder.facts.interlaced is expected
 
 

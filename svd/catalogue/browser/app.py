@@ -36,7 +36,7 @@ from svd.config.load import parse_preset
 from svd.core.errors import UserError
 from svd.core.files import write_text
 from svd.core.hosts import refuse_foreign_hosts
-from svd.media.orientation import upright_rgb
+from svd.media.shown import shown_rgb
 
 # Codecs that browsers decode; clips of other codecs are transcoded to H.264.
 PLAYABLE = {"h264", "vp8", "vp9", "av1"}
@@ -114,7 +114,7 @@ def transcode(data: bytes) -> bytes:
         rate = video.average_rate or Fraction(25)
         stream = out.add_stream("libx264", rate=rate, options={"preset": "veryfast", "bf": "0"})
         stream.pix_fmt = "yuv420p"
-        for number, image in upright_rgb(source.decode(video)):
+        for number, image in shown_rgb(source):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if number == 0:
                 scale = min(1.0, 640 / frame.width)

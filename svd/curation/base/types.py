@@ -53,12 +53,13 @@ class SourceFacts:
     container: str
     codec: str
     pixel_format: str
+    transfer: str | None  # such as "bt709", "smpte2084" (PQ); None where the source doesn't say
     width: int
     height: int
     display_width: int
     display_height: int
     orientation: Orientation  # from the coded image to the shown one
-    sample_aspect: tuple[int, int]
+    sample_aspect: Fraction  # width of a pixel in heights
     interlaced: bool
     fps: float  # frames / duration
     variable_frame_rate: bool
@@ -102,6 +103,7 @@ class ClipSpan:
     [shot_start_frame, shot_end_frame) is the whole shot, before its ends moved to keyframes. `start_cut` and `end_cut`
     are indices into `SourceAnalysis.cuts`; None at the ends of the source and where a long shot was split. listed: the
     index of the span of a list that holds the clip, and the shot is the part of it in that span; None without spans.
+    fps: frames per second by the distances of its own frames. variable_rate: whether these differ much.
     """
 
     start_frame: int
@@ -117,6 +119,8 @@ class ClipSpan:
     start_cut: int | None = None
     end_cut: int | None = None
     listed: int | None = None
+    fps: float = 0.0
+    variable_rate: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ class DroppedSpan:
     end_pts: int
     start_seconds: float
     end_seconds: float
-    reason: str  # "transition", "shorter than 0.8 s", "before the first keyframe", "no keyframe", …
+    reason: str  # "transition: fade", "shorter than 0.8 s", "before the next keyframe", "no usable keyframe", …
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,10 @@ class SourceAnalysis:
 
 @dataclass(frozen=True)
 class ClipFile:
-    """A written clip; its file has `bytes` bytes and decodes to exactly `frames` frames."""
+    """A written clip; its file has `bytes` bytes and decodes to exactly `frames` frames.
+
+    width, height: size of the picture that players show. rotation: degrees by which they turn its frames clockwise.
+    """
 
     frames: int
     bytes: int
@@ -202,3 +209,8 @@ class ClipFile:
     height: int
     duration: float
     codec: str
+    pixel_format: str
+    transfer: str | None
+    sample_aspect: Fraction = Fraction(1)
+    rotation: int = 0
+    interlaced: bool = False

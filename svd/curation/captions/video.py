@@ -21,7 +21,7 @@ from torch import Tensor
 from svd.config import CaptionsConfig
 from svd.core.errors import UserError
 from svd.curation.captions.base import Captioner, CaptionRequest, first_line, import_transformers
-from svd.media.orientation import upright_rgb
+from svd.media.shown import shown_rgb
 
 FRAMES = 8
 PROMPT = "Question: What happens in this video? Answer:"
@@ -56,7 +56,7 @@ def sample_frames(video: Path, count: int = FRAMES) -> Sampled:
         total = stream.frames or sum(1 for _ in container.decode(stream))
         wanted = {round((i + 0.5) * total / count - 0.5) for i in range(count)}
         container.seek(0)
-        found = dict(upright_rgb(container.decode(stream), wanted))
+        found = dict(shown_rgb(container, wanted))
         return Sampled(list(found.values()), list(found), total, float(stream.average_rate or 25))
 
 

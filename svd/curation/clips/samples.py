@@ -10,10 +10,11 @@ import numpy as np
 from svd.config import MotionConfig
 from svd.curation.base.types import CameraMotion, ClipSpan
 from svd.curation.cuts.frame_scores import Clock
-from svd.curation.decoding.decoder import FRAME_WIDTH, DecodedFrame, DecodeFacts, Planes, halve, to_rgb
+from svd.curation.decoding.decoder import FRAME_WIDTH, DecodedFrame, Planes, halve, to_rgb
 from svd.curation.motion.camera import GlobalFit, classify, fit_similarity
 from svd.curation.motion.flow import Flow, farneback, flow_function, grid_size, motion_score, stored_flow
 from svd.media.orientation import UPRIGHT, Orientation
+from svd.media.shown import Showing
 
 FRAMES_PER_SECOND = 4.0  # frames that are kept for text, similarity and thumbnails
 KEY_SPACING = 0.12  # seconds; a keyframe is not kept when a kept frame is nearer than this
@@ -87,7 +88,7 @@ class Sampler:
 
     config: MotionConfig
     geometry: DisplayGeometry
-    facts: DecodeFacts
+    showing: Showing
     kept: list[KeptFrame] = field(default_factory=list)
     pairs: list[FlowPair] = field(default_factory=list)
 
@@ -113,7 +114,7 @@ class Sampler:
         """Return the upright image that flow is computed on, (h, w, 3) RGB or (h, w) luma."""
         size = self._size(*self.geometry.display)
         if self._wants_rgb:
-            rgb = self.geometry.upright(to_rgb(decoded.full, self.facts))
+            rgb = self.geometry.upright(to_rgb(decoded.full, self.showing))
             return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
         return self._luma(decoded.small[0])
 
@@ -174,7 +175,7 @@ class Sampler:
     def _rgb(self, planes: Planes) -> np.ndarray:
         """Convert kept planes to an upright RGB image (H, W, 3), at most FRAME_WIDTH wide."""
         # Scale first: converting to RGB costs more than scaling.
-        rgb = self.geometry.upright(to_rgb(_scaled(planes), self.facts))
+        rgb = self.geometry.upright(to_rgb(_scaled(planes), self.showing))
         width, height = self.geometry.display
         scale = min(1.0, FRAME_WIDTH / width)
         size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -19,6 +19,7 @@ import av.filter
 from svd.core.files import atomic_file
 from svd.curation.base.types import ClipFile, ClipSpan, SourceFacts, SourceFailure
 from svd.curation.decoding.probe import UNTRUSTED, Opened, open_video, packets_from
+from svd.media.shown import BT709, hdr_of, shown_frames
 
 # x264 picks vector instructions by machine, and the newest leave random bytes behind some slices. A fixed set gives
 # equal bytes on every machine.
@@ -60,10 +61,32 @@ def _write(source: Path, opened: Opened, span: ClipSpan, facts: SourceFacts, tar
     with _complete_mp4(span, target) as output:
         count = _copy(source, opened, span, output) if copied else _encode(source, span, facts, output)
         _check_count(span, count)
-    width, height = (facts.width, facts.height) if copied else upright_size(facts)
+    size = target.stat().st_size
     seconds = span.end_seconds - span.start_seconds
-    codec = facts.codec if copied else "h264"
-    return ClipFile(count, target.stat().st_size, span.method, width, height, seconds, codec)
+    if not copied:
+        return ClipFile(
+            count, size, "reencode", *upright_size(facts), seconds, "h264", "yuv420p", _encoded_transfer(facts)
+        )
+    return ClipFile(
+        count,
+        size,
+        "copy",
+        facts.display_width,
+        facts.display_height,
+        seconds,
+        facts.codec,
+        facts.pixel_format,
+        facts.transfer,
+        facts.sample_aspect,
+        facts.orientation.rotation,
+        facts.interlaced,
+    )
+
+
+def _encoded_transfer(facts: SourceFacts) -> str | None:
+    """Return the transfer characteristic of re-encoded clips: that of the source, but BT.709 for HDR and RGB."""
+    mapped = hdr_of(facts.transfer) or av.VideoFormat(facts.pixel_format).is_rgb
+    return "bt709" if mapped else facts.transfer
 
 
 @contextmanager
@@ -166,15 +189,14 @@ def _decoded(packet: av.Packet) -> list[av.VideoFrame]:
 
 
 def _chain(frame: av.VideoFrame, facts: SourceFacts) -> av.filter.Graph:
-    """Build the filters of a re-encoded clip: de-interlace, turn upright, make pixels square."""
+    """Build the filters of a re-encoded clip: turn upright, make pixels square."""
     graph = av.filter.Graph()
     base = frame.time_base or Fraction(1, 1000)
     nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=base)]
-    if facts.interlaced:
-        nodes.append(graph.add("bwdif", "mode=send_frame:deint=all"))
     nodes += [graph.add(name, arguments or None) for name, arguments in facts.orientation.filters()]
     width, height = upright_size(facts)
-    nodes.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd:out_range=tv"))
+    matrix = ":out_color_matrix=bt709" if frame.format.is_rgb else ""
+    nodes.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd:out_range=tv{matrix}"))
     nodes += [graph.add("setsar", "1"), graph.add("format", "yuv420p"), graph.add("buffersink")]
     for one, other in itertools.pairwise(nodes):
         one.link_to(other)
@@ -198,12 +220,12 @@ def _encode(source: Path, span: ClipSpan, facts: SourceFacts, output: av.contain
     times: list[int] = []
     graph: av.filter.Graph | None = None
     count = 0
-    for frame in frames:
-        times.append(span.start_pts + len(times) if ordinal else int(frame.pts or 0))
+    for shown in shown_frames(frames, facts.sample_aspect):
+        times.append(span.start_pts + len(times) if ordinal else int(shown.frame.pts or 0))
+        frame = shown.standard()
         if graph is None:
             graph = _chain(frame, facts)
-            context.colorspace, context.color_primaries = frame.colorspace, frame.color_primaries
-            context.color_trc = frame.color_trc
+            context.colorspace, context.color_primaries, context.color_trc = _colours(frame)
         graph.push(frame)
         count += _drain(graph, times, count, span, facts, track, output)
     if graph is not None:
@@ -211,6 +233,13 @@ def _encode(source: Path, span: ClipSpan, facts: SourceFacts, output: av.contain
         count += _drain(graph, times, count, span, facts, track, output)
     output.mux(track.encode(None))
     return count
+
+
+def _colours(frame: av.VideoFrame) -> tuple[int, int, int]:
+    """Return matrix, primaries and transfer characteristic of the clip of a frame; RGB becomes BT.709."""
+    if frame.format.is_rgb:
+        return BT709, BT709, BT709  # the three lists of FFmpeg have the same number for it
+    return frame.colorspace, frame.color_primaries, frame.color_trc
 
 
 def _drain(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -18,7 +19,17 @@ import numpy as np
 
 from svd.curation.base.types import SourceFailure
 from svd.curation.decoding.probe import open_video, packets_from
-from svd.media.orientation import UPRIGHT, Orientation, orientation_of
+from svd.media.shown import (
+    BT709,
+    BT2020,
+    PLAIN,
+    Showing,
+    ShownFrame,
+    pixel_aspect,
+    showing_of,
+    transfer_name,
+    with_neighbours,
+)
 
 SCORE_WIDTH = 320  # images are halved until they are narrower than this
 FRAME_WIDTH = 768  # sampled frames are at most this wide: subtitles of 24 px at 720p stay readable
@@ -26,44 +37,53 @@ MAX_ERROR_SHARE = 0.5  # of packets that can't be decoded
 EARLY_FRAMES = 48  # their majority decides whether a source is interlaced: in telecined film only some frames are
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # Y, U, V
 _PLANAR_420 = ("yuv420p", "yuvj420p")
+_WEIGHTS = {BT709: (0.2126, 0.0722), 4: (0.3, 0.11), 7: (0.212, 0.087), BT2020: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
 
 
 class DecodedFrame:
     """A decoded frame; its planes Y, U, V (uint8) are computed only when they are needed.
 
-    full: as coded, U and V of half size. small: halved to less than SCORE_WIDTH, Y (h, w) with even sides.
+    Both are whole frames in ordinary colours, neither turned nor with square pixels. full: the coded size, U and V of
+    half of it. small: halved to less than SCORE_WIDTH, Y (h, w) with even sides; of interlaced frames mostly one field.
     """
 
-    def __init__(self, frame: av.VideoFrame, count: int, size: tuple[int, int] | None) -> None:
-        self.pts: int | None = frame.pts
-        self.key = bool(frame.key_frame)
-        self._frame, self._count, self._size = frame, count, size
+    def __init__(self, shown: ShownFrame, count: int, size: tuple[int, int] | None) -> None:
+        self.pts: int | None = shown.frame.pts
+        self.key = bool(shown.frame.key_frame)
+        self._shown, self._count, self._size = shown, count, size
 
     @functools.cached_property
     def full(self) -> Planes:
-        """Return the planes as coded, as views into the decoder's memory."""
-        return _planes(self._frame)
+        """Return the planes at the coded size, of most frames as views into the decoder's memory."""
+        return _planes(self._shown.standard(), self._shown.showing)
 
     @functools.cached_property
     def small(self) -> Planes:
         """Return the planes halved for scoring, at the size of the first frame if the stream changes its size."""
-        small = _shrink(self.full, self._count)
+        small = self._halved()
         if self._size is None or small[0].shape == self._size:
             return small
         height, width = self._size
         chroma = (width // 2, height // 2)
         return cv2.resize(small[0], (width, height)), cv2.resize(small[1], chroma), cv2.resize(small[2], chroma)
 
+    def _halved(self) -> Planes:
+        frame, showing = self._shown.frame, self._shown.showing
+        if showing.hdr is None:
+            return _shrink(_planes(frame, showing), self._count)
+        # At full size tone mapping would cost several times a decode.
+        size = frame.width >> self._count, frame.height >> self._count
+        return _shrink(_planes(self._shown.standard(size, "AREA"), showing), 0)
+
 
 @dataclass
 class DecodeFacts:
     """Facts that only decoding shows; filled while frames are read."""
 
-    orientation: Orientation = UPRIGHT
+    showing: Showing = PLAIN
     interlaced: bool = False
     pixel_format: str = ""
-    full_range: bool = False
-    bt709: bool = False
+    transfer: str | None = None
     errors: int = 0
 
 
@@ -80,11 +100,11 @@ def _plane(frame: av.VideoFrame, index: int) -> np.ndarray:
     return np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
 
 
-def _planes(frame: av.VideoFrame) -> Planes:
-    """Return Y, U and V of a frame in 8-bit 4:2:0."""
+def _planes(frame: av.VideoFrame, showing: Showing) -> Planes:
+    """Return Y, U and V in 8-bit 4:2:0 of a frame in ordinary colours."""
     if frame.format.name not in _PLANAR_420:
         # Rare formats (10 bit, 4:2:2, RGB, palettes) cost one conversion by swscale.
-        frame = frame.reformat(format="yuv420p")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=_matrix(showing) if frame.format.is_rgb else None)
     return _plane(frame, 0), _plane(frame, 1), _plane(frame, 2)
 
 
@@ -138,6 +158,11 @@ class FrameDecoder:
         self._seen = self._interlaced = 0  # counts over the early frames
 
     def __iter__(self) -> Iterator[DecodedFrame]:
+        for before, frame, after in with_neighbours(self._frames()):
+            yield self._decoded(before, frame, after)
+
+    def _frames(self) -> Iterator[av.VideoFrame]:
+        """Yield the frames as the decoder gives them; the first one's facts are noted."""
         packets = frames = 0
         with open_video(self.path) as (container, stream):
             context = stream.codec_context
@@ -155,7 +180,9 @@ class FrameDecoder:
                 context.skip_frame = "NONREF" if packet.pts in self.skippable else "DEFAULT"
                 for frame in self._decode(packet):
                     frames += 1
-                    yield self._decoded(frame, first=frames == 1)
+                    if frames == 1:
+                        self._learn(frame, pixel_aspect(stream))
+                    yield frame
         if frames < 2:
             raise SourceFailure("no frame can be decoded" if frames == 0 else "a single frame is no video")
         if self.facts.errors > MAX_ERROR_SHARE * packets:
@@ -172,7 +199,7 @@ class FrameDecoder:
             for frame in self._decode(packet):
                 if frame.pts in missing:
                     missing.remove(frame.pts)
-                    yield DecodedFrame(frame, self._count, self._size)
+                    yield DecodedFrame(ShownFrame(frame, self.facts.showing), self._count, self._size)
                 if not missing or (frame.pts or 0) >= last:
                     return
 
@@ -184,36 +211,32 @@ class FrameDecoder:
             self.facts.errors += 1
             return []
 
-    def _decoded(self, frame: av.VideoFrame, first: bool) -> DecodedFrame:
+    def _decoded(self, before: av.VideoFrame | None, frame: av.VideoFrame, after: av.VideoFrame | None) -> DecodedFrame:
         """Wrap a frame and note the facts that it shows."""
-        if first:
-            self._learn(frame)
         if self._seen < EARLY_FRAMES:
             self._seen += 1
             self._interlaced += bool(frame.interlaced_frame)
             self.facts.interlaced = 2 * self._interlaced > self._seen
-        decoded = DecodedFrame(frame, self._count, self._size)
+        decoded = DecodedFrame(ShownFrame(frame, self.facts.showing, before, after), self._count, self._size)
         if self._size is None:
             height, width = decoded.small[0].shape
             self._size = height, width
         return decoded
 
-    def _learn(self, frame: av.VideoFrame) -> None:
+    def _learn(self, frame: av.VideoFrame, aspect: Fraction) -> None:
         """Take the facts of the first frame, which hold for the whole source."""
-        facts = self.facts
-        facts.orientation = orientation_of(frame)
-        facts.pixel_format = frame.format.name
-        facts.full_range = frame.format.name.startswith("yuvj") or int(frame.color_range) == 2
-        facts.bt709 = int(frame.colorspace) == 1 or (int(frame.colorspace) == 2 and frame.height >= 720)
+        self.facts.showing = showing_of(frame, aspect)
+        self.facts.pixel_format = frame.format.name
+        self.facts.transfer = transfer_name(frame)
         self._count = halvings(frame.width, frame.height)
         if frame.width < 16 or frame.height < 16:
             raise SourceFailure(f"{frame.width}x{frame.height} pixels are too small")
 
 
 @functools.cache
-def _tables(bt709: bool, full_range: bool) -> tuple[np.ndarray, ...]:
+def _tables(matrix: int, full_range: bool) -> tuple[np.ndarray, ...]:
     """Make int16 tables of 256 entries: what Y adds to all channels, V to red, U and V to green, U to blue."""
-    red, blue = (0.2126, 0.0722) if bt709 else (0.299, 0.114)
+    red, blue = _WEIGHTS.get(matrix, (0.299, 0.114))
     green = 1 - red - blue
     luma, colour, black = (1.0, 1.0, 0.0) if full_range else (255 / 219, 255 / 224, 16.0)
     u, v = 2 * (1 - blue) * colour, 2 * (1 - red) * colour
@@ -222,11 +245,16 @@ def _tables(bt709: bool, full_range: bool) -> tuple[np.ndarray, ...]:
     return tuple(np.rint(part).astype(np.int16) for part in (*parts, u * (code - 128)))
 
 
-def to_rgb(planes: Planes, facts: DecodeFacts) -> np.ndarray:
-    """Convert Y (h, w), U and V (h/2, w/2) uint8 to RGB (h, w, 3) uint8 by the matrix and range of the source."""
+def _matrix(showing: Showing) -> int:
+    """Return the matrix of a frame's planes: HDR has been mapped to ordinary colours."""
+    return BT709 if showing.hdr else showing.matrix
+
+
+def to_rgb(planes: Planes, showing: Showing) -> np.ndarray:
+    """Convert Y (h, w), U and V (h/2, w/2) uint8 of a DecodedFrame to RGB (h, w, 3) uint8."""
     luma, blue, red = planes
     size = luma.shape[1], luma.shape[0]
-    y, v_red, u_green, v_green, u_blue = _tables(facts.bt709, facts.full_range)
+    y, v_red, u_green, v_green, u_blue = _tables(_matrix(showing), showing.full_range and not showing.hdr)
     brightness = cv2.LUT(luma, y)
     chroma = cv2.LUT(red, v_red), cv2.LUT(blue, u_green) + cv2.LUT(red, v_green), cv2.LUT(blue, u_blue)
     channels = [

@@ -21,7 +21,6 @@ import av.error
 import numpy as np
 
 from svd.curation.base.types import SourceFailure
-from svd.media.orientation import Orientation
 
 MAX_PIXELS = 1 << 26  # 67 megapixels; the largest level of H.264 allows 36
 MAX_PACKETS = 20_000_000  # 92 hours at 60 fps
@@ -145,7 +144,6 @@ class SourceInfo:
     codec: str
     width: int
     height: int
-    sample_aspect: Fraction
     header_rate: Fraction
     declared: float
 
@@ -157,24 +155,16 @@ class SourceInfo:
             return Fraction(len(shown) - 1) / seconds
         return self.header_rate if 1 <= self.header_rate <= 480 else Fraction(25)
 
-    def display(self, orientation: Orientation) -> tuple[int, int]:
-        """Return width and height of the upright image with square pixels."""
-        width = max(1, round(self.width * self.sample_aspect))
-        return (self.height, width) if orientation.sideways else (width, self.height)
-
 
 def read_source(path: Path) -> SourceInfo:
     """Read the facts from the header; raises SourceFailure when `path` is no readable video."""
     with open_video(path) as (container, stream):
         context = stream.codec_context
-        aspect = Fraction(stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
-        if not Fraction(1, 8) <= aspect <= 8:
-            aspect = Fraction(1)
         rate = Fraction(stream.average_rate or stream.base_rate or 0)
         codec = context.codec.canonical_name  # its own name may be that of a library, such as libdav1d for av1
         ticks, base = (stream.duration, stream.time_base) if stream.duration else (container.duration, TICK)
         declared = float((ticks or 0) * (base or 0))
-        return SourceInfo(container.format.name, codec, context.width, context.height, aspect, rate, declared)
+        return SourceInfo(container.format.name, codec, context.width, context.height, rate, declared)
 
 
 def read_packets(path: Path) -> PacketIndex:

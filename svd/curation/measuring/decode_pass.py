@@ -30,7 +30,7 @@ from svd.curation.base.types import (
 )
 from svd.curation.clips.listed import pieces
 from svd.curation.clips.samples import DisplayGeometry, Sampler, sampled_times
-from svd.curation.clips.spans import ShotSpan, SpanPlanner, Timeline
+from svd.curation.clips.spans import ShotSpan, SpanPlanner, Timeline, varies
 from svd.curation.cuts.decisions import Found
 from svd.curation.cuts.finder import CutFinder, Step, scored_stride
 from svd.curation.cuts.frame_scores import Look
@@ -151,9 +151,7 @@ class _DecodePass:
         for frame in self.decoder:
             number, seconds = self._number(frame)
             if self.sampler is None:
-                orientation = self.decoder.facts.orientation
-                geometry = DisplayGeometry(orientation, self.info.display(orientation))
-                self.sampler = Sampler(self.config.motion, geometry, self.decoder.facts)
+                self.sampler = self._sampler()
                 checked = seconds
             if self.finder.add(number, seconds, frame) and self.decoded_twice.grows_too_large(number):
                 self.decoder.skippable = frozenset()
@@ -162,6 +160,14 @@ class _DecodePass:
                 checked = seconds
                 self._settle()
         return self._finish()
+
+    def _sampler(self) -> Sampler:
+        """Return the sampler for what the first frame shows; raises SourceFailure for HDR that isn't wanted."""
+        showing = self.decoder.facts.showing
+        if showing.hdr and self.config.hdr == "refuse":
+            raise SourceFailure(f"its pictures are HDR ({showing.hdr}): 'curation.hdr: tonemap' takes such videos")
+        geometry = DisplayGeometry(showing.orientation, showing.size(self.info.width, self.info.height))
+        return Sampler(self.config.motion, geometry, showing)
 
     def _number(self, frame: DecodedFrame) -> tuple[int, float]:
         """Return number and time of a decoded frame."""
@@ -303,29 +309,27 @@ class _DecodePass:
     def _facts(self, timeline: Timeline) -> SourceFacts:
         """Return the facts of the source, as far as the decoder got."""
         facts, info = self.decoder.facts, self.info
-        steps = np.diff(timeline.pts)
         duration = (timeline.end_pts - int(timeline.pts[0])) * float(self.base)
         if duration <= 0:
             raise SourceFailure("its timestamps don't advance")
         warnings = list(self.index.warnings)
         if facts.errors:
             warnings.append(f"{facts.errors} packets can't be decoded")
-        width, height = info.display(facts.orientation)
+        width, height = facts.showing.size(info.width, info.height)
         return SourceFacts(
             container=info.container,
             codec=info.codec,
             pixel_format=facts.pixel_format,
+            transfer=facts.transfer,
             width=info.width,
             height=info.height,
             display_width=width,
             display_height=height,
-            orientation=facts.orientation,
-            sample_aspect=(info.sample_aspect.numerator, info.sample_aspect.denominator),
+            orientation=facts.showing.orientation,
+            sample_aspect=facts.showing.aspect,
             interlaced=facts.interlaced,
             fps=len(timeline.pts) / duration,
-            variable_frame_rate=bool(
-                steps.max() > 1.5 * max(float(np.median(steps)), 1e-9) or steps.min() < 0.5 * np.median(steps)
-            ),
+            variable_frame_rate=varies(np.diff(timeline.pts)),
             time_base=Fraction(self.base),
             start_pts=int(timeline.pts[0]),
             end_pts=timeline.end_pts,
