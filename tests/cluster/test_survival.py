@@ -99,7 +99,7 @@ def train(stack: ClusterStack, steps: int) -> tuple[str, str]:
     return run, str(child["id"])
 
 
-def finish(stack: ClusterStack, run: str, what: str, steps: int) -> None:
+def assert_finished(stack: ClusterStack, run: str, what: str, steps: int) -> None:
     """Wait until the pipeline has completed with what an earlier pod had done, and MLflow knows each of `steps` steps.
 
     A training logs 50 of them, evenly.
@@ -119,7 +119,7 @@ def finish(stack: ClusterStack, run: str, what: str, steps: int) -> None:
     say(f"{what}: survived, {len(stack.children(run))} pods of the stage")
 
 
-def check_ended_once(stack: ClusterStack, run: str) -> None:
+def assert_ended_once(stack: ClusterStack, run: str) -> None:
     """The one stage of the pipeline ended once."""
     ended = [child["state_type"] for child in stack.children(run)].count("COMPLETED")
     assert ended == 1, "doubled: the stage ended twice" if ended else "the stage never ended"
@@ -129,7 +129,7 @@ def check_ended_once(stack: ClusterStack, run: str) -> None:
 def test_a_killed_pod_goes_on_where_it_was(stack: ClusterStack) -> None:
     run, child = train(stack, STEPS)
     kubectl("delete", "pod", stack.pod_of(child), "--grace-period=0", "--force")
-    finish(stack, run, "a pod deleted without grace in training", STEPS)
+    assert_finished(stack, run, "a pod deleted without grace in training", STEPS)
 
 
 @pytest.mark.usefixtures("environment", "latents")
@@ -139,7 +139,7 @@ def test_the_pod_of_a_drained_node_goes_on_where_it_was(stack: ClusterStack) -> 
     node = pod["spec"]["nodeName"]
     kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=180s")
     kubectl("uncordon", node)
-    finish(stack, run, "a pod evicted in training from a drained node", STEPS + 50)
+    assert_finished(stack, run, "a pod evicted in training from a drained node", STEPS + 50)
 
 
 def disturb(stack: ClusterStack, stage: str, begun: Callable[[], bool], *how: str) -> str:
@@ -153,7 +153,7 @@ def disturb(stack: ClusterStack, stage: str, begun: Callable[[], bool], *how: st
         time.sleep(0.1)
     kubectl("delete", "pod", stack.pod_of(str(child["id"])), *how)
     assert stack.wait(run, 600)["state_type"] == "COMPLETED", stack.story(run)
-    check_ended_once(stack, run)
+    assert_ended_once(stack, run)
     say(f"{stage}: survived, {len(stack.children(run))} pods of the stage")
     return run
 
@@ -199,7 +199,7 @@ def test_servers_that_go_away_cost_nothing(stack: ClusterStack) -> None:
     stack.reopen()
     done = stack.wait(run, 900)
     assert done["state_type"] == "COMPLETED", stack.story(run)
-    check_ended_once(stack, run)
+    assert_ended_once(stack, run)
 
 
 @pytest.mark.skipif("SVD_CLUSTER_NODE" not in os.environ, reason="SVD_CLUSTER_NODE names no command that stops a node")
@@ -217,4 +217,4 @@ def test_a_node_that_is_lost_and_comes_back(stack: ClusterStack, break_it: str, 
         say(f"{break_it}: the run counts as crashed")
     finally:
         subprocess.run([*node, mend_it, "gpu"], check=True)
-    finish(stack, run, f"{break_it} and {mend_it} of the node in training", steps)
+    assert_finished(stack, run, f"{break_it} and {mend_it} of the node in training", steps)
